@@ -1,0 +1,1 @@
+"""The MoltBot adapters: one small process for each platform."""

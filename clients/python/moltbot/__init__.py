@@ -1,0 +1,1 @@
+"""The MoltBot contract and its Python client."""
