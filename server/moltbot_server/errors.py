@@ -1,0 +1,254 @@
+"""The one tree of errors: what went wrong, whose fault it is, and whether trying again makes sense.
+
+The core raises these; only `rpc` turns them into a gRPC status. `docs/errors.md` is generated from this tree.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from enum import IntEnum
+from typing import ClassVar
+
+
+class Status(IntEnum):
+    """The canonical codes of `google.rpc.Code`, without importing gRPC."""
+
+    CANCELLED = 1
+    INVALID_ARGUMENT = 3
+    DEADLINE_EXCEEDED = 4
+    NOT_FOUND = 5
+    ALREADY_EXISTS = 6
+    PERMISSION_DENIED = 7
+    RESOURCE_EXHAUSTED = 8
+    FAILED_PRECONDITION = 9
+    UNIMPLEMENTED = 12
+    INTERNAL = 13
+    UNAVAILABLE = 14
+    UNAUTHENTICATED = 16
+
+
+class MoltBotError(Exception):
+    """A failure with a meaning: `status`, `reason` and `retryable` are fixed by the class, the text by the raiser.
+
+    `message` is shown to callers: plain English that says what to do next, without secrets or user text.
+    `retry_after` is in seconds. `fields` maps a request field's path to what is wrong with it.
+    """
+
+    status: ClassVar[Status] = Status.INTERNAL
+    reason: ClassVar[str] = "INTERNAL"
+    retryable: ClassVar[bool] = False
+    advice: ClassVar[str] = "Report it with the id from the message; the log has the details."
+
+    def __init__(
+        self, message: str, *, retry_after: float | None = None, fields: Mapping[str, str] | None = None
+    ) -> None:
+        super().__init__(message)
+        self.message = message
+        self.retry_after = retry_after
+        self.fields = dict(fields or {})
+
+
+class InvalidField(MoltBotError):
+    """A field of the request is missing or wrong; `fields` names it."""
+
+    status, reason = Status.INVALID_ARGUMENT, "INVALID_FIELD"
+    advice = "Correct the field that BadRequest names."
+
+    def __init__(self, field: str, problem: str) -> None:
+        super().__init__(f"{field}: {problem}", fields={field: problem})
+
+
+class EmptyMessage(InvalidField):
+    """The message has no part, or only blank text."""
+
+    reason = "EMPTY_MESSAGE"
+    advice = "Send at least one part that is not blank."
+
+
+class ContentTooLarge(InvalidField):
+    """A part of the message is over its limit."""
+
+    reason = "CONTENT_TOO_LARGE"
+    advice = "Send less, or send it by reference."
+
+
+class UnsupportedContent(InvalidField):
+    """The model cannot read this kind of part."""
+
+    reason = "UNSUPPORTED_CONTENT"
+    advice = "Leave the part out, or choose a model whose capabilities name it."
+
+
+class UnsupportedOption(InvalidField):
+    """The model cannot honour a generation option; it is refused rather than ignored."""
+
+    reason = "UNSUPPORTED_OPTION"
+    advice = "Leave the option out, or choose a model whose capabilities name it."
+
+
+class ContextLengthExceeded(InvalidField):
+    """One message alone is longer than the model's context window."""
+
+    reason = "CONTEXT_LENGTH_EXCEEDED"
+    advice = "Shorten the message, or choose a model with a longer context."
+
+
+class InvalidPageToken(InvalidField):
+    """The page token was not given by this method."""
+
+    reason = "INVALID_PAGE_TOKEN"
+    advice = "Start again without a page token."
+
+
+class Unauthenticated(MoltBotError):
+    """The call has no credential, or one that is not known."""
+
+    status, reason = Status.UNAUTHENTICATED, "UNAUTHENTICATED"
+    advice = "Send the metadata `authorization: Bearer <key>` with a key of the workspace."
+
+
+class PermissionDenied(MoltBotError):
+    """The credential is known but may not do this."""
+
+    status, reason = Status.PERMISSION_DENIED, "PERMISSION_DENIED"
+    advice = "Use a credential whose role allows the call."
+
+
+class SessionNotFound(MoltBotError):
+    """The workspace has no such session."""
+
+    status, reason = Status.NOT_FOUND, "SESSION_NOT_FOUND"
+    advice = "List the sessions, or start a turn, which makes the session."
+
+
+class TurnNotFound(MoltBotError):
+    """The workspace has no such turn."""
+
+    status, reason = Status.NOT_FOUND, "TURN_NOT_FOUND"
+    advice = "Use the name from the `accepted` event."
+
+
+class ModelNotFound(MoltBotError):
+    """There is no such model."""
+
+    status, reason = Status.NOT_FOUND, "MODEL_NOT_FOUND"
+    advice = "List the models; leave the model empty for the default."
+
+
+class PluginNotFound(MoltBotError):
+    """There is no such plugin."""
+
+    status, reason = Status.NOT_FOUND, "PLUGIN_NOT_FOUND"
+    advice = "List the plugins."
+
+
+class RequestIdReused(MoltBotError):
+    """The request_id was used before with other content."""
+
+    status, reason = Status.ALREADY_EXISTS, "REQUEST_ID_REUSED"
+    advice = "Make a new request_id for new content."
+
+
+class SessionBusy(MoltBotError):
+    """A turn runs in the session, so the session cannot be changed now."""
+
+    status, reason, retryable = Status.FAILED_PRECONDITION, "SESSION_BUSY", True
+    advice = "Wait for the turn to end, or cancel it."
+
+
+class QueueFull(MoltBotError):
+    """Too much waits already; `retry_after` says when to come back."""
+
+    status, reason, retryable = Status.RESOURCE_EXHAUSTED, "QUEUE_FULL", True
+    advice = "Wait as long as RetryInfo says, then repeat with the same request_id."
+
+
+class StorageFull(MoltBotError):
+    """The disk or the database is full."""
+
+    status, reason, retryable = Status.RESOURCE_EXHAUSTED, "STORAGE_FULL", True
+    advice = "Free disk space; the core goes on by itself."
+
+
+class DeadlineExceeded(MoltBotError):
+    """The caller's deadline passed before the answer was complete."""
+
+    status, reason, retryable = Status.DEADLINE_EXCEEDED, "DEADLINE_EXCEEDED", True
+    advice = "Allow more time, or ask for fewer tokens."
+
+
+class TurnCancelled(MoltBotError):
+    """The turn was cancelled before it said anything."""
+
+    status, reason = Status.CANCELLED, "TURN_CANCELLED"
+    advice = "Start a new turn."
+
+
+class NotServing(MoltBotError):
+    """The core is starting or leaving."""
+
+    status, reason, retryable = Status.UNAVAILABLE, "NOT_SERVING", True
+    advice = "Repeat with the same request_id, on another node if there is one."
+
+
+class ModelUnavailable(MoltBotError):
+    """The model cannot answer now."""
+
+    status, reason, retryable = Status.UNAVAILABLE, "MODEL_UNAVAILABLE", True
+    advice = "Repeat later; `GetModel` says what is wrong."
+
+
+class StorageUnavailable(MoltBotError):
+    """The store cannot be reached or written."""
+
+    status, reason, retryable = Status.UNAVAILABLE, "STORAGE_UNAVAILABLE", True
+    advice = "Repeat later; the core's log says what is wrong."
+
+
+class TurnInterrupted(MoltBotError):
+    """The core stopped while the turn ran."""
+
+    status, reason, retryable = Status.UNAVAILABLE, "TURN_INTERRUPTED", True
+    advice = "Repeat with the same request_id: it starts the turn again."
+
+
+class Unimplemented(MoltBotError):
+    """This core cannot do that."""
+
+    status, reason = Status.UNIMPLEMENTED, "UNIMPLEMENTED"
+    advice = "Use a release that can; docs/architecture.md lists what this one does."
+
+
+class InternalError(MoltBotError):
+    """A fault of the core. The text holds an id and nothing else; the log holds the rest."""
+
+    reason = "INTERNAL"
+
+
+def every_error() -> Iterator[type[MoltBotError]]:
+    """Yield each error class that callers can meet, in the order of the contract's enum."""
+    pending: list[type[MoltBotError]] = list(MoltBotError.__subclasses__())
+    while pending:
+        error = pending.pop(0)
+        yield error
+        pending[:0] = error.__subclasses__()
+
+
+def markdown() -> str:
+    """Return docs/errors.md: the table of status, reason and retryable, generated from the tree."""
+    lines = [
+        "# Errors",
+        "",
+        "Generated from `server/moltbot_server/errors.py` by `make docs`; do not edit.",
+        "",
+        "Every error status carries `google.rpc.ErrorInfo` with the domain `moltbot` and a reason of this table;",
+        "`google.rpc.RetryInfo` where waiting helps; `google.rpc.BadRequest` where a field is wrong.",
+        "",
+        "| Reason | Status | Retry | What happened | What to do |",
+        "| --- | --- | --- | --- | --- |",
+    ]
+    for error in every_error():
+        what = (error.__doc__ or "").split("\n")[0]
+        retry = "yes" if error.retryable else "no"
+        lines.append(f"| `{error.reason}` | `{error.status.name}` | {retry} | {what} | {error.advice} |")
+    return "\n".join(lines) + "\n"

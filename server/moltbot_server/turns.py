@@ -1,0 +1,310 @@
+"""The values that walk through the core: principals, turns, messages, events.
+
+They are `msgspec` structs: cheap to make, and the store writes and reads them as JSON without code of ours.
+Times are Unix seconds, durations are seconds, ids are the last segment of a resource name.
+"""
+
+from __future__ import annotations
+
+from enum import StrEnum
+from typing import Any
+
+import msgspec
+
+
+class Value(msgspec.Struct, frozen=True, kw_only=True):
+    """A value: immutable, compared by content, made with named fields only."""
+
+
+class Role(StrEnum):
+    """Who speaks in a message."""
+
+    SYSTEM = "system"
+    USER = "user"
+    ASSISTANT = "assistant"
+    TOOL = "tool"
+
+
+class Principal(Value, frozen=True, kw_only=True):
+    """Who calls: the workspace (tenant) that a credential opens, the credential's id, and its role."""
+
+    workspace: str
+    key_id: str
+    role: str
+
+
+class SessionKey(Value, frozen=True, kw_only=True):
+    """A session's full name: no session is ever reached without its workspace."""
+
+    workspace: str
+    session: str
+
+
+class TurnKey(Value, frozen=True, kw_only=True):
+    """A turn's full name. `ordinal` counts the turns of a session from 1 and is the turn's resource id."""
+
+    session: SessionKey
+    ordinal: int
+
+
+# --- content -----------------------------------------------------------------------------------------------------
+
+
+class TextPart(Value, frozen=True, kw_only=True, tag="text"):
+    """Plain text or Markdown."""
+
+    text: str
+
+
+class MediaPart(Value, frozen=True, kw_only=True, tag="media"):
+    """Bytes of a media type, by value (`data`) or by reference (`uri`); `kind` is image, audio or file."""
+
+    kind: str
+    media_type: str = ""
+    data: bytes = b""
+    uri: str = ""
+    filename: str = ""
+    alt_text: str = ""
+
+
+class ToolCallPart(Value, frozen=True, kw_only=True, tag="tool_call"):
+    """An assistant's request to call a tool; the arguments are one JSON object."""
+
+    call_id: str
+    tool: str
+    arguments_json: str = "{}"
+
+
+class ToolResultPart(Value, frozen=True, kw_only=True, tag="tool_result"):
+    """What a called tool answered."""
+
+    call_id: str
+    tool: str
+    output: str
+    is_error: bool = False
+
+
+Part = TextPart | MediaPart | ToolCallPart | ToolResultPart
+
+
+class Message(Value, frozen=True, kw_only=True):
+    """One entry of a conversation. `id` is `{ordinal}.{index}` for stored messages and empty for brought ones."""
+
+    role: Role
+    parts: tuple[Part, ...]
+    id: str = ""
+    turn: int = 0
+    model: str = ""
+    create_time: float = 0.0
+
+    @property
+    def text(self) -> str:
+        """The text parts of the message, joined."""
+        parts = self.parts
+        if len(parts) == 1 and isinstance(parts[0], TextPart):
+            return parts[0].text
+        return "".join(part.text for part in parts if isinstance(part, TextPart))
+
+
+class GenerationOptions(Value, frozen=True, kw_only=True):
+    """How an answer is to be written; None leaves the choice to the model. Units as in the contract."""
+
+    max_output_tokens: int | None = None
+    temperature: float | None = None
+    top_p: float | None = None
+    top_k: int | None = None
+    stop: tuple[str, ...] = ()
+    repetition_penalty: float | None = None
+    seed: int | None = None
+
+
+class Usage(Value, frozen=True, kw_only=True):
+    """Tokens read, written, and served from a cache."""
+
+    input_tokens: int = 0
+    output_tokens: int = 0
+    cached_input_tokens: int = 0
+
+
+class TurnInput(Value, frozen=True, kw_only=True):
+    """What a turn is started with. `session` empty: a new one. `transcript` not None: a closed conversation.
+
+    `flush_interval` is how long text may wait to be sent together: None is the core's default, 0 sends every delta.
+    """
+
+    parts: tuple[Part, ...]
+    session: str = ""
+    request_id: str = ""
+    model: str = ""
+    options: GenerationOptions = GenerationOptions()
+    system_prompt: str = ""
+    transcript: tuple[Message, ...] | None = None
+    user: str = ""
+    channel: str = ""
+    cancel_on_disconnect: bool = False
+    flush_interval: float | None = None
+
+
+class FinishReason(StrEnum):
+    """Why an answer ended."""
+
+    STOP = "stop"
+    LENGTH = "length"
+    STOP_TEXT = "stop_text"
+    CANCELLED = "cancelled"
+    CONTENT_FILTER = "content_filter"
+    TOOL_CALLS = "tool_calls"
+
+
+class TurnState(StrEnum):
+    """Where a turn stands."""
+
+    RUNNING = "running"
+    COMPLETED = "completed"
+    CANCELLED = "cancelled"
+    FAILED = "failed"
+
+
+class Timings(Value, frozen=True, kw_only=True):
+    """Where a turn's time went, in seconds, and what its history was cut to, in messages."""
+
+    accept: float = 0.0
+    queue: float = 0.0
+    first_token: float = 0.0
+    generation: float = 0.0
+    total: float = 0.0
+    trimmed_messages: int = 0
+    history_messages: int = 0
+    attempts: int = 0
+
+
+# --- events: one class for each kind of the contract -------------------------------------------------------------
+
+
+class Accepted(Value, frozen=True, kw_only=True, tag="accepted"):
+    """The turn exists and its message is stored."""
+
+    session: str
+    ordinal: int
+    request_id: str
+
+
+class Queued(Value, frozen=True, kw_only=True, tag="queued"):
+    """The turn waits; `position` turns are ahead."""
+
+    position: int
+
+
+class Routed(Value, frozen=True, kw_only=True, tag="routed"):
+    """Who answers (`kind` is model, plugin, skill or command) and why."""
+
+    kind: str
+    name: str
+    reason: str
+
+
+class TextDelta(Value, frozen=True, kw_only=True, tag="text_delta"):
+    """More text: whole characters."""
+
+    text: str
+
+
+class Reset(Value, frozen=True, kw_only=True, tag="reset"):
+    """Replace what was shown by `text`."""
+
+    text: str
+    reason: str
+
+
+class Attachment(Value, frozen=True, kw_only=True, tag="attachment"):
+    """A picture, sound or file of the answer."""
+
+    part: Part
+
+
+class ToolStarted(Value, frozen=True, kw_only=True, tag="tool_started"):
+    """A tool was called."""
+
+    call: ToolCallPart
+
+
+class ToolFinished(Value, frozen=True, kw_only=True, tag="tool_finished"):
+    """A called tool answered after `duration` seconds."""
+
+    result: ToolResultPart
+    duration: float
+
+
+class Notice(Value, frozen=True, kw_only=True, tag="notice"):
+    """Something worth telling that changes nothing of the text."""
+
+    code: str
+    origin: str
+    target: str
+    reason: str
+
+
+class Completed(Value, frozen=True, kw_only=True, tag="completed"):
+    """The turn ended well; `text` is the whole answer."""
+
+    text: str
+    finish_reason: FinishReason
+    usage: Usage
+    timings: Timings
+    model: str = ""
+    message: str = ""
+    attachments: tuple[Part, ...] = ()
+
+
+class Failed(Value, frozen=True, kw_only=True, tag="failed"):
+    """The turn ended badly. `status` is the canonical code; `retry_after` is in seconds."""
+
+    status: int
+    reason: str
+    message: str
+    retryable: bool
+    retry_after: float | None = None
+    timings: Timings = Timings()
+
+
+Kind = (
+    Accepted
+    | Queued
+    | Routed
+    | TextDelta
+    | Reset
+    | Attachment
+    | ToolStarted
+    | ToolFinished
+    | Notice
+    | Completed
+    | Failed
+)
+
+
+class Event(Value, frozen=True, kw_only=True, array_like=True):
+    """One thing that happened in a turn: its place, its time, what happened."""
+
+    sequence: int
+    at: float
+    kind: Kind
+
+
+class Session(Value, frozen=True, kw_only=True):
+    """A conversation as it is listed."""
+
+    key: SessionKey
+    title: str
+    user: str
+    channel: str
+    create_time: float
+    update_time: float
+    message_count: int = 0
+
+
+_json = msgspec.json.Encoder()
+
+
+def encode(value: Any) -> bytes:
+    """Return a value, or a tuple of values, as JSON."""
+    return _json.encode(value)
