@@ -1,0 +1,1 @@
+"""Models: what can answer, and the engines that do."""
