@@ -1,0 +1,85 @@
+# MoltBot's tasks. `make` alone lists them. Each sets up what it needs first.
+SHELL := bash
+.SHELLFLAGS := -euo pipefail -c
+.DEFAULT_GOAL := help
+MAKEFLAGS += --no-builtin-rules
+
+VENV := .venv
+BIN := $(VENV)/bin
+# Marks of finished installations: a task whose marks are newer than the locks starts at once.
+RUN := $(VENV)/.installed-run
+DEV := $(VENV)/.installed-dev
+GENERATOR := .venv-proto/.installed
+
+QUESTION ?= Hello! What can you do?
+RUN_ARGS ?=
+TEST_ARGS ?=
+BENCH_ARGS ?= --json
+LOAD_ARGS ?=
+
+export PATH := $(CURDIR)/$(BIN):$(CURDIR)/.tools/bin:$(PATH)
+
+.PHONY: help install run test check fmt proto proto-check proto-accept bench load lock clean
+
+help: ## Lists the tasks
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-13s %s\n", $$1, $$2 }' $(firstword $(MAKEFILE_LIST))
+
+install: $(RUN) ## Sets up .venv with what MoltBot needs to run
+	@echo "MoltBot is installed in $(VENV): type  make run  or  $(BIN)/moltbot --help"
+
+run: $(RUN) ## Starts MoltBot and asks it a first question (RUN_ARGS="--port 3000" for more)
+	@exec $(BIN)/moltbot start --first-question "$(QUESTION)" $(RUN_ARGS)
+
+test: $(DEV) ## Runs every test (TEST_ARGS="-k sessions" for some)
+	@scripts/tools chromium ghz grpcurl || echo "Tests that need a missing tool are skipped and say so."
+	@exec $(BIN)/python -m pytest $(TEST_ARGS)
+
+check: $(DEV) $(GENERATOR) ## Checks style, types, floors, the contract and its generated code
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy -p moltbot -p moltbot_server -p moltbot_adapters
+	$(BIN)/lint-imports
+	$(BIN)/buf lint
+	$(BIN)/buf format --diff --exit-code
+	scripts/breaking
+	scripts/proto-check
+	$(BIN)/python -m pytest -q tests/repo
+
+fmt: $(DEV) ## Formats the code and the contract
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+	$(BIN)/buf format --write
+
+proto: $(GENERATOR) ## Generates the Python code of proto/
+	scripts/generate clients/python
+
+proto-check: $(GENERATOR) ## Fails when the generated code is not that of proto/
+	scripts/proto-check
+
+proto-accept: $(DEV) ## Promises the contract as it stands: later ones may not break it
+	$(BIN)/buf build --as-file-descriptor-set --exclude-source-info --output proto/accepted.binpb
+
+bench: $(RUN) ## Measures the core on this machine
+	@exec $(BIN)/moltbot bench core $(BENCH_ARGS)
+
+load: $(DEV) ## Drives a core with ghz (ADDRESS=host:port for one that runs already)
+	@scripts/tools ghz
+	@exec $(BIN)/python tests/load/run.py $(if $(ADDRESS),--address $(ADDRESS)) $(LOAD_ARGS)
+
+lock: $(DEV) ## Resolves the dependencies of pyproject.toml into requirements/
+	scripts/lock
+
+clean: ## Removes what the tasks made, environments and tools included
+	rm -rf build dist .tools .venv-proto $(VENV) .mypy_cache .pytest_cache .ruff_cache .import_linter_cache .hypothesis
+
+$(RUN): requirements/run.txt pyproject.toml
+	@scripts/venv $(VENV) requirements/run.txt --editable
+	@touch $@
+
+$(DEV): requirements/dev.txt pyproject.toml
+	@scripts/venv $(VENV) requirements/dev.txt --editable
+	@touch $(RUN) $@
+
+$(GENERATOR): requirements/proto.txt
+	@scripts/venv .venv-proto requirements/proto.txt
+	@touch $@
