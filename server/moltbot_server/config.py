@@ -1,0 +1,309 @@
+"""What the server is told: read once, validated at birth, handed down.
+
+Sources, the later over the earlier: defaults, `moltbot.yaml` of the workspace, `.env` of the current folder (the five
+names of `PLAIN_NAMES` only), `.env` of the workspace, the process environment, command-line flags.
+"""
+
+from __future__ import annotations
+
+import difflib
+import ipaddress
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import MISSING, dataclass, field, fields
+from pathlib import Path
+from typing import Any
+
+from moltbot_server.config_keys import ENV_NAMES, KEYS, OTHER_NAMES, PLAIN_NAMES, SECTIONS
+from moltbot_server.config_sources import (
+    ConfigError,
+    Given,
+    Problem,
+    read_env_file,
+    read_environ,
+    read_flags,
+    read_yaml,
+)
+
+__all__ = ["Autoscaling", "Cache", "ConfigError", "ModelRoute", "Problem", "Settings", "is_loopback", "load_settings"]
+
+BUILT_IN_MODEL = "moltbot-demo"
+_BUILT_IN_TYPES = frozenset({"", "moltbot-demo", "builtin", "built-in"})
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ModelRoute:
+    """Which model answers, which ones stand in, and when. `latency` in seconds, `error_rate` as a share of 1."""
+
+    primary: str = ""
+    fallback: tuple[str, ...] = ()
+    latency: float = 3.0
+    error_rate: float = 0.05
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Cache:
+    """Where answers are kept for another time. `ttl` in seconds."""
+
+    type: str = "memory"
+    host: str = "127.0.0.1"
+    port: int = 6379
+    password: str = field(default="", repr=False)
+    ttl: float = 3600.0
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Autoscaling:
+    """How many replicas to run; `metrics` maps cpu, memory or queue_depth to a target share of 1."""
+
+    min_replicas: int = 2
+    max_replicas: int = 10
+    metrics: tuple[tuple[str, float], ...] = ()
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Settings:
+    """The server's settings. Durations are seconds, sizes bytes; a port of 0 takes any free one.
+
+    `origins` maps a key to the place that set it, such as `.env:4`, for messages about a value that turns out wrong.
+    `notices` tells what was asked for and is not acted on by this release, one sentence each.
+
+    Raises:
+        ConfigError: a combination is unsafe or makes no sense.
+    """
+
+    workspace: Path
+    host: str = "127.0.0.1"
+    port: int = 8000
+    grpc_host: str = "127.0.0.1"
+    grpc_port: int = 50051
+    metrics_host: str = "127.0.0.1"
+    metrics_port: int = 9464
+    workers: int = 1
+    model_type: str = ""
+    model_path: Path | None = None
+    context_length: int | None = None
+    threads: int | None = None
+    system_prompt: str = ""
+    log_level: str = "info"
+    log_json: bool = False
+    tls_cert: Path | None = None
+    tls_key: Path | None = None
+    trusted_proxies: tuple[str, ...] = ()
+    max_message_bytes: int = 4 << 20
+    max_inline_bytes: int = 1 << 20
+    flush_interval: float = 0.02
+    queue_limit: int = 256
+    drain_grace: float = 10.0
+    models: ModelRoute = ModelRoute()
+    cache: Cache = Cache()
+    autoscaling: Autoscaling | None = None
+    origins: Mapping[str, str] = field(default_factory=dict, repr=False, compare=False)
+
+    def __post_init__(self) -> None:
+        problems = [*self._unsafe(), *self._nonsense()]
+        if problems:
+            raise ConfigError(*problems)
+
+    def origin(self, key: str) -> str:
+        """Return where a key was set, such as `moltbot.yaml:3`; `the default` when nowhere."""
+        return self.origins.get(key, "the default")
+
+    @property
+    def notices(self) -> tuple[str, ...]:
+        """What was asked for and is not acted on by this release; to be told once at start."""
+        return tuple(_notices(self))
+
+    def _unsafe(self) -> Iterator[Problem]:
+        """A port that others can reach needs TLS of its own or a proxy that has it; there is no way around it."""
+        for key, speaks_tls in (("grpc_host", True), ("metrics_host", True), ("host", False)):
+            host = getattr(self, key)
+            if is_loopback(host) or self.trusted_proxies or (speaks_tls and self.tls_cert and self.tls_key):
+                continue
+            way = "set `tls_cert` and `tls_key`, or " if speaks_tls else ""
+            yield self._problem(
+                key,
+                f"{key} {host} can be reached from other machines and nothing would encrypt what passes; {way}"
+                "name the proxy that ends TLS in `trusted_proxies`, or use 127.0.0.1",
+            )
+
+    def _nonsense(self) -> Iterator[Problem]:
+        for one, other in (("tls_cert", "tls_key"), ("tls_key", "tls_cert")):
+            path = getattr(self, one)
+            if path is not None and getattr(self, other) is None:
+                yield self._problem(one, f"{one} is set and {other} is not; set both")
+            if path is not None and not path.is_file():
+                yield self._problem(one, f"{one}: there is no file {path}")
+        if self.model_path is None and self.model_type.lower() not in _BUILT_IN_TYPES:
+            yield self._problem(
+                "model_type",
+                f"model_type is {self.model_type!r} and no model_path says where that model is; set MODEL_PATH, "
+                "or leave MODEL_TYPE out for the built-in model",
+            )
+        if self.max_inline_bytes >= self.max_message_bytes:
+            yield self._problem("max_inline_bytes", "max_inline_bytes must be below max_message_bytes")
+        scaling = self.autoscaling
+        if scaling and scaling.min_replicas > scaling.max_replicas:
+            text = f"autoscaling: min_replicas {scaling.min_replicas} is above max_replicas {scaling.max_replicas}"
+            yield self._problem("autoscaling.min_replicas", text)
+        ports = [("port", self.port), ("grpc_port", self.grpc_port), ("metrics_port", self.metrics_port)]
+        for index, (key, port) in enumerate(ports):
+            for other, taken in ports[:index]:
+                if port and port == taken:
+                    yield self._problem(key, f"{key} and {other} are both {port}; give each its own")
+
+    def _problem(self, key: str, text: str) -> Problem:
+        return Problem(where=self.origins.get(key, ""), text=text)
+
+
+def is_loopback(host: str) -> bool:
+    """Return True when a bind to the host can be reached from this machine only; False when that is not certain."""
+    if host.lower() == "localhost":
+        return True
+    try:
+        return ipaddress.ip_address(host.strip("[]")).is_loopback
+    except ValueError:
+        return False
+
+
+def _notices(settings: Settings) -> Iterator[str]:
+    models, cache = settings.models, settings.cache
+    local = settings.model_path.name if settings.model_path else BUILT_IN_MODEL
+    if models.primary not in ("", local):
+        yield f"models.primary: this release answers with {local}; {models.primary} is not reached yet."
+    if models.fallback:
+        yield "models.fallback: this release has one model and nothing to fall back to; the list is not used yet."
+    if cache.type == "redis":
+        yield f"cache: this release keeps everything in the workspace; Redis at {cache.host} is not used yet."
+    if settings.autoscaling is not None:
+        yield "autoscaling: this release does not start or stop replicas by itself; the section is not used yet."
+    if settings.workers > 1:
+        yield f"workers: {settings.workers} processes serve HTTP; the core is one process in this release."
+
+
+def load_settings(
+    workspace: Path,
+    environ: Mapping[str, str],
+    overrides: Mapping[str, object] | None = None,
+    *,
+    current: Path | None = None,
+) -> Settings:
+    """Return the settings of a workspace.
+
+    `overrides` maps keys, such as `grpc_port`, to what command-line flags said; None is a flag that was not given.
+    `current` is the folder whose `.env` is read too; by default the working directory.
+
+    Raises:
+        ConfigError: something is wrong; all of it is told, each with its place and what was expected.
+    """
+    problems: list[Problem] = []
+    given: dict[str, Given] = dict(_flat("", read_yaml(workspace / "moltbot.yaml", problems), problems))
+    current = current or Path.cwd()
+    if current.resolve() != workspace.resolve():
+        # Other programs keep their own names in this file: only the five are ours.
+        given |= _named(read_env_file(current / ".env", []).items(), PLAIN_NAMES)
+    own = read_env_file(workspace / ".env", problems)
+    problems += (_unknown(name, place.where, ENV_NAMES) for name, place in own.items() if not _known(name))
+    given |= _named(own.items(), ENV_NAMES) | _named(read_environ(environ), ENV_NAMES)
+    for key, flag in read_flags(overrides or {}):
+        if key in KEYS:
+            given[key] = flag
+        else:
+            problems.append(_unknown(key, flag.where, KEYS))
+    values = _read(given, problems)
+    return _settings(workspace, values, {key: place.where for key, place in given.items()}, problems)
+
+
+def misspelled(environ: Mapping[str, str]) -> tuple[str, ...]:
+    """Return a sentence for each `MOLTBOT_` variable of the environment that is none of ours but close to one."""
+    near = ((name, _nearest(name, ENV_NAMES)) for name in environ if name.startswith("MOLTBOT_") and not _known(name))
+    return tuple(
+        f"environment variable {name} is not known and not used; did you mean {own}?" for name, own in near if own
+    )
+
+
+def _known(name: str) -> bool:
+    return name in ENV_NAMES or name in OTHER_NAMES
+
+
+def _named(variables: Iterable[tuple[str, Given]], names: Mapping[str, str]) -> dict[str, Given]:
+    """Return variables by key. A blank one counts as not given; a name with the prefix wins over the plain one."""
+    known = [(name, value) for name, value in variables if name in names and value.value]
+    known.sort(key=lambda item: item[0].startswith("MOLTBOT_"))
+    return {names[name]: value for name, value in known}
+
+
+def _flat(prefix: str, level: Mapping[str, Given], problems: list[Problem]) -> Iterator[tuple[str, Given]]:
+    for name, value in level.items():
+        key = f"{prefix}{name}"
+        if key in KEYS:
+            yield key, value
+        elif key not in SECTIONS:
+            siblings = {k[len(prefix) :].split(".")[0] for k in KEYS if k.startswith(prefix)}
+            problems.append(_unknown(name, value.where, siblings, prefix))
+        elif isinstance(value.value, Mapping):
+            yield from _flat(f"{key}.", value.value, problems)
+        elif value.value is not None:
+            inside = sorted(k.removeprefix(f"{key}.") for k in KEYS if k.startswith(f"{key}."))
+            problems.append(
+                Problem(where=value.where, text=f"{key}: found {value}, expected the keys {', '.join(inside)}")
+            )
+
+
+def _nearest(name: str, known: Iterable[str]) -> str:
+    by_lower = {word.lower(): word for word in known}
+    found = difflib.get_close_matches(name.lower().replace("-", "_"), by_lower, n=1, cutoff=0.6)
+    return by_lower[found[0]] if found else ""
+
+
+def _unknown(name: str, where: str, known: Iterable[str], prefix: str = "") -> Problem:
+    known = list(known)
+    near = _nearest(name, known)
+    hint = f"did you mean `{near}`?" if near else f"known are {', '.join(sorted(known))}"
+    section = f" in `{prefix[:-1]}`" if prefix else ""
+    return Problem(where=where, text=f"unknown key `{name}`{section}; {hint}")
+
+
+def _read(given: Mapping[str, Given], problems: list[Problem]) -> dict[str, Any]:
+    values: dict[str, Any] = {}
+    for key, value in given.items():
+        kind = KEYS[key]
+        try:
+            values[key] = kind.read(value)
+        except ValueError:
+            found = "a secret that does not fit" if key == "cache.password" else str(value)
+            problems.append(Problem(where=value.where, text=f"{key}: found {found}, expected {kind.expected}"))
+    return values
+
+
+def _settings(
+    workspace: Path, values: Mapping[str, Any], origins: Mapping[str, str], problems: list[Problem]
+) -> Settings:
+    """Make the value; when problems were found already, make it only to find those of combinations too."""
+    flat = {key: value for key, value in values.items() if "." not in key}
+    models = {key.rpartition(".")[2]: value for key, value in values.items() if key.startswith("models.")}
+    cache = {key.rpartition(".")[2]: value for key, value in values.items() if key.startswith("cache.")}
+    scaling = {key.rpartition(".")[2]: value for key, value in values.items() if key.startswith("autoscaling.")}
+    try:
+        settings = Settings(
+            workspace=workspace,
+            models=ModelRoute(**models),
+            cache=Cache(**cache),
+            autoscaling=Autoscaling(**scaling) if scaling else None,
+            origins=origins,
+            **flat,
+        )
+    except ConfigError as error:
+        raise ConfigError(*sorted([*problems, *error.problems], key=_place)) from None
+    if problems:
+        raise ConfigError(*sorted(problems, key=_place))
+    return settings
+
+
+def _place(problem: Problem) -> tuple[str, int]:
+    file, _, line = problem.where.rpartition(":")
+    return (file, int(line)) if line.isdecimal() else (problem.where, 0)
+
+
+def defaults() -> dict[str, object]:
+    """Return the default of every plain key, for documents and tests."""
+    return {item.name: item.default for item in fields(Settings) if item.name in KEYS and item.default is not MISSING}

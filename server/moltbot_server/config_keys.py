@@ -1,0 +1,79 @@
+"""Every key of the configuration: its place in YAML, what it accepts, and the names it has in the environment."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+from moltbot_server.config_values import (
+    HOST,
+    NETWORK,
+    PATH,
+    PERCENT,
+    PORT,
+    TRUTH,
+    Kind,
+    choice,
+    duration,
+    records,
+    several,
+    size,
+    text,
+    whole,
+)
+
+# A dot leads into a section of the YAML file.
+KEYS: Mapping[str, Kind] = {
+    "host": HOST,
+    "port": PORT,
+    "grpc_host": HOST,
+    "grpc_port": PORT,
+    "metrics_host": HOST,
+    "metrics_port": PORT,
+    "workers": whole(1, 64),
+    "model_type": text(64),
+    "model_path": PATH,
+    "context_length": whole(64, 10_000_000, "a number of tokens"),
+    "threads": whole(1, 1024),
+    "system_prompt": text(32_000),
+    "log_level": choice("debug", "info", "warning", "error"),
+    "log_json": TRUTH,
+    "tls_cert": PATH,
+    "tls_key": PATH,
+    "trusted_proxies": several(NETWORK),
+    "max_message_bytes": size(64 << 10, 64 << 20),
+    "max_inline_bytes": size(1 << 10, 32 << 20),
+    "flush_interval": duration(0, 5),
+    "queue_limit": whole(1, 1_000_000),
+    "drain_grace": duration(0, 3600),
+    "models.primary": text(128),
+    "models.fallback": several(text(128, blank=False)),
+    "models.threshold.latency": duration(0.001, 3600, bare=False),
+    "models.threshold.error_rate": PERCENT,
+    "cache.type": choice("memory", "redis"),
+    "cache.host": HOST,
+    "cache.port": whole(1, 65535, "a port"),
+    "cache.password": text(512),
+    "cache.ttl": duration(0, 365 * 86400),
+    "autoscaling.min_replicas": whole(1, 10_000),
+    "autoscaling.max_replicas": whole(1, 10_000),
+    "autoscaling.metrics": records({"type": choice("cpu", "memory", "queue_depth"), "target": PERCENT}),
+}
+
+SECTIONS = frozenset(key[:end] for key in KEYS for end in range(len(key)) if key[end] == ".")
+
+# The names that work without the prefix MOLTBOT_, in the environment and in environment files.
+PLAIN_NAMES: Mapping[str, str] = {
+    "PORT": "port",
+    "WORKERS": "workers",
+    "MODEL_TYPE": "model_type",
+    "MODEL_PATH": "model_path",
+    "CONTEXT_LENGTH": "context_length",
+}
+
+ENV_NAMES: Mapping[str, str] = {
+    **PLAIN_NAMES,
+    **{"MOLTBOT_" + key.upper().replace(".", "_"): key for key in KEYS if key != "autoscaling.metrics"},
+}
+
+# Variables of MoltBot that are no settings of the server.
+OTHER_NAMES = frozenset({"MOLTBOT_WORKSPACE", "MOLTBOT_KEY", "MOLTBOT_ADDRESS", "MOLTBOT_SUPERVISED"})
