@@ -6,7 +6,6 @@ names of `PLAIN_NAMES` only), `.env` of the workspace, the process environment, 
 
 from __future__ import annotations
 
-import difflib
 import ipaddress
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import MISSING, dataclass, field, fields
@@ -250,6 +249,8 @@ def _flat(prefix: str, level: Mapping[str, Given], problems: list[Problem]) -> I
 
 
 def _nearest(name: str, known: Iterable[str]) -> str:
+    import difflib  # late: only a message about a mistake needs it
+
     by_lower = {word.lower(): word for word in known}
     found = difflib.get_close_matches(name.lower().replace("-", "_"), by_lower, n=1, cutoff=0.6)
     return by_lower[found[0]] if found else ""

@@ -6,8 +6,10 @@ import re
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-import yaml
+if TYPE_CHECKING:
+    import yaml
 
 _LARGEST_FILE = 1 << 20
 _DEEPEST = 16
@@ -73,8 +75,11 @@ def read_text(path: Path) -> str | None:
 def read_yaml(path: Path, problems: list[Problem]) -> Mapping[str, Given]:
     """Return the top level of a YAML file; empty when the file is missing or empty. Adds to `problems`."""
     text = read_text(path)
-    if text is None:
+    if text is None or all(not line.strip() or line.lstrip().startswith("#") for line in text.splitlines()):
         return {}
+    # Late: a tenth of the start and 4 MB in each process, for a file that is most often comments only.
+    import yaml
+
     try:
         node = yaml.compose(text, Loader=yaml.SafeLoader)
     except yaml.MarkedYAMLError as error:
@@ -99,20 +104,20 @@ def _from_node(node: yaml.Node, path: Path, problems: list[Problem], depth: int)
         problems.append(Problem(where=where, text="nested too deeply"))
         return Given(value=None, where=where, folder=path.parent)
     value: str | tuple[Given, ...] | Mapping[str, Given] | None
-    if isinstance(node, yaml.MappingNode):
+    if node.id == "mapping":
         value = _mapping(node, path, problems, depth)
-    elif isinstance(node, yaml.SequenceNode):
+    elif node.id == "sequence":
         value = tuple(_from_node(item, path, problems, depth + 1) for item in node.value)
     else:
         value = None if node.tag == "tag:yaml.org,2002:null" else str(node.value)
     return Given(value=value, where=where, folder=path.parent)
 
 
-def _mapping(node: yaml.MappingNode, path: Path, problems: list[Problem], depth: int) -> dict[str, Given]:
+def _mapping(node: yaml.Node, path: Path, problems: list[Problem], depth: int) -> dict[str, Given]:
     value: dict[str, Given] = {}
     for key_node, value_node in node.value:
         key, where = str(key_node.value), f"{path}:{key_node.start_mark.line + 1}"
-        if not isinstance(key_node, yaml.ScalarNode):
+        if key_node.id != "scalar":
             problems.append(Problem(where=where, text="a key must be a plain word"))
         elif key in value:
             first = value[key].where.rpartition(":")[2]
