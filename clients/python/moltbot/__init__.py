@@ -1,1 +1,6 @@
-"""The MoltBot contract and its Python client."""
+"""The MoltBot contract (`moltbot.v1`) and its Python client."""
+
+from moltbot.client import MoltBot, Reply
+from moltbot.errors import MoltBotClientError
+
+__all__ = ["MoltBot", "MoltBotClientError", "Reply"]

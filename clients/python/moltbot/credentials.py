@@ -1,0 +1,32 @@
+"""Where a client finds its key when it is given none."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+import grpc
+
+from moltbot.errors import MoltBotClientError
+
+
+def find_key() -> str:
+    """Return the key of the variable `MOLTBOT_KEY`, or else that of this user's workspace.
+
+    The workspace is the folder of `MOLTBOT_WORKSPACE`, or `./.moltbot` if it exists, or `~/.moltbot`.
+
+    Raises:
+        MoltBotClientError: there is no key, UNAUTHENTICATED with the reason NO_KEY.
+    """
+    if key := os.environ.get("MOLTBOT_KEY", "").strip():
+        return key
+    named, here = os.environ.get("MOLTBOT_WORKSPACE"), Path.cwd() / ".moltbot"
+    folder = Path(named).expanduser() if named else here if here.is_dir() else Path.home() / ".moltbot"
+    try:
+        return (folder / "key").read_text("ascii").strip()
+    except (OSError, UnicodeDecodeError) as error:
+        raise MoltBotClientError(
+            grpc.StatusCode.UNAUTHENTICATED,
+            f"no key: pass key=..., set MOLTBOT_KEY, or make a workspace with `moltbot init` ({error})",
+            reason="NO_KEY",
+        ) from None

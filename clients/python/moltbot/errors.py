@@ -1,0 +1,94 @@
+"""What a call that failed says: one exception, decoded from the `google.rpc` details of a status."""
+
+from __future__ import annotations
+
+import grpc
+from google.rpc import error_details_pb2, status_pb2
+
+from moltbot.v1 import chat_pb2, error_pb2
+
+_DETAILS_KEY = "grpc-status-details-bin"
+_CODES = {code.value[0]: code for code in grpc.StatusCode}
+# Without a reason these are the transport's words: a reset stream, a lost connection, a server that left.
+_TRANSPORT = frozenset(
+    {grpc.StatusCode.UNAVAILABLE, grpc.StatusCode.INTERNAL, grpc.StatusCode.UNKNOWN, grpc.StatusCode.CANCELLED}
+)
+# Reasons whose wait is worth its while although the core cannot say how long it takes.
+_RETRYABLE = frozenset(
+    error_pb2.ErrorReason.Name(reason).removeprefix("ERROR_REASON_")
+    for reason in (
+        error_pb2.ERROR_REASON_SESSION_BUSY,
+        error_pb2.ERROR_REASON_QUEUE_FULL,
+        error_pb2.ERROR_REASON_STORAGE_FULL,
+        error_pb2.ERROR_REASON_DEADLINE_EXCEEDED,
+        error_pb2.ERROR_REASON_NOT_SERVING,
+        error_pb2.ERROR_REASON_MODEL_UNAVAILABLE,
+        error_pb2.ERROR_REASON_STORAGE_UNAVAILABLE,
+        error_pb2.ERROR_REASON_TURN_INTERRUPTED,
+    )
+)
+
+
+class MoltBotClientError(Exception):
+    """A call that failed.
+
+    `code` is the gRPC status; `reason` a name of the contract's `ErrorReason` without its prefix, empty when the
+    connection failed and not the core; `message` says what to do. `retryable` is true when the same call, with the
+    same request id, may succeed later; `retry_after` is in seconds, when known. `fields` maps the path of a wrong
+    field to what is wrong with it.
+    """
+
+    def __init__(
+        self,
+        code: grpc.StatusCode,
+        message: str,
+        *,
+        reason: str = "",
+        retryable: bool = False,
+        retry_after: float | None = None,
+        fields: dict[str, str] | None = None,
+    ) -> None:
+        super().__init__(f"{code.name}{f' ({reason})' if reason else ''}: {message}")
+        self.code = code
+        self.message = message
+        self.reason = reason
+        self.retryable = retryable
+        self.retry_after = retry_after
+        self.fields = fields or {}
+
+    @property
+    def connection_broke(self) -> bool:
+        """True when the core did not refuse: the way to it broke, or it is starting or leaving."""
+        return self.reason == "NOT_SERVING" or (not self.reason and self.code in _TRANSPORT)
+
+
+def from_status(error: grpc.aio.AioRpcError) -> MoltBotClientError:
+    """Return the exception for a call that ended with an error status."""
+    reason, retry_after, fields = "", None, {}
+    for key, value in error.trailing_metadata() or ():
+        if key != _DETAILS_KEY or not isinstance(value, bytes):
+            continue
+        for detail in status_pb2.Status.FromString(value).details:
+            if detail.Is(error_details_pb2.ErrorInfo.DESCRIPTOR):
+                reason = error_details_pb2.ErrorInfo.FromString(detail.value).reason
+            elif detail.Is(error_details_pb2.RetryInfo.DESCRIPTOR):
+                retry_after = error_details_pb2.RetryInfo.FromString(detail.value).retry_delay.ToNanoseconds() / 1e9
+            elif detail.Is(error_details_pb2.BadRequest.DESCRIPTOR):
+                violations = error_details_pb2.BadRequest.FromString(detail.value).field_violations
+                fields = {violation.field: violation.description for violation in violations}
+    retryable = reason in _RETRYABLE or retry_after is not None or error.code() is grpc.StatusCode.UNAVAILABLE
+    message = error.details() or "the core gave no reason"
+    return MoltBotClientError(
+        error.code(), message, reason=reason, retryable=retryable, retry_after=retry_after, fields=fields
+    )
+
+
+def from_event(failed: chat_pb2.Failed) -> MoltBotClientError:
+    """Return the exception for a turn that ended with a `failed` event."""
+    return MoltBotClientError(
+        _CODES.get(failed.code, grpc.StatusCode.UNKNOWN),
+        failed.message,
+        reason=failed.reason,
+        retryable=failed.retryable,
+        retry_after=failed.retry_delay.ToNanoseconds() / 1e9 if failed.HasField("retry_delay") else None,
+    )
