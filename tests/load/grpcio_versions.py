@@ -1,8 +1,9 @@
 """Compares grpcio releases by what a call and a streamed message cost a grpc.aio server in CPU time.
 
-Every trial is a fresh server on uvloop, pinned to one core, and a fresh client on another; the client is the same release for
-every server. A round measures each arm once, and rounds run forwards and backwards in turn (A B C, C B A), so that drift falls on all
-arms alike. The first arm is the baseline; naming it twice shows how far two runs of one release differ.
+A round starts one fresh server on uvloop for each arm, all pinned to one core, and one client for each on another core;
+the client is the same release for all. Only one arm is loaded at a time, in short slices that run forwards and back
+in turn (A B C, C B A), so that the drift of a shared machine falls on all arms alike, and ratios within a round can be
+trusted where absolute figures cannot. The first arm is the baseline; a second arm of its release shows the noise.
 
     python tests/load/grpcio_versions.py run --arm 1.82.3=old/bin/python --arm 1.85.1=new/bin/python \
         --arm 1.85.1-generic=new/bin/python:generic --arm 1.82.3-again=old/bin/python --out result.json
@@ -16,6 +17,7 @@ from __future__ import annotations
 import argparse
 import asyncio
 import contextlib
+import itertools
 import json
 import os
 import platform
@@ -24,16 +26,14 @@ import statistics
 import subprocess
 import sys
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 
 KINDS = ("unary", "stream")
-MESSAGES = 32
-"""Messages that one server stream carries."""
+MESSAGES = 32  # of one server stream
 METHODS_PER_SERVICE = 10
-WORD = "a small message of a chat"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -45,34 +45,31 @@ class Arm:
     generic: bool
 
     @classmethod
-    def parse(cls, text: str) -> Arm:
+    def parse(cls, text: str) -> Self:
         """Reads `NAME=PYTHON` or `NAME=PYTHON:generic`."""
         name, _, python = text.partition("=")
         return cls(name=name, python=python.removesuffix(":generic"), generic=python.endswith(":generic"))
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
+@dataclass(slots=True, kw_only=True)
 class Trial:
-    """One measured server: microseconds of CPU per call (unary) or per message (stream), and what ran beside it."""
+    """What one server cost in one round; units are calls (unary) or messages (stream), times are seconds."""
 
     arm: str
     kind: str
     methods: int
     round: int
-    cpu_us: float
-    per_second: float
-    server_busy: float
-    """Share of the wall time that the server spent on the CPU."""
-    preempted: int
-    """How often another process took the server's core."""
-    rss_mib: float
     load_average: float
+    units: int = 0
+    cpu: float = 0.0
+    wall: float = 0.0
+    preempted: int = 0  # how often another process took the server's core
+    peak_mib: float = 0.0
 
 
 def called_method(methods: int) -> str:
     """Names the method that the client calls: the one in the middle of the server's table."""
-    index = methods // 2
-    return f"/load.v1.Service{index // METHODS_PER_SERVICE}/Method{index}"
+    return f"/load.v1.Service{methods // 2 // METHODS_PER_SERVICE}/Method{methods // 2}"
 
 
 async def serve(kind: str, methods: int, generic: bool) -> None:
@@ -88,10 +85,10 @@ async def serve(kind: str, methods: int, generic: bool) -> None:
             await context.write(StringValue(value=request.value))
 
     def handler(path: str) -> Any:
-        codecs = {"request_deserializer": StringValue.FromString, "response_serializer": StringValue.SerializeToString}
+        codecs = (StringValue.FromString, StringValue.SerializeToString)
         if kind == "stream" and path == called_method(methods):
-            return grpc.unary_stream_rpc_method_handler(repeat, **codecs)
-        return grpc.unary_unary_rpc_method_handler(echo, **codecs)
+            return grpc.unary_stream_rpc_method_handler(repeat, *codecs)
+        return grpc.unary_unary_rpc_method_handler(echo, *codecs)
 
     server: Any = grpc.aio.server(options=[("grpc.so_reuseport", 0)])
     for first in range(0, methods, METHODS_PER_SERVICE):
@@ -107,8 +104,7 @@ async def serve(kind: str, methods: int, generic: bool) -> None:
     print(json.dumps({"port": port, "grpcio": grpc.__version__}), flush=True)
     while await asyncio.to_thread(sys.stdin.readline):
         used = resource.getrusage(resource.RUSAGE_SELF)
-        resident = int(Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
-        report = {"cpu": used.ru_utime + used.ru_stime, "preempted": used.ru_nivcsw, "rss": resident}
+        report = {"cpu": used.ru_utime + used.ru_stime, "preempted": used.ru_nivcsw, "peak": used.ru_maxrss}
         print(json.dumps(report), flush=True)
     await server.stop(None)
 
@@ -118,12 +114,12 @@ async def load(kind: str, methods: int, port: int, channels: int, in_flight: int
     import grpc
     from google.protobuf.wrappers_pb2 import StringValue
 
-    body = StringValue(value=WORD).SerializeToString()
+    body = StringValue(value="a small message of a chat").SerializeToString()
     async with contextlib.AsyncExitStack() as stack:
         stubs: list[Any] = []
-        for number in range(channels):
-            # Without an option that differs, channels to one address share one connection.
-            options = [("load.channel", number)]
+        # Without this option, channels to one address share one connection.
+        options = [("grpc.use_local_subchannel_pool", 1)]
+        for _ in range(channels):
             channel = await stack.enter_async_context(grpc.aio.insecure_channel(f"127.0.0.1:{port}", options=options))
             await channel.channel_ready()
             # Raw bytes: the client's core should not be the narrow one.
@@ -132,10 +128,7 @@ async def load(kind: str, methods: int, port: int, channels: int, in_flight: int
 
         async def caller(stub: Any, turns: Iterator[int]) -> None:
             for _ in turns:
-                if kind == "unary":
-                    answers = [await stub(body)]
-                else:
-                    answers = [message async for message in stub(body)]
+                answers = [await stub(body)] if kind == "unary" else [message async for message in stub(body)]
                 if answers != [body] * (1 if kind == "unary" else MESSAGES):
                     raise SystemExit(f"wrong answer: {answers!r}")
 
@@ -155,11 +148,15 @@ class Process:
         command = ["taskset", "-c", str(core), python, __file__, *arguments]
         self._child = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
 
-    def __enter__(self) -> Process:
+    def __enter__(self) -> Self:
         return self
 
     def __exit__(self, *_: object) -> None:
-        self._child.communicate(timeout=30)
+        try:
+            self._child.communicate(timeout=30)
+        except subprocess.TimeoutExpired:
+            self._child.kill()
+            raise
 
     def read(self) -> dict[str, Any]:
         """Waits for the child's next answer; an answer that never comes ends the run."""
@@ -167,8 +164,7 @@ class Process:
         line = self._child.stdout.readline()
         if not line:
             raise SystemExit(f"a measured process ended early: {self._child.args!r}")
-        answer: dict[str, Any] = json.loads(line)
-        return answer
+        return dict(json.loads(line))
 
     def ask(self, line: object) -> dict[str, Any]:
         """Sends one line and waits for the answer."""
@@ -177,119 +173,127 @@ class Process:
         return self.read()
 
 
-def measure(arm: Arm, kind: str, methods: int, number: int, options: argparse.Namespace) -> Trial:
-    """Measures one arm once: fresh processes, a warm-up, then a fixed amount of work between two readings of the CPU clock."""
-    calls = options.calls if kind == "unary" else options.streams
-    units = calls if kind == "unary" else calls * MESSAGES
-    server_arguments = ["serve", kind, str(methods), *(["--generic"] if arm.generic else [])]
-    with Process(arm.python, options.server_core, server_arguments) as server:
-        ready = server.read()
+class Bench:
+    """One arm's server and client, ready to be loaded slice by slice; `trial` sums what the slices cost."""
+
+    def __init__(self, stack: contextlib.ExitStack, arm: Arm, trial: Trial, options: argparse.Namespace) -> None:
+        self.trial = trial
+        place = [trial.kind, str(trial.methods)]
+        generic = ["--generic"] if arm.generic else []
+        self._server = stack.enter_context(Process(arm.python, options.server_core, ["serve", *place, *generic]))
+        ready = self._server.read()
         if not arm.name.startswith(ready["grpcio"]):
             raise SystemExit(f"arm {arm.name} runs grpcio {ready['grpcio']}")
-        client_arguments = ["load", kind, str(methods), str(ready["port"]), str(options.channels), str(options.in_flight)]
-        with Process(options.client, options.client_core, client_arguments) as client:
-            client.ask(calls // 4)
-            before = server.ask("usage")
-            seconds = float(client.ask(calls)["seconds"])
-            after = server.ask("usage")
-    cpu = float(after["cpu"] - before["cpu"])
-    return Trial(
-        arm=arm.name,
-        kind=kind,
-        methods=methods,
-        round=number,
-        cpu_us=round(cpu / units * 1e6, 2),
-        per_second=round(units / seconds, 1),
-        server_busy=round(cpu / seconds, 3),
-        preempted=after["preempted"] - before["preempted"],
-        rss_mib=round(after["rss"] / 2**20, 1),
-        load_average=round(os.getloadavg()[0], 2),
-    )
+        arguments = ["load", *place, *map(str, (ready["port"], options.channels, options.in_flight))]
+        self._client = stack.enter_context(Process(options.client, options.client_core, arguments))
+
+    def load(self, calls: int, *, counted: bool) -> None:
+        """Makes the calls between two readings of the server's CPU clock; a warm-up is not counted."""
+        before = self._server.ask("usage")
+        seconds = float(self._client.ask(calls)["seconds"])
+        after = self._server.ask("usage")
+        if counted:
+            self.trial.units += calls * (1 if self.trial.kind == "unary" else MESSAGES)
+            self.trial.cpu += after["cpu"] - before["cpu"]
+            self.trial.wall += seconds
+            self.trial.preempted += after["preempted"] - before["preempted"]
+            self.trial.peak_mib = after["peak"] / 1024
 
 
-def spread(values: Sequence[float], digits: int) -> dict[str, float]:
-    """Gives median, lowest and highest of a series."""
-    named = {"median": statistics.median(values), "lowest": min(values), "highest": max(values)}
-    return {name: round(value, digits) for name, value in named.items()}
+def measure(arms: Sequence[Arm], kind: str, methods: int, number: int, options: argparse.Namespace) -> list[Trial]:
+    """Measures every arm in one round: fresh processes, a warm-up, then interleaved slices."""
+    calls = options.calls if kind == "unary" else options.streams
+    place: dict[str, Any] = {"kind": kind, "methods": methods, "round": number, "load_average": os.getloadavg()[0]}
+    with contextlib.ExitStack() as stack:
+        benches = [Bench(stack, arm, Trial(arm=arm.name, **place), options) for arm in arms]
+        for bench in benches:
+            bench.load(calls, counted=False)
+        for part in range(options.slices):
+            # Odd rounds start backwards, so that no arm is always first.
+            for bench in benches if (part + number) % 2 == 0 else reversed(benches):
+                bench.load(calls, counted=True)
+    return [bench.trial for bench in benches]
+
+
+def spread(values: Iterable[float], digits: int) -> list[float]:
+    """Gives median, lowest and highest of a series, in this order."""
+    series = sorted(values)
+    return [round(value, digits) for value in (statistics.median(series), series[0], series[-1])]
 
 
 def summarise(trials: Sequence[Trial], arms: Sequence[Arm]) -> list[dict[str, Any]]:
     """Gives one row per kind, number of methods and arm, with the ratio to the baseline of the same round."""
     rows = []
-    for kind, methods in sorted({(trial.kind, trial.methods) for trial in trials}, key=lambda key: (key[0] != "unary", key[1])):
+    for kind, methods, arm in dict.fromkeys((trial.kind, trial.methods, trial.arm) for trial in trials):
         cell = [trial for trial in trials if (trial.kind, trial.methods) == (kind, methods)]
-        baseline = {trial.round: trial for trial in cell if trial.arm == arms[0].name}
-        for arm in arms:
-            mine = sorted((trial for trial in cell if trial.arm == arm.name), key=lambda trial: trial.round)
-            ratios = [round(trial.cpu_us / baseline[trial.round].cpu_us, 3) for trial in mine]
-            rates = [trial.per_second / baseline[trial.round].per_second for trial in mine]
-            row = {"kind": kind, "methods": methods, "arm": arm.name, "cpu_us": spread([t.cpu_us for t in mine], 1)}
-            row |= {"cpu_ratio": spread(ratios, 3), "cpu_ratio_by_round": ratios}
-            row |= {"per_second": spread([t.per_second for t in mine], 0), "per_second_ratio": spread(rates, 3)}
-            row |= {"server_busy": spread([t.server_busy for t in mine], 2), "rss_mib": spread([t.rss_mib for t in mine], 1)}
-            rows.append(row)
+        pairs = list(zip(*([t for t in cell if t.arm == name] for name in (arms[0].name, arm)), strict=True))
+        ratios = [(mine.cpu / mine.units) / (base.cpu / base.units) for base, mine in pairs]
+        row: dict[str, Any] = {"kind": kind, "methods": methods, "arm": arm}
+        row["cpu_us"] = spread((mine.cpu / mine.units * 1e6 for _, mine in pairs), 1)
+        row["cpu_ratio"] = spread(ratios, 3)
+        row["cpu_ratio_by_round"] = [round(ratio, 3) for ratio in ratios]
+        row["per_second"] = spread((mine.units / mine.wall for _, mine in pairs), 0)
+        row["server_busy"] = spread((mine.cpu / mine.wall for _, mine in pairs), 2)
+        row["peak_mib"] = spread((mine.peak_mib for _, mine in pairs), 1)
+        rows.append(row)
     return rows
+
+
+def record(result: dict[str, Any]) -> str:
+    """Formats the result as JSON with one row of a table to a line."""
+    rows = {key: ",\n".join(map(json.dumps, value)) for key, value in result.items() if isinstance(value, list)}
+    parts = (f'"{key}": ' + (f"[\n{rows[key]}\n]" if key in rows else json.dumps(result[key])) for key in result)
+    return "{\n" + ",\n".join(parts) + "\n}\n"
 
 
 def run(options: argparse.Namespace) -> None:
     """Runs every round of every cell and writes trials and summary as JSON."""
     arms = [Arm.parse(text) for text in options.arm]
     options.client = options.client or arms[0].python
-    started = time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime())
+    machine = {"cores": os.cpu_count(), "kernel": platform.release(), "python": platform.python_version()}
+    result: dict[str, Any] = {"started": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()), "machine": machine}
     trials: list[Trial] = []
     for number in range(options.rounds):
-        for kind in KINDS:
-            for methods in options.methods:
-                for arm in arms if number % 2 == 0 else reversed(arms):
-                    trials.append(measure(arm, kind, methods, number, options))
+        for kind, methods in itertools.product(KINDS, options.methods):
+            trials += measure(arms, kind, methods, number, options)
         print(f"round {number + 1} of {options.rounds}, load {os.getloadavg()[0]:.1f}", file=sys.stderr)
-    settings = {name: value for name, value in vars(options).items() if name not in ("arm", "client", "out", "command")}
-    model = next((row.split(":")[1].strip() for row in Path("/proc/cpuinfo").open() if row.startswith("model name")), "?")
-    machine = {"cpu": model, "cores": os.cpu_count(), "kernel": platform.release(), "python": platform.python_version()}
-    summary = summarise(trials, arms)
-    result = {"started": started, "machine": machine, "settings": settings | {"messages": MESSAGES}, "summary": summary}
+    # Interpreters are paths of one machine: they stay out of the record.
+    public = vars(options).keys() - {"arm", "client", "out"}
+    result["settings"] = {name: getattr(options, name) for name in sorted(public)}
+    result["summary"] = summarise(trials, arms)
     result["trials"] = [asdict(trial) for trial in trials]
-    options.out.write_text(json.dumps(result, indent=1) + "\n")
-    for row in summary:
-        cpu, ratio, rate = row["cpu_us"], row["cpu_ratio"], row["per_second"]
-        print(
-            f"{row['kind']:6} {row['methods']:3} {row['arm']:16} {cpu['median']:7.1f} us ({cpu['lowest']}-{cpu['highest']})"
-            f"  ratio {ratio['median']:.3f} ({ratio['lowest']}-{ratio['highest']})  {rate['median']:8.0f}/s"
-            f"  busy {row['server_busy']['median']}"
-        )
+    options.out.write_text(record(result))
+    for row in result["summary"]:
+        print(*(row[key] for key in ("kind", "methods", "arm", "cpu_us", "cpu_ratio", "per_second", "server_busy")))
 
 
 def parser() -> argparse.ArgumentParser:
     """Describes the three roles of this script; `serve` and `load` are started by `run`."""
     top = argparse.ArgumentParser(description="Compares grpcio releases by server CPU time.")
     roles = top.add_subparsers(dest="command", required=True)
-    for role in ("serve", "load"):
-        child = roles.add_parser(role)
-        child.add_argument("kind", choices=KINDS)
-        child.add_argument("methods", type=int)
-        if role == "serve":
-            child.add_argument("--generic", action="store_true")
-        else:
-            for name in ("port", "channels", "in_flight"):
-                child.add_argument(name, type=int)
-    main = roles.add_parser("run")
-    main.add_argument("--arm", action="append", required=True, help="NAME=PYTHON[:generic]; NAME starts with the version")
-    main.add_argument("--client", help="interpreter of the client; the first arm's by default")
-    main.add_argument("--methods", type=int, nargs="+", default=[1, 30, 60])
-    main.add_argument("--out", type=Path, required=True)
-    for name, value in (("rounds", 6), ("calls", 8000), ("streams", 800), ("channels", 8), ("in-flight", 96)):
-        main.add_argument(f"--{name}", type=int, default=value)
-    for name, value in (("server-core", 2), ("client-core", 3)):
-        main.add_argument(f"--{name}", type=int, default=value)
+    serving, loading, running = (roles.add_parser(role) for role in ("serve", "load", "run"))
+    for role in (serving, loading):
+        role.add_argument("kind", choices=KINDS)
+        role.add_argument("methods", type=int)
+    serving.add_argument("--generic", action="store_true")
+    for name in ("port", "channels", "in_flight"):
+        loading.add_argument(name, type=int)
+    running.add_argument("--arm", action="append", required=True, help="NAME=PYTHON[:generic], NAME a version")
+    running.add_argument("--client", help="interpreter of the client; the first arm's by default")
+    running.add_argument("--methods", type=int, nargs="+", default=[1, 30, 60])
+    running.add_argument("--out", type=Path, required=True)
+    numbers = {"rounds": 6, "slices": 8, "calls": 1200, "streams": 200, "channels": 8, "in-flight": 96}
+    for name, value in (numbers | {"server-core": 2, "client-core": 3}).items():
+        running.add_argument(f"--{name}", type=int, default=value)
     return top
 
 
 if __name__ == "__main__":
     chosen = parser().parse_args()
-    arguments = {name: value for name, value in vars(chosen).items() if name != "command"}
-    if chosen.command == "run":
+    role = chosen.__dict__.pop("command")
+    if role == "run":
         run(chosen)
     else:
         import uvloop
 
-        uvloop.run((serve if chosen.command == "serve" else load)(**arguments))
+        uvloop.run((serve if role == "serve" else load)(**vars(chosen)))
