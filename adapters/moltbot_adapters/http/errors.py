@@ -1,0 +1,118 @@
+"""Errors as HTTP answers: the four-key form of the OpenAI API, for every route."""
+
+import json
+from collections.abc import Mapping
+
+from aiohttp import web
+from grpc import StatusCode
+
+from moltbot_adapters.core_errors import REASONS, CoreError
+
+INVALID = "invalid_request_error"
+SERVER = "server_error"
+
+
+class HttpError(Exception):
+    """An answer that is no success: status, message, and the `type`, `param` and `code` of the four-key form."""
+
+    def __init__(
+        self,
+        status: int,
+        code: str | None,
+        message: str,
+        *,
+        type: str = INVALID,
+        param: str | None = None,
+        headers: Mapping[str, str] | None = None,
+    ) -> None:
+        super().__init__(status, code, message)
+        self.status = status
+        self.code = code
+        self.message = message
+        self.type = type
+        self.param = param
+        self.headers = dict(headers or {})
+
+    def body(self) -> bytes:
+        """Returns the JSON body."""
+        error = {"message": self.message, "type": self.type, "param": self.param, "code": self.code}
+        return json.dumps({"error": error}).encode()
+
+    def response(self) -> web.Response:
+        """Returns the HTTP response."""
+        return web.Response(
+            status=self.status,
+            body=self.body(),
+            content_type="application/json",
+            charset="utf-8",
+            headers=self.headers,
+        )
+
+
+# What the transport's statuses mean when the core gave no reason of its own.
+_BY_STATUS: dict[StatusCode, tuple[int, str, str, str]] = {
+    StatusCode.INVALID_ARGUMENT: (400, INVALID, "invalid_value", "The request was refused."),
+    StatusCode.OUT_OF_RANGE: (400, INVALID, "invalid_value", "The request was refused."),
+    StatusCode.UNAUTHENTICATED: (401, INVALID, "invalid_api_key", "The API key is missing or not known."),
+    StatusCode.PERMISSION_DENIED: (403, INVALID, "permission_denied", "The key may not do this."),
+    StatusCode.NOT_FOUND: (404, INVALID, "not_found", "There is no such thing."),
+    StatusCode.ALREADY_EXISTS: (409, INVALID, "already_exists", "It exists already."),
+    StatusCode.ABORTED: (409, INVALID, "conflict", "Another request came in between."),
+    StatusCode.FAILED_PRECONDITION: (409, INVALID, "conflict", "The request does not fit the present state."),
+    StatusCode.CANCELLED: (409, INVALID, "turn_cancelled", "The turn was cancelled."),
+    StatusCode.RESOURCE_EXHAUSTED: (429, "rate_limit_exceeded", "rate_limit_exceeded", "Too much at once; wait a bit."),
+    StatusCode.UNIMPLEMENTED: (501, SERVER, "unimplemented", "The core cannot do that."),
+    StatusCode.UNAVAILABLE: (503, SERVER, "core_unavailable", "The core cannot be reached now; try again soon."),
+    StatusCode.DEADLINE_EXCEEDED: (504, SERVER, "deadline_exceeded", "The answer was not complete in time."),
+}
+_UNKNOWN = (500, SERVER, "internal_error", "Something went wrong; the log tells more under the request id.")
+
+# Reasons whose HTTP code or status is not simply the reason in lower case under the status above.
+_CODES = {
+    "INVALID_FIELD": "invalid_value",
+    "UNAUTHENTICATED": "invalid_api_key",
+    "UNSUPPORTED_OPTION": "unsupported_value",
+    "UNSUPPORTED_CONTENT": "unsupported_value",
+    "QUEUE_FULL": "rate_limit_exceeded",
+    "INTERNAL": "internal_error",
+}
+_STATUSES = {"STORAGE_FULL": 507}
+# The openai clients repeat 409 and 5xx by themselves; where that cannot help they are told.
+_IN_VAIN = {"REQUEST_ID_REUSED", "STORAGE_FULL", "TURN_CANCELLED", "UNIMPLEMENTED"}
+_PARAMS = {
+    "model": "model",
+    "parts": "messages",
+    "transcript": "messages",
+    "system_prompt": "messages",
+    "session": "session",
+    "request_id": "request_id",
+    "user": "user",
+    "max_output_tokens": "max_tokens",
+    "page_token": "page_token",
+}
+
+
+def from_core(error: CoreError) -> HttpError:
+    """Returns the HTTP answer for a refusal of the core."""
+    status, kind, code, message = _BY_STATUS.get(error.code, _UNKNOWN)
+    if error.reason in REASONS:
+        code = _CODES.get(error.reason, error.reason.lower())
+        status = _STATUSES.get(error.reason, status)
+        kind = SERVER if status >= 500 else kind
+    headers: dict[str, str] = {}
+    if status in (429, 503):
+        wait_s = 1.0 if error.retry_after is None else error.retry_after
+        headers["Retry-After"] = str(max(1, -int(-wait_s // 1)))
+        headers["retry-after-ms"] = str(max(1, round(wait_s * 1000)))
+    if error.reason in _IN_VAIN:
+        headers["x-should-retry"] = "false"
+    return HttpError(status, code, error.message or message, type=kind, param=_param(error), headers=headers)
+
+
+def _param(error: CoreError) -> str | None:
+    if error.reason == "MODEL_NOT_FOUND":
+        return "model"
+    for name in reversed(error.field.replace("[", ".").split(".")):
+        if name in _PARAMS:
+            return _PARAMS[name]
+    return error.field.rpartition(".")[2] or None

@@ -1,0 +1,263 @@
+"""The OpenAI-compatible API: chat completions and models."""
+
+import asyncio
+import re
+import uuid
+from collections.abc import AsyncGenerator
+from contextlib import aclosing
+from dataclasses import dataclass, field
+from typing import Any
+
+from aiohttp import web
+from grpc import StatusCode
+from moltbot.v1 import chat_pb2, message_pb2, model_pb2
+
+from moltbot_adapters.core_client import CoreClient
+from moltbot_adapters.core_errors import CoreError, code_of
+from moltbot_adapters.http import openai_chunks, web_events
+from moltbot_adapters.http.body import NAME, read_json, text_field, wrong_type
+from moltbot_adapters.http.context import CONTEXT, RequestContext
+from moltbot_adapters.http.errors import HttpError, from_core
+from moltbot_adapters.http.metrics import Metrics
+from moltbot_adapters.http.openai_messages import conversation_of
+from moltbot_adapters.http.openai_options import flag, options_of
+from moltbot_adapters.http.settings import Settings
+from moltbot_adapters.http.sse import EventStream, Streams
+
+DEFAULT_MODELS = frozenset(("", "moltbot", "default"))
+"""Names for the workspace's own choice of model."""
+
+_IDEMPOTENCY_KEY = re.compile(r"[\x21-\x7e]{1,128}")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Ask:
+    """A chat completion that is asked for."""
+
+    turn: chat_pb2.TurnInput
+    model: str
+    streamed: bool
+    with_usage: bool
+    limit_s: float
+    headers: dict[str, str]
+
+
+@dataclass(slots=True)
+class Progress:
+    """How much of a streamed answer its reader has."""
+
+    model: str
+    with_usage: bool
+    chunks: openai_chunks.Chunks | None = None
+    shown: list[str] = field(default_factory=list)
+    length: int = 0
+
+    def add(self, text: str) -> bytes:
+        """Returns the bytes that show more text; the first ones bring the role along."""
+        self.shown.append(text)
+        self.length += len(text)
+        if self.chunks is None:
+            self.chunks = openai_chunks.Chunks(self.model, with_usage=self.with_usage)
+            return self.chunks.role() + (self.chunks.text(text) if text else b"")
+        return self.chunks.text(text)
+
+    def missing(self, text: str) -> str | None:
+        """Returns what must be added so that `text` is shown, or None when something else is shown already."""
+        shown = "".join(self.shown)
+        return text[len(shown) :] if text.startswith(shown) else None
+
+
+class OpenAiApi:
+    """Handles `/v1`. The caller's own key goes along with every call: this process has no say in it."""
+
+    def __init__(self, core: CoreClient, streams: Streams, metrics: Metrics, settings: Settings) -> None:
+        self._core = core
+        self._streams = streams
+        self._metrics = metrics
+        self._settings = settings
+
+    async def chat_completions(self, request: web.Request) -> web.StreamResponse:
+        """`POST /v1/chat/completions`."""
+        body = await read_json(request, self._settings)
+        ask = read_ask(body, request, self._settings)
+        context = request[CONTEXT]
+        if ask.streamed:
+            return await self._stream(request, context, ask)
+        answer = (await self._core.run_turn(ask.turn, context.caller, ask.limit_s)).completed
+        if answer.finish_reason == message_pb2.FINISH_REASON_CANCELLED:
+            raise _cancelled()
+        self._count(answer)
+        return web.json_response(openai_chunks.whole_answer(answer, ask.model), headers=ask.headers)
+
+    async def _stream(self, request: web.Request, context: RequestContext, ask: Ask) -> web.StreamResponse:
+        events = self._core.stream_turn(ask.turn, context.caller, ask.limit_s)
+        async with self._streams.stream(request, ask.headers) as out, aclosing(events):
+            try:
+                return await self._answer(out, events, context, ask)
+            except asyncio.CancelledError:
+                if not out.out_of_time:
+                    raise
+                error = HttpError(503, "shutting_down", "The server restarts; ask again.", type="server_error")
+            except CoreError as failure:
+                error = from_core(failure)
+            except HttpError as refusal:
+                error = refusal
+            context.fail(error)
+            if not out.opened:
+                raise error
+            await out.write(b"data: " + error.body() + b"\n\n")
+            return await out.end()
+
+    async def _answer(
+        self, out: EventStream, events: AsyncGenerator[chat_pb2.Event, None], context: RequestContext, ask: Ask
+    ) -> web.StreamResponse:
+        progress = Progress(ask.model, ask.with_usage)
+        async for event in events:
+            match event.WhichOneof("kind"):
+                case "text_delta":
+                    if progress.chunks is None:
+                        self._metrics.first_token(context.route, context.seconds())
+                    await out.write(progress.add(event.text_delta.text))
+                case "routed":
+                    progress.model = web_events.last_of(event.routed.model) or progress.model
+                case "reset":
+                    missing = progress.missing(event.reset.text)
+                    if missing is None:
+                        raise HttpError(
+                            503, "answer_replaced", "The answer had to be begun anew; ask again.", type="server_error"
+                        )
+                    if missing:
+                        await out.write(progress.add(missing))
+                case "completed":
+                    await self._complete(out, progress, event.completed)
+                    return await out.end()
+                case "failed":
+                    raise failure_of(event.failed)
+        raise CoreError(StatusCode.INTERNAL)  # the contract knows no stream without a last event
+
+    async def _complete(self, out: EventStream, progress: Progress, answer: chat_pb2.Completed) -> None:
+        if answer.finish_reason == message_pb2.FINISH_REASON_CANCELLED:
+            raise _cancelled()
+        self._count(answer)
+        progress.model = web_events.last_of(answer.model) or progress.model
+        data = b""
+        if progress.chunks is None or progress.length < len(answer.text):
+            data = progress.add(progress.missing(answer.text) or "")
+        assert progress.chunks is not None
+        await out.write(data + progress.chunks.last(answer))
+
+    def _count(self, answer: chat_pb2.Completed) -> None:
+        usage = answer.usage
+        self._metrics.tokens(usage.input_tokens, usage.output_tokens, usage.cached_input_tokens)
+
+    async def list_models(self, request: web.Request) -> web.Response:
+        """`GET /v1/models`: the models that can answer now."""
+        models = await self._core.list_models(request[CONTEXT].caller)
+        ready = [_model(model) for model in models if model.state == model_pb2.MODEL_STATE_READY]
+        return web.json_response({"object": "list", "data": ready})
+
+    async def get_model(self, request: web.Request) -> web.Response:
+        """`GET /v1/models/{model}`; `moltbot` and `default` stand for the model that answers by default."""
+        wanted = request.match_info["model"]
+        caller = request[CONTEXT].caller
+        if wanted in DEFAULT_MODELS:
+            models = await self._core.list_models(caller)
+            default = next((model for model in models if model.is_default), None)
+            if default is None:
+                raise _no_model(wanted)
+            return web.json_response({**_model(default), "id": wanted})
+        if not NAME.fullmatch(wanted):
+            raise _no_model(wanted)
+        return web.json_response(_model(await self._core.get_model(f"models/{wanted}", caller)))
+
+
+def read_ask(body: dict[str, Any], request: web.Request, settings: Settings) -> Ask:
+    """Reads a request for a chat completion. Raises `HttpError` 400 or 404."""
+    streamed = flag(body, "stream")
+    model = text_field(body, "model", default="").removeprefix("models/")
+    if model not in DEFAULT_MODELS and not NAME.fullmatch(model):
+        raise _no_model(model)
+    options = options_of(body)
+    said = conversation_of(body.get("messages"))
+    repeat_key = _header(request, "Idempotency-Key", _IDEMPOTENCY_KEY)
+    session = _header(request, "X-Session-Id", NAME)
+    turn = chat_pb2.TurnInput(
+        parts=said.parts,
+        request_id=repeat_key or uuid.uuid4().hex,
+        model="" if model in DEFAULT_MODELS else f"models/{model}",
+        options=options,
+        system_prompt=said.system_prompt,
+        user=text_field(body, "user", default="", longest=128),
+        channel="api",
+        # Who names the request means to come back for its answer, so it must outlive the connection.
+        cancel_on_disconnect=not repeat_key,
+    )
+    if session:
+        turn.session = f"sessions/{session}"
+    else:
+        turn.transcript.messages.extend(said.history)
+        turn.transcript.SetInParent()  # a transcript, even an empty one, keeps the turn out of the list of sessions
+    return Ask(
+        turn=turn,
+        model=model or "moltbot",
+        streamed=streamed,
+        with_usage=streamed and _with_usage(body.get("stream_options")),
+        limit_s=_limit_s(request, settings),
+        headers={"X-Session-Id": session} if session else {},
+    )
+
+
+def failure_of(failed: chat_pb2.Failed) -> CoreError:
+    """Returns the failure that a turn ended with as the error that a call would have raised."""
+    delay = failed.retry_delay
+    return CoreError(
+        code_of(failed.code),
+        reason=failed.reason,
+        message=failed.message,
+        retry_after=delay.seconds + delay.nanos / 1e9 if failed.HasField("retry_delay") else None,
+    )
+
+
+def _with_usage(options: Any) -> bool:
+    if options is None:
+        return False
+    if not isinstance(options, dict):
+        raise wrong_type("stream_options", "an object")
+    return flag(options, "include_usage")
+
+
+def _header(request: web.Request, name: str, form: re.Pattern[str]) -> str:
+    value = request.headers.get(name)
+    if value is None:
+        return ""
+    if not form.fullmatch(value):
+        raise HttpError(400, "invalid_value", f"The header {name} does not have the form {form.pattern}.", param=name)
+    return value
+
+
+def _limit_s(request: web.Request, settings: Settings) -> float:
+    text = request.headers.get("X-Request-Timeout")
+    if text is None:
+        return settings.turn_limit_s
+    if not re.fullmatch(r"[0-9]{1,6}(\.[0-9]{1,6})?", text) or float(text) <= 0:
+        raise HttpError(
+            400, "invalid_value", "The header X-Request-Timeout must be a number of seconds.", param="X-Request-Timeout"
+        )
+    return min(float(text), settings.turn_limit_s)
+
+
+def _model(model: model_pb2.Model) -> dict[str, Any]:
+    return {
+        "id": web_events.last_of(model.name),
+        "object": "model",
+        "created": model.load_time.seconds,
+        "owned_by": "moltbot",
+    }
+
+
+def _no_model(name: str) -> HttpError:
+    return HttpError(404, "model_not_found", f"The model '{name[:128]}' does not exist.", param="model")
+
+
+def _cancelled() -> HttpError:
+    return HttpError(409, "turn_cancelled", "The turn was cancelled.", headers={"x-should-retry": "false"})

@@ -1,0 +1,158 @@
+"""The browser's API: sign-in, past chats, and turns as event streams that can be resumed."""
+
+import uuid
+from collections.abc import AsyncGenerator
+from contextlib import aclosing
+
+from aiohttp import web
+from moltbot.v1 import chat_pb2, message_pb2, model_pb2
+
+from moltbot_adapters.core_client import CoreClient
+from moltbot_adapters.core_errors import CoreError
+from moltbot_adapters.http import web_events
+from moltbot_adapters.http.body import NAME, read_json, text_field
+from moltbot_adapters.http.context import CONTEXT
+from moltbot_adapters.http.errors import HttpError, from_core
+from moltbot_adapters.http.metrics import Metrics
+from moltbot_adapters.http.settings import Settings
+from moltbot_adapters.http.sse import Streams
+
+CHANNEL = "web"
+
+
+class WebApi:
+    """Handles `/api` for a signed-in browser. Turns go on when the browser leaves."""
+
+    def __init__(self, core: CoreClient, streams: Streams, metrics: Metrics, settings: Settings, version: str) -> None:
+        self._core = core
+        self._streams = streams
+        self._metrics = metrics
+        self._settings = settings
+        self._version = version
+
+    async def me(self, request: web.Request) -> web.Response:
+        """`GET /api/me`: who is signed in, and which models answer."""
+        context = request[CONTEXT]
+        models = await self._core.list_models(context.caller)
+        shown = [_model(model) for model in models if model.state == model_pb2.MODEL_STATE_READY]
+        default = next((_model(model) for model in models if model.is_default), {"id": "", "display_name": ""})
+        return web.json_response(
+            {"user": context.user, "version": self._version, "default_model": default, "models": shown}
+        )
+
+    async def list_sessions(self, request: web.Request) -> web.Response:
+        """`GET /api/sessions`: a page of this user's chats, the last used first."""
+        context = request[CONTEXT]
+        page = await self._core.list_sessions(context.user, CHANNEL, _page_token(request), context.caller)
+        return web.json_response(
+            {
+                "sessions": [web_events.session(session) for session in page.sessions],
+                "next_page_token": page.next_page_token,
+            }
+        )
+
+    async def list_messages(self, request: web.Request) -> web.Response:
+        """`GET /api/sessions/{session}/messages`: a page of a chat, oldest first."""
+        page = await self._core.list_messages(_session(request), _page_token(request), request[CONTEXT].caller)
+        shown = (message_pb2.ROLE_USER, message_pb2.ROLE_ASSISTANT)
+        return web.json_response(
+            {
+                "messages": [web_events.message(message) for message in page.messages if message.role in shown],
+                "next_page_token": page.next_page_token,
+            }
+        )
+
+    async def delete_session(self, request: web.Request) -> web.Response:
+        """`DELETE /api/sessions/{session}`."""
+        await self._core.delete_session(_session(request), request[CONTEXT].caller)
+        return web.Response(status=204)
+
+    async def start_turn(self, request: web.Request) -> web.StreamResponse:
+        """`POST /api/turns`: starts a turn, or follows the one with the same request id, as an event stream."""
+        context = request[CONTEXT]
+        body = await read_json(request, self._settings)
+        session = text_field(body, "session", default="")
+        if session and not NAME.fullmatch(session):
+            raise HttpError(400, "invalid_value", "'session' is not a session's id.", param="session")
+        model = text_field(body, "model", default="")
+        if model and not NAME.fullmatch(model):
+            raise HttpError(404, "model_not_found", "There is no such model.", param="model")
+        turn = chat_pb2.TurnInput(
+            session=f"sessions/{session}" if session else "",
+            parts=[message_pb2.Part(text=text_field(body, "text"))],
+            request_id=text_field(body, "request_id", default="", longest=128) or str(uuid.uuid4()),
+            model=f"models/{model}" if model else "",
+            user=context.user,
+            channel=CHANNEL,
+        )
+        return await self._send(request, self._core.stream_turn(turn, context.caller, self._settings.turn_limit_s))
+
+    async def turn_events(self, request: web.Request) -> web.StreamResponse:
+        """`GET /api/sessions/{session}/turns/{turn}/events`: what comes after a sequence number, then live."""
+        after = max(_sequence(request.query.get("after")), _sequence(request.headers.get("Last-Event-ID")))
+        caller = request[CONTEXT].caller
+        return await self._send(
+            request, self._core.resume_turn(_turn(request), after, caller, self._settings.turn_limit_s)
+        )
+
+    async def cancel_turn(self, request: web.Request) -> web.Response:
+        """`POST /api/sessions/{session}/turns/{turn}/cancel`."""
+        cancelled = await self._core.cancel_turn(_turn(request), request[CONTEXT].caller)
+        return web.json_response({"cancelled": cancelled})
+
+    async def _send(self, request: web.Request, events: AsyncGenerator[chat_pb2.Event, None]) -> web.StreamResponse:
+        context = request[CONTEXT]
+        waiting = True
+        async with self._streams.stream(request) as out, aclosing(events):
+            try:
+                async for event in events:
+                    if waiting and event.HasField("text_delta"):
+                        waiting = False
+                        self._metrics.first_token(context.route, context.seconds())
+                    elif event.HasField("completed"):
+                        usage = event.completed.usage
+                        self._metrics.tokens(usage.input_tokens, usage.output_tokens, usage.cached_input_tokens)
+                    elif event.HasField("failed"):
+                        context.reason = "turn_failed"
+                    if frame := web_events.frame(event):
+                        await out.write(frame)
+            except CoreError as error:
+                context.fail(from_core(error))
+                if not out.opened:
+                    raise
+                # The page resumes after the last event it saw; a lasting fault is told by that call's status.
+            return await out.end()
+
+
+def _model(model: model_pb2.Model) -> dict[str, str]:
+    name = web_events.last_of(model.name)
+    return {"id": name, "display_name": model.display_name or name}
+
+
+def _session(request: web.Request) -> str:
+    session = request.match_info["session"]
+    if not NAME.fullmatch(session):
+        raise HttpError(404, "session_not_found", "There is no such chat.")
+    return f"sessions/{session}"
+
+
+def _turn(request: web.Request) -> str:
+    turn = request.match_info["turn"]
+    if not NAME.fullmatch(turn):
+        raise HttpError(404, "turn_not_found", "There is no such turn.")
+    return f"{_session(request)}/turns/{turn}"
+
+
+def _page_token(request: web.Request) -> str:
+    token = request.query.get("page_token", "")
+    if len(token) > 1024 or not token.isascii() or not token.isprintable():
+        raise HttpError(400, "invalid_page_token", "The page token was not given by this server.", param="page_token")
+    return token
+
+
+def _sequence(text: str | None) -> int:
+    if not text:
+        return 0
+    if not (text.isascii() and text.isdigit() and len(text) <= 18):
+        raise HttpError(400, "invalid_value", "A sequence number is a whole number.", param="after")
+    return int(text)

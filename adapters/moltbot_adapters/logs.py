@@ -1,0 +1,67 @@
+"""Structured logs on stderr: a static message and fields, as text or as JSON."""
+
+import json
+import logging
+import sys
+import time
+from typing import Any
+
+LEVELS = {"debug": logging.DEBUG, "info": logging.INFO, "warning": logging.WARNING, "error": logging.ERROR}
+
+
+def configure(level: str, as_json: bool) -> None:
+    """Sends the logs of this process to stderr. Called once, before any channel exists."""
+    handler = logging.StreamHandler(sys.stderr)
+    handler.setFormatter(JsonFormatter() if as_json else TextFormatter())
+    logging.basicConfig(level=LEVELS[level], handlers=[handler], force=True)
+    logging.raiseExceptions = False  # a closed stderr must not turn into output of its own
+
+
+def fields(**values: object) -> dict[str, dict[str, object]]:
+    """Returns the `extra` argument of a log call that carries these fields."""
+    return {"fields": values}
+
+
+def _timestamp(record: logging.LogRecord) -> str:
+    return time.strftime("%Y-%m-%dT%H:%M:%S", time.gmtime(record.created)) + f".{int(record.msecs):03d}Z"
+
+
+def _fields(record: logging.LogRecord) -> dict[str, Any]:
+    values: dict[str, Any] = getattr(record, "fields", {})
+    return values
+
+
+class JsonFormatter(logging.Formatter):
+    """Writes a record as one JSON object on one line."""
+
+    def format(self, record: logging.LogRecord) -> str:
+        """Returns the line; control characters are escaped, so a field cannot forge a second one."""
+        entry: dict[str, Any] = {
+            "time": _timestamp(record),
+            "level": record.levelname.lower(),
+            "logger": record.name,
+            "message": record.getMessage(),
+            **_fields(record),
+        }
+        if record.exc_info:
+            entry["exception"] = self.formatException(record.exc_info)
+        return json.dumps(entry, ensure_ascii=False, default=str)
+
+
+class TextFormatter(logging.Formatter):
+    """Writes a record for people: time, level, message, then `name=value` fields."""
+
+    def format(self, record: logging.LogRecord) -> str:
+        """Returns the line; text values are quoted with control characters escaped."""
+        values = " ".join(f"{name}={_plain(value)}" for name, value in _fields(record).items())
+        message = json.dumps(record.getMessage(), ensure_ascii=False)[1:-1]
+        line = f"{_timestamp(record)} {record.levelname.lower():7} {message}"
+        if values:
+            line = f"{line} {values}"
+        return f"{line}\n{self.formatException(record.exc_info)}" if record.exc_info else line
+
+
+def _plain(value: object) -> str:
+    text = str(value)
+    bare = text.isascii() and text.isprintable() and " " not in text and '"' not in text
+    return text if bare and text else json.dumps(text)
