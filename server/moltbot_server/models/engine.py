@@ -34,7 +34,8 @@ class Chunk(Value, frozen=True, kw_only=True):
 class Finished(Value, frozen=True, kw_only=True):
     """The end of an answer; always the last item of a stream. Times are in seconds.
 
-    `queue` is the wait for a free worker, `first_token` counts from there, `generation` from the first token to the last.
+    `queue` is the wait for a free worker, `first_token` counts from there, `generation` from the first token to the
+    last.
     """
 
     finish_reason: FinishReason
@@ -62,6 +63,10 @@ class Engine(Protocol):
     @property
     def capabilities(self) -> Capabilities:
         """What the model can do."""
+
+    @property
+    def healthy(self) -> bool:
+        """Whether the model can answer: started, not closed, nothing broken for good."""
 
     async def start(self) -> None:
         """Load the model and prove it with a real generation.

@@ -1,0 +1,178 @@
+"""The models of this core: which there are, where each stands, and which one answers when a turn names none."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import time
+from collections.abc import Sequence
+from enum import StrEnum
+from pathlib import Path
+
+from moltbot_server.demo_model import ARTIFACT
+from moltbot_server.errors import ModelNotFound, ModelUnavailable, MoltBotError
+from moltbot_server.models.engine import Engine
+from moltbot_server.models.engines.local import LocalEngine
+from moltbot_server.models.engines.scripted import ScriptedEngine, load_script
+from moltbot_server.models.folder import ModelFolder, families, read_folder, unknown_type
+
+BUILTIN = "builtin"
+BUILTIN_ID = "moltbot-demo"
+SCRIPTED = "scripted"
+_log = logging.getLogger(__name__)
+
+
+class ModelState(StrEnum):
+    """Where a model stands."""
+
+    LOADING = "loading"
+    READY = "ready"
+    FAILED = "failed"
+
+
+class CatalogEntry:
+    """One model of a catalog: its engine, and how it is."""
+
+    def __init__(self, engine: Engine) -> None:
+        self.engine = engine
+        self.load_time = 0.0
+        self._state = ModelState.LOADING
+        self._message = "The model is being loaded."
+
+    @property
+    def state(self) -> ModelState:
+        """Where the model stands now; a model whose threads have died has failed."""
+        if self._state is ModelState.READY and not self.engine.healthy:
+            return ModelState.FAILED
+        return self._state
+
+    @property
+    def message(self) -> str:
+        """Why the model is not ready; empty when it is."""
+        if self._state is ModelState.READY and not self.engine.healthy:
+            return "The model stopped working; the log says why."
+        return self._message
+
+    async def start(self) -> None:
+        """Load the model and remember how that went; `load_time` is in Unix seconds."""
+        try:
+            await self.engine.start()
+        except MoltBotError as problem:
+            self._state, self._message = ModelState.FAILED, problem.message
+            raise
+        self._state, self._message, self.load_time = ModelState.READY, "", time.time()
+
+
+class Catalog:
+    """The engines of a core by id. The first one is the default."""
+
+    def __init__(self, engines: Sequence[Engine]) -> None:
+        """Take the engines, none of them started.
+
+        Raises:
+            ValueError: there is no engine, or two have one id.
+        """
+        self._entries = {engine.id: CatalogEntry(engine) for engine in engines}
+        if not engines or len(self._entries) < len(engines):
+            raise ValueError("a catalog needs one engine at least, each with an id of its own")
+        self._default = engines[0].id
+
+    @property
+    def default(self) -> str:
+        """The id of the model that answers when a turn names none."""
+        return self._default
+
+    @property
+    def entries(self) -> list[CatalogEntry]:
+        """All models, the default one first."""
+        return [self._entries[self._default], *(e for id_, e in self._entries.items() if id_ != self._default)]
+
+    def entry(self, model: str) -> CatalogEntry:
+        """Return a model by id; the empty id is the default one.
+
+        Raises:
+            ModelNotFound: no model has this id.
+        """
+        entry = self._entries.get(model or self._default)
+        if entry is None:
+            raise ModelNotFound(f"There is no model {model[:64]!r}; there are {', '.join(self._entries)}.")
+        return entry
+
+    def get(self, model: str = "") -> Engine:
+        """Return the engine of a model that can answer; the empty id is the default one.
+
+        Raises:
+            ModelNotFound: no model has this id.
+            ModelUnavailable: the model is being loaded, or has failed.
+        """
+        entry = self.entry(model)
+        if entry.state is not ModelState.READY:
+            raise ModelUnavailable(
+                f"The model {entry.engine.id} cannot answer: {entry.message}",
+                retry_after=1.0 if entry.state is ModelState.LOADING else None,
+            )
+        return entry.engine
+
+    async def start(self) -> None:
+        """Load all models at once. One that fails is kept as failed, unless it is the default.
+
+        Raises:
+            ModelUnavailable: the default model cannot be loaded; what else was loaded is closed.
+        """
+        entries = self.entries
+        results = await asyncio.gather(*(entry.start() for entry in entries), return_exceptions=True)
+        problems = {entry: result for entry, result in zip(entries, results, strict=True) if result is not None}
+        for entry, problem in problems.items():
+            if entry is entries[0] or not isinstance(problem, MoltBotError):
+                await self.close()
+                raise problem
+            _log.error("a model cannot be loaded", extra={"model": entry.engine.id, "problem": problem.message})
+
+    async def close(self) -> None:
+        """Stop what runs and free all models."""
+        await asyncio.gather(*(entry.engine.close() for entry in self._entries.values()))
+
+
+def build_catalog(
+    *, model_type: str = "", model_path: str = "", context_length: int | None = None, threads: int = 0
+) -> Catalog:
+    """Make the catalog of one model that the configuration names; nothing is loaded before `Catalog.start`.
+
+    `model_type`: empty for the built-in model or for what the folder says of itself; `builtin`, `scripted`, a family.
+    `model_path`: the model's folder; for `scripted` a YAML file, or nothing. `context_length` in tokens, at most the
+    model's own. `threads`: replicas of the model; 0 is what fits the machine.
+
+    Raises:
+        ModelUnavailable: the configuration cannot be met; the text says what was found and what was expected.
+    """
+    kind = model_type.strip().lower()
+    if kind == SCRIPTED:
+        engine = ScriptedEngine(load_script(Path(model_path)) if model_path else None)
+        if context_length is not None:
+            _check_context(context_length, engine.capabilities.context_length, engine.id)
+        return Catalog([engine])
+    folder = _folder(kind, model_path)
+    if context_length is not None:
+        _check_context(context_length, folder.context_length, folder.id)
+    return Catalog([LocalEngine(folder, context_length=context_length or 0, threads=threads)])
+
+
+def _folder(kind: str, model_path: str) -> ModelFolder:
+    if kind == BUILTIN or (not kind and not model_path):
+        if model_path:
+            raise ModelUnavailable(
+                f"MODEL_TYPE is {BUILTIN} and MODEL_PATH is {model_path}; "
+                "leave MODEL_PATH empty for the built-in model, or MODEL_TYPE for what the folder says."
+            )
+        return read_folder(ARTIFACT, model_id=BUILTIN_ID)
+    if not model_path:
+        expected = sorted((*families(), BUILTIN, SCRIPTED))
+        if kind not in expected:
+            raise unknown_type(kind, expected)
+        raise ModelUnavailable(f"MODEL_TYPE is {kind} and MODEL_PATH is empty; expected the model's folder.")
+    return read_folder(Path(model_path).expanduser(), kind)
+
+
+def _check_context(asked: int, most: int, model: str) -> None:
+    if not 16 <= asked <= most:
+        raise ModelUnavailable(f"CONTEXT_LENGTH is {asked}; expected 16 to {most}, which is what {model} can read.")

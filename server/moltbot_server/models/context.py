@@ -1,0 +1,145 @@
+"""Fitting a conversation into a model's context: what is sent, and what of the history is left out.
+
+The context holds the system prompt, the history, the newest message and the answer. Room for the answer is kept back:
+the tokens asked for, else a quarter of the context, in no case more than half of it; and `MARGIN` tokens for what
+belongs to no message (the start mark, the opened answer). The system prompt and the newest message stay whole; of the
+history the oldest turns go first, each from its user message to the next one.
+"""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Callable, Iterable, Sequence
+from itertools import islice
+from typing import NamedTuple
+
+from moltbot_server.errors import ContextLengthExceeded
+from moltbot_server.turns import GenerationOptions, Message, Role
+
+MARGIN = 16
+
+Count = Callable[[Message], int]
+"""How many tokens a message takes: `Engine.count`."""
+
+
+class Fitted(NamedTuple):
+    """A conversation that fits: what the model reads, and how many messages of the history it does and does not."""
+
+    messages: list[Message]
+    trimmed_messages: int
+    history_messages: int
+
+
+class ContextWindow:
+    """The end of one session's history as one model counts it: as much as could ever fit, each message counted once.
+
+    Keep one for a session and a model; a turn then costs its own messages and one copy of the list.
+    """
+
+    def __init__(self, count: Count, context_length: int) -> None:
+        """Start empty. `context_length` is in tokens, prompt and answer together."""
+        self._count = count
+        self._context = context_length
+        self._kept: deque[tuple[Message, int]] = deque()
+        self._tokens = 0
+        self._gone = 0
+
+    @classmethod
+    def of(cls, history: Sequence[Message], count: Count, context_length: int) -> ContextWindow:
+        """Take up a stored history, oldest first; only what could fit is counted."""
+        window = cls(count, context_length)
+        for message in reversed(history):
+            tokens = count(message)
+            if window._tokens + tokens > context_length:
+                break
+            window._kept.appendleft((message, tokens))
+            window._tokens += tokens
+        window._gone = len(history) - len(window._kept)
+        window._shorten()
+        return window
+
+    def __len__(self) -> int:
+        return len(self._kept)
+
+    @property
+    def messages(self) -> list[Message]:
+        """The messages that are kept, oldest first."""
+        return [message for message, _ in self._kept]
+
+    @property
+    def tokens(self) -> int:
+        """Tokens of the messages that are kept."""
+        return self._tokens
+
+    def extend(self, messages: Iterable[Message]) -> None:
+        """Add the messages of a turn that has ended."""
+        for message in messages:
+            tokens = self._count(message)
+            self._kept.append((message, tokens))
+            self._tokens += tokens
+        self._shorten()
+
+    def fit(self, newest: Message, options: GenerationOptions, system: Sequence[Message] = ()) -> Fitted:
+        """Return the conversation with a newest message, cut to the context. The window itself stays as it is.
+
+        Raises:
+            ContextLengthExceeded: the system prompt and the newest message alone leave no room for the answer.
+        """
+        reserve = answer_reserve(self._context, options)
+        fixed = self._count(newest) + sum(map(self._count, system))
+        room = self._context - reserve - min(MARGIN, self._context // 8) - fixed
+        if room < 0:
+            raise ContextLengthExceeded(
+                "message",
+                f"takes {fixed} tokens with the system prompt; the model reads {self._context}, "
+                f"of which {reserve} are kept for the answer",
+            )
+        skip = self._surplus(room)
+        messages = [*system, *(message for message, _ in islice(self._kept, skip, None)), newest]
+        return Fitted(messages, self._gone + skip, len(self._kept) - skip)
+
+    def _surplus(self, room: int) -> int:
+        """Return how many of the oldest messages must go so that the rest takes at most `room` tokens."""
+        tokens = self._tokens
+        skip = 0
+        for message, size in self._kept:
+            if tokens <= room and (not skip or message.role is Role.USER):
+                break
+            tokens -= size
+            skip += 1
+        return skip
+
+    def _shorten(self) -> None:
+        """Forget the oldest turns that no answer can be given room beside."""
+        for _ in range(self._surplus(self._context)):
+            _, size = self._kept.popleft()
+            self._tokens -= size
+            self._gone += 1
+        # A history is read from a question on; what a cut left before it says nothing.
+        while self._gone and self._kept and self._kept[0][0].role is not Role.USER:
+            self._tokens -= self._kept.popleft()[1]
+            self._gone += 1
+
+
+def answer_reserve(context_length: int, options: GenerationOptions) -> int:
+    """Return how many tokens of the context are kept for the answer."""
+    asked = options.max_output_tokens or context_length // 4
+    return max(1, min(asked, context_length // 2))
+
+
+def fit_transcript(
+    transcript: Sequence[Message], options: GenerationOptions, count: Count, context_length: int
+) -> Fitted:
+    """Cut a conversation that the caller brought: the system messages at its head stay, its last message is the newest.
+
+    Raises:
+        ContextLengthExceeded: as for `ContextWindow.fit`.
+        ValueError: the transcript is empty.
+    """
+    if not transcript:
+        raise ValueError("a transcript has one message at least")
+    heads = 0
+    while heads < len(transcript) - 1 and transcript[heads].role is Role.SYSTEM:
+        heads += 1
+    window = ContextWindow.of(transcript[heads:-1], count, context_length)
+    return window.fit(transcript[-1], options, transcript[:heads])

@@ -1,0 +1,86 @@
+"""Token ids to text while they arrive: whole characters only, and in the end exactly what sentencepiece would say."""
+
+from __future__ import annotations
+
+import codecs
+from collections.abc import Iterable, Sequence
+from typing import NamedTuple
+
+
+class Surfaces(NamedTuple):
+    """What the token ids look like in text.
+
+    `text` holds the characters of each id (none for control symbols), `byte` the single byte of those that stand for
+    one, `spaced` whether the piece begins with the mark for a space. `drops_space`: a space at the very start of a text
+    comes from the tokenizer and is dropped; `drops_spaces`: all spaces there are.
+    """
+
+    text: Sequence[str]
+    byte: Sequence[bytes]
+    spaced: Sequence[bool]
+    drops_space: bool
+    drops_spaces: bool
+
+
+def _replace_each_byte(problem: UnicodeError) -> tuple[str, int]:
+    """Write one replacement character for each byte that is no UTF-8, as sentencepiece does (Python writes fewer)."""
+    if not isinstance(problem, UnicodeDecodeError):
+        raise problem
+    return "\ufffd" * (problem.end - problem.start), problem.end
+
+
+codecs.register_error("moltbot-each-byte", _replace_each_byte)
+_utf8 = codecs.getincrementaldecoder("utf-8")
+
+
+class Detokenizer:
+    """Writes one answer. A character whose bytes are not all there waits; nothing that was returned ever changes."""
+
+    __slots__ = ("_bytes", "_dropped", "_open", "_started", "_surfaces", "_written")
+
+    def __init__(self, surfaces: Surfaces) -> None:
+        self._surfaces = surfaces
+        self._bytes = _utf8("moltbot-each-byte")
+        self._open = False  # a run of byte pieces is being read
+        self._started = False  # no more leading spaces to drop
+        self._dropped = False  # the piece before gave its space away
+        self._written = False  # some text exists
+
+    def feed(self, tokens: Iterable[int]) -> str:
+        """Take more token ids and return the characters that they complete."""
+        surfaces = self._surfaces
+        out: list[str] = []
+        for token in tokens:
+            if byte := surfaces.byte[token]:
+                self._open = self._written = True
+                out.append(self._bytes.decode(byte))
+                continue
+            if self._open:
+                out.append(self._end_of_bytes())
+            text = surfaces.text[token] if self._started else self._first(token)
+            if text:
+                self._written = True
+                out.append(text)
+        return "".join(out)
+
+    def flush(self) -> str:
+        """Return what is left when no token follows: U+FFFD for each byte of a character that was never completed."""
+        return self._end_of_bytes() if self._open else ""
+
+    def _end_of_bytes(self) -> str:
+        self._open = False
+        rest = self._bytes.decode(b"", True)
+        self._bytes.reset()
+        return rest
+
+    def _first(self, token: int) -> str:
+        """Return a piece's text while the text may still begin: its space may be the tokenizer's own."""
+        surfaces = self._surfaces
+        text = surfaces.text[token]
+        if self._dropped or self._written:
+            self._started = True
+            return text
+        if surfaces.drops_space and surfaces.spaced[token]:
+            self._dropped = not surfaces.drops_spaces
+            return text[1:]
+        return text
