@@ -1,0 +1,62 @@
+// The HTTP calls of the page, one function each. Every failure is an ApiError or the browser's own network TypeError.
+
+/** A refusal by the server, in the four-key form of its errors. */
+export class ApiError extends Error {
+  constructor(status, error = {}, retryAfterMs = null) {
+    super(error.message || `HTTP ${status}`);
+    this.status = status;
+    this.code = error.code || error.type || "";
+    this.retryAfterMs = retryAfterMs;
+  }
+
+  /** Whether the same call may work in a moment without anyone doing anything. */
+  get passing() {
+    return this.status === 429 || this.status >= 500;
+  }
+}
+
+async function call(method, path, { body, headers = {}, signal } = {}) {
+  const all = { Accept: "application/json, text/event-stream", ...headers };
+  if (method !== "GET") all["X-MoltBot"] = "1";
+  if (body !== undefined) all["Content-Type"] = "application/json";
+  const response = await fetch(path, {
+    method, signal, headers: all, credentials: "same-origin", cache: "no-store",
+    body: body === undefined ? undefined : JSON.stringify(body),
+  });
+  if (response.ok) return response;
+  const answer = await response.json().catch(() => ({})); // a proxy's error page is not JSON
+  const wait = Number(response.headers.get("Retry-After"));
+  throw new ApiError(response.status, answer?.error ?? {}, wait > 0 ? wait * 1000 : null);
+}
+
+const json = async (...request) => (await call(...request)).json();
+const part = encodeURIComponent;
+const paged = (path, token) => (token ? `${path}?page_token=${part(token)}` : path);
+
+export const me = () => json("GET", "/api/me");
+export const logIn = (key) => call("POST", "/api/login", { body: { key } });
+export const logOut = () => call("POST", "/api/logout");
+export const listSessions = (token = "") => json("GET", paged("/api/sessions", token));
+export const deleteSession = (sid) => call("DELETE", `/api/sessions/${part(sid)}`);
+export const cancelTurn = (sid, tid) => json("POST", `/api/sessions/${part(sid)}/turns/${part(tid)}/cancel`);
+
+/** Every message of a session, oldest first. */
+export async function listMessages(sid) {
+  const messages = [];
+  let token = "";
+  do {
+    const page = await json("GET", paged(`/api/sessions/${part(sid)}/messages`, token));
+    messages.push(...page.messages);
+    token = page.next_page_token;
+  } while (token);
+  return messages;
+}
+
+/** Starts a turn, or attaches to the one that the same request id started; its body is an event stream. */
+export const startTurn = (request, signal) => call("POST", "/api/turns", { body: request, signal });
+
+/** The events of a turn after a sequence number: what was recorded, then live. */
+export const turnEvents = (sid, tid, after, signal) =>
+  call("GET", `/api/sessions/${part(sid)}/turns/${part(tid)}/events?after=${after}`, {
+    signal, headers: after ? { "Last-Event-ID": String(after) } : {},
+  });

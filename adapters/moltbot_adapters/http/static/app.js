@@ -1,0 +1,223 @@
+// Puts the page together: who is signed in, which chat the address names, the keys that work everywhere.
+
+import { logOut, me } from "./api.js";
+import { Chat } from "./chat.js";
+import { h, icon } from "./dom.js";
+import { label, language, preferred, say, speak, t } from "./i18n.js";
+import { store } from "./store.js";
+import { Composer } from "./view/composer.js";
+import { otherLanguage, Sidebar } from "./view/sidebar.js";
+import { signInView } from "./view/signin.js";
+import { Thread } from "./view/thread.js";
+
+const THEMES = ["system", "light", "dark"];
+const THEME_ICONS = { system: "screen", light: "sun", dark: "moon" };
+const PHONE = matchMedia("(max-width: 800px)");
+const root = document.getElementById("app");
+
+function languageSwitch(withName) {
+  const button = h("button", { type: "button", class: withName ? "quiet worded" : "quiet square" }, icon("globe"));
+  const name = h("span", { text: t("lang.name", {}, otherLanguage()) });
+  if (withName) button.append(name);
+  label(button, "lang.switch");
+  button.addEventListener("click", () => {
+    store.language = otherLanguage();
+    speak(store.language);
+    name.textContent = t("lang.name", {}, otherLanguage());
+    dispatchEvent(new Event("moltbot:language"));
+  });
+  return button;
+}
+
+function themeSwitch() {
+  const button = h("button", { type: "button", class: "quiet square" }, icon("screen"));
+  const show = () => {
+    const name = store.theme || "system";
+    if (name === "system") delete document.documentElement.dataset.theme;
+    else document.documentElement.dataset.theme = name;
+    button.replaceChildren(icon(THEME_ICONS[name]));
+    label(button, "theme", { name: t(`theme.${name}`) });
+    const paper = getComputedStyle(document.body).backgroundColor;
+    document.querySelector('meta[name="theme-color"]').content = paper;
+  };
+  button.addEventListener("click", () => {
+    store.theme = THEMES[(THEMES.indexOf(store.theme || "system") + 1) % THEMES.length];
+    show();
+  });
+  addEventListener("moltbot:language", show);
+  matchMedia("(prefers-color-scheme: dark)").addEventListener("change", show);
+  show();
+  return button;
+}
+
+/** The page of someone who is signed in. */
+class Shell {
+  constructor(person) {
+    this.person = person;
+    this.thread = new Thread({ onSuggestion: (text) => this.chat.send(text) });
+    this.composer = new Composer({ onSend: (text) => this.chat.send(text), onStop: () => this.chat.stop() });
+    this.sidebar = new Sidebar({
+      onNew: () => this.newChat(), onClose: () => this.toggleSidebar(false), onDeleted: (sid) => this.#deleted(sid), controls: this.#controls(),
+    });
+    this.thread.modelName = person.default_model?.display_name || person.default_model?.id || "MoltBot";
+    this.chat = new Chat({
+      thread: this.thread, composer: this.composer,
+      hooks: { onSession: (sid) => this.#opened(sid), onChange: () => this.#listChanged(), onSignedOut: () => showSignIn("signin.ended") },
+    });
+    this.#build();
+  }
+
+  #build() {
+    this.title = h("h1", { class: "chat-name", dir: "auto" });
+    this.opener = label(h("button", { type: "button", class: "quiet square opener", attrs: { "aria-controls": "sidebar" } }, icon("menu")), "sidebar.open");
+    this.opener.addEventListener("click", () => this.toggleSidebar(true));
+    const fresh = label(h("button", { type: "button", class: "quiet square" }, icon("plus")), "chat.new");
+    fresh.addEventListener("click", () => this.newChat());
+    const head = h("header", { class: "head" }, this.opener, this.title, this.#models(), fresh);
+    this.main = h("main", { class: "main" }, head, this.thread.node, this.composer.node);
+    const scrim = h("div", { class: "scrim", on: { click: () => this.toggleSidebar(false) } });
+    const skip = say(h("a", { href: "#message", class: "skip" }), "skip");
+    skip.addEventListener("click", (event) => {
+      event.preventDefault(); // the address belongs to the chat
+      this.composer.focus();
+    });
+    this.node = h("div", { class: "shell" }, skip, this.sidebar.node, scrim, this.main);
+    PHONE.addEventListener("change", () => this.#arrange(!PHONE.matches && !store.sidebarHidden));
+    addEventListener("hashchange", () => this.route());
+    document.addEventListener("keydown", (event) => this.#key(event));
+    addEventListener("moltbot:language", () => this.#named());
+  }
+
+  #models() {
+    const models = this.person.models ?? [];
+    if (models.length < 2) {
+      store.model = ""; // there is nothing to choose: the server's own default counts
+      return h("span", { class: "model-name", text: this.thread.modelName });
+    }
+    const select = say(h("select", { class: "model-choice" }), "model", { attr: "aria-label" });
+    for (const { id, display_name: name } of models) select.append(h("option", { value: id, text: name || id }));
+    select.value = models.some(({ id }) => id === store.model) ? store.model : this.person.default_model?.id;
+    select.addEventListener("change", () => { store.model = select.value; });
+    return select;
+  }
+
+  #controls() {
+    const leave = label(h("button", { type: "button", class: "quiet square" }, icon("leave")), "signout");
+    leave.addEventListener("click", async () => {
+      await logOut().catch(() => undefined); // not reachable: the page still forgets what it shows
+      store.lastSession = "";
+      store.pending = null;
+      location.assign("/");
+    });
+    const who = h("span", { class: "who", text: this.person.user, title: `MoltBot ${this.person.version ?? ""}`.trim() });
+    return h("div", { class: "sidebar-foot" }, who, languageSwitch(false), themeSwitch(), leave);
+  }
+
+  async start() {
+    root.replaceChildren(this.node);
+    this.#arrange(!PHONE.matches && !store.sidebarHidden);
+    this.composer.settle();
+    await this.sidebar.refresh();
+    const { pending } = store;
+    if (pending) await this.chat.sendPending(pending);
+    else this.route(true);
+  }
+
+  /** Opens what the address names; a page without an address opens the chat that was open last. */
+  route(first = false) {
+    const named = /^#\/c\/(.+)$/.exec(location.hash);
+    let sid = named ? decodeURIComponent(named[1]) : "";
+    if (first && !location.hash && this.sidebar.find(store.lastSession)) sid = store.lastSession;
+    if (!first && sid === this.chat.session) return;
+    if (PHONE.matches) this.toggleSidebar(false);
+    if (sid) this.chat.open(sid, this.sidebar.find(sid)?.active_turn);
+    else this.chat.startNew();
+  }
+
+  newChat() {
+    if (PHONE.matches) this.toggleSidebar(false);
+    this.chat.startNew();
+  }
+
+  toggleSidebar(open) {
+    if (!PHONE.matches) store.sidebarHidden = !open;
+    this.#arrange(open);
+    if (open) this.sidebar.node.querySelector("button").focus();
+    else if (document.activeElement === document.body) this.opener.focus();
+  }
+
+  #arrange(open) {
+    this.node.classList.toggle("open", open);
+    this.sidebar.node.inert = !open;
+    this.main.inert = open && PHONE.matches;
+    this.opener.setAttribute("aria-expanded", String(open));
+  }
+
+  #opened(sid) {
+    const address = sid ? `#/c/${encodeURIComponent(sid)}` : "#/new";
+    if (location.hash !== address) history.pushState(null, "", address);
+    store.lastSession = sid;
+    this.sidebar.select(sid);
+    this.#named();
+  }
+
+  #named() {
+    const session = this.sidebar.find(this.chat?.session ?? "");
+    this.title.textContent = this.chat?.session ? session?.title || t("chat.untitled") : t("chat.new");
+    document.title = session?.title ? `${session.title} · MoltBot` : "MoltBot";
+  }
+
+  async #listChanged() {
+    await this.sidebar.refresh();
+    this.#named();
+  }
+
+  #deleted(sid) {
+    if (sid === this.chat.session) this.chat.startNew();
+  }
+
+  #key(event) {
+    if (document.querySelector("dialog[open]") || event.isComposing || !this.node.isConnected) return;
+    const mod = event.ctrlKey || event.metaKey;
+    if (event.key === "Escape") {
+      if (PHONE.matches && this.node.classList.contains("open")) this.toggleSidebar(false);
+      else this.chat.stop();
+    } else if (mod && event.key.toLowerCase() === "k") {
+      event.preventDefault();
+      this.newChat();
+    } else if (mod && event.key.toLowerCase() === "b") {
+      event.preventDefault();
+      this.toggleSidebar(!this.node.classList.contains("open"));
+    } else if (mod && event.key === "/") {
+      event.preventDefault();
+      this.composer.focus();
+    }
+  }
+}
+
+function showSignIn(reason) {
+  const view = signInView({ reason, onSignedIn: () => location.replace(`/${location.hash}`), languageSwitch: languageSwitch(true) });
+  root.replaceChildren(view);
+  view.querySelector("input").focus();
+  addEventListener("moltbot:language", () => { if (view.isConnected) showSignIn(reason); }, { once: true });
+}
+
+async function boot() {
+  speak(store.language || preferred(navigator.languages ?? [navigator.language]));
+  for (let wait = 1_000; ; wait = Math.min(8_000, wait * 2)) {
+    try {
+      await new Shell(await me()).start();
+      return;
+    } catch (error) {
+      if (error.status === 401) {
+        showSignIn(new URLSearchParams(location.search).get("error") === "link" ? "signin.used" : "");
+        return;
+      }
+      if (error.status === undefined && !(error instanceof TypeError && /fetch|network|load/i.test(error.message))) throw error;
+      root.replaceChildren(say(h("p", { class: "boot-note", attrs: { role: "alert" } }), "boot.down"));
+      await new Promise((resolve) => setTimeout(resolve, wait));
+    }
+  }
+}
+
+boot();

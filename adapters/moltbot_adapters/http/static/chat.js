@@ -1,0 +1,214 @@
+// The conversation that is open: sends, follows the answer, stops it, and comes back to it after a reload or a broken line.
+
+import { ApiError, listMessages } from "./api.js";
+import { duration } from "./i18n.js";
+import { store } from "./store.js";
+import { ConnectionLost, TurnFollower } from "./turn.js";
+import { attachmentName } from "./view/answer.js";
+
+const WORDS = {
+  RESOURCE_EXHAUSTED: "error.busy.soon", UNAVAILABLE: "error.model", DEADLINE_EXCEEDED: "error.slow",
+  PERMISSION_DENIED: "error.forbidden", NOT_FOUND: "error.gone",
+};
+
+export class Chat {
+  /** `hooks`: onSession(sid) when the open chat changes, onChange() when the list of chats is stale, onSignedOut(). */
+  constructor({ thread, composer, hooks }) {
+    this.thread = thread;
+    this.composer = composer;
+    this.hooks = hooks;
+    this.session = "";
+    this.follower = null;
+    this.visit = 0; // grows with every change of chat, so that late answers know that they are late
+  }
+
+  startNew() {
+    this.#leave("");
+    this.thread.welcome();
+    this.composer.focus();
+  }
+
+  /** Opens a chat and, when its last message has no answer yet, follows that answer from its beginning. */
+  async open(sid, activeTurn = null) {
+    this.#leave(sid);
+    const { visit } = this;
+    this.thread.note("chat.loading");
+    let messages;
+    try {
+      messages = await listMessages(sid);
+    } catch (error) {
+      if (visit === this.visit) this.#notOpened(error, sid, activeTurn);
+      return;
+    }
+    if (visit !== this.visit) return;
+    this.thread.show(messages);
+    this.composer.focus();
+    const answered = new Set(messages.filter((message) => message.role === "assistant").map((message) => message.turn));
+    const last = messages.at(-1);
+    const turn = activeTurn?.id ?? (last?.role === "user" ? last.turn : "");
+    if (turn && !answered.has(turn)) await this.#follow(new Start({ session: sid, turn, text: last?.role === "user" ? last.text : "" }));
+  }
+
+  send(text) {
+    const request = { session: this.session, text, request_id: uuid(), model: store.model };
+    store.pending = request;
+    return this.#ask(request);
+  }
+
+  /** Sends again what a reload interrupted before the server said that it has it. */
+  async sendPending(request) {
+    if (request.session) await this.open(request.session);
+    else this.startNew();
+    if (!this.follower) await this.#ask(request);
+    else store.pending = null; // the open chat already waits for this answer
+  }
+
+  async stop() {
+    if (!this.follower || !this.composer.busy) return;
+    this.composer.stopping();
+    await this.follower.stop();
+  }
+
+  #ask(request) {
+    this.thread.ask(request.text);
+    return this.#follow(new Start({ request, text: request.text }));
+  }
+
+  #leave(sid) {
+    this.visit += 1;
+    this.follower?.detach();
+    this.follower = null;
+    this.composer.busy = false;
+    this.session = sid;
+    this.hooks.onSession(sid);
+  }
+
+  #notOpened(error, sid, activeTurn) {
+    if (error.status === 401) this.hooks.onSignedOut();
+    else if (error.status === 404) {
+      this.#leave("");
+      this.thread.note("chat.gone");
+    } else this.thread.answer().fail({ key: "error.link", action: "reload", onAction: () => this.open(sid, activeTurn) });
+  }
+
+  async #follow(start) {
+    const view = this.thread.answer(start.request ? "thinking" : "resuming");
+    const follower = new TurnFollower(start, {
+      onEvent: (kind, data) => this.#tell(view, kind, data, start),
+      onLink: (up) => (up ? view.text && view.quiet() : view.say("reconnecting")),
+    });
+    await this.#run(follower, view, start);
+  }
+
+  async #run(follower, view, start) {
+    this.follower = follower;
+    this.composer.busy = true;
+    const { visit } = this;
+    let end;
+    try {
+      end = await follower.run();
+    } catch (error) {
+      if (visit === this.visit) this.#broken(error, follower, view, start);
+      end = "broken";
+    }
+    if (visit !== this.visit) return;
+    if (end === "stopped") {
+      view.complete(null, true);
+      if (!follower.accepted) store.pending = null;
+    }
+    this.thread.announceEnd(end === "completed" ? "announce.done" : end === "stopped" ? "announce.stopped" : "error.title");
+    this.follower = null;
+    this.composer.busy = false;
+    this.hooks.onChange();
+  }
+
+  /** One event of the turn. Kinds that this page does not know are skipped: newer servers may have more. */
+  #tell(view, kind, data, start) {
+    if (kind === "accepted") this.#accepted(data);
+    else if (kind === "queued") view.say(data.position > 1 ? "queued" : "queued.next", { position: data.position });
+    else if (kind === "routed") routed(view, data);
+    else if (kind === "text_delta") view.append(data.text);
+    else if (kind === "reset") view.replace(data.text);
+    else if (kind === "attachment") view.chip("clip", "attachment", { name: attachmentName(data.part) });
+    else if (kind === "tool_started") view.toolStarted(data);
+    else if (kind === "tool_finished") view.toolFinished(data);
+    else if (kind === "notice") {
+      if (data.from && data.to) view.chip("swap", "notice.failover", { from: data.from, to: data.to }, "warn");
+      else view.chip("swap", "notice.other", { code: data.code });
+    } else if (kind === "completed") view.complete(data);
+    else if (kind === "failed") this.#failed(view, data, start);
+  }
+
+  #accepted({ session }) {
+    store.pending = null;
+    if (!session || session === this.session) return;
+    this.session = session;
+    this.hooks.onSession(session);
+    this.hooks.onChange();
+  }
+
+  #failed(view, { code, message, reason, retryable, retry_after_ms: wait }, start) {
+    const busy = code === "RESOURCE_EXHAUSTED" && wait;
+    view.fail({
+      key: busy ? "error.busy" : (WORDS[code] ?? "error.other"), vars: busy ? { time: duration(wait) } : {},
+      detail: message || reason || code, onAction: retryable && start.text ? () => this.#again(start.text) : null,
+    });
+  }
+
+  /** The turn itself failed: trying again is a new turn with the same words. */
+  #again(text) {
+    if (this.follower) return;
+    this.send(text);
+  }
+
+  /** No end was heard. Not accepted: the same request id goes out again. Accepted: its events are picked up where they stopped. */
+  #broken(error, follower, view, start) {
+    if (error.status === 401) {
+      this.hooks.onSignedOut();
+      return;
+    }
+    const again = () => {
+      if (this.follower) return;
+      view.begin(follower.accepted ? "resuming" : "thinking");
+      this.#run(follower, view, start);
+    };
+    if (error instanceof ConnectionLost || !(error instanceof ApiError)) {
+      const key = follower.accepted ? "error.link.accepted" : "error.link";
+      view.fail({ key, action: follower.accepted ? "resume" : "retry", onAction: again });
+      return;
+    }
+    const final = !error.passing;
+    if (final && !follower.accepted) {
+      store.pending = null;
+      this.composer.restore(start.text);
+    }
+    const wait = error.retryAfterMs;
+    const key = { 403: "error.forbidden", 404: "error.gone", 413: "error.toolarge", 429: wait ? "error.busy" : "error.busy.soon", 503: "error.model" };
+    view.fail({
+      key: key[error.status] ?? "error.other", vars: wait ? { time: duration(wait) } : {}, detail: error.message, onAction: final ? null : again,
+    });
+  }
+}
+
+/** How a turn is joined: by a request that may start it, or by its name; with the words that asked for it. */
+class Start {
+  constructor({ request = null, session = "", turn = "", text = "" }) {
+    Object.assign(this, { request, session, turn, text });
+  }
+}
+
+function routed(view, { model, plugin, skill, command }) {
+  if (model) view.model = model;
+  else if (plugin) view.chip("bolt", "routed.plugin", { name: plugin });
+  else if (skill) view.chip("bolt", "routed.skill", { name: skill });
+  else if (command) view.chip("bolt", "routed.command", { name: command });
+}
+
+/** A random request id; crypto.randomUUID exists only on https and localhost. */
+function uuid() {
+  if (crypto.randomUUID) return crypto.randomUUID();
+  const bytes = crypto.getRandomValues(new Uint8Array(16));
+  bytes[6] = (bytes[6] & 0x0f) | 0x40;
+  bytes[8] = (bytes[8] & 0x3f) | 0x80;
+  return [...bytes].map((byte, i) => ([4, 6, 8, 10].includes(i) ? "-" : "") + byte.toString(16).padStart(2, "0")).join("");
+}

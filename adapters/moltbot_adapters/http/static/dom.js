@@ -1,0 +1,90 @@
+// Small building blocks for the page's own nodes. Text always goes in as text; nothing here reads markup.
+
+/** Makes an element. `props`: class, text, on (event -> handler), attrs (name -> value), plus DOM properties by name. */
+export function h(tag, props = {}, ...children) {
+  const node = document.createElement(tag);
+  for (const [name, value] of Object.entries(props)) {
+    if (value === undefined || value === null || value === false) continue;
+    if (name === "class") node.className = value;
+    else if (name === "text") node.textContent = value;
+    else if (name === "on") for (const [event, handler] of Object.entries(value)) node.addEventListener(event, handler);
+    else if (name === "attrs") for (const [key, text] of Object.entries(value)) node.setAttribute(key, text);
+    else node[name] = value;
+  }
+  for (const child of children) if (child) node.append(child);
+  return node;
+}
+
+const SHAPES = {
+  plus: "M12 5v14M5 12h14",
+  send: "M12 19V5M6 11l6-6 6 6",
+  stop: "M7 7h10v10H7z",
+  copy: "M9 9h10v11H9zM15 9V4H5v11h4",
+  check: "M5 12.500l4.500 4.500L19 7.500",
+  trash: "M4 7h16M9 7V4h6v3M6.500 7l1 13h9l1-13M10 11v5M14 11v5",
+  menu: "M4 6h16M4 12h16M4 18h10",
+  close: "M6 6l12 12M18 6L6 18",
+  down: "M12 5v14M6 13l6 6 6-6",
+  retry: "M19 12a7 7 0 1 1-2.300-5.200M19 4v4.500h-4.500",
+  sun: "M12 8a4 4 0 1 0 0 8a4 4 0 0 0 0-8zM12 3v1.500M12 19.500V21M3 12h1.500M19.500 12H21M5.600 5.600l1.100 1.100M17.300 17.300l1.100 1.100M18.400 5.600l-1.100 1.100M6.700 17.300l-1.100 1.100",
+  moon: "M20 14.500A8 8 0 0 1 9.500 4A8 8 0 1 0 20 14.500z",
+  screen: "M4 5h16v11H4zM9 20h6M12 16v4",
+  globe: "M12 3.500a8.500 8.500 0 1 0 0 17a8.500 8.500 0 0 0 0-17zM3.500 12h17M12 3.500c2.600 2.400 3.600 5.200 3.600 8.500s-1 6.100-3.600 8.500c-2.600-2.400-3.600-5.200-3.600-8.500s1-6.100 3.600-8.500z",
+  leave: "M14 5H6v14h8M10 12h10M16.500 8.500L20 12l-3.500 3.500",
+  alert: "M12 8v5M12 16.200v.3M12 3.500L2.800 19.500h18.400z",
+  bolt: "M13 3L5 13.500h6L10.500 21L19 10h-6.200z",
+  code: "M9 7l-5 5 5 5M15 7l5 5-5 5",
+  chat: "M5 5h14a1.500 1.500 0 0 1 1.500 1.500v9A1.500 1.500 0 0 1 19 17h-7l-5 3.500V17H5a1.500 1.500 0 0 1-1.500-1.500v-9A1.500 1.500 0 0 1 5 5z",
+  link: "M10 14a4 4 0 0 0 5.700 0l3-3A4 4 0 0 0 13 5.300l-1 1M14 10a4 4 0 0 0-5.700 0l-3 3A4 4 0 0 0 11 18.700l1-1",
+  tool: "M14.500 6.500a4 4 0 0 0-5.200 5.200L4 17l3 3 5.300-5.300a4 4 0 0 0 5.200-5.200L15 12l-3-3z",
+  swap: "M7 8h12M15.500 4.500L19 8l-3.500 3.500M17 16H5M8.500 12.500L5 16l3.500 3.500",
+  key: "M8 11.500a3.500 3.500 0 1 0 0 7a3.500 3.500 0 0 0 0-7zM10.500 12.500L19 4M15.500 7.500L18.500 10.500",
+  clip: "M8 12.500l6-6a3 3 0 0 1 4.200 4.200l-8 8a5 5 0 0 1-7-7l7.500-7.500",
+};
+
+const SVG = "http://www.w3.org/2000/svg";
+
+function svg(tag, attributes) {
+  const node = document.createElementNS(SVG, tag);
+  for (const [name, value] of Object.entries(attributes)) node.setAttribute(name, value);
+  return node;
+}
+
+/** Makes one line icon of ours, hidden from screen readers (the control that holds it has the label). */
+export function icon(name) {
+  const root = svg("svg", { viewBox: "0 0 24 24", class: `icon icon-${name}`, "aria-hidden": "true", focusable: "false" });
+  root.append(svg("path", { d: SHAPES[name] }));
+  return root;
+}
+
+/** Makes MoltBot's mark: a speech bubble that has just stepped out of its old shell. */
+export function mark() {
+  const root = svg("svg", { viewBox: "0 0 32 32", class: "mark", "aria-hidden": "true", focusable: "false" });
+  root.append(
+    svg("path", { class: "mark-shell", d: "M10 3h11a8 8 0 0 1 8 8v7" }),
+    svg("path", {
+      class: "mark-body",
+      d: "M10.500 7h8A7.500 7.500 0 0 1 26 14.500v5A7.500 7.500 0 0 1 18.500 27H11l-5.200 2.600a1 1 0 0 1-1.400-1.150L5.200 25A7.500 7.500 0 0 1 3 19.500v-5A7.500 7.500 0 0 1 10.500 7z",
+    }),
+    svg("circle", { class: "mark-eye", cx: 11, cy: 17, r: 2 }),
+    svg("circle", { class: "mark-eye", cx: 18, cy: 17, r: 2 }),
+  );
+  return root;
+}
+
+/** Copies text; falls back to a selection where the clipboard API is missing (plain http on a LAN). Answers whether it worked. */
+export async function copyText(text) {
+  try {
+    await navigator.clipboard.writeText(text);
+    return true;
+  } catch {
+    const area = h("textarea", { value: text, class: "visually-hidden", attrs: { "aria-hidden": "true" } });
+    const before = document.activeElement;
+    document.body.append(area);
+    area.select();
+    const done = document.execCommand("copy");
+    area.remove();
+    before?.focus?.();
+    return done;
+  }
+}

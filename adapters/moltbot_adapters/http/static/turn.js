@@ -1,0 +1,135 @@
+// Follows one turn to its end through broken connections: no event is lost, none is told twice.
+
+import { ApiError, cancelTurn, startTurn, turnEvents } from "./api.js";
+import { readEvents } from "./sse.js";
+
+const SILENCE_MS = 45_000; // three missed pings: the connection is dead though nobody said so
+const ATTEMPTS = 8; // about a minute of trying
+const UNACCEPTED_STOP_MS = 1_500;
+const CANCEL_GRACE_MS = 5_000;
+const LAST_KINDS = new Set(["completed", "failed"]);
+
+/** The server cannot be reached, and the page has stopped trying by itself. */
+export class ConnectionLost extends Error {}
+
+/** One turn as this page sees it. `onEvent(kind, data)` hears each event once and in order; `onLink(up)` hears the connection. */
+export class TurnFollower {
+  /** `start` is either {request} for a new turn or {session, turn} for one that already runs. */
+  constructor({ request = null, session = "", turn = "" }, { onEvent, onLink }) {
+    this.request = request;
+    this.session = session || request?.session || "";
+    this.turn = turn;
+    this.last = 0;
+    this.stopping = false;
+    this.detached = false;
+    this.onEvent = onEvent;
+    this.onLink = onLink;
+    this.abort = new AbortController();
+  }
+
+  get accepted() {
+    return this.turn !== "";
+  }
+
+  /** Follows to the end. Answers "completed", "failed", "stopped" (given up on after a stop) or "detached"; throws ApiError or ConnectionLost. */
+  async run() {
+    for (let attempt = 0; ;) {
+      const before = this.last;
+      try {
+        const end = await this.#follow();
+        if (end) return end;
+      } catch (error) {
+        if (this.detached) return this.stopping ? "stopped" : "detached";
+        if (error instanceof ApiError && !error.passing) throw error;
+        if (error instanceof ApiError && attempt >= 2) throw error;
+      }
+      if (this.detached) return this.stopping ? "stopped" : "detached";
+      attempt = this.last > before ? 1 : attempt + 1;
+      if (attempt > ATTEMPTS) throw new ConnectionLost();
+      this.onLink(false);
+      await this.#pause(Math.min(8_000, 250 * 2 ** attempt) * (0.75 + Math.random() / 2));
+      if (this.detached) return this.stopping ? "stopped" : "detached";
+    }
+  }
+
+  /** Leaves; the turn goes on at the server. */
+  detach() {
+    this.detached = true;
+    this.abort.abort();
+  }
+
+  /** Asks the server to stop. What is already shown stays; the last event still comes when the server answers. */
+  async stop() {
+    if (this.stopping) return;
+    this.stopping = true;
+    if (!this.accepted) {
+      setTimeout(() => this.accepted || this.detach(), UNACCEPTED_STOP_MS);
+      return;
+    }
+    await this.#cancel();
+  }
+
+  async #cancel() {
+    setTimeout(() => this.detach(), CANCEL_GRACE_MS); // harmless after the end
+    try {
+      await cancelTurn(this.session, this.turn);
+    } catch {
+      this.detach(); // it cannot be told: the page stops listening, as it was asked
+    }
+  }
+
+  async #follow() {
+    const link = new AbortController();
+    const drop = () => link.abort();
+    this.abort.signal.addEventListener("abort", drop, { once: true });
+    if (this.abort.signal.aborted) link.abort();
+    let timer = setTimeout(drop, SILENCE_MS);
+    const alive = () => {
+      clearTimeout(timer);
+      timer = setTimeout(drop, SILENCE_MS);
+    };
+    try {
+      const response = this.accepted
+        ? await turnEvents(this.session, this.turn, this.last, link.signal)
+        : await startTurn(this.request, link.signal);
+      this.onLink(true);
+      for await (const frame of readEvents(response.body, alive)) {
+        const kind = this.#take(frame);
+        if (LAST_KINDS.has(kind)) return kind;
+      }
+      return "";
+    } finally {
+      clearTimeout(timer);
+      this.abort.signal.removeEventListener("abort", drop);
+    }
+  }
+
+  #take(frame) {
+    const data = JSON.parse(frame.data);
+    const sequence = data.sequence ?? Number(frame.id);
+    if (sequence <= this.last) return ""; // told before the connection broke
+    this.last = sequence;
+    if (frame.event === "accepted") {
+      this.turn = data.turn;
+      this.session = data.session || this.session;
+      if (this.stopping) this.#cancel();
+    }
+    this.onEvent(frame.event, data);
+    return frame.event;
+  }
+
+  #pause(ms) {
+    return new Promise((resolve) => {
+      const done = () => {
+        clearTimeout(timer);
+        removeEventListener("online", done);
+        this.abort.signal.removeEventListener("abort", done);
+        resolve();
+      };
+      const timer = setTimeout(done, ms);
+      addEventListener("online", done); // the network is back: no reason to wait
+      this.abort.signal.addEventListener("abort", done);
+      if (this.abort.signal.aborted) done();
+    });
+  }
+}

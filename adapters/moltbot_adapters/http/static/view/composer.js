@@ -1,0 +1,99 @@
+// The message box: Enter sends, Shift+Enter breaks the line, and an input method keeps its Enter.
+
+import { h, icon } from "../dom.js";
+import { label, say } from "../i18n.js";
+import { store } from "../store.js";
+
+const TALLEST = 220; // px before the box scrolls inside
+
+export class Composer {
+  constructor({ onSend, onStop }) {
+    this.onSend = onSend;
+    this.onStop = onStop;
+    this.running = false;
+    this.box = h("textarea", { id: "message", rows: 1, value: store.draft, autocomplete: "off", dir: "auto", attrs: { enterkeyhint: "send" } });
+    say(say(this.box, "composer.placeholder", { attr: "placeholder" }), "composer.label", { attr: "aria-label" });
+    this.sendButton = label(h("button", { type: "submit", class: "round send" }, icon("send")), "send");
+    this.stopButton = label(h("button", { type: "button", class: "round stop", hidden: true }, icon("stop")), "stop");
+    this.hint = h("p", { class: "hint" });
+    const mod = /Mac|iPhone|iPad/.test(navigator.platform) ? "⌘" : "Ctrl+";
+    this.hint.append(say(h("span", { class: "hint-keys" }), "composer.hint", { vars: { mod } }), say(h("span", { class: "hint-note" }), "composer.note"));
+    const form = h("form", { class: "composer" }, this.box, this.sendButton, this.stopButton);
+    this.node = h("div", { class: "composer-dock" }, form, this.hint);
+    form.addEventListener("submit", (event) => {
+      event.preventDefault();
+      this.#send();
+    });
+    form.addEventListener("mousedown", (event) => {
+      if (event.target !== form) return;
+      event.preventDefault();
+      this.focus();
+    });
+    this.stopButton.addEventListener("click", () => this.onStop());
+    this.box.addEventListener("keydown", (event) => this.#key(event));
+    this.box.addEventListener("input", () => this.#changed());
+    this.#changed();
+  }
+
+  /** While an answer is written, the send button is a stop button; the next message can be typed meanwhile. */
+  set busy(value) {
+    const hadFocus = document.activeElement === this.stopButton || document.activeElement === this.sendButton;
+    this.running = value;
+    this.stopButton.hidden = !value;
+    this.stopButton.disabled = false;
+    this.sendButton.hidden = value;
+    label(this.stopButton, "stop");
+    if (hadFocus) this.focus();
+  }
+
+  get busy() {
+    return this.running;
+  }
+
+  stopping() {
+    this.stopButton.disabled = true;
+    label(this.stopButton, "stopping");
+  }
+
+  /** Gives a text back for editing, unless something else was typed already. */
+  restore(text) {
+    if (this.box.value.trim() === "") this.fill(text);
+  }
+
+  fill(text) {
+    this.box.value = text;
+    this.#changed();
+  }
+
+  focus() {
+    this.box.focus({ preventScroll: true });
+  }
+
+  #key(event) {
+    if (event.key !== "Enter" || event.shiftKey || event.altKey) return;
+    if (event.isComposing || event.keyCode === 229) return; // Enter picks a word in the input method
+    event.preventDefault();
+    this.#send();
+  }
+
+  #send() {
+    const text = this.box.value.trim();
+    if (text === "" || this.running) return;
+    this.fill("");
+    this.onSend(text);
+  }
+
+  #changed() {
+    store.draft = this.box.value;
+    this.sendButton.disabled = this.box.value.trim() === "";
+    this.box.style.height = "auto";
+    const height = Math.min(TALLEST, this.box.scrollHeight);
+    if (height) this.box.style.height = `${height}px`;
+    this.box.classList.toggle("tall", this.box.scrollHeight > TALLEST);
+  }
+
+  /** The box measures itself once it is in the page. */
+  settle() {
+    this.#changed();
+  }
+}
