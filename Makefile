@@ -19,7 +19,7 @@ LOAD_ARGS ?=
 
 export PATH := $(CURDIR)/$(BIN):$(CURDIR)/.tools/bin:$(PATH)
 
-.PHONY: help install run test check fmt proto proto-check proto-accept bench load lock clean
+.PHONY: help install run test check fmt proto proto-check proto-accept docs bench load lock clean
 
 help: ## Lists the tasks
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-13s %s\n", $$1, $$2 }' $(firstword $(MAKEFILE_LIST))
@@ -58,6 +58,9 @@ proto-check: $(GENERATOR) ## Fails when the generated code is not that of proto/
 
 proto-accept: $(DEV) ## Promises the contract as it stands: later ones may not break it
 	$(BIN)/buf build --as-file-descriptor-set --exclude-source-info --output proto/accepted.binpb
+
+docs: $(RUN) ## Generates docs/errors.md from the tree of errors
+	$(BIN)/python -c 'from moltbot_server.errors import markdown; print(markdown(), end="")' > docs/errors.md
 
 bench: $(RUN) ## Measures the core on this machine
 	@exec $(BIN)/moltbot bench core $(BENCH_ARGS)

@@ -33,7 +33,7 @@ class Core:
 
 @contextmanager
 def running_core(engine: str, address: str | None = None) -> Iterator[Core]:
-    """Answers a core that serves: the one at `address`, or one of our own with that engine, which ends with the block."""
+    """Answers a core that serves: the one at `address`, or one of our own with that engine, ended with the block."""
     if address is not None:
         workspace = find_workspace(os.environ)
         yield ready(Core(address=address, key=os.environ.get("MOLTBOT_KEY") or workspace.read_key()))
@@ -77,9 +77,11 @@ def ready(core: Core) -> Core:
         SystemExit: it does not within `READY_WITHIN` seconds.
     """
     with grpc.insecure_channel(core.address) as channel:
-        stub = health_pb2_grpc.HealthStub(channel)
+        watch = health_pb2_grpc.HealthStub(channel).Watch
         try:
-            stub.Check(health_pb2.HealthCheckRequest(), timeout=READY_WITHIN, wait_for_ready=True)
+            for answer in watch(health_pb2.HealthCheckRequest(), timeout=READY_WITHIN, wait_for_ready=True):
+                if answer.status == health_pb2.HealthCheckResponse.SERVING:
+                    break
         except grpc.RpcError as error:
             raise SystemExit(f"the core at {core.address} does not serve: {error}") from None
     return core

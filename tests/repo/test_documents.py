@@ -1,0 +1,63 @@
+"""The documents are true of this checkout: links lead somewhere, pages are fresh, both READMEs say the same."""
+
+from __future__ import annotations
+
+import re
+import subprocess
+from pathlib import Path
+
+import pytest
+from checkout import ROOT, tracked_files
+from moltbot_server.errors import markdown
+
+LINK = re.compile(r"!?\[[^\]]*\]\(([^)\s]+)\)")
+FENCE = re.compile(r"^```(\w+)\n(.*?)^```$", re.MULTILINE | re.DOTALL)
+DOCUMENTS = [path for path in tracked_files() if path.suffix == ".md"]
+
+
+@pytest.mark.parametrize("document", DOCUMENTS, ids=lambda path: path.relative_to(ROOT).as_posix())
+def test_every_link_inside_the_repository_leads_to_a_file(document: Path) -> None:
+    targets = [target.split("#")[0] for target in LINK.findall(FENCE.sub("", document.read_text("utf-8")))]
+    inside = [target for target in targets if target and not re.match(r"[a-z]+:", target)]
+
+    assert [target for target in inside if not (document.parent / target).exists()] == []
+
+
+def test_the_page_of_errors_is_that_of_the_tree() -> None:
+    assert (ROOT / "docs" / "errors.md").read_text("utf-8") == markdown(), "type  make docs  and commit what it changes"
+
+
+def test_both_readmes_hold_the_same_commands() -> None:
+    english, chinese = (FENCE.findall((ROOT / name).read_text("utf-8")) for name in ("README.md", "README.zh-CN.md"))
+
+    assert [block for block in english if block[0] != "text"] == [block for block in chinese if block[0] != "text"]
+
+
+def test_both_readmes_have_the_same_parts() -> None:
+    parts = [
+        re.findall(r"^(#+) ", (ROOT / name).read_text("utf-8"), re.MULTILINE)
+        for name in ("README.md", "README.zh-CN.md")
+    ]
+
+    assert parts[0] == parts[1]
+
+
+def test_make_alone_lists_every_task_that_the_documents_name() -> None:
+    listing = subprocess.run(["make", "--silent"], cwd=ROOT, capture_output=True, text=True, check=True).stdout
+    listed = set(re.findall(r"^ +make ([a-z-]+)", listing, re.MULTILINE))
+    named = {task for path in DOCUMENTS for task in re.findall(r"`make ([a-z-]+)", path.read_text("utf-8"))}
+
+    assert named - listed == set()
+    assert {
+        "help",
+        "install",
+        "run",
+        "test",
+        "check",
+        "fmt",
+        "proto",
+        "proto-check",
+        "bench",
+        "load",
+        "clean",
+    } <= listed
