@@ -26,7 +26,7 @@ from moltbot_server.config_sources import (
 __all__ = ["Autoscaling", "Cache", "ConfigError", "ModelRoute", "Problem", "Settings", "is_loopback", "load_settings"]
 
 BUILT_IN_MODEL = "moltbot-demo"
-_BUILT_IN_TYPES = frozenset({"", "moltbot-demo", "builtin", "built-in"})
+_BUILT_IN_TYPES = frozenset({"", "moltbot-demo", "builtin", "built-in", "scripted"})
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

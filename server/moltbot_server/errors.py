@@ -177,13 +177,6 @@ class DeadlineExceeded(MoltBotError):
     advice = "Allow more time, or ask for fewer tokens."
 
 
-class TurnCancelled(MoltBotError):
-    """The turn was cancelled before it said anything."""
-
-    status, reason = Status.CANCELLED, "TURN_CANCELLED"
-    advice = "Start a new turn."
-
-
 class NotServing(MoltBotError):
     """The core is starting or leaving."""
 
@@ -223,6 +216,21 @@ class InternalError(MoltBotError):
     """A fault of the core. The text holds an id and nothing else; the log holds the rest."""
 
     reason = "INTERNAL"
+
+
+class TurnFailed(Exception):
+    """A turn that ended badly, told to a caller who waits for its outcome; what it says was counted when it ended."""
+
+    def __init__(
+        self, status: Status, reason: str, message: str, retryable: bool, retry_after: float | None = None
+    ) -> None:
+        super().__init__(message)
+        self.status = status
+        self.reason = reason
+        self.message = message
+        self.retryable = retryable
+        self.retry_after = retry_after
+        self.fields: dict[str, str] = {}
 
 
 def every_error() -> Iterator[type[MoltBotError]]:

@@ -1,0 +1,157 @@
+"""The composition root: makes the parts of a core from its settings, starts them in order and stops them in reverse."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import logging
+import time
+from collections.abc import Mapping
+from typing import Any
+
+from moltbot_server.auth.keys import Authenticator
+from moltbot_server.auth.policy import OWNER
+from moltbot_server.config import Settings
+from moltbot_server.journal import Journal
+from moltbot_server.metrics import Metrics
+from moltbot_server.models.catalog import Catalog, build_catalog
+from moltbot_server.models.context import ContextWindow
+from moltbot_server.ops import OpsServer
+from moltbot_server.pipeline import TurnPipeline
+from moltbot_server.rpc.server import GrpcServer
+from moltbot_server.sessions import Sessions
+from moltbot_server.store.sqlite import SqliteStore
+from moltbot_server.turns import Principal
+from moltbot_server.workspace import Workspace, parse_key
+
+log = logging.getLogger(__name__)
+
+WORKSPACE = "default"
+_KEEP_EPHEMERAL = 24 * 3600.0
+_PRUNE_EVERY = 600.0
+
+
+class Core:
+    """A running core: gRPC, its turns, its store, its model."""
+
+    def __init__(self, settings: Settings, *, key: str, catalog: Catalog | None = None) -> None:
+        """`key` is the workspace's own; `catalog` stands in for the configured model."""
+        self.settings = settings
+        self.metrics = Metrics()
+        self.store = SqliteStore(Workspace(folder=settings.workspace).database)
+        self.journal = Journal(self.store)
+        self.catalog = catalog or _catalog(settings)
+        self.sessions = Sessions(self.store, self._window)
+        self.pipeline = TurnPipeline(
+            store=self.store,
+            journal=self.journal,
+            sessions=self.sessions,
+            catalog=self.catalog,
+            metrics=self.metrics,
+            system_prompt=settings.system_prompt,
+            flush_interval=settings.flush_interval,
+        )
+        parsed = parse_key(key)
+        owner = Principal(workspace=WORKSPACE, key_id=parsed.id if parsed else "", role=OWNER)
+        self.authenticator = Authenticator({key: owner})
+        self.server = GrpcServer(
+            host=settings.grpc_host,
+            port=settings.grpc_port,
+            max_message_bytes=settings.max_message_bytes,
+            tls=_tls(settings),
+        )
+        self.ops: OpsServer | None = None
+        self._serving = False
+        self._pruning: asyncio.Task[None] | None = None
+
+    async def start(self) -> None:
+        """Open the store, load and prove the model, then serve.
+
+        Raises:
+            ModelUnavailable: the model cannot be loaded.
+            StorageUnavailable: the database cannot be used.
+            OSError: an address cannot be bound.
+        """
+        started = time.perf_counter()
+        async with contextlib.AsyncExitStack() as undo:
+            await self.store.open()
+            undo.push_async_callback(self.store.close)
+            await self.catalog.start()
+            undo.push_async_callback(self.catalog.close)
+            self.server.register(
+                authenticator=self.authenticator,
+                metrics=self.metrics,
+                pipeline=self.pipeline,
+                journal=self.journal,
+                sessions=self.sessions,
+                store=self.store,
+                catalog=self.catalog,
+                max_inline_bytes=self.settings.max_inline_bytes,
+            )
+            self.metrics.turns_under_way.set_function(lambda: len(self.journal))
+            self.metrics.sessions_at_hand.set_function(lambda: len(self.sessions))
+            host, port = self.settings.metrics_host, self.settings.metrics_port
+            self.ops = OpsServer(host=host, port=port, metrics=self.metrics.page, health=self.health)
+            undo.callback(self.ops.close)
+            await self.server.start()
+            undo.pop_all()
+        self._serving = True
+        self._pruning = asyncio.create_task(self._prune())
+        seconds = round(time.perf_counter() - started, 3)
+        log.info("the core serves", extra={"grpc": self.server.address, "seconds": seconds})
+
+    async def stop(self, grace: float) -> None:
+        """Leave well: no new turns, those under way end within `grace` seconds, what is written is on the disk."""
+        self._serving = False
+        await self.server.retire()
+        if self._pruning is not None:
+            self._pruning.cancel()
+            await asyncio.wait({self._pruning})
+        await self.pipeline.drain(grace)
+        # Streams deliver the last events of turns that have ended by now.
+        await self.server.stop(1.0)
+        await self.catalog.close()
+        await self.store.close()
+        if self.ops is not None:
+            await asyncio.to_thread(self.ops.close)
+        log.info("the core has left")
+
+    def health(self) -> Mapping[str, Any]:
+        """Return how the core is, for `/health`."""
+        entry = self.catalog.entries[0]
+        status = (
+            "ok" if self._serving and entry.state == "ready" else "leaving" if not self._serving else "model failed"
+        )
+        return {
+            "status": status,
+            "model": entry.engine.id,
+            "model_state": str(entry.state),
+            "turns_under_way": len(self.journal),
+        }
+
+    def _window(self) -> ContextWindow:
+        engine = self.catalog.entries[0].engine
+        return ContextWindow(engine.count, engine.capabilities.context_length)
+
+    async def _prune(self) -> None:
+        """Forget the sessions of stateless callers once their calls are no longer repeated."""
+        while True:
+            pruned = await self.store.prune(time.time() - _KEEP_EPHEMERAL)
+            if pruned:
+                log.info("forgot sessions of stateless callers", extra={"sessions": pruned})
+            await asyncio.sleep(_PRUNE_EVERY)
+
+
+def _catalog(settings: Settings) -> Catalog:
+    return build_catalog(
+        model_type=settings.model_type,
+        model_path=str(settings.model_path or ""),
+        context_length=settings.context_length,
+        threads=settings.threads or 0,
+    )
+
+
+def _tls(settings: Settings) -> tuple[bytes, bytes] | None:
+    if settings.tls_cert is None or settings.tls_key is None:
+        return None
+    return settings.tls_cert.read_bytes(), settings.tls_key.read_bytes()

@@ -1,0 +1,339 @@
+"""Turns under way: their events in order, and everybody who follows them.
+
+A turn outlives the connection that started it, so streams are followers of a recorded list, never its source. Followers
+wait until the turn is stored, and read at their own pace; text that waited for a slow one is delivered merged.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections import OrderedDict
+from collections.abc import AsyncGenerator
+
+from moltbot_server.errors import MoltBotError, RequestIdReused, TurnNotFound
+from moltbot_server.store import SEQUENCE_AFTER_CRASH, Store, StoredTurn
+from moltbot_server.turns import (
+    Accepted,
+    Completed,
+    Event,
+    Failed,
+    Kind,
+    Principal,
+    TextDelta,
+    TurnInput,
+    TurnKey,
+    TurnState,
+)
+
+_RECENT_REQUESTS = 4096
+
+
+class LiveTurn:
+    """A turn under way. Belongs to the event loop's thread."""
+
+    def __init__(self, *, key: TurnKey, turn: TurnInput, principal: Principal, digest: bytes, arrived: float) -> None:
+        self.key = key
+        self.input = turn
+        self.principal = principal
+        self.digest = digest
+        self.arrived = arrived
+        self.accepted_after = 0.0
+        self.events: list[Event] = []
+        self.ended = False
+        self.cancelling = False
+        self.closing = False
+        self.task: asyncio.Task[None] | None = None
+        self.duplicate_of: StoredTurn | None = None
+        self.refusal: MoltBotError | None = None
+        self._stored = False
+        self._followers = 0
+        self._waiters: list[asyncio.Future[None]] = []
+        self._coalescer = _Coalescer(self, 0.0)
+
+    @property
+    def text(self) -> str:
+        """The text recorded so far."""
+        return "".join(event.kind.text for event in self.events if isinstance(event.kind, TextDelta))
+
+    def coalesce(self, interval: float) -> None:
+        """Let text wait up to `interval` seconds to be recorded together; the first piece never waits."""
+        self._coalescer = _Coalescer(self, interval)
+
+    def say(self, text: str) -> None:
+        """Record more text of the answer, now or together with what comes within the interval."""
+        self._coalescer.add(text)
+
+    def record(self, kind: Kind) -> None:
+        """Record what happened as the next event, after the text that still waits."""
+        self._coalescer.flush()
+        self._append(kind)
+
+    def close(self, kind: Completed | Failed) -> tuple[Event, ...]:
+        """Return all events with `kind` as the last one, not yet recorded: it is stored before it is seen."""
+        self._coalescer.flush()
+        self.closing = True
+        return (*self.events, Event(sequence=len(self.events) + 1, at=time.time(), kind=kind))
+
+    def end(self, last: Event) -> None:
+        """Record the last event; followers end after it."""
+        self.ended = True
+        self.events.append(last)
+        self._wake()
+
+    def stored(self, refusal: MoltBotError | None = None, duplicate_of: StoredTurn | None = None) -> None:
+        """Let followers go on: the turn is on the disk, or was refused, or another turn stands in its place."""
+        self.refusal, self.duplicate_of = refusal, duplicate_of
+        self._stored = True
+        self._wake()
+
+    @property
+    def is_stored(self) -> bool:
+        """True when the store has answered."""
+        return self._stored
+
+    async def wait_stored(self) -> None:
+        """Wait for the store's answer."""
+        while not self._stored:
+            await self._wait()
+
+    async def follow(self, after: int = 0) -> AsyncGenerator[list[Event], None]:
+        """Yield the events after a sequence number in lists: those there are, then those that come."""
+        self._followers += 1
+        merge = self._coalescer.interval > 0
+        position = after
+        try:
+            await self.wait_stored()
+            while True:
+                if position < len(self.events):
+                    batch = self.events[position:]
+                    position = len(self.events)
+                    yield _merged(batch) if merge and len(batch) > 2 else batch
+                elif self.ended or self.refusal or self.duplicate_of:
+                    return
+                else:
+                    await self._wait()
+        finally:
+            self._left()
+
+    async def outcome(self) -> Completed | Failed | None:
+        """Wait for the end and return the last event's kind; None when the turn was refused or is a duplicate."""
+        self._followers += 1
+        try:
+            while not (self.ended or self.refusal or self.duplicate_of):
+                await self._wait()
+            last = self.events[-1].kind if self.ended else None
+            return last if isinstance(last, Completed | Failed) else None
+        finally:
+            self._left()
+
+    def cancel(self) -> bool:
+        """Ask the turn to end now and keep its text; answer False when it has ended or is ending already."""
+        if self.closing or self.cancelling:
+            return False
+        self.cancelling = True
+        if self.task is not None:
+            self.task.cancel()
+        return True
+
+    def _append(self, kind: Kind) -> None:
+        self.events.append(Event(sequence=len(self.events) + 1, at=time.time(), kind=kind))
+        if self._stored:
+            self._wake()
+
+    def _wait(self) -> asyncio.Future[None]:
+        waiter: asyncio.Future[None] = asyncio.get_running_loop().create_future()
+        self._waiters.append(waiter)
+        return waiter
+
+    def _wake(self) -> None:
+        waiters, self._waiters = self._waiters, []
+        for waiter in waiters:
+            if not waiter.done():
+                waiter.set_result(None)
+
+    def _left(self) -> None:
+        self._followers -= 1
+        if self._followers == 0 and self.input.cancel_on_disconnect and not self.ended:
+            self.cancel()
+
+
+class _Coalescer:
+    """Gathers text for up to an interval before it becomes an event; the first piece goes at once."""
+
+    __slots__ = ("_live", "_pieces", "_started", "_timer", "interval")
+
+    def __init__(self, live: LiveTurn, interval: float) -> None:
+        self.interval = interval
+        self._live = live
+        self._pieces: list[str] = []
+        self._started = False
+        self._timer: asyncio.TimerHandle | None = None
+
+    def add(self, text: str) -> None:
+        if self.interval <= 0 or not self._started:
+            self._started = True
+            self._live._append(TextDelta(text=text))
+            return
+        self._pieces.append(text)
+        if self._timer is None:
+            self._timer = asyncio.get_running_loop().call_later(self.interval, self.flush)
+
+    def flush(self) -> None:
+        if self._timer is not None:
+            self._timer.cancel()
+            self._timer = None
+        if self._pieces:
+            text = "".join(self._pieces)
+            self._pieces.clear()
+            self._live._append(TextDelta(text=text))
+
+
+class Journal:
+    """The turns of this node: those under way, and where to find the others."""
+
+    def __init__(self, store: Store) -> None:
+        self._store = store
+        self._live: dict[TurnKey, LiveTurn] = {}
+        self._recent: OrderedDict[tuple[str, str], LiveTurn | TurnKey] = OrderedDict()
+
+    def __len__(self) -> int:
+        """How many turns are under way."""
+        return len(self._live)
+
+    def under_way(self) -> list[LiveTurn]:
+        """Return the turns under way."""
+        return list(self._live.values())
+
+    def begin(self, live: LiveTurn) -> None:
+        """Take a turn in."""
+        self._live[live.key] = live
+        self._recent[(live.principal.workspace, live.input.request_id)] = live
+        if len(self._recent) > _RECENT_REQUESTS:
+            self._recent.popitem(last=False)
+
+    def close(self, live: LiveTurn) -> None:
+        """Let an ended turn go; it is found in the store from now on."""
+        self._live.pop(live.key, None)
+        request = (live.principal.workspace, live.input.request_id)
+        if self._recent.get(request) is live:
+            last = live.events[-1].kind if live.events else None
+            if (
+                live.duplicate_of is not None
+                or live.refusal is not None
+                or (isinstance(last, Failed) and last.retryable)
+            ):
+                del self._recent[request]
+            else:
+                self._recent[request] = live.key
+
+    def live(self, key: TurnKey) -> LiveTurn | None:
+        """Return the turn if it is under way."""
+        return self._live.get(key)
+
+    async def repeated(self, principal: Principal, turn: TurnInput, digest: bytes) -> LiveTurn | StoredTurn | None:
+        """Return the turn that the same request_id started lately, or None.
+
+        Raises:
+            RequestIdReused: the request_id was used with other content.
+        """
+        found = self._recent.get((principal.workspace, turn.request_id))
+        if found is None:
+            return None
+        earlier = found if isinstance(found, LiveTurn) else await self._store.find_turn(found)
+        if earlier is not None:
+            same_content(earlier.digest, digest)
+        return earlier
+
+    async def find(self, key: TurnKey) -> LiveTurn | StoredTurn:
+        """Return a turn, under way or ended.
+
+        Raises:
+            TurnNotFound: the workspace has no such turn.
+        """
+        found = self._live.get(key) or await self._store.find_turn(key)
+        if found is None:
+            raise TurnNotFound("there is no such turn in this workspace; its session may have been reset or deleted")
+        return self._live.get(key) or found
+
+    async def follow(self, turn: LiveTurn | StoredTurn, after: int = 0) -> AsyncGenerator[list[Event], None]:
+        """Yield a turn's events after a sequence number in lists, to its end.
+
+        Raises:
+            MoltBotError: the turn was not accepted.
+        """
+        if isinstance(turn, LiveTurn):
+            stream = turn.follow(after)
+            try:
+                async for batch in stream:
+                    yield batch
+            finally:
+                await stream.aclose()
+            if turn.refusal is not None:
+                raise turn.refusal
+            if turn.duplicate_of is None:
+                return
+            turn = turn.duplicate_of
+        events = [event for event in replay(turn) if event.sequence > after]
+        if events:
+            yield events
+
+    async def outcome(self, turn: LiveTurn | StoredTurn) -> tuple[TurnKey, int, Completed | Failed]:
+        """Wait for a turn's end; return its name, its last sequence number and how it ended.
+
+        Raises:
+            MoltBotError: the turn was not accepted.
+        """
+        if isinstance(turn, LiveTurn):
+            ended = await turn.outcome()
+            if ended is not None:
+                return turn.key, turn.events[-1].sequence, ended
+            if turn.refusal is not None:
+                raise turn.refusal
+            if turn.duplicate_of is None:
+                raise TurnNotFound("the turn is gone")
+            turn = turn.duplicate_of
+        last = replay(turn)[-1]
+        if not isinstance(last.kind, Completed | Failed):
+            raise TurnNotFound("the turn was recorded without an end")
+        return turn.key, last.sequence, last.kind
+
+
+def same_content(earlier: bytes, digest: bytes) -> None:
+    """Refuse a request_id that stands for other content.
+
+    Raises:
+        RequestIdReused: the digests differ.
+    """
+    if earlier != digest:
+        raise RequestIdReused("this request_id was used before with other content; make a new one for a new message")
+
+
+def replay(turn: StoredTurn) -> tuple[Event, ...]:
+    """Return the events of a turn that is not under way; one that a crash cut gets a last event that says so."""
+    if turn.events:
+        return turn.events
+    accepted = Accepted(session=turn.key.session.session, ordinal=turn.key.ordinal, request_id=turn.request_id)
+    cut = Failed(
+        status=14,
+        reason="TURN_INTERRUPTED",
+        message="the core stopped while this turn ran; repeat it with the same request_id",
+        retryable=turn.state == TurnState.FAILED,
+    )
+    return (
+        Event(sequence=1, at=turn.create_time, kind=accepted),
+        Event(sequence=SEQUENCE_AFTER_CRASH, at=turn.end_time or turn.create_time, kind=cut),
+    )
+
+
+def _merged(batch: list[Event]) -> list[Event]:
+    """Return the events with neighbouring text made one, under the last one's number."""
+    merged: list[Event] = []
+    for event in batch:
+        last = merged[-1] if merged else None
+        if last is not None and isinstance(event.kind, TextDelta) and isinstance(last.kind, TextDelta):
+            text = TextDelta(text=last.kind.text + event.kind.text)
+            merged[-1] = Event(sequence=event.sequence, at=event.at, kind=text)
+        else:
+            merged.append(event)
+    return merged

@@ -1,0 +1,434 @@
+"""The walk of a turn, top to bottom: check, session, route, answer, journal.
+
+`start` accepts a turn and returns at once; a task of its own carries it to its end, whoever listens. The engine begins
+while the turn is being stored, but nobody is told anything before it is.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import hashlib
+import logging
+import re
+import secrets
+import time
+from asyncio import Future
+from collections.abc import AsyncGenerator
+from contextlib import aclosing
+
+import msgspec
+
+from moltbot_server.errors import (
+    DeadlineExceeded,
+    EmptyMessage,
+    InternalError,
+    InvalidField,
+    MoltBotError,
+    NotServing,
+    TurnInterrupted,
+)
+from moltbot_server.journal import Journal, LiveTurn, same_content
+from moltbot_server.metrics import Metrics
+from moltbot_server.models.catalog import Catalog
+from moltbot_server.models.context import ContextWindow, Fitted
+from moltbot_server.models.engine import Chunk, Engine, Finished
+from moltbot_server.models.limits import check_content
+from moltbot_server.sessions import OpenSession, Sessions
+from moltbot_server.store import EndedTurn, NewTurn, Store, StoredTurn
+from moltbot_server.turns import (
+    Accepted,
+    Completed,
+    Failed,
+    FinishReason,
+    Kind,
+    Message,
+    Principal,
+    Role,
+    Routed,
+    SessionKey,
+    TextDelta,
+    TextPart,
+    Timings,
+    TurnInput,
+    TurnKey,
+    TurnState,
+    Usage,
+    encode,
+)
+
+log = logging.getLogger(__name__)
+
+_TITLE_LENGTH = 80
+_NAME = re.compile(r"[A-Za-z0-9._~-]{1,128}\Z")
+_CHANNEL = re.compile(r"[a-z0-9_-]{0,32}\Z")
+
+
+class TurnPipeline:
+    """Takes turns from their arrival to their end."""
+
+    def __init__(
+        self,
+        *,
+        store: Store,
+        journal: Journal,
+        sessions: Sessions[ContextWindow],
+        catalog: Catalog,
+        metrics: Metrics,
+        system_prompt: str,
+        flush_interval: float,
+    ) -> None:
+        self._store = store
+        self._journal = journal
+        self._sessions = sessions
+        self._catalog = catalog
+        self._metrics = metrics
+        self._system_prompt = system_prompt
+        self._flush_interval = flush_interval
+        self._tasks: set[asyncio.Task[None]] = set()
+        self._draining = False
+
+    # --- accept --------------------------------------------------------------------------------------------------
+
+    async def start(
+        self, principal: Principal, turn: TurnInput, *, deadline: float | None, arrived: float
+    ) -> LiveTurn | StoredTurn:
+        """Start a turn, or return the one that the same request_id started.
+
+        `deadline` is on the event loop's clock, `arrived` on `time.perf_counter`.
+
+        Raises:
+            MoltBotError: the turn is not accepted; nothing was stored.
+        """
+        self._check(turn)
+        digest = _digest(turn)
+        if turn.request_id:
+            earlier = await self._journal.repeated(principal, turn, digest)
+            if isinstance(earlier, LiveTurn) or (earlier is not None and not earlier.retryable):
+                return earlier
+        else:
+            turn = msgspec.structs.replace(turn, request_id=secrets.token_hex(16))
+        if self._draining:
+            raise NotServing("the core is leaving; repeat with the same request_id", retry_after=1.0)
+        return await self._begin(principal, turn, digest, deadline, arrived)
+
+    async def _begin(
+        self, principal: Principal, turn: TurnInput, digest: bytes, deadline: float | None, arrived: float
+    ) -> LiveTurn:
+        engine = self._catalog.get(turn.model)
+        engine.check(turn.options)
+        question = Message(role=Role.USER, parts=turn.parts)
+        for message in (*(turn.transcript or ()), question):
+            check_content(message, engine.capabilities)
+        session = await self._session(principal, turn)
+        key = TurnKey(session=session.key, ordinal=session.claim())
+        live = LiveTurn(key=key, turn=turn, principal=principal, digest=digest, arrived=arrived)
+        live.coalesce(self._flush_interval if turn.flush_interval is None else turn.flush_interval)
+        live.record(Accepted(session=key.session.session, ordinal=key.ordinal, request_id=turn.request_id))
+        self._journal.begin(live)
+        self._accept(live, session)
+        live.task = task = asyncio.create_task(self._run(live, session, engine, deadline))
+        self._tasks.add(task)
+        task.add_done_callback(lambda task: self._ended(live, session, task))
+        return live
+
+    def _ended(self, live: LiveTurn, session: OpenSession[ContextWindow], task: asyncio.Task[None]) -> None:
+        self._tasks.discard(task)
+        session.release()
+        self._journal.close(live)
+        if not task.cancelled() and (error := task.exception()) is not None:
+            log.error("a turn's task failed", exc_info=error)
+
+    async def _session(self, principal: Principal, turn: TurnInput) -> OpenSession[ContextWindow]:
+        if turn.session:
+            return await self._sessions.open(SessionKey(workspace=principal.workspace, session=turn.session))
+        key = SessionKey(workspace=principal.workspace, session=secrets.token_hex(12))
+        return self._sessions.create(key, keep=turn.transcript is None)
+
+    def _accept(self, live: LiveTurn, session: OpenSession[ContextWindow], *, again: bool = False) -> None:
+        turn = live.input
+        row = NewTurn(
+            key=live.key,
+            request_id=turn.request_id,
+            digest=live.digest,
+            create_time=time.time(),
+            question=turn.parts,
+            opens_session=not session.exists,
+            title="" if session.exists else _title(turn),
+            user=turn.user,
+            channel=turn.channel,
+            ephemeral=turn.transcript is not None,
+        )
+        written = self._store.reaccept(row) if again else self._store.accept(row)
+        written.add_done_callback(lambda future: self._accepted(live, session, future, again))
+
+    def _accepted(
+        self, live: LiveTurn, session: OpenSession[ContextWindow], written: Future[StoredTurn | None], again: bool
+    ) -> None:
+        """Tell the followers what the store said; a turn that it did not take is stopped."""
+        live.accepted_after = time.perf_counter() - live.arrived
+        error = None if written.cancelled() else written.exception()
+        if error is not None or written.cancelled():
+            live.stored(refusal=error if isinstance(error, MoltBotError) else NotServing("the core is leaving"))
+        elif (earlier := written.result()) is None:
+            session.exists = True
+            live.stored()
+            return
+        elif earlier.retryable and earlier.digest == live.digest and not again:
+            self._accept(live, session, again=True)
+            return
+        else:
+            live.stored(duplicate_of=earlier, refusal=_content_error(earlier, live))
+        if live.task is not None:
+            live.task.cancel()
+
+    def _check(self, turn: TurnInput) -> None:
+        """Refuse what no model could answer."""
+        if not turn.parts:
+            raise EmptyMessage("turn.parts", "the message is empty; send at least one part")
+        if all(isinstance(part, TextPart) and not part.text.strip() for part in turn.parts):
+            raise EmptyMessage("turn.parts", "the message is blank; say something")
+        if turn.session and not _NAME.match(turn.session):
+            raise InvalidField("turn.session", "use `sessions/` and 1 to 128 characters of A-Z a-z 0-9 . _ ~ -")
+        if len(turn.request_id) > 128:
+            raise InvalidField("turn.request_id", "use at most 128 characters; a UUID is recommended")
+        if not _CHANNEL.match(turn.channel):
+            raise InvalidField("turn.channel", "use at most 32 characters of a-z 0-9 _ -")
+        if len(turn.user) > 256:
+            raise InvalidField("turn.user", "use at most 256 characters")
+        if turn.transcript is not None and turn.session:
+            raise InvalidField("turn.transcript", "leave turn.session empty: a transcript stands in for a session")
+
+    # --- run -----------------------------------------------------------------------------------------------------
+
+    async def _run(
+        self, live: LiveTurn, session: OpenSession[ContextWindow], engine: Engine, deadline: float | None
+    ) -> None:
+        """Carry a turn to its end: answer it, store how it ended, then tell."""
+        answer = _Answer()
+        try:
+            async with session.turn(live, deadline):
+                ending = await self._attempt(live, session, engine, deadline, answer)
+                await live.wait_stored()
+                if live.refusal is None and live.duplicate_of is None:
+                    await self._finish(live, session, engine, ending)
+        except (asyncio.CancelledError, TimeoutError) as stop:
+            # It waited for its session and was told to stop, or the store did not take it.
+            await live.wait_stored()
+            if live.refusal is None and live.duplicate_of is None:
+                late = isinstance(stop, TimeoutError)
+                await self._finish(
+                    live, session, engine, self._late(live, answer) if late else self._cancelled(live, answer)
+                )
+
+    async def _attempt(
+        self,
+        live: LiveTurn,
+        session: OpenSession[ContextWindow],
+        engine: Engine,
+        deadline: float | None,
+        answer: _Answer,
+    ) -> Completed | Failed:
+        """Answer a turn and return its last event; what goes wrong becomes that event."""
+        answer.started = time.perf_counter()
+        try:
+            async with asyncio.timeout_at(deadline), aclosing(self._answer(live, session, engine, answer)) as kinds:
+                async for kind in kinds:
+                    if isinstance(kind, TextDelta):
+                        live.say(kind.text)
+                    else:
+                        live.record(kind)
+            return answer.completed(live, engine)
+        except asyncio.CancelledError:
+            if live.refusal is not None or live.duplicate_of is not None:
+                raise
+            return self._cancelled(live, answer)
+        except TimeoutError:
+            return self._late(live, answer)
+        except MoltBotError as error:
+            return self._failed(live, answer, error)
+        except Exception:
+            incident = secrets.token_hex(4)
+            log.exception("a turn failed", extra={"incident": incident})
+            return self._failed(live, answer, InternalError(f"something went wrong in the core (incident {incident})"))
+
+    async def _answer(
+        self, live: LiveTurn, session: OpenSession[ContextWindow], engine: Engine, answer: _Answer
+    ) -> AsyncGenerator[Kind, None]:
+        """Route a turn and yield what answers it."""
+        turn = live.input
+        named = "the request names this model" if turn.model else "it is the workspace's default model"
+        yield Routed(kind="model", name=engine.id, reason=named)
+        fitted = self._conversation(turn, session, engine)
+        answer.trimmed, answer.history = fitted.trimmed_messages, fitted.history_messages
+        async with aclosing(engine.generate(fitted.messages, turn.options)) as chunks:
+            async for chunk in chunks:
+                if isinstance(chunk, Chunk):
+                    if not answer.pieces:
+                        answer.first_text = time.perf_counter()
+                    answer.pieces.append(chunk.text)
+                    yield TextDelta(text=chunk.text)
+                else:
+                    answer.finished = chunk
+
+    def _conversation(self, turn: TurnInput, session: OpenSession[ContextWindow], engine: Engine) -> Fitted:
+        """Return what the model is to read, cut to its context."""
+        rules = turn.system_prompt or self._system_prompt
+        system = [Message(role=Role.SYSTEM, parts=(TextPart(text=rules),))] if rules else []
+        window = session.history
+        if turn.transcript is not None or engine.id != self._catalog.default:
+            # What the session keeps was counted by the default model.
+            history = session.history.messages if turn.transcript is None else turn.transcript
+            window = ContextWindow.of(history, engine.count, engine.capabilities.context_length)
+        return window.fit(Message(role=Role.USER, parts=turn.parts), turn.options, system)
+
+    # --- end -----------------------------------------------------------------------------------------------------
+
+    async def _finish(
+        self, live: LiveTurn, session: OpenSession[ContextWindow], engine: Engine, ending: Completed | Failed
+    ) -> None:
+        """Store how a turn ended, remember it in the session, then let the followers see it."""
+        answer: tuple[TextPart, ...] = ()
+        state = TurnState.FAILED
+        if isinstance(ending, Completed):
+            cancelled = ending.finish_reason is FinishReason.CANCELLED
+            state = TurnState.CANCELLED if cancelled else TurnState.COMPLETED
+            answer = (TextPart(text=ending.text),) if ending.text else ()
+        events = live.close(ending)
+        row = EndedTurn(
+            key=live.key,
+            state=state,
+            end_time=events[-1].at,
+            events=events,
+            answer=answer,
+            model=engine.id,
+        )
+        try:
+            await asyncio.shield(self._store.finish(row))
+        except MoltBotError as error:
+            ending = Failed(
+                status=error.status, reason=error.reason, message=error.message, retryable=True, timings=ending.timings
+            )
+            events = live.close(ending)
+        else:
+            if answer and live.input.transcript is None:
+                question = Message(role=Role.USER, parts=live.input.parts, turn=live.key.ordinal)
+                said = Message(role=Role.ASSISTANT, parts=answer, turn=live.key.ordinal, model=engine.id)
+                session.history.extend((question, said))
+        live.end(events[-1])
+        self._count(ending, engine)
+
+    def _cancelled(self, live: LiveTurn, answer: _Answer) -> Completed | Failed:
+        """Return the end of a turn that was told to stop, by a caller or because the core leaves."""
+        if self._draining and not live.cancelling:
+            return self._failed(live, answer, TurnInterrupted("the core stopped while the turn ran"))
+        return Completed(
+            text="".join(answer.pieces),
+            finish_reason=FinishReason.CANCELLED,
+            usage=Usage(output_tokens=len(answer.pieces)),
+            timings=answer.timings(live),
+            message=f"{live.key.ordinal}.1" if answer.pieces else "",
+        )
+
+    def _late(self, live: LiveTurn, answer: _Answer) -> Failed:
+        return self._failed(live, answer, DeadlineExceeded("the deadline passed before the answer was complete"))
+
+    def _failed(self, live: LiveTurn, answer: _Answer, error: MoltBotError) -> Failed:
+        return Failed(
+            status=error.status,
+            reason=error.reason,
+            message=error.message,
+            retryable=error.retryable,
+            retry_after=error.retry_after,
+            timings=answer.timings(live),
+        )
+
+    def _count(self, ending: Completed | Failed, engine: Engine) -> None:
+        metrics, timings = self._metrics, ending.timings
+        metrics.turn_seconds.observe(timings.total)
+        if isinstance(ending, Failed):
+            metrics.turns.labels("failed").inc()
+            metrics.errors.labels(ending.reason).inc()
+            return
+        metrics.turns.labels(ending.finish_reason.value).inc()
+        metrics.queue_seconds.observe(timings.queue)
+        metrics.first_token_seconds.observe(timings.accept + timings.queue + timings.first_token)
+        metrics.tokens.labels(engine.id, "input").inc(ending.usage.input_tokens)
+        metrics.tokens.labels(engine.id, "output").inc(ending.usage.output_tokens)
+        if timings.trimmed_messages:
+            metrics.trimmed.inc(timings.trimmed_messages)
+
+    async def drain(self, grace: float) -> None:
+        """Refuse new turns, let those under way end within `grace` seconds, then cut the rest; they are retryable."""
+        self._draining = True
+        if self._tasks:
+            await asyncio.wait(set(self._tasks), timeout=grace)
+        for live in self._journal.under_way():
+            if live.task is not None and not live.closing:
+                live.task.cancel()
+        if self._tasks:
+            await asyncio.wait(set(self._tasks))
+
+
+class _Answer:
+    """What is known of an answer while it is being written."""
+
+    __slots__ = ("finished", "first_text", "history", "pieces", "started", "trimmed")
+
+    def __init__(self) -> None:
+        self.pieces: list[str] = []
+        self.started = 0.0
+        self.first_text = 0.0
+        self.finished: Finished | None = None
+        self.trimmed = 0
+        self.history = 0
+
+    def completed(self, live: LiveTurn, engine: Engine) -> Completed:
+        """Return the event of an answer that ended by itself."""
+        finished = self.finished
+        return Completed(
+            text="".join(self.pieces),
+            finish_reason=finished.finish_reason if finished else FinishReason.STOP,
+            usage=finished.usage if finished else Usage(),
+            timings=self.timings(live),
+            model=engine.id,
+            message=f"{live.key.ordinal}.1" if self.pieces else "",
+        )
+
+    def timings(self, live: LiveTurn) -> Timings:
+        """Return where the time went, up to now."""
+        now = time.perf_counter()
+        waited = self.finished.queue if self.finished else 0.0
+        started = self.started or now
+        first = self.first_text or now
+        return Timings(
+            accept=live.accepted_after or now - live.arrived,
+            queue=started - live.arrived + waited,
+            first_token=max(0.0, first - started - waited),
+            generation=now - first,
+            total=now - live.arrived,
+            trimmed_messages=self.trimmed,
+            history_messages=self.history,
+            attempts=1 if self.started else 0,
+        )
+
+
+def _digest(turn: TurnInput) -> bytes:
+    """Return a digest of what a turn asks, so that a repeated call can be told from a reused request_id."""
+    content = encode(
+        (turn.session, turn.parts, turn.model, turn.options, turn.system_prompt, turn.transcript, turn.user)
+    )
+    return hashlib.blake2b(content, digest_size=16).digest()
+
+
+def _content_error(earlier: StoredTurn, live: LiveTurn) -> MoltBotError | None:
+    try:
+        same_content(earlier.digest, live.digest)
+    except MoltBotError as error:
+        return error
+    return None
+
+
+def _title(turn: TurnInput) -> str:
+    text = " ".join(part.text for part in turn.parts if isinstance(part, TextPart))
+    line = " ".join(text.split())
+    return line if len(line) <= _TITLE_LENGTH else line[: _TITLE_LENGTH - 1] + "…"

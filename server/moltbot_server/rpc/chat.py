@@ -1,0 +1,160 @@
+"""ChatService: turns started, followed, resumed, cancelled; each stream is a follower of a recorded turn."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncIterator
+from contextlib import aclosing
+from typing import Any
+
+from moltbot.v1 import chat_pb2, chat_pb2_grpc
+
+from moltbot_server.errors import InvalidField, MoltBotError, Status, TurnFailed
+from moltbot_server.journal import Journal, LiveTurn
+from moltbot_server.pipeline import TurnPipeline
+from moltbot_server.rpc import convert, names
+from moltbot_server.rpc.interceptors import Call
+from moltbot_server.store import StoredTurn
+from moltbot_server.turns import Failed, TurnKey
+
+_LONGEST_REF = 128
+_COMMANDS_AT_ONCE = 64
+
+
+class ChatService(chat_pb2_grpc.ChatServiceServicer):
+    """Serves turns."""
+
+    def __init__(self, pipeline: TurnPipeline, journal: Journal, reader: convert.Reader) -> None:
+        self._pipeline = pipeline
+        self._journal = journal
+        self._reader = reader
+
+    async def _start(self, spec: chat_pb2.TurnInput, call: Call) -> LiveTurn | StoredTurn:
+        turn = self._reader.turn(spec)
+        return await self._pipeline.start(call.principal, turn, deadline=call.deadline(), arrived=call.arrived)
+
+    async def StreamTurn(self, request: chat_pb2.StreamTurnRequest, call: Call) -> None:  # type: ignore[override]
+        """Start a turn, or follow the one of the same request_id, and stream its events."""
+        turn = await self._start(request.turn, call)
+        write = call.context.write
+        async with aclosing(self._journal.follow(turn)) as batches:
+            async for batch in batches:
+                for recorded in batch:
+                    await write(chat_pb2.StreamTurnResponse(event=convert.event(_key(turn), recorded)))
+
+    async def RunTurn(self, request: chat_pb2.RunTurnRequest, call: Call) -> chat_pb2.RunTurnResponse:  # type: ignore[override]
+        """Start a turn, or attach to the one of the same request_id, and answer when it has ended."""
+        turn = await self._start(request.turn, call)
+        key, last_sequence, ending = await self._journal.outcome(turn)
+        if isinstance(ending, Failed):
+            raise TurnFailed(Status(ending.status), ending.reason, ending.message, ending.retryable, ending.retry_after)
+        return chat_pb2.RunTurnResponse(
+            turn=names.turn_name(key.session.session, key.ordinal),
+            completed=convert.completed(key, ending),
+            last_sequence=last_sequence,
+        )
+
+    async def ResumeTurn(self, request: chat_pb2.ResumeTurnRequest, call: Call) -> None:  # type: ignore[override]
+        """Stream the events of a turn that come after a sequence number."""
+        key, after = self._resumed(request, call)
+        turn = await self._journal.find(key)
+        write = call.context.write
+        async with aclosing(self._journal.follow(turn, after)) as batches:
+            async for batch in batches:
+                for recorded in batch:
+                    await write(chat_pb2.ResumeTurnResponse(event=convert.event(key, recorded)))
+
+    async def CancelTurn(self, request: chat_pb2.CancelTurnRequest, call: Call) -> chat_pb2.CancelTurnResponse:  # type: ignore[override]
+        """End a running turn and keep its text."""
+        return await self._cancel(names.read_turn(call.principal.workspace, request.name, "name"))
+
+    async def Converse(self, requests: AsyncIterator[chat_pb2.ConverseRequest], call: Call) -> None:  # type: ignore[override]
+        """Carry out commands as they come; the stream ends when the caller has no more and all turns are delivered."""
+        conversation = _Conversation(self, call)
+        async with asyncio.TaskGroup() as group:
+            async for request in requests:
+                await conversation.take(request, group)
+
+    def _resumed(self, request: chat_pb2.ResumeTurnRequest, call: Call) -> tuple[TurnKey, int]:
+        if request.after_sequence < 0:
+            raise InvalidField("after_sequence", "use 0 or the last sequence number that you saw")
+        return names.read_turn(call.principal.workspace, request.name, "name"), request.after_sequence
+
+    async def _cancel(self, key: TurnKey) -> chat_pb2.CancelTurnResponse:
+        turn = await self._journal.find(key)
+        if not isinstance(turn, LiveTurn):
+            return chat_pb2.CancelTurnResponse(cancelled=False)
+        cancelled = turn.cancel()
+        await turn.outcome()
+        return chat_pb2.CancelTurnResponse(cancelled=cancelled)
+
+
+class _Conversation:
+    """One `Converse` stream: its commands run side by side, its answers are written one at a time."""
+
+    def __init__(self, service: ChatService, call: Call) -> None:
+        self._service = service
+        self._call = call
+        self._writing = asyncio.Lock()
+        self._free = asyncio.Semaphore(_COMMANDS_AT_ONCE)
+
+    async def take(self, request: chat_pb2.ConverseRequest, group: asyncio.TaskGroup) -> None:
+        """Begin a command; the next one is read when there is room for it."""
+        await self._free.acquire()
+        group.create_task(self._carry_out(request))
+
+    async def _carry_out(self, request: chat_pb2.ConverseRequest) -> None:
+        try:
+            await self._answer(request)
+        except MoltBotError as error:
+            await self._write(request, "", error=_in_band(error))
+        finally:
+            self._free.release()
+
+    async def _answer(self, request: chat_pb2.ConverseRequest) -> None:
+        service, call = self._service, self._call
+        if len(request.ref) > _LONGEST_REF:
+            raise InvalidField("ref", f"use at most {_LONGEST_REF} characters")
+        command = request.WhichOneof("command")
+        if command == "start":
+            turn = await service._start(request.start, call)
+            await self._follow(request, turn, _key(turn), 0)
+        elif command == "resume":
+            key, after = service._resumed(request.resume, call)
+            await self._follow(request, await service._journal.find(key), key, after)
+        elif command == "cancel":
+            key = names.read_turn(call.principal.workspace, request.cancel.name, "cancel.name")
+            await self._write(request, request.cancel.name, cancelled=await service._cancel(key))
+        else:
+            raise InvalidField("command", "set one of start, resume, cancel")
+
+    async def _follow(
+        self, request: chat_pb2.ConverseRequest, turn: LiveTurn | StoredTurn, key: TurnKey, after: int
+    ) -> None:
+        async with aclosing(self._service._journal.follow(turn, after)) as batches:
+            async for batch in batches:
+                key = _key(turn)
+                name = names.turn_name(key.session.session, key.ordinal)
+                for recorded in batch:
+                    await self._write(request, name, event=convert.event(key, recorded))
+
+    async def _write(self, request: chat_pb2.ConverseRequest, turn: str, **answer: Any) -> None:
+        async with self._writing:
+            await self._call.context.write(chat_pb2.ConverseResponse(ref=request.ref, turn=turn, **answer))
+
+
+def _key(turn: LiveTurn | StoredTurn) -> TurnKey:
+    """Return the name under which a turn is told: that of the turn in whose place it stands, if it does."""
+    if isinstance(turn, LiveTurn) and turn.duplicate_of is not None:
+        return turn.duplicate_of.key
+    return turn.key
+
+
+def _in_band(error: MoltBotError) -> chat_pb2.ConverseError:
+    return chat_pb2.ConverseError(
+        code=int(error.status),
+        reason=error.reason,
+        message=error.message,
+        retryable=error.retryable,
+        retry_delay=None if error.retry_after is None else convert.duration(error.retry_after),
+    )

@@ -1,0 +1,401 @@
+"""Between the contract's messages and the core's values: what comes in is checked here for its shape and size."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterable
+from typing import Any
+
+from google.protobuf import duration_pb2, timestamp_pb2
+from moltbot.v1 import chat_pb2, message_pb2, session_pb2
+
+from moltbot_server.errors import ContentTooLarge, InvalidField
+from moltbot_server.rpc import names
+from moltbot_server.turns import (
+    Accepted,
+    Attachment,
+    Completed,
+    Event,
+    Failed,
+    GenerationOptions,
+    Kind,
+    MediaPart,
+    Message,
+    Notice,
+    Part,
+    Queued,
+    Reset,
+    Role,
+    Routed,
+    Session,
+    TextDelta,
+    TextPart,
+    Timings,
+    ToolCallPart,
+    ToolFinished,
+    ToolResultPart,
+    ToolStarted,
+    TurnInput,
+    TurnKey,
+    TurnState,
+    Usage,
+)
+
+_ROLES_IN = {
+    message_pb2.ROLE_SYSTEM: Role.SYSTEM,
+    message_pb2.ROLE_USER: Role.USER,
+    message_pb2.ROLE_ASSISTANT: Role.ASSISTANT,
+    message_pb2.ROLE_TOOL: Role.TOOL,
+}
+_ROLES_OUT = {role: number for number, role in _ROLES_IN.items()}
+_FINISH = {
+    name: message_pb2.FinishReason.Value(f"FINISH_REASON_{name.upper()}")
+    for name in ("stop", "length", "stop_text", "cancelled", "content_filter", "tool_calls")
+}
+_STATES = {state: chat_pb2.TurnState.Value(f"TURN_STATE_{state.value.upper()}") for state in TurnState}
+
+_MOST_PARTS = 32
+_MOST_MESSAGES = 2000
+
+
+# --- in ----------------------------------------------------------------------------------------------------------
+
+
+class Reader:
+    """Reads what callers send, within the core's limits."""
+
+    def __init__(self, *, max_inline_bytes: int) -> None:
+        self._max_inline_bytes = max_inline_bytes
+
+    def turn(self, spec: chat_pb2.TurnInput) -> TurnInput:
+        """Return what a turn is started with.
+
+        Raises:
+            InvalidField: a field is missing or wrong.
+        """
+        return TurnInput(
+            session=names.read_session("", spec.session, "turn.session").session if spec.session else "",
+            parts=self.parts(spec.parts, "turn.parts"),
+            request_id=spec.request_id,
+            model=names.read_model(spec.model, "turn.model") if spec.model else "",
+            options=self.options(spec.options, "turn.options") if spec.HasField("options") else _NO_OPTIONS,
+            system_prompt=spec.system_prompt,
+            transcript=self.messages(spec.transcript.messages, "turn.transcript.messages")
+            if spec.HasField("transcript")
+            else None,
+            user=spec.user,
+            channel=spec.channel,
+            cancel_on_disconnect=spec.cancel_on_disconnect,
+            flush_interval=seconds(spec.flush_interval, "turn.flush_interval")
+            if spec.HasField("flush_interval")
+            else None,
+        )
+
+    def messages(self, entries: Iterable[message_pb2.Message], field: str) -> tuple[Message, ...]:
+        """Return brought messages.
+
+        Raises:
+            InvalidField: a message has no role or no content, or there are too many.
+        """
+        read = []
+        for index, entry in enumerate(entries):
+            if index == _MOST_MESSAGES:
+                raise ContentTooLarge(field, f"bring at most {_MOST_MESSAGES} messages")
+            role = _ROLES_IN.get(entry.role)
+            if role is None:
+                raise InvalidField(f"{field}[{index}].role", "set one of system, user, assistant, tool")
+            if not entry.parts:
+                raise InvalidField(f"{field}[{index}].parts", "the message says nothing")
+            read.append(Message(role=role, parts=self.parts(entry.parts, f"{field}[{index}].parts")))
+        return tuple(read)
+
+    def parts(self, entries: Iterable[message_pb2.Part], field: str) -> tuple[Part, ...]:
+        """Return the parts of a message.
+
+        Raises:
+            InvalidField: a part is empty or malformed.
+            ContentTooLarge: a part, or their number, is over its limit.
+        """
+        read: list[Part] = []
+        for index, entry in enumerate(entries):
+            if index == _MOST_PARTS:
+                raise ContentTooLarge(field, f"send at most {_MOST_PARTS} parts")
+            kind = entry.WhichOneof("content")
+            if kind == "text":
+                read.append(TextPart(text=entry.text))
+            elif kind in ("image", "audio", "file"):
+                read.append(self._media(kind, getattr(entry, kind), f"{field}[{index}].{kind}"))
+            elif kind == "tool_call":
+                call = entry.tool_call
+                read.append(
+                    ToolCallPart(call_id=call.call_id, tool=call.tool, arguments_json=call.arguments_json or "{}")
+                )
+            elif kind == "tool_result":
+                result = entry.tool_result
+                read.append(
+                    ToolResultPart(
+                        call_id=result.call_id, tool=result.tool, output=result.output, is_error=result.is_error
+                    )
+                )
+            else:
+                raise InvalidField(f"{field}[{index}].content", "set one kind of content that this core knows")
+        return tuple(read)
+
+    def options(self, spec: message_pb2.GenerationOptions, field: str) -> GenerationOptions:
+        """Return how an answer is to be written; an engine checks what it can honour.
+
+        Raises:
+            InvalidField: an option is out of its range.
+        """
+        options = GenerationOptions(
+            max_output_tokens=spec.max_output_tokens if spec.HasField("max_output_tokens") else None,
+            temperature=_exact(spec.temperature) if spec.HasField("temperature") else None,
+            top_p=_exact(spec.top_p) if spec.HasField("top_p") else None,
+            top_k=spec.top_k if spec.HasField("top_k") else None,
+            stop=tuple(spec.stop),
+            repetition_penalty=_exact(spec.repetition_penalty) if spec.HasField("repetition_penalty") else None,
+            seed=spec.seed if spec.HasField("seed") else None,
+        )
+        _check_options(options, field)
+        return options
+
+    def _media(self, kind: str, media: message_pb2.Media, field: str) -> MediaPart:
+        source = media.WhichOneof("source")
+        if source is None or not getattr(media, source):
+            raise InvalidField(f"{field}.source", "set `data` or `uri`")
+        if source == "data":
+            if len(media.data) > self._max_inline_bytes:
+                raise ContentTooLarge(f"{field}.data", f"send at most {self._max_inline_bytes} bytes by value")
+            if "/" not in media.media_type:
+                raise InvalidField(f"{field}.media_type", "name the media type, such as image/png")
+        elif not media.uri.startswith("https://"):
+            raise InvalidField(f"{field}.uri", "only https: addresses can be fetched")
+        if any(mark in media.filename for mark in ("/", "\\", "\0")):
+            raise InvalidField(f"{field}.filename", "give a name without a path")
+        return MediaPart(
+            kind=kind,
+            media_type=media.media_type,
+            data=media.data,
+            uri=media.uri,
+            filename=media.filename,
+            alt_text=media.alt_text,
+        )
+
+
+_NO_OPTIONS = GenerationOptions()
+
+
+def _check_options(options: GenerationOptions, field: str) -> None:
+    """Refuse options that no model could honour."""
+    ranges: tuple[tuple[str, float | None, float, float], ...] = (
+        ("max_output_tokens", options.max_output_tokens, 1, 1 << 20),
+        ("temperature", options.temperature, 0.0, 2.0),
+        ("top_p", options.top_p, 1e-9, 1.0),
+        ("top_k", options.top_k, 0, 1 << 20),
+        ("repetition_penalty", options.repetition_penalty, 1e-9, 10.0),
+    )
+    for name, value, least, most in ranges:
+        if value is not None and not least <= value <= most:
+            wanted = f"above 0, up to {most:g}" if least == 1e-9 else f"{least:g} to {most:g}"
+            raise InvalidField(f"{field}.{name}", f"use a value of {wanted}")
+    if len(options.stop) > 8:
+        raise InvalidField(f"{field}.stop", "use at most 8 texts")
+    for text in options.stop:
+        if not 1 <= len(text) <= 64:
+            raise InvalidField(f"{field}.stop", "use texts of 1 to 64 characters")
+
+
+def _exact(value: float) -> float:
+    """Return a float32 of the wire as the decimal that was meant: 0.7 rather than 0.699999988."""
+    return float(f"{value:.7g}") if math.isfinite(value) else value
+
+
+def seconds(value: duration_pb2.Duration, field: str) -> float:
+    """Return a flush interval in seconds.
+
+    Raises:
+        InvalidField: it is not 0 to 10 seconds.
+    """
+    length = value.seconds + value.nanos / 1e9
+    if not 0 <= length <= 10:
+        raise InvalidField(field, "use 0 to 10 seconds")
+    return length
+
+
+# --- out ---------------------------------------------------------------------------------------------------------
+
+
+def duration(seconds: float) -> duration_pb2.Duration:
+    """Return seconds as a Duration, to the nanosecond."""
+    whole = int(seconds)
+    return duration_pb2.Duration(seconds=whole, nanos=int((seconds - whole) * 1e9))
+
+
+def timestamp(at: float) -> timestamp_pb2.Timestamp:
+    """Return a Unix time as a Timestamp, to the microsecond."""
+    whole = int(at)
+    return timestamp_pb2.Timestamp(seconds=whole, nanos=int((at - whole) * 1e6) * 1000)
+
+
+def event(key: TurnKey, recorded: Event) -> chat_pb2.Event:
+    """Return a recorded event as the contract's."""
+    kind = recorded.kind
+    if isinstance(kind, TextDelta):
+        return chat_pb2.Event(sequence=recorded.sequence, text_delta=chat_pb2.TextDelta(text=kind.text))
+    field, convert = _KINDS[type(kind)]
+    made = chat_pb2.Event(sequence=recorded.sequence, create_time=timestamp(recorded.at))
+    getattr(made, field).CopyFrom(convert(key, kind))
+    return made
+
+
+def part(value: Part) -> message_pb2.Part:
+    """Return a part as the contract's."""
+    if isinstance(value, TextPart):
+        return message_pb2.Part(text=value.text)
+    if isinstance(value, ToolCallPart):
+        return message_pb2.Part(tool_call=_tool_call(value))
+    if isinstance(value, ToolResultPart):
+        return message_pb2.Part(tool_result=_tool_result(value))
+    media = message_pb2.Media(
+        media_type=value.media_type,
+        filename=value.filename,
+        alt_text=value.alt_text,
+        size_bytes=len(value.data),
+    )
+    if value.uri:
+        media.uri = value.uri
+    else:
+        media.data = value.data
+    made = message_pb2.Part()
+    getattr(made, value.kind).CopyFrom(media)
+    return made
+
+
+def message(session: str, value: Message) -> message_pb2.Message:
+    """Return a stored message as the contract's."""
+    return message_pb2.Message(
+        name=names.message_name(session, value.id),
+        role=_ROLES_OUT[value.role],
+        parts=[part(entry) for entry in value.parts],
+        create_time=timestamp(value.create_time),
+        turn=names.turn_name(session, value.turn),
+        model=f"models/{value.model}" if value.model else "",
+    )
+
+
+def session(value: Session, active: chat_pb2.Turn | None) -> session_pb2.Session:
+    """Return a session as the contract's, with the turn that runs in it."""
+    return session_pb2.Session(
+        name=names.session_name(value.key.session),
+        title=value.title,
+        user=value.user,
+        channel=value.channel,
+        create_time=timestamp(value.create_time),
+        update_time=timestamp(value.update_time),
+        message_count=value.message_count,
+        active_turn=active,
+    )
+
+
+def turn(key: TurnKey, *, state: TurnState, request_id: str, create_time: float, last_sequence: int) -> chat_pb2.Turn:
+    """Return a turn as the contract's."""
+    return chat_pb2.Turn(
+        name=names.turn_name(key.session.session, key.ordinal),
+        state=_STATES[state],
+        request_id=request_id,
+        create_time=timestamp(create_time),
+        last_sequence=last_sequence,
+    )
+
+
+def finish_reason(name: str) -> message_pb2.FinishReason.ValueType:
+    """Return a finish reason's number."""
+    return _FINISH[name]
+
+
+def usage(value: Usage) -> message_pb2.Usage:
+    """Return counted tokens as the contract's."""
+    return message_pb2.Usage(
+        input_tokens=value.input_tokens,
+        output_tokens=value.output_tokens,
+        cached_input_tokens=value.cached_input_tokens,
+    )
+
+
+def completed(key: TurnKey, kind: Completed) -> chat_pb2.Completed:
+    """Return the good end of a turn as the contract's."""
+    return chat_pb2.Completed(
+        text=kind.text,
+        finish_reason=_FINISH[kind.finish_reason],
+        usage=usage(kind.usage),
+        timings=_timings(kind.timings),
+        model=f"models/{kind.model}" if kind.model else "",
+        message=names.message_name(key.session.session, kind.message) if kind.message else "",
+        attachments=[part(entry) for entry in kind.attachments],
+    )
+
+
+def _accepted(key: TurnKey, kind: Accepted) -> chat_pb2.Accepted:
+    return chat_pb2.Accepted(
+        turn=names.turn_name(kind.session, kind.ordinal),
+        session=names.session_name(kind.session),
+        message=names.message_name(kind.session, f"{kind.ordinal}.0"),
+        request_id=kind.request_id,
+    )
+
+
+def _failed(key: TurnKey, kind: Failed) -> chat_pb2.Failed:
+    return chat_pb2.Failed(
+        code=kind.status,
+        reason=kind.reason,
+        message=kind.message,
+        retryable=kind.retryable,
+        retry_delay=None if kind.retry_after is None else duration(kind.retry_after),
+        timings=_timings(kind.timings),
+    )
+
+
+def _routed(key: TurnKey, kind: Routed) -> chat_pb2.Routed:
+    name = f"{kind.kind}s/{kind.name}" if kind.kind != "command" else kind.name
+    return chat_pb2.Routed(reason=kind.reason, **{kind.kind: name})
+
+
+def _timings(value: Timings) -> chat_pb2.Timings:
+    return chat_pb2.Timings(
+        accept=duration(value.accept),
+        queue=duration(value.queue),
+        first_token=duration(value.first_token),
+        generation=duration(value.generation),
+        total=duration(value.total),
+        trimmed_messages=value.trimmed_messages,
+        history_messages=value.history_messages,
+        attempts=value.attempts,
+    )
+
+
+def _tool_call(value: ToolCallPart) -> message_pb2.ToolCall:
+    return message_pb2.ToolCall(call_id=value.call_id, tool=value.tool, arguments_json=value.arguments_json)
+
+
+def _tool_result(value: ToolResultPart) -> message_pb2.ToolResult:
+    return message_pb2.ToolResult(call_id=value.call_id, tool=value.tool, output=value.output, is_error=value.is_error)
+
+
+_KINDS: dict[type[Kind], tuple[str, Callable[[TurnKey, Any], Any]]] = {
+    Accepted: ("accepted", _accepted),
+    Queued: ("queued", lambda _, kind: chat_pb2.Queued(position=kind.position)),
+    Routed: ("routed", _routed),
+    Reset: ("reset", lambda _, kind: chat_pb2.Reset(text=kind.text, reason=kind.reason)),
+    Attachment: ("attachment", lambda _, kind: chat_pb2.Attachment(part=part(kind.part))),
+    ToolStarted: ("tool_started", lambda _, kind: chat_pb2.ToolStarted(call=_tool_call(kind.call))),
+    ToolFinished: (
+        "tool_finished",
+        lambda _, kind: chat_pb2.ToolFinished(result=_tool_result(kind.result), duration=duration(kind.duration)),
+    ),
+    Notice: (
+        "notice",
+        lambda _, kind: chat_pb2.Notice(code=kind.code, to=kind.target, reason=kind.reason, **{"from": kind.origin}),
+    ),
+    Completed: ("completed", completed),
+    Failed: ("failed", _failed),
+}

@@ -1,0 +1,180 @@
+"""What surrounds every RPC: its access rule, its errors as statuses, its count and its time.
+
+Handlers are wrapped once, when they are registered. A chain of `grpc.aio` interceptors costs more for each call, and
+sees streams only from outside.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import secrets
+import time
+from collections.abc import Awaitable, Callable, Sequence
+from typing import Any
+
+import grpc
+from google.protobuf import any_pb2, duration_pb2
+from google.rpc import error_details_pb2, status_pb2
+from grpc import aio
+
+from moltbot_server.auth.keys import Authenticator
+from moltbot_server.errors import InternalError, MoltBotError, TurnFailed
+from moltbot_server.metrics import Metrics
+from moltbot_server.turns import Principal
+
+log = logging.getLogger(__name__)
+
+DOMAIN = "moltbot"
+
+_CODES = {code.value[0]: code for code in grpc.StatusCode}
+_STATUS_KEY = "grpc-status-details-bin"
+
+
+class Call:
+    """One RPC under way: who calls, when it arrived on `time.perf_counter`, and until when it may take."""
+
+    __slots__ = ("arrived", "context", "principal")
+
+    def __init__(self, context: Any, principal: Principal, arrived: float) -> None:
+        self.context = context
+        self.principal = principal
+        self.arrived = arrived
+
+    def deadline(self) -> float | None:
+        """Return the caller's deadline on the event loop's clock, or None."""
+        remaining = self.context.time_remaining()
+        return None if remaining is None else asyncio.get_running_loop().time() + remaining
+
+
+Unary = Callable[[Any, Any], Awaitable[Any]]
+
+
+class Guard:
+    """Wraps the handlers of a service."""
+
+    def __init__(self, authenticator: Authenticator, metrics: Metrics) -> None:
+        self._authenticator = authenticator
+        self._metrics = metrics
+
+    def wrap(self, method: str, handler: grpc.RpcMethodHandler[Any, Any]) -> grpc.RpcMethodHandler[Any, Any]:
+        """Return the handler with its rule, its errors and its metrics around it. `method` is the full name."""
+        kinds = (
+            ("unary_unary", grpc.unary_unary_rpc_method_handler),
+            ("unary_stream", grpc.unary_stream_rpc_method_handler),
+            ("stream_unary", grpc.stream_unary_rpc_method_handler),
+            ("stream_stream", grpc.stream_stream_rpc_method_handler),
+        )
+        for name, make in kinds:
+            behaviour = getattr(handler, name)
+            if behaviour is not None:
+                return make(
+                    self._around(method, behaviour),
+                    request_deserializer=handler.request_deserializer,
+                    response_serializer=handler.response_serializer,
+                )
+        raise TypeError(f"{method} has no behaviour")
+
+    def _around(self, method: str, behaviour: Unary) -> Unary:
+        short = method.rpartition(".")[2]
+        admit = self._authenticator.admit
+        seconds = self._metrics.call_seconds.labels(short)
+        ok = self._metrics.calls.labels(short, "OK")
+        foreign = not method.startswith("/moltbot.")
+
+        async def guarded(request: Any, context: Any) -> Any:
+            arrived = time.perf_counter()
+            try:
+                principal = admit(method, _authorization(context))
+                answer = await behaviour(request, context if foreign else Call(context, principal, arrived))
+                ok.inc()
+                return answer
+            except asyncio.CancelledError:
+                # The peer left or the server stops; swallowing this leaks the call's buffers in grpcio.
+                self._metrics.calls.labels(short, "CANCELLED").inc()
+                raise
+            except MoltBotError as error:
+                self._metrics.errors.labels(error.reason).inc()
+                await self._refuse(short, context, error)
+            except TurnFailed as error:
+                await self._refuse(short, context, error)
+            except aio.AbortError:
+                self._metrics.calls.labels(short, "ABORTED").inc()
+                raise
+            except Exception:
+                incident = secrets.token_hex(4)
+                log.exception("an RPC failed", extra={"incident": incident, "method": short})
+                self._metrics.errors.labels(InternalError.reason).inc()
+                await self._refuse(short, context, InternalError(f"something went wrong (incident {incident})"))
+            finally:
+                seconds.observe(time.perf_counter() - arrived)
+
+        return guarded
+
+    async def _refuse(self, method: str, context: Any, error: MoltBotError | TurnFailed) -> None:
+        self._metrics.calls.labels(method, error.status.name).inc()
+        trailers: list[tuple[str, str | bytes]] = [(_STATUS_KEY, status_of(error).SerializeToString())]
+        if error.retry_after is not None:
+            trailers.append(("grpc-retry-pushback-ms", str(int(error.retry_after * 1000))))
+        await context.abort(_CODES[int(error.status)], error.message, tuple(trailers))
+
+
+def status_of(error: MoltBotError | TurnFailed) -> status_pb2.Status:
+    """Return an error as `google.rpc.Status` with its details."""
+    status = status_pb2.Status(code=int(error.status), message=error.message)
+    details: list[Any] = [
+        error_details_pb2.ErrorInfo(
+            reason=error.reason, domain=DOMAIN, metadata={"retryable": "true" if error.retryable else "false"}
+        )
+    ]
+    if error.retry_after is not None:
+        delay = duration_pb2.Duration()
+        delay.FromNanoseconds(int(error.retry_after * 1e9))
+        details.append(error_details_pb2.RetryInfo(retry_delay=delay))
+    if error.fields:
+        violations = [
+            error_details_pb2.BadRequest.FieldViolation(field=field, description=problem)
+            for field, problem in error.fields.items()
+        ]
+        details.append(error_details_pb2.BadRequest(field_violations=violations))
+    for detail in details:
+        packed = any_pb2.Any()
+        packed.Pack(detail)
+        status.details.append(packed)
+    return status
+
+
+def _authorization(context: Any) -> str | None:
+    for key, value in context.invocation_metadata() or ():
+        if key == "authorization":
+            return value if isinstance(value, str) else value.decode("latin-1")
+    return None
+
+
+class GuardedServer:
+    """Stands in for the server while services register, so that no handler gets around the guard.
+
+    It answers to the two methods that generated code calls. Handlers are handed on as generic ones only: registered
+    ones cost newer releases of grpcio more for each call (docs/decisions/0002-grpcio-version.md).
+    """
+
+    def __init__(self, server: aio.Server, guard: Guard) -> None:
+        self._server = server
+        self._guard = guard
+        self.methods: list[str] = []
+
+    def add_generic_rpc_handlers(self, handlers: Sequence[grpc.GenericRpcHandler]) -> None:
+        """Register a service's handlers, guarded."""
+        guarded = []
+        for handler in handlers:
+            service = handler.service_name()  # type: ignore[attr-defined]
+            methods = {
+                name.rpartition("/")[2]: self._guard.wrap(name, method)
+                for name, method in handler._method_handlers.items()  # type: ignore[attr-defined]
+            }
+            self.methods.extend(f"/{service}/{name}" for name in methods)
+            guarded.append(grpc.method_handlers_generic_handler(service, methods))
+        self._server.add_generic_rpc_handlers(tuple(guarded))
+
+    def add_registered_method_handlers(self, service: str, handlers: Any) -> None:
+        """Do nothing: the same handlers come as generic ones, and those are guarded."""

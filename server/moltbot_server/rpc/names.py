@@ -1,0 +1,130 @@
+"""Resource names: `sessions/{session}/turns/{turn}` and their kin, read and written."""
+
+from __future__ import annotations
+
+import base64
+import binascii
+import re
+
+import msgspec
+
+from moltbot_server.errors import InvalidField, InvalidPageToken
+from moltbot_server.turns import SessionKey, TurnKey
+
+_SESSION = re.compile(r"sessions/([A-Za-z0-9._~-]{1,128})\Z")
+_TURN = re.compile(r"sessions/([A-Za-z0-9._~-]{1,128})/turns/([1-9][0-9]{0,17})\Z")
+_MODEL = re.compile(r"models/([A-Za-z0-9._~:/-]{1,128})\Z")
+_PLUGIN = re.compile(r"plugins/([A-Za-z0-9._~-]{1,128})\Z")
+
+
+def session_name(session: str) -> str:
+    """Return `sessions/{session}`."""
+    return f"sessions/{session}"
+
+
+def turn_name(session: str, ordinal: int) -> str:
+    """Return `sessions/{session}/turns/{turn}`."""
+    return f"sessions/{session}/turns/{ordinal}"
+
+
+def message_name(session: str, message: str) -> str:
+    """Return `sessions/{session}/messages/{message}`."""
+    return f"sessions/{session}/messages/{message}"
+
+
+def read_session(workspace: str, name: str, field: str) -> SessionKey:
+    """Return the key of a session's name.
+
+    Raises:
+        InvalidField: it is not `sessions/{session}`.
+    """
+    found = _SESSION.match(name)
+    if found is None:
+        raise InvalidField(field, "use `sessions/{session}` with 1 to 128 characters of A-Z a-z 0-9 . _ ~ -")
+    return SessionKey(workspace=workspace, session=found[1])
+
+
+def read_turn(workspace: str, name: str, field: str) -> TurnKey:
+    """Return the key of a turn's name.
+
+    Raises:
+        InvalidField: it is not `sessions/{session}/turns/{turn}`.
+    """
+    found = _TURN.match(name)
+    if found is None:
+        raise InvalidField(field, "use `sessions/{session}/turns/{turn}`, as the `accepted` event names it")
+    return TurnKey(session=SessionKey(workspace=workspace, session=found[1]), ordinal=int(found[2]))
+
+
+def read_model(name: str, field: str) -> str:
+    """Return the id of a model's name; empty stays empty.
+
+    Raises:
+        InvalidField: it is not `models/{model}`.
+    """
+    if not name:
+        return ""
+    found = _MODEL.match(name)
+    if found is None:
+        raise InvalidField(field, "use `models/{model}`")
+    return found[1]
+
+
+def read_plugin(name: str, field: str) -> str:
+    """Return the id of a plugin's name.
+
+    Raises:
+        InvalidField: it is not `plugins/{plugin}`.
+    """
+    found = _PLUGIN.match(name)
+    if found is None:
+        raise InvalidField(field, "use `plugins/{plugin}`")
+    return found[1]
+
+
+def page_size(asked: int, *, default: int, most: int) -> int:
+    """Return how many entries a page is to hold.
+
+    Raises:
+        InvalidField: it is negative.
+    """
+    if asked < 0:
+        raise InvalidField("page_size", f"use 1 to {most}, or 0 for {default}")
+    return min(asked, most) or default
+
+
+def write_token(position: tuple[float, str] | tuple[int, int]) -> str:
+    """Return an opaque page token for a position."""
+    return base64.urlsafe_b64encode(msgspec.json.encode(position)).decode().rstrip("=")
+
+
+def read_time_token(token: str) -> tuple[float, str] | None:
+    """Return the position of a token of a list ordered by time, or None for the first page.
+
+    Raises:
+        InvalidPageToken: no method gave it.
+    """
+    try:
+        return msgspec.json.decode(_raw(token), type=tuple[float, str]) if token else None
+    except (ValueError, msgspec.MsgspecError, binascii.Error):
+        raise _bad_token() from None
+
+
+def read_place_token(token: str) -> tuple[int, int]:
+    """Return the position of a token of a list of messages; the first page is (0, 0).
+
+    Raises:
+        InvalidPageToken: no method gave it.
+    """
+    try:
+        return msgspec.json.decode(_raw(token), type=tuple[int, int]) if token else (0, 0)
+    except (ValueError, msgspec.MsgspecError, binascii.Error):
+        raise _bad_token() from None
+
+
+def _raw(token: str) -> bytes:
+    return base64.urlsafe_b64decode(token + "=" * (-len(token) % 4))
+
+
+def _bad_token() -> InvalidPageToken:
+    return InvalidPageToken("page_token", "this method did not give that token; start again without one")

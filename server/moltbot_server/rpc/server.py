@@ -1,0 +1,144 @@
+"""The gRPC server: its options, its services, its health, and how it leaves."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Sequence
+from typing import Any
+
+import grpc
+from grpc import aio
+from grpc_health.v1 import health, health_pb2, health_pb2_grpc
+from grpc_reflection.v1alpha import reflection
+from moltbot.v1 import (
+    chat_pb2,
+    chat_pb2_grpc,
+    inference_pb2,
+    inference_pb2_grpc,
+    model_pb2,
+    model_pb2_grpc,
+    plugin_pb2,
+    plugin_pb2_grpc,
+    session_pb2,
+    session_pb2_grpc,
+)
+
+from moltbot_server.auth.keys import Authenticator
+from moltbot_server.config import is_loopback
+from moltbot_server.journal import Journal
+from moltbot_server.metrics import Metrics
+from moltbot_server.models.catalog import Catalog
+from moltbot_server.models.context import ContextWindow
+from moltbot_server.pipeline import TurnPipeline
+from moltbot_server.rpc import convert
+from moltbot_server.rpc.chat import ChatService
+from moltbot_server.rpc.inference import InferenceService
+from moltbot_server.rpc.interceptors import Guard, GuardedServer
+from moltbot_server.rpc.model import ModelService
+from moltbot_server.rpc.plugin import PluginService
+from moltbot_server.rpc.session import SessionService
+from moltbot_server.sessions import Sessions
+from moltbot_server.store import Store
+
+log = logging.getLogger(__name__)
+
+SERVICES = tuple(
+    module.DESCRIPTOR.services_by_name[name].full_name
+    for module, name in (
+        (chat_pb2, "ChatService"),
+        (session_pb2, "SessionService"),
+        (model_pb2, "ModelService"),
+        (inference_pb2, "InferenceService"),
+        (plugin_pb2, "PluginService"),
+    )
+)
+
+
+class GrpcServer:
+    """The core's gRPC server on one address. `methods` names every RPC that it serves."""
+
+    def __init__(self, *, host: str, port: int, max_message_bytes: int, tls: tuple[bytes, bytes] | None = None) -> None:
+        """`tls` is a certificate chain and its private key, PEM. Port 0 takes any free one."""
+        self._host, self._port = host, port
+        self._tls = tls
+        self._server = aio.server(options=_options(max_message_bytes))
+        self._health = health.aio.HealthServicer()
+        self.methods: Sequence[str] = ()
+        self.port = 0
+
+    @property
+    def address(self) -> str:
+        """The address to dial, such as `127.0.0.1:50051`."""
+        return f"[{self._host}]:{self.port}" if ":" in self._host else f"{self._host}:{self.port}"
+
+    def register(
+        self,
+        *,
+        authenticator: Authenticator,
+        metrics: Metrics,
+        pipeline: TurnPipeline,
+        journal: Journal,
+        sessions: Sessions[ContextWindow],
+        store: Store,
+        catalog: Catalog,
+        max_inline_bytes: int,
+    ) -> None:
+        """Add all services, each method behind the guard."""
+        guarded: Any = GuardedServer(self._server, Guard(authenticator, metrics))
+        reader = convert.Reader(max_inline_bytes=max_inline_bytes)
+        chat_pb2_grpc.add_ChatServiceServicer_to_server(ChatService(pipeline, journal, reader), guarded)
+        session_pb2_grpc.add_SessionServiceServicer_to_server(SessionService(store, sessions), guarded)
+        model_pb2_grpc.add_ModelServiceServicer_to_server(ModelService(catalog), guarded)
+        inference_pb2_grpc.add_InferenceServiceServicer_to_server(InferenceService(catalog, reader), guarded)
+        plugin_pb2_grpc.add_PluginServiceServicer_to_server(PluginService(), guarded)
+        health_pb2_grpc.add_HealthServicer_to_server(self._health, guarded)
+        if is_loopback(self._host):
+            # Who can reach the port learns the contract: fine on one's own machine, not beyond it.
+            names = (*SERVICES, health.SERVICE_NAME, reflection.SERVICE_NAME)
+            reflection.enable_server_reflection(names, guarded)
+        self.methods = tuple(guarded.methods)
+
+    async def start(self) -> None:
+        """Listen and serve.
+
+        Raises:
+            OSError: the address cannot be bound.
+        """
+        wanted = f"[{self._host}]:{self._port}" if ":" in self._host else f"{self._host}:{self._port}"
+        try:
+            if self._tls is None:
+                self.port = self._server.add_insecure_port(wanted)
+            else:
+                chain, key = self._tls
+                self.port = self._server.add_secure_port(wanted, grpc.ssl_server_credentials([(key, chain)]))
+        except RuntimeError as error:
+            raise OSError(f"{wanted} cannot be bound; another program may listen there") from error
+        await self._server.start()
+        for service in ("", *SERVICES):
+            await self._health.set(service, health_pb2.HealthCheckResponse.SERVING)
+
+    async def retire(self) -> None:
+        """Tell health checkers that no new work is wanted here."""
+        await self._health.enter_graceful_shutdown()
+
+    async def stop(self, grace: float) -> None:
+        """End the calls under way within `grace` seconds and close the port."""
+        await self._server.stop(grace)
+
+
+def _options(max_message_bytes: int) -> list[tuple[str, int]]:
+    """Return the transport's options: bounded messages, metadata and streams; clients may ping every ten seconds."""
+    return [
+        ("grpc.max_receive_message_length", max_message_bytes),
+        ("grpc.max_send_message_length", -1),
+        ("grpc.max_metadata_size", 16 * 1024),
+        ("grpc.absolute_max_metadata_size", 32 * 1024),
+        ("grpc.max_concurrent_streams", 1024),
+        # A second server on the port is a mistake here, not a way to share it.
+        ("grpc.so_reuseport", 0),
+        ("grpc.keepalive_time_ms", 30_000),
+        ("grpc.keepalive_timeout_ms", 10_000),
+        ("grpc.keepalive_permit_without_calls", 1),
+        ("grpc.http2.min_recv_ping_interval_without_data_ms", 10_000),
+        ("grpc.http2.max_pings_without_data", 0),
+    ]

@@ -1,0 +1,98 @@
+"""SessionService: conversations listed, read, reset and deleted, always within the caller's workspace."""
+
+from __future__ import annotations
+
+from moltbot.v1 import session_pb2, session_pb2_grpc
+
+from moltbot_server.errors import SessionNotFound
+from moltbot_server.models.context import ContextWindow
+from moltbot_server.rpc import convert, names
+from moltbot_server.rpc.interceptors import Call
+from moltbot_server.sessions import Sessions
+from moltbot_server.store import Store
+from moltbot_server.turns import Session, SessionKey, TurnState
+
+
+class SessionService(session_pb2_grpc.SessionServiceServicer):
+    """Serves sessions."""
+
+    def __init__(self, store: Store, sessions: Sessions[ContextWindow]) -> None:
+        self._store = store
+        self._sessions = sessions
+
+    async def GetSession(self, request: session_pb2.GetSessionRequest, call: Call) -> session_pb2.GetSessionResponse:  # type: ignore[override]
+        """Answer one session."""
+        key = names.read_session(call.principal.workspace, request.name, "name")
+        return session_pb2.GetSessionResponse(session=await self._session(key))
+
+    async def ListSessions(  # type: ignore[override]
+        self, request: session_pb2.ListSessionsRequest, call: Call
+    ) -> session_pb2.ListSessionsResponse:
+        """Answer sessions, the last used first."""
+        size = names.page_size(request.page_size, default=50, most=200)
+        found = await self._store.list_sessions(
+            call.principal.workspace,
+            user=request.user,
+            channel=request.channel,
+            before=names.read_time_token(request.page_token),
+            limit=size + 1,
+        )
+        page = found[:size]
+        last = page[-1] if len(found) > size else None
+        return session_pb2.ListSessionsResponse(
+            sessions=[self._as_message(session) for session in page],
+            next_page_token=names.write_token((last.update_time, last.key.session)) if last else "",
+        )
+
+    async def ListMessages(  # type: ignore[override]
+        self, request: session_pb2.ListMessagesRequest, call: Call
+    ) -> session_pb2.ListMessagesResponse:
+        """Answer a session's messages, oldest first."""
+        key = names.read_session(call.principal.workspace, request.parent, "parent")
+        size = names.page_size(request.page_size, default=100, most=500)
+        after = names.read_place_token(request.page_token)
+        found = await self._store.list_messages(key, after=after, limit=size + 1)
+        if not found:
+            await self._session(key)
+        page = found[:size]
+        more = len(found) > size
+        index = int(page[-1].id.partition(".")[2]) if more else 0
+        return session_pb2.ListMessagesResponse(
+            messages=[convert.message(key.session, message) for message in page],
+            next_page_token=names.write_token((page[-1].turn, index)) if more else "",
+        )
+
+    async def ResetSession(  # type: ignore[override]
+        self, request: session_pb2.ResetSessionRequest, call: Call
+    ) -> session_pb2.ResetSessionResponse:
+        """Forget what was said in a session."""
+        key = names.read_session(call.principal.workspace, request.name, "name")
+        await self._sessions.reset(key)
+        return session_pb2.ResetSessionResponse(session=await self._session(key))
+
+    async def DeleteSession(  # type: ignore[override]
+        self, request: session_pb2.DeleteSessionRequest, call: Call
+    ) -> session_pb2.DeleteSessionResponse:
+        """Delete a session with all that is in it."""
+        await self._sessions.delete(names.read_session(call.principal.workspace, request.name, "name"))
+        return session_pb2.DeleteSessionResponse()
+
+    async def _session(self, key: SessionKey) -> session_pb2.Session:
+        session = await self._store.get_session(key)
+        if session is None:
+            raise SessionNotFound("there is no such session in this workspace")
+        return self._as_message(session)
+
+    def _as_message(self, session: Session) -> session_pb2.Session:
+        at_hand = self._sessions.at_hand(session.key)
+        live = at_hand.running if at_hand else None
+        if live is None or live.ended or not live.is_stored:
+            return convert.session(session, None)
+        active = convert.turn(
+            live.key,
+            state=TurnState.RUNNING,
+            request_id=live.input.request_id,
+            create_time=live.events[0].at,
+            last_sequence=len(live.events),
+        )
+        return convert.session(session, active)

@@ -1,0 +1,378 @@
+"""The embedded store: one SQLite file in WAL mode, one thread that writes in groups, one that reads.
+
+A turn is one row: its question is written when it is accepted, its answer and events when it has ended. A session's
+time of last use is written at most once a second, since it can be told again from the turns.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import sqlite3
+from asyncio import Future
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any, TypeVar
+
+import msgspec
+
+from moltbot_server.errors import StorageUnavailable
+from moltbot_server.store import EndedTurn, NewTurn, StoredSession, StoredTurn
+from moltbot_server.store.writer import GroupWriter, storage_error
+from moltbot_server.turns import (
+    Event,
+    Failed,
+    Message,
+    Part,
+    Role,
+    Session,
+    SessionKey,
+    TurnKey,
+    TurnState,
+    encode,
+)
+
+T = TypeVar("T")
+
+SCHEMA_VERSION = 1
+
+_SCHEMA = """
+CREATE TABLE sessions (
+    workspace TEXT NOT NULL, id TEXT NOT NULL, title TEXT NOT NULL, user TEXT NOT NULL, channel TEXT NOT NULL,
+    create_time REAL NOT NULL, update_time REAL NOT NULL, base_ordinal INTEGER NOT NULL, ephemeral INTEGER NOT NULL,
+    PRIMARY KEY (workspace, id)
+) WITHOUT ROWID;
+CREATE INDEX sessions_by_use ON sessions (workspace, ephemeral, update_time DESC, id);
+CREATE TABLE turns (
+    workspace TEXT NOT NULL, session TEXT NOT NULL, ordinal INTEGER NOT NULL, request_id TEXT NOT NULL,
+    digest BLOB NOT NULL, state TEXT NOT NULL, create_time REAL NOT NULL, end_time REAL NOT NULL DEFAULT 0,
+    model TEXT NOT NULL DEFAULT '', question TEXT NOT NULL, answer TEXT, events TEXT
+);
+CREATE UNIQUE INDEX turns_by_session ON turns (workspace, session, ordinal);
+CREATE UNIQUE INDEX turns_by_request ON turns (workspace, request_id);
+CREATE INDEX turns_running ON turns (state) WHERE state = 'running';
+"""
+
+_INSERT_TURN = """
+INSERT INTO turns (workspace, session, ordinal, request_id, digest, state, create_time, question)
+VALUES (?, ?, ?, ?, ?, 'running', ?, ?) ON CONFLICT (workspace, request_id) DO NOTHING
+"""
+_INSERT_SESSION = """
+INSERT INTO sessions (workspace, id, title, user, channel, create_time, update_time, base_ordinal, ephemeral)
+VALUES (?, ?, ?, ?, ?, ?, ?, 0, ?)
+ON CONFLICT (workspace, id) DO UPDATE SET title = excluded.title WHERE sessions.title = ''
+"""
+_FINISH_TURN = """
+UPDATE turns SET state = ?, end_time = ?, model = ?, answer = ?, events = ?
+WHERE workspace = ? AND session = ? AND ordinal = ?
+"""
+_TURN_COLUMNS = "workspace, session, ordinal, request_id, digest, state, create_time, end_time, events"
+_SESSION_COLUMNS = """s.workspace, s.id, s.title, s.user, s.channel, s.create_time, s.update_time,
+(SELECT count(*) + count(answer) FROM turns t WHERE t.workspace = s.workspace AND t.session = s.id)"""
+
+_parts = msgspec.json.Decoder(tuple[Part, ...])
+_events = msgspec.json.Decoder(tuple[Event, ...])
+
+
+class SqliteStore:
+    """A `Store` in one file."""
+
+    def __init__(self, path: Path) -> None:
+        self._path = path
+        self._touched: dict[tuple[str, str], float] = {}
+        self._touched_at = 0.0
+
+    async def open(self) -> None:
+        """Open the file, bring its schema up to date, and close the turns that a crash left running."""
+        self._path.parent.mkdir(parents=True, exist_ok=True)
+        self._readers = ThreadPoolExecutor(max_workers=1, thread_name_prefix="moltbot-reader")
+        await asyncio.get_running_loop().run_in_executor(self._readers, self._prepare)
+        self._writer = GroupWriter(self._connect)
+
+    async def close(self) -> None:
+        """Write what waits, then close the file."""
+        if self._touched:
+            await self._writer.submit(self._write_touched)
+        await self._writer.close()
+        await self._read(lambda connection: connection.close())
+        self._readers.shutdown()
+
+    # --- writing -------------------------------------------------------------------------------------------------
+
+    def accept(self, turn: NewTurn) -> Future[StoredTurn | None]:
+        """Store a turn; answer None, or the earlier turn of the same request_id."""
+        return self._writer.submit(lambda connection: self._accept(connection, turn))
+
+    def reaccept(self, turn: NewTurn) -> Future[StoredTurn | None]:
+        """Store a turn in the place of a failed one with its request_id."""
+
+        def write(connection: sqlite3.Connection) -> StoredTurn | None:
+            connection.execute(
+                "UPDATE turns SET request_id = request_id || char(31) || rowid "
+                "WHERE workspace = ? AND request_id = ? AND state = 'failed'",
+                (turn.key.session.workspace, turn.request_id),
+            )
+            return self._accept(connection, turn)
+
+        return self._writer.submit(write)
+
+    def finish(self, turn: EndedTurn) -> Future[None]:
+        """Store how a turn ended."""
+        key = turn.key
+        row = (
+            turn.state.value,
+            turn.end_time,
+            turn.model,
+            encode(turn.answer).decode() if turn.answer else None,
+            encode(turn.events).decode(),
+            key.session.workspace,
+            key.session.session,
+            key.ordinal,
+        )
+        return self._writer.submit(lambda connection: self._finish(connection, row, turn))
+
+    async def reset_session(self, key: SessionKey) -> None:
+        """Delete a session's turns; its ordinals go on."""
+        names = (key.workspace, key.session)
+
+        def write(connection: sqlite3.Connection) -> None:
+            connection.execute(
+                "UPDATE sessions SET title = '', base_ordinal = max(base_ordinal, coalesce("
+                "(SELECT max(ordinal) FROM turns WHERE workspace = ?1 AND session = ?2), 0)) "
+                "WHERE workspace = ?1 AND id = ?2",
+                names,
+            )
+            connection.execute("DELETE FROM turns WHERE workspace = ? AND session = ?", names)
+
+        await self._writer.submit(write)
+
+    async def delete_session(self, key: SessionKey) -> bool:
+        """Delete a session and its turns."""
+        names = (key.workspace, key.session)
+
+        def write(connection: sqlite3.Connection) -> bool:
+            self._touched.pop(names, None)
+            connection.execute("DELETE FROM turns WHERE workspace = ? AND session = ?", names)
+            return connection.execute("DELETE FROM sessions WHERE workspace = ? AND id = ?", names).rowcount > 0
+
+        return bool(await self._writer.submit(write))
+
+    async def prune(self, before: float) -> int:
+        """Delete ephemeral sessions last used before a time."""
+
+        def write(connection: sqlite3.Connection) -> int:
+            old = connection.execute(
+                "SELECT workspace, id FROM sessions WHERE ephemeral = 1 AND update_time < ? LIMIT 1000", (before,)
+            ).fetchall()
+            connection.executemany("DELETE FROM turns WHERE workspace = ? AND session = ?", old)
+            connection.executemany("DELETE FROM sessions WHERE workspace = ? AND id = ?", old)
+            return len(old)
+
+        return int(await self._writer.submit(write))
+
+    # --- reading -------------------------------------------------------------------------------------------------
+
+    async def find_turn(self, key: TurnKey) -> StoredTurn | None:
+        """Return a turn with its events, or None."""
+        return await self._read(
+            lambda connection: _turn(
+                connection.execute(
+                    f"SELECT {_TURN_COLUMNS} FROM turns WHERE workspace = ? AND session = ? AND ordinal = ?",
+                    (key.session.workspace, key.session.session, key.ordinal),
+                ).fetchone()
+            )
+        )
+
+    async def load_session(self, key: SessionKey, limit: int) -> StoredSession | None:
+        """Return what a session needs to go on, or None."""
+        names = (key.workspace, key.session)
+
+        def read(connection: sqlite3.Connection) -> StoredSession | None:
+            row = connection.execute(
+                "SELECT base_ordinal, (SELECT max(ordinal) FROM turns WHERE workspace = ?1 AND session = ?2) "
+                "FROM sessions WHERE workspace = ?1 AND id = ?2",
+                names,
+            ).fetchone()
+            if row is None:
+                return None
+            turns = connection.execute(
+                "SELECT ordinal, question, answer, model, create_time, end_time FROM turns WHERE workspace = ? "
+                "AND session = ? AND state IN ('completed', 'cancelled') ORDER BY ordinal DESC LIMIT ?",
+                (*names, limit),
+            ).fetchall()
+            messages = [message for turn in reversed(turns) for message in _messages(*turn)]
+            return StoredSession(last_ordinal=max(row[0], row[1] or 0), messages=tuple(messages))
+
+        return await self._read(read)
+
+    async def get_session(self, key: SessionKey) -> Session | None:
+        """Return a session as it is listed, or None."""
+
+        def read(connection: sqlite3.Connection) -> Session | None:
+            row = connection.execute(
+                f"SELECT {_SESSION_COLUMNS} FROM sessions s WHERE workspace = ? AND id = ? AND ephemeral = 0",
+                (key.workspace, key.session),
+            ).fetchone()
+            return self._session(row) if row else None
+
+        return await self._read(read)
+
+    async def list_sessions(
+        self, workspace: str, *, user: str, channel: str, before: tuple[float, str] | None, limit: int
+    ) -> Sequence[Session]:
+        """Return sessions, last used first."""
+        await self._flush_touched()
+        where, values = ["workspace = ?", "ephemeral = 0"], [workspace]
+        for column, value in (("user", user), ("channel", channel)):
+            if value:
+                where.append(f"{column} = ?")
+                values.append(value)
+        if before is not None:
+            where.append("(update_time < ? OR (update_time = ? AND id > ?))")
+        arguments = [*values, *((before[0], before[0], before[1]) if before else ()), limit]
+        chosen = " AND ".join(where)
+        query = f"SELECT {_SESSION_COLUMNS} FROM sessions s WHERE {chosen} ORDER BY update_time DESC, id LIMIT ?"
+        return await self._read(
+            lambda connection: [self._session(row) for row in connection.execute(query, arguments).fetchall()]
+        )
+
+    async def list_messages(self, key: SessionKey, *, after: tuple[int, int], limit: int) -> Sequence[Message]:
+        """Return a session's messages, oldest first."""
+
+        def read(connection: sqlite3.Connection) -> list[Message]:
+            rows = connection.execute(
+                "SELECT ordinal, question, answer, model, create_time, end_time FROM turns WHERE workspace = ? "
+                "AND session = ? AND ordinal >= ? ORDER BY ordinal LIMIT ?",
+                (key.workspace, key.session, after[0], limit + 1),
+            ).fetchall()
+            messages = [message for row in rows for message in _messages(*row)]
+            first = f"{after[0]}.{after[1]}"
+            start = next((i + 1 for i, message in enumerate(messages) if message.id == first), 0)
+            return messages[start : start + limit]
+
+        return await self._read(read)
+
+    # --- inside --------------------------------------------------------------------------------------------------
+
+    def _connect(self) -> sqlite3.Connection:
+        connection = sqlite3.connect(self._path, isolation_level=None, check_same_thread=False, timeout=5.0)
+        connection.executescript(
+            "PRAGMA journal_mode = WAL; PRAGMA synchronous = FULL; PRAGMA busy_timeout = 5000;"
+            "PRAGMA trusted_schema = OFF; PRAGMA cell_size_check = ON;"
+        )
+        return connection
+
+    def _prepare(self) -> None:
+        try:
+            connection = self._reader = self._connect()
+            version = connection.execute("PRAGMA user_version").fetchone()[0]
+            if version > SCHEMA_VERSION:
+                raise StorageUnavailable(
+                    f"the database was written by a newer release (schema {version}, this one reads {SCHEMA_VERSION})"
+                )
+            if version == 0:
+                connection.executescript(f"BEGIN; {_SCHEMA} PRAGMA user_version = {SCHEMA_VERSION}; COMMIT;")
+            connection.execute(
+                "UPDATE turns SET state = 'failed', events = NULL WHERE state = 'running'",
+            )
+            self._path.chmod(0o600)
+        except sqlite3.Error as error:
+            raise storage_error(error) from error
+
+    async def _read(self, query: Callable[[sqlite3.Connection], T]) -> T:
+        def guarded() -> T:
+            try:
+                return query(self._reader)
+            except sqlite3.Error as error:
+                raise storage_error(error) from error
+
+        return await asyncio.get_running_loop().run_in_executor(self._readers, guarded)
+
+    def _accept(self, connection: sqlite3.Connection, turn: NewTurn) -> StoredTurn | None:
+        session = turn.key.session
+        names = (session.workspace, session.session)
+        row = (*names, turn.key.ordinal, turn.request_id, turn.digest, turn.create_time, encode(turn.question).decode())
+        if connection.execute(_INSERT_TURN, row).rowcount == 0:
+            return _turn(
+                connection.execute(
+                    f"SELECT {_TURN_COLUMNS} FROM turns WHERE workspace = ? AND request_id = ?",
+                    (session.workspace, turn.request_id),
+                ).fetchone()
+            )
+        if turn.opens_session:
+            now = turn.create_time
+            connection.execute(
+                _INSERT_SESSION, (*names, turn.title, turn.user, turn.channel, now, now, int(turn.ephemeral))
+            )
+        self._touch(connection, names, turn.create_time)
+        return None
+
+    def _finish(self, connection: sqlite3.Connection, row: tuple[Any, ...], turn: EndedTurn) -> None:
+        connection.execute(_FINISH_TURN, row)
+        self._touch(connection, (turn.key.session.workspace, turn.key.session.session), turn.end_time)
+
+    def _touch(self, connection: sqlite3.Connection, names: tuple[str, str], now: float) -> None:
+        """Remember that a session was used; runs on the writer's thread."""
+        self._touched[names] = now
+        if now - self._touched_at >= 1.0:
+            self._touched_at = now
+            self._write_touched(connection)
+
+    def _write_touched(self, connection: sqlite3.Connection) -> None:
+        rows = [(now, *names) for names, now in self._touched.items()]
+        self._touched.clear()
+        connection.executemany("UPDATE sessions SET update_time = ? WHERE workspace = ? AND id = ?", rows)
+
+    async def _flush_touched(self) -> None:
+        if self._touched:
+            await self._writer.submit(self._write_touched)
+
+    def _session(self, row: tuple[Any, ...]) -> Session:
+        workspace, session, title, user, channel, create_time, update_time, count = row
+        return Session(
+            key=SessionKey(workspace=workspace, session=session),
+            title=title,
+            user=user,
+            channel=channel,
+            create_time=create_time,
+            update_time=max(update_time, self._touched.get((workspace, session), 0.0)),
+            message_count=count,
+        )
+
+
+def _turn(row: tuple[Any, ...] | None) -> StoredTurn | None:
+    if row is None:
+        return None
+    workspace, session, ordinal, request_id, digest, state, create_time, end_time, events = row
+    recorded = _events.decode(events) if events else ()
+    last = recorded[-1].kind if recorded else None
+    return StoredTurn(
+        key=TurnKey(session=SessionKey(workspace=workspace, session=session), ordinal=ordinal),
+        request_id=request_id,
+        digest=digest,
+        state=TurnState(state),
+        create_time=create_time,
+        end_time=end_time,
+        events=recorded,
+        retryable=state == TurnState.FAILED and (last is None or (isinstance(last, Failed) and last.retryable)),
+    )
+
+
+def _messages(
+    ordinal: int, question: str, answer: str | None, model: str, create_time: float, end_time: float
+) -> list[Message]:
+    """Return the messages of one turn's row: what was asked and, if it was answered, the answer."""
+    asked = Message(
+        role=Role.USER, parts=_parts.decode(question), id=f"{ordinal}.0", turn=ordinal, create_time=create_time
+    )
+    if answer is None:
+        return [asked]
+    answered = Message(
+        role=Role.ASSISTANT,
+        parts=_parts.decode(answer),
+        id=f"{ordinal}.1",
+        turn=ordinal,
+        model=model,
+        create_time=end_time,
+    )
+    return [asked, answered]
