@@ -1,3 +1,4 @@
+# ruff: noqa: RUF001  (Chinese punctuation is meant)
 """A tiny random Llama-shaped model in CTranslate2's format, made on the spot: what it says is noise, how is real."""
 
 from __future__ import annotations
@@ -9,7 +10,6 @@ from pathlib import Path
 import numpy as np
 import yaml
 from ctranslate2.specs import common_spec, transformer_spec
-
 from moltbot_server.demo_model import tokenizer
 
 LINES = [

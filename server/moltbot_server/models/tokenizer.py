@@ -49,9 +49,9 @@ class Tokenizer:
         self._longest_piece = max(map(len, self._words))
         self._most_characters = self._longest_piece * folder.context_length
         self.surfaces = self._surfaces()
-        self._kept: OrderedDict[tuple[Role, str], tuple[str, ...]] = OrderedDict()
+        self._kept: OrderedDict[tuple[Role, str, bool], tuple[str, ...]] = OrderedDict()
+        self._joints = self._find_joints()
         self._opening = self._laid_out(Entry(prefix=self._template.bos))
-        self._answer = self._laid_out(Entry(prefix=self._template.assistant.prefix))
 
     def id(self, token: str) -> int | None:
         """Return the id of a token in the weights' vocabulary, None when it is no token."""
@@ -65,35 +65,45 @@ class Tokenizer:
         text = message.text
         if len(text) > self._most_characters:
             return len(text) // self._longest_piece
-        return len(self._message(message.role, text))
+        return len(self._message(message.role, text, False))
 
     def prompt(self, messages: Sequence[Message]) -> list[str]:
         """Return the tokens of a conversation, ready for the answer."""
         tokens = list(self._opening)
-        before = None
+        before: Role | None = None
         for message in messages:
-            if self._template.system_in_user and before is Role.SYSTEM and message.role is Role.USER:
+            role = message.role
+            if self._template.system_in_user and before is Role.SYSTEM and role is Role.USER:
                 tokens += self._laid_out(Entry(suffix=self._template.user.suffix), message.text, joined=True)
             else:
-                tokens += self._message(message.role, message.text)
-            before = message.role
-        tokens += self._answer
+                tokens += self._message(role, message.text, (before, role) in self._joints)
+            before = role
+        answer = Entry(prefix=self._template.assistant.prefix)
+        tokens += self._laid_out(answer, joined=(before, Role.ASSISTANT) in self._joints)
         return tokens
 
-    def _message(self, role: Role, text: str) -> tuple[str, ...]:
-        key = (role, text)
+    def _message(self, role: Role, text: str, joined: bool) -> tuple[str, ...]:
+        key = (role, text, joined)
         kept = self._kept.get(key)
         if kept is not None:
             self._kept.move_to_end(key)
             return kept
-        template = self._template
-        entries = {Role.SYSTEM: template.system, Role.ASSISTANT: template.assistant}
-        tokens = tuple(self._laid_out(entries.get(role, template.user), text))
+        tokens = tuple(self._laid_out(self._entry(role), text, joined=joined))
         if len(text) <= _KEPT_CHARACTERS:
             self._kept[key] = tokens
             if len(self._kept) > _KEPT:
                 self._kept.popitem(last=False)
         return tokens
+
+    def _entry(self, role: Role) -> Entry:
+        template = self._template
+        return {Role.SYSTEM: template.system, Role.ASSISTANT: template.assistant}.get(role, template.user)
+
+    def _find_joints(self) -> set[tuple[Role | None, Role]]:
+        """Return which roles follow each other in the midst of plain text, so that no leading space comes between."""
+        ends = {role for role in Role for _, marker in self._cut(self._entry(role).suffix)[-1:] if not marker}
+        begins = {role for role in Role for _, marker in self._cut(self._entry(role).prefix)[:1] if not marker}
+        return {(before, after) for before in ends for after in begins}
 
     def _laid_out(self, entry: Entry, text: str = "", *, joined: bool = False) -> list[str]:
         """Return a message between its prefix and suffix. `joined`: it goes on with the text of the message before."""
@@ -189,6 +199,6 @@ class Tokenizer:
             text=text,
             byte=byte,
             spaced=spaced,
-            drops_space=sample is not None and not str(pieces.decode([sample])).startswith(" "),
+            drops_space=sample is not None and pieces.decode([sample]) == self._words[sample][1:].replace(_SPACE, " "),
             drops_spaces=self._words[lone] == _SPACE and not pieces.decode([lone, lone]),
         )
