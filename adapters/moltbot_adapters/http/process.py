@@ -2,6 +2,7 @@
 
 import asyncio
 import errno
+import gc
 import logging
 import os
 import signal
@@ -64,6 +65,8 @@ async def serve(settings: Settings) -> int:
             return 1
         if KeyFile(settings.key_file).readable_by_others():
             log.warning("other users can read the key file; its mode should be 0600")
+        gc.collect()
+        gc.freeze()  # what the start made stays; no collection has to walk it again
         log.info("listening", extra=fields(host=settings.host, port=port, core=settings.core, pid=os.getpid()))
         await leave.wait()
         log.info("leaving", extra=fields(grace_s=settings.drain_s))

@@ -54,6 +54,13 @@ class EventStream:
                 await self._response.prepare(self._request)
                 self.opened = True
 
+    async def open_after(self, delay_s: float) -> None:
+        """Lets the headers leave after a while even without an event: whoever waits for them sees that all is well."""
+        await asyncio.sleep(delay_s)
+        if not self.opened:
+            with contextlib.suppress(ConnectionError):  # it left just now: its handler is told as well
+                await self.write(PING)
+
     async def tick(self, now: float, settings: Settings) -> None:
         """Pings an idle stream and cuts one whose reader takes nothing. Never waits for the reader."""
         transport = self._request.transport
@@ -94,16 +101,19 @@ class Streams:
 
     @contextlib.asynccontextmanager
     async def stream(
-        self, request: web.Request, headers: Mapping[str, str] | None = None
+        self, request: web.Request, headers: Mapping[str, str] | None = None, *, open_after_s: float | None = None
     ) -> AsyncIterator[EventStream]:
         """Opens an event stream that is looked after until the block ends."""
         stream = EventStream(request, headers)
+        opening = None if open_after_s is None else asyncio.create_task(stream.open_after(open_after_s))
         self._open.add(stream)
         self._empty.clear()
         self._on_count(1)
         try:
             yield stream
         finally:
+            if opening is not None:
+                opening.cancel()
             self._open.discard(stream)
             self._on_count(-1)
             if not self._open:

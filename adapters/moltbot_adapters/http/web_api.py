@@ -18,6 +18,7 @@ from moltbot_adapters.http.settings import Settings
 from moltbot_adapters.http.sse import Streams
 
 CHANNEL = "web"
+_PROMPT_S = 0.2  # a refusal to resume comes sooner than that; after it, silence means that the turn has no news yet
 
 
 class WebApi:
@@ -91,19 +92,20 @@ class WebApi:
         """`GET /api/sessions/{session}/turns/{turn}/events`: what comes after a sequence number, then live."""
         after = max(_sequence(request.query.get("after")), _sequence(request.headers.get("Last-Event-ID")))
         caller = request[CONTEXT].caller
-        return await self._send(
-            request, self._core.resume_turn(_turn(request), after, caller, self._settings.turn_limit_s)
-        )
+        events = self._core.resume_turn(_turn(request), after, caller, self._settings.turn_limit_s)
+        return await self._send(request, events, open_after_s=_PROMPT_S)
 
     async def cancel_turn(self, request: web.Request) -> web.Response:
         """`POST /api/sessions/{session}/turns/{turn}/cancel`."""
         cancelled = await self._core.cancel_turn(_turn(request), request[CONTEXT].caller)
         return web.json_response({"cancelled": cancelled})
 
-    async def _send(self, request: web.Request, events: AsyncGenerator[chat_pb2.Event, None]) -> web.StreamResponse:
+    async def _send(
+        self, request: web.Request, events: AsyncGenerator[chat_pb2.Event, None], open_after_s: float | None = None
+    ) -> web.StreamResponse:
         context = request[CONTEXT]
         waiting = True
-        async with self._streams.stream(request) as out, aclosing(events):
+        async with self._streams.stream(request, open_after_s=open_after_s) as out, aclosing(events):
             try:
                 async for event in events:
                     if waiting and event.HasField("text_delta"):

@@ -1,0 +1,118 @@
+"""What a user sees of a core that breaks off, restarts or is gone: as little as possible."""
+
+import asyncio
+
+import grpc
+import openai
+import pytest
+from running_adapter import RunningAdapter
+from scripted_core import KEY, Refusal
+from sse_reader import all_frames
+
+SAY = {"session": "", "text": "hello", "request_id": "r-1", "model": ""}
+HELLO = [{"role": "user", "content": "hello"}]
+
+
+@pytest.mark.parametrize(
+    "cut",
+    [
+        Refusal(code=grpc.StatusCode.UNAVAILABLE),
+        Refusal(code=grpc.StatusCode.UNAVAILABLE, reason="NOT_SERVING"),
+        Refusal(code=grpc.StatusCode.RESOURCE_EXHAUSTED, reason="SLOW_CONSUMER"),
+        Refusal(code=grpc.StatusCode.CANCELLED),
+        Refusal(code=grpc.StatusCode.INTERNAL),
+    ],
+    ids=lambda cut: f"{cut.code.name}-{cut.reason}",
+)
+async def test_a_stream_that_breaks_is_resumed_after_the_last_event(browser, core, cut):
+    core.script.cut_with = cut
+    core.script.cut_after = {1, 3, 4, 6}
+    async with browser.post("/api/turns", json=SAY) as answer:
+        heard = await all_frames(answer)
+    assert [frame.id for frame in heard] == list(range(1, 8))
+    assert core.names() == ["StreamTurn"] + ["ResumeTurn"] * 4
+    assert len(core.turns) == 1
+
+
+async def test_a_start_that_never_arrived_is_made_again_with_the_same_request_id(browser, core):
+    core.script.refusals = [
+        Refusal(code=grpc.StatusCode.UNAVAILABLE),
+        Refusal(code=grpc.StatusCode.UNAVAILABLE, reason="NOT_SERVING"),
+    ]
+    async with browser.post("/api/turns", json=SAY) as answer:
+        assert (await all_frames(answer))[-1].event == "completed"
+    assert core.names() == ["StreamTurn"] * 3
+    assert core.turns[0].input.request_id == "r-1"
+
+
+async def test_a_core_that_restarts_between_two_turns_is_unseen(adapter, core):
+    async with openai.AsyncOpenAI(base_url=adapter.api, api_key=KEY, max_retries=0) as client:
+        await client.chat.completions.create(model="moltbot", messages=HELLO)
+        await core.stop()
+        asking = asyncio.create_task(client.chat.completions.create(model="moltbot", messages=HELLO))
+        streaming = asyncio.create_task(client.chat.completions.create(model="moltbot", messages=HELLO, stream=True))
+        await asyncio.sleep(0.2)  # long enough for the calls to meet the closed port
+        await core.start()
+        assert (await asking).choices[0].message.content == "Hello, world!"
+        assert "".join([c.choices[0].delta.content or "" async for c in await streaming]) == "Hello, world!"
+
+
+async def test_a_refusal_with_a_reason_is_not_repeated(browser, core):
+    core.script.refusals = [Refusal(code=grpc.StatusCode.UNAVAILABLE, reason="MODEL_UNAVAILABLE")]
+    async with browser.post("/api/turns", json=SAY) as answer:
+        assert (answer.status, (await answer.json())["error"]["code"]) == (503, "model_unavailable")
+    assert core.names() == ["StreamTurn"]
+
+
+async def test_a_turn_that_a_restart_lost_is_told_to_the_openai_client(adapter, core):
+    core.script.cut_after = {3}
+    core.script.resume_refusals = [Refusal(code=grpc.StatusCode.NOT_FOUND, reason="TURN_NOT_FOUND")]
+    async with openai.AsyncOpenAI(base_url=adapter.api, api_key=KEY, max_retries=0) as client:
+        stream = await client.chat.completions.create(model="moltbot", messages=HELLO, stream=True)
+        heard = [(await anext(stream)).choices[0].delta.content for _ in range(2)]
+        with pytest.raises(openai.APIError) as caught:
+            await anext(stream)
+    assert heard == ["", "Hello"]
+    assert caught.value.code == "turn_interrupted"
+
+
+async def test_a_lasting_fault_in_mid_stream_ends_the_pages_stream_and_the_resume_tells_it(browser, core):
+    denied = Refusal(code=grpc.StatusCode.PERMISSION_DENIED, reason="PERMISSION_DENIED")
+    core.script.cut_after = {3}
+    core.script.resume_refusals = [denied, denied]
+    async with browser.post("/api/turns", json=SAY) as answer:
+        assert [frame.id for frame in await all_frames(answer)] == [1, 2, 3]
+    async with browser.get("/api/sessions/s1/turns/t1/events?after=3") as answer:
+        assert (answer.status, (await answer.json())["error"]["code"]) == (403, "permission_denied")
+
+
+async def test_a_core_that_is_gone_is_a_503_with_a_time_to_wait(settings, core):
+    await core.stop()
+    async with (
+        RunningAdapter(settings) as adapter,
+        openai.AsyncOpenAI(base_url=adapter.api, api_key=KEY, max_retries=0) as client,
+    ):
+        with pytest.raises(openai.InternalServerError) as caught:
+            await client.models.list()
+    assert (caught.value.status_code, caught.value.code) == (503, "core_unavailable")
+    assert caught.value.response.headers["retry-after"] == "1"
+    assert str(core.port) not in caught.value.message
+
+
+async def test_unknown_faults_leak_no_text(http, core):
+    core.script.refusals = [Refusal(code=grpc.StatusCode.UNKNOWN, message="secret /path")] * 10
+    body = {"model": "moltbot", "messages": HELLO, "stream": True}
+    async with http.post("/v1/chat/completions", json=body, headers={"Authorization": f"Bearer {KEY}"}) as answer:
+        text = await answer.text()
+    assert answer.status == 500
+    assert "secret" not in text
+    assert answer.headers["X-Request-Id"].startswith("req_")
+
+
+async def test_health_follows_the_core(http, core, settings):
+    async with http.get("/health") as answer:
+        assert (answer.status, (await answer.json())["status"]) == (200, "ok")
+    await core.leave_serving()
+    async with RunningAdapter(settings) as fresh, http.get(f"{fresh.url}/health") as answer:
+        assert answer.status == 503
+        assert (await answer.json())["core"] == {"status": "NOT_SERVING"}
