@@ -76,4 +76,4 @@ ENV_NAMES: Mapping[str, str] = {
 }
 
 # Variables of MoltBot that are no settings of the server.
-OTHER_NAMES = frozenset({"MOLTBOT_WORKSPACE", "MOLTBOT_KEY", "MOLTBOT_ADDRESS", "MOLTBOT_SUPERVISED"})
+OTHER_NAMES = frozenset({"MOLTBOT_WORKSPACE", "MOLTBOT_KEY", "MOLTBOT_ADDRESS"})

@@ -16,7 +16,9 @@ turn = chat_pb2.TurnInput(parts=[message_pb2.Part(text=question)], request_id=st
 
 with grpc.insecure_channel("127.0.0.1:50051") as channel:
     chat = chat_pb2_grpc.ChatServiceStub(channel)
-    for answer in chat.StreamTurn(chat_pb2.StreamTurnRequest(turn=turn), metadata=[("authorization", f"Bearer {key}")]):
+    for answer in chat.StreamTurn(
+        chat_pb2.StreamTurnRequest(turn=turn), metadata=(("authorization", f"Bearer {key}"),)
+    ):
         event = answer.event
         if event.HasField("text_delta"):
             print(event.text_delta.text, end="", flush=True)

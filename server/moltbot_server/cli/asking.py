@@ -1,0 +1,203 @@
+"""One question from the command line: its answer as text, as one JSON object, or as JSON lines of events."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import signal
+import socket
+import sys
+import time
+from collections.abc import AsyncIterator
+from contextlib import aclosing, asynccontextmanager
+from dataclasses import dataclass
+from typing import Any
+
+from google.protobuf.json_format import MessageToDict
+from moltbot import MoltBot, MoltBotClientError
+from moltbot.errors import from_event
+from moltbot.v1 import chat_pb2, message_pb2
+
+from moltbot_server.cli.terminal import Exit, Failure, command, harmless
+
+CHANNEL = "cli"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Place:
+    """Where a core is and the key to it."""
+
+    address: str
+    key: str
+
+    def connect(self) -> MoltBot:
+        """Return a client.
+
+        Raises:
+            Failure: nothing listens there.
+        """
+        host, _, port = self.address.rpartition(":")
+        try:
+            # Much faster than the channel's own tries, and certain: nobody is there.
+            socket.create_connection((host.strip("[]"), int(port)), timeout=5).close()
+        except (OSError, ValueError):
+            raise Failure(
+                f"MoltBot is not running (nothing answers at {self.address}): start it with `{command('start')}`.",
+                Exit.UNAVAILABLE,
+            ) from None
+        return MoltBot(self.address, self.key)
+
+
+def failure(error: MoltBotClientError) -> Failure:
+    """Return a client's error as the end of a command."""
+    wait = f" Try again in {error.retry_after:g} s." if error.retry_after else ""
+    statuses = {
+        "UNAVAILABLE": Exit.UNAVAILABLE,
+        "UNAUTHENTICATED": Exit.NOT_ALLOWED,
+        "PERMISSION_DENIED": Exit.NOT_ALLOWED,
+    }
+    return Failure(
+        f"{error.message}{wait} ({error.reason or error.code.name})", statuses.get(error.code.name, Exit.FAILED)
+    )
+
+
+@asynccontextmanager
+async def interrupts() -> AsyncIterator[asyncio.Event]:
+    """Give an event that Ctrl-C sets, instead of breaking off whatever happens to run."""
+    pressed = asyncio.Event()
+    loop = asyncio.get_running_loop()
+    loop.add_signal_handler(signal.SIGINT, pressed.set)
+    try:
+        yield pressed
+    finally:
+        loop.remove_signal_handler(signal.SIGINT)
+
+
+@asynccontextmanager
+async def cancelling(bot: MoltBot, turn: list[str], pressed: asyncio.Event) -> AsyncIterator[None]:
+    """Cancel the turn, once it has a name, when Ctrl-C is pressed while the body runs. A second one breaks off."""
+
+    async def cancel() -> None:
+        await pressed.wait()
+        if turn:
+            await bot.cancel_turn(turn[0])
+
+    task = asyncio.create_task(cancel())
+    try:
+        yield
+    finally:
+        task.cancel()
+        await asyncio.gather(task, return_exceptions=True)
+
+
+async def ask(place: Place, text: str, *, session: str, model: str, form: str) -> int:
+    """Ask and print the answer; `form` is `text`, `json` or `events`. Return the exit status."""
+    async with place.connect() as bot, interrupts() as pressed:
+        turn: list[str] = []
+        completed: chat_pb2.Completed | None = None
+        try:
+            stream = bot.stream_turn(text, session=session, model=_model(model), channel=CHANNEL)
+            async with aclosing(stream) as events, cancelling(bot, turn, pressed):
+                shown = _Shown(form)
+                async for event in events:
+                    if event.HasField("accepted"):
+                        turn.append(event.accepted.turn)
+                        if pressed.is_set():
+                            await bot.cancel_turn(turn[0])
+                    shown.show(event)
+                    if event.HasField("completed"):
+                        completed = event.completed
+                    elif event.HasField("failed"):
+                        raise from_event(event.failed)
+        except MoltBotClientError as error:
+            if form == "text":
+                raise failure(error) from None
+            if form == "json" or not turn:
+                print(json.dumps({"error": _as_json(error)}, ensure_ascii=False), flush=True)
+            return int(failure(error).status)
+        if form == "json" and completed is not None:
+            print(json.dumps(outcome(turn[0], completed), ensure_ascii=False), flush=True)
+    return int(Exit.INTERRUPTED if pressed.is_set() else Exit.OK)
+
+
+class _Shown:
+    """Prints events as they come."""
+
+    def __init__(self, form: str) -> None:
+        self._form = form
+        self._clean = harmless if sys.stdout.isatty() else str  # a file gets the text as it is
+        self._ends_line = True
+
+    def show(self, event: chat_pb2.Event) -> None:
+        """Print what an event adds."""
+        if self._form == "events":
+            shape = MessageToDict(event, preserving_proto_field_name=True)
+            print(json.dumps(shape, ensure_ascii=False), flush=True)
+        elif self._form == "text":
+            if event.HasField("text_delta"):
+                self._write(event.text_delta.text)
+            elif event.HasField("reset"):
+                self._write(f"\n{event.reset.text}")
+            elif event.HasField("completed") and not self._ends_line:
+                self._write("\n")
+
+    def _write(self, text: str) -> None:
+        if text:
+            print(self._clean(text), end="", flush=True)
+            self._ends_line = text.endswith("\n")
+
+
+def outcome(turn: str, completed: chat_pb2.Completed) -> dict[str, Any]:
+    """Return a whole answer as the JSON object of `moltbot chat --json`. Times in milliseconds."""
+    timings = completed.timings
+    stages = ("accept", "queue", "first_token", "generation", "total")
+    reason = message_pb2.FinishReason.Name(completed.finish_reason).removeprefix("FINISH_REASON_").lower()
+    return {
+        "text": completed.text,
+        "session": turn.partition("/turns/")[0],
+        "turn": turn,
+        "model": completed.model,
+        "finish_reason": reason,
+        "usage": {
+            "input_tokens": completed.usage.input_tokens,
+            "output_tokens": completed.usage.output_tokens,
+            "cached_input_tokens": completed.usage.cached_input_tokens,
+        },
+        "timings": {
+            **{f"{stage}_ms": round(getattr(timings, stage).ToNanoseconds() / 1e6, 3) for stage in stages},
+            "history_messages": timings.history_messages,
+            "trimmed_messages": timings.trimmed_messages,
+            "attempts": timings.attempts,
+        },
+    }
+
+
+def _as_json(error: MoltBotClientError) -> dict[str, Any]:
+    return {
+        "code": error.code.name,
+        "reason": error.reason,
+        "message": error.message,
+        "retryable": error.retryable,
+        "retry_after": error.retry_after,
+        "fields": error.fields,
+    }
+
+
+def _model(name: str) -> str:
+    return name if not name or name.startswith("models/") else f"models/{name}"
+
+
+async def ask_first(place: Place, text: str) -> None:
+    """Ask the first question of `moltbot start` and print the answer with its times."""
+    async with place.connect() as bot:
+        began, first = time.perf_counter(), 0.0
+        print(f"\nYou      {text}\nMoltBot  ", end="", flush=True)
+        async with aclosing(bot.stream_turn(text, channel=CHANNEL)) as events:
+            async for event in events:
+                if event.HasField("text_delta"):
+                    first = first or time.perf_counter()
+                    print(harmless(event.text_delta.text), end="", flush=True)
+                elif event.HasField("failed"):
+                    raise from_event(event.failed)
+        total = time.perf_counter() - began
+        print(f"\n         ({(first or began) - began:.3f} s to the first word, {total:.3f} s in all)", flush=True)

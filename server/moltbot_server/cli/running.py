@@ -1,0 +1,129 @@
+"""What runs in a workspace: one `moltbot start` at a time, told to other commands by a file that a lock vouches for."""
+
+from __future__ import annotations
+
+import fcntl
+import json
+import os
+import socket
+import time
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
+from typing import Any, Self
+
+from moltbot_server.cli.terminal import Exit, Failure, command, shown
+from moltbot_server.workspace import Workspace
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Running:
+    """A MoltBot that serves: addresses, process ids by name, and when it started (Unix seconds)."""
+
+    pid: int
+    started: float
+    version: str
+    http: str
+    grpc: str
+    metrics: str
+    model: str
+    processes: Mapping[str, int]
+
+    @classmethod
+    def read(cls, workspace: Workspace) -> Self | None:
+        """Return what runs in a workspace, or None when nothing does or it has not become ready."""
+        try:
+            with (workspace.run / "lock").open("rb") as lock:
+                try:
+                    fcntl.flock(lock, fcntl.LOCK_SH | fcntl.LOCK_NB)
+                    return None  # nobody holds it: a file that is still there was left by a crash
+                except BlockingIOError:
+                    found: Any = json.loads((workspace.run / "start.json").read_text("utf-8"))
+                    return cls(**found)
+        except (FileNotFoundError, ValueError, TypeError):
+            return None
+
+    def write(self, workspace: Workspace) -> None:
+        """Tell other commands, in one step: a reader finds the old text or the new one."""
+        draft = workspace.run / ".start.json"
+        with os.fdopen(os.open(draft, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600), "w", encoding="utf-8") as file:
+            json.dump(asdict(self), file)
+        draft.replace(workspace.run / "start.json")
+
+
+@contextmanager
+def only_one(workspace: Workspace) -> Iterator[None]:
+    """Hold the workspace: a second `moltbot start` in it is refused. The kernel lets go when this process ends."""
+    descriptor = os.open(workspace.run / "lock", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+    try:
+        if not _locked(descriptor):
+            raise Failure(
+                f"MoltBot runs in {shown(workspace.folder)} already: see `{command('status')}`. "
+                "Stop it first, or start another one with --workspace DIR and other ports.",
+                Exit.UNAVAILABLE,
+            )
+        (workspace.run / "start.json").unlink(missing_ok=True)
+        yield
+        (workspace.run / "start.json").unlink(missing_ok=True)
+    finally:
+        os.close(descriptor)
+
+
+def _locked(descriptor: int) -> bool:
+    for pause in (0.02, 0.05, 0.1, None):
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            # `moltbot status` may hold it for the moment in which it looks whether somebody does.
+            if pause is not None:
+                time.sleep(pause)
+        else:
+            return True
+    return False
+
+
+def take_port(host: str, port: int, flag: str, what: str) -> int:
+    """Return the port when it is free, or a free one for 0.
+
+    Raises:
+        Failure: something else has the port, or the host is none of this machine's.
+    """
+    family = socket.AF_INET6 if ":" in host else socket.AF_INET
+    with socket.socket(family, socket.SOCK_STREAM) as probe:
+        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        try:
+            probe.bind((host, port))
+        except PermissionError:
+            raise Failure(f"port {port} ({what}) is reserved for root: choose one above 1023, {flag} 8000.") from None
+        except OverflowError:
+            raise Failure(f"{port} is not a port: choose one from 1 to 65535.", Exit.CONFIG) from None
+        except OSError as error:
+            if error.errno not in (98, 48):  # EADDRINUSE on Linux, on macOS
+                raise Failure(f"cannot listen on {host} for {what}: {error.strerror}.", Exit.CONFIG) from None
+            raise Failure(
+                f"port {port} ({what}) is in use by another program. Choose another one: "
+                f"{command(f'start {flag} {_near(family, host, port)}')}. To see who has it: lsof -i :{port}",
+                Exit.UNAVAILABLE,
+            ) from None
+        return int(probe.getsockname()[1])
+
+
+def _near(family: int, host: str, port: int) -> int:
+    for other in range(port + 1, min(port + 100, 65536)):
+        with socket.socket(family, socket.SOCK_STREAM) as probe:
+            try:
+                probe.bind((host, other))
+            except OSError:
+                continue
+            return other
+    return 0
+
+
+def reachable(host: str) -> str:
+    """Return the host that a client on this machine connects to for a listening address."""
+    return {"0.0.0.0": "127.0.0.1", "::": "::1", "": "127.0.0.1"}.get(host, host)
+
+
+def joined(host: str, port: int) -> str:
+    """Return `host:port`, with brackets around an IPv6 address."""
+    return f"[{host}]:{port}" if ":" in host else f"{host}:{port}"

@@ -1,0 +1,161 @@
+"""`moltbot start`: makes the workspace, runs the core and the HTTP adapter under one supervisor, says where to go."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Mapping
+from dataclasses import replace
+from importlib import metadata
+from typing import Any
+
+from moltbot_server.cli.children import Child, Plan
+from moltbot_server.cli.running import Running, joined, only_one, reachable, take_port
+from moltbot_server.cli.supervisor import Supervisor
+from moltbot_server.cli.terminal import command, logger, shown
+from moltbot_server.cli.watcher import Watcher
+from moltbot_server.config import Settings, load_settings, misspelled
+from moltbot_server.workspace import LINK_LIFE, Workspace
+
+
+def start(workspace: Workspace, flags: Mapping[str, object], *, reload: bool, first_question: str) -> int:
+    """Run MoltBot until it is asked to stop; return the exit status.
+
+    Raises:
+        WorkspaceError, ConfigError, Failure: it cannot start; nothing was left running.
+    """
+    began = time.monotonic()
+    for done in workspace.create():
+        print(done[0].upper() + done[1:] + ".", flush=True)
+    settings = load_settings(workspace.folder, os.environ, flags)
+    log = logger(as_json=settings.log_json)
+    for notice in misspelled(os.environ):  # the core tells its own
+        log("warning", notice)
+    with only_one(workspace):
+        settings = _with_ports(settings)
+        site = _Site(workspace=workspace, settings=settings, began=began)
+        site.ask_early(first_question)
+        supervisor = Supervisor(
+            site.children,
+            grace=settings.drain_grace,
+            log=log,
+            serving=site.serving,
+            on_ready=site.ready,
+            on_change=site.write,
+            watcher=Watcher(workspace.folder) if reload else None,
+        )
+        try:
+            return supervisor.run()
+        finally:
+            site.close()
+
+
+def _with_ports(settings: Settings) -> Settings:
+    """Return the settings with every port known and free: all processes can then start at the same time."""
+    return replace(
+        settings,
+        port=take_port(settings.host, settings.port, "--port", "web chat and HTTP API"),
+        grpc_port=take_port(settings.grpc_host, settings.grpc_port, "--grpc-port", "gRPC"),
+        metrics_port=take_port(settings.metrics_host, settings.metrics_port, "--metrics-port", "metrics"),
+    )
+
+
+class _Site:
+    """What is known of a MoltBot that starts: its processes, its addresses, its first words."""
+
+    def __init__(self, *, workspace: Workspace, settings: Settings, began: float) -> None:
+        self._workspace = workspace
+        self._settings = settings
+        self._began = began
+        self._started = time.time()
+        self._model = ""
+        self._asking: subprocess.Popen[bytes] | None = None
+        self.http = joined(reachable(settings.host), settings.port)
+        self.grpc = joined(reachable(settings.grpc_host), settings.grpc_port)
+        self.metrics = joined(reachable(settings.metrics_host), settings.metrics_port)
+        self.children = [Child(plan=plan) for plan in self._plans()]
+
+    def _plans(self) -> list[Plan]:
+        settings, folder = self._settings, self._workspace.folder
+        core = ["--workspace", str(folder), "--log-level", settings.log_level]
+        core += ["--grpc-port", str(settings.grpc_port), "--metrics-port", str(settings.metrics_port)]
+        http = ["http", "--host", settings.host, "--port", str(settings.port), "--core", self.grpc]
+        http += ["--key-file", str(self._workspace.key_file), "--state", str(self._workspace.http_state)]
+        http += ["--log-level", settings.log_level]
+        http += ["--log-json"] if settings.log_json else []
+        http += ["--reuse-port"] if settings.workers > 1 else []
+        http += ["--trusted-proxy", *settings.trusted_proxies] if settings.trusted_proxies else []
+        names = [f"http-{number}" if settings.workers > 1 else "http" for number in range(1, settings.workers + 1)]
+        return [
+            Plan(name="core", module="moltbot_server", arguments=tuple(core), stage=1),
+            *(Plan(name=name, module="moltbot_adapters", arguments=tuple(http)) for name in names),
+        ]
+
+    def serving(self) -> bool:
+        """Ask the HTTP adapter whether it and the core serve."""
+        host, _, port = self.http.rpartition(":")
+        try:
+            with socket.create_connection((host.strip("[]"), int(port)), timeout=1) as connection:
+                connection.sendall(b"GET /health HTTP/1.0\r\nHost: localhost\r\nConnection: close\r\n\r\n")
+                return b" 200 " in connection.recv(64)
+        except OSError:
+            return False
+
+    def ready(self, core_said: Mapping[str, Any]) -> None:
+        """Tell other commands and the person at the terminal."""
+        self._model = str(core_said.get("model", ""))
+        self.write()
+        code = self._workspace.mint_link(time.time())
+        took = time.monotonic() - self._began
+        key = shown(self._workspace.key_file)
+        lines = [
+            f"MoltBot is ready ({took:.1f} s). Model: {self._model or 'unknown'}.",
+            "",
+            f"  Web chat    http://{self.http}/login?code={code}",
+            f"              opens once, within {LINK_LIFE / 60:g} minutes; another link: {command('link')}",
+            f"  OpenAI API  http://{self.http}/v1   (API key: the line in {key})",
+            f"  gRPC        {self.grpc}",
+            f"  Health      http://{self.http}/health   Metrics  http://{self.metrics}/metrics",
+            "",
+            f"Talk in another terminal: {command('chat')}   Stop: Ctrl-C",
+        ]
+        print("\n".join(lines), flush=True)
+        if self._asking and self._asking.stdin:
+            with contextlib.suppress(BrokenPipeError), self._asking.stdin as pipe:  # it has told why it left
+                pipe.write(json.dumps({"address": self.grpc}).encode() + b"\n")
+
+    def write(self) -> None:
+        """Write down what runs, for `moltbot status` and the others."""
+        Running(
+            pid=os.getpid(),
+            started=self._started,
+            version=metadata.version("moltbot"),
+            http=f"http://{self.http}",
+            grpc=self.grpc,
+            metrics=f"http://{self.metrics}",
+            model=self._model,
+            processes={child.plan.name: child.pid for child in self.children},
+        ).write(self._workspace)
+
+    def ask_early(self, question: str) -> None:
+        """Start the process that asks the first question, so that it has loaded what it needs when the core serves."""
+        if question:
+            module = [sys.executable, "-m", "moltbot_server.cli.first_question"]
+            self._asking = subprocess.Popen(
+                [*module, str(self._workspace.folder), question],
+                stdin=subprocess.PIPE,
+                process_group=0,
+            )
+
+    def close(self) -> None:
+        """Take the asking process away if it still runs."""
+        if self._asking is not None:
+            if self._asking.stdin:
+                self._asking.stdin.close()
+            self._asking.terminate()
+            self._asking.wait()

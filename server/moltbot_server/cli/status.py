@@ -1,0 +1,93 @@
+"""`moltbot status`: what runs, how it does and what memory it takes; asked of the processes themselves."""
+
+from __future__ import annotations
+
+import http.client
+import json
+import sys
+import time
+from collections.abc import Mapping
+from typing import Any
+from urllib.parse import urlsplit
+
+import psutil
+
+from moltbot_server.cli.running import Running
+from moltbot_server.cli.terminal import Exit, command, shown
+from moltbot_server.workspace import Workspace
+
+
+def status(workspace: Workspace, *, as_json: bool) -> int:
+    """Print the state of a workspace's MoltBot. Return 0 when all of it serves, 69 when it does not run, else 1."""
+    running = Running.read(workspace)
+    if running is None:
+        if as_json:
+            print(json.dumps({"running": False, "workspace": str(workspace.folder)}))
+        else:
+            print(f"MoltBot is not running in {shown(workspace.folder)}: start it with `{command('start')}`.")
+        return int(Exit.UNAVAILABLE)
+    found = state(workspace, running)
+    print(json.dumps(found, ensure_ascii=False) if as_json else _in_words(found))
+    return int(Exit.OK if found["healthy"] else Exit.FAILED)
+
+
+def state(workspace: Workspace, running: Running) -> dict[str, Any]:
+    """Return the state as the JSON object of `moltbot status --json`. Memory is proportional set size, in bytes."""
+    health = {"core": _answers(running.metrics), "http": _answers(running.http)}
+    pids = {"supervisor": running.pid, **running.processes}
+    processes = {name: {"pid": pid, "memory": _memory(pid)} for name, pid in pids.items() if pid}
+    return {
+        "running": True,
+        "healthy": all(health.values()) and all(item["memory"] is not None for item in processes.values()),
+        "workspace": str(workspace.folder),
+        "version": running.version,
+        "model": running.model,
+        "uptime_s": round(time.time() - running.started, 1),
+        "core": {"healthy": health["core"], "grpc": running.grpc, "metrics": running.metrics},
+        "http": {"healthy": health["http"], "address": running.http},
+        "processes": processes,
+        "memory": sum(item["memory"] or 0 for item in processes.values()),
+    }
+
+
+def _answers(address: str) -> bool:
+    parts = urlsplit(address)
+    connection = http.client.HTTPConnection(parts.hostname or "", parts.port, timeout=2)
+    try:
+        connection.request("GET", "/health")
+        return connection.getresponse().status == 200
+    except (OSError, http.client.HTTPException):
+        return False
+    finally:
+        connection.close()
+
+
+def _memory(pid: int) -> int | None:
+    """Return a process's proportional set size, or what comes nearest on a system that does not count it."""
+    try:
+        memory = psutil.Process(pid).memory_full_info()
+    except psutil.Error:
+        return None
+    return int(memory.pss if sys.platform.startswith("linux") else memory.uss)
+
+
+def _in_words(found: Mapping[str, Any]) -> str:
+    def word(healthy: bool) -> str:
+        return "serving" if healthy else "NOT SERVING"
+
+    minutes, seconds = divmod(int(found["uptime_s"]), 60)
+    hours, minutes = divmod(minutes, 60)
+    memory, core = found["memory"] / 1e6, found["core"]
+    lines = [
+        f"MoltBot {found['version']} runs in {found['workspace']} since {hours} h {minutes} min {seconds} s.",
+        f"  Core    {word(core['healthy']):12} gRPC {core['grpc']}   {core['metrics']}/metrics",
+        f"  HTTP    {word(found['http']['healthy']):12} {found['http']['address']}",
+        f"  Model   {found['model']}",
+        f"  Memory  {memory:.0f} MB (proportional set size)",
+    ]
+    for name, process in found["processes"].items():
+        size = f"{process['memory'] / 1e6:.0f} MB" if process["memory"] is not None else "gone"
+        lines.append(f"    {name:12} pid {process['pid']:<8} {size}")
+    if not found["healthy"]:
+        lines.append("Not everything serves: the output of `moltbot start` says why; what crashed is started again.")
+    return "\n".join(lines)

@@ -1,0 +1,251 @@
+"""Keeps the processes of `moltbot start` alive, and takes them down in order. One thread, woken by events only."""
+
+from __future__ import annotations
+
+import json
+import selectors
+import signal
+import socket
+import subprocess
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from types import FrameType
+from typing import IO, Any
+
+from moltbot_server.cli.children import Child, status_in_words
+from moltbot_server.cli.terminal import Exit
+from moltbot_server.cli.watcher import EVERY, Watcher
+
+_LOOK = 0.02  # how often an adapter is asked whether it serves, until all do
+_LONGEST_START = 60.0
+_AFTER_GRACE = 5.0
+_RELOAD_GRACE = 2.0
+
+
+class Supervisor:
+    """Runs children until it is asked to stop. `run` returns the exit status.
+
+    `serving` is asked, with what the core said, whether the adapters serve as well; `on_ready` is called once when
+    everything serves, and `on_change` whenever a process was replaced after that.
+    """
+
+    def __init__(
+        self,
+        children: Sequence[Child],
+        *,
+        grace: float,
+        log: Callable[[str, str], None],
+        serving: Callable[[], bool],
+        on_ready: Callable[[Mapping[str, Any]], None],
+        on_change: Callable[[], None],
+        watcher: Watcher | None = None,
+    ) -> None:
+        self._children = children
+        self._grace = grace
+        self._log = log
+        self._serving = serving
+        self._on_ready = on_ready
+        self._on_change = on_change
+        self._watcher = watcher
+        self._selector = selectors.DefaultSelector()
+        self._core_said: Mapping[str, Any] | None = None
+        self._ready = False
+        self._asked = 0  # how often somebody asked us to stop
+        self._stage: int | None = None  # which children are being stopped
+        self._deadline = 0.0
+        self._status = int(Exit.OK)
+
+    def run(self) -> int:
+        """Start the children and stay until they are gone; return the exit status."""
+        with self._signals():
+            self._deadline = time.monotonic() + _LONGEST_START
+            for child in self._children:
+                self._start(child)
+            while self._stage is None or any(child.process for child in self._children):
+                self._wait()
+                self._bury()
+                if self._asked >= 2:
+                    self._leave_at_once()
+                elif self._stage is not None:
+                    self._stop_next()
+                elif self._asked:
+                    self._begin_to_stop()
+                else:
+                    self._serve()
+        return self._status
+
+    # --- waiting ---------------------------------------------------------------------------------------------------
+
+    @contextmanager
+    def _signals(self) -> Iterator[None]:
+        reader, writer = socket.socketpair()
+        reader.setblocking(False)
+        writer.setblocking(False)
+        self._selector.register(reader, selectors.EVENT_READ, lambda: reader.recv(4096))
+        asking = [signal.SIGINT, signal.SIGTERM]
+        if signal.getsignal(signal.SIGHUP) is not signal.SIG_IGN:  # nohup asks to outlive the terminal
+            asking.append(signal.SIGHUP)
+        before = {number: signal.signal(number, self._ask) for number in asking}
+        before[signal.SIGCHLD] = signal.signal(signal.SIGCHLD, lambda *_: None)
+        wakeup = signal.set_wakeup_fd(writer.fileno(), warn_on_full_buffer=False)
+        try:
+            yield
+        finally:
+            signal.set_wakeup_fd(wakeup)
+            for number, handler in before.items():
+                signal.signal(number, handler)
+            for child in self._children:
+                child.send(signal.SIGKILL)  # only after a fault of ours is there anything left
+            self._selector.close()
+            reader.close()
+            writer.close()
+
+    def _ask(self, _number: int, _frame: FrameType | None) -> None:
+        self._asked += 1
+
+    def _wait(self) -> None:
+        now = time.monotonic()
+        times = [child.due for child in self._children if child.due is not None and self._stage is None]
+        if not self._ready and self._stage is None:
+            times.append(now + _LOOK if self._core_said is not None else self._deadline)
+        if self._stage is not None:
+            times.append(self._deadline)
+        if self._watcher:
+            times.append(now + EVERY)
+        # Without a time there is nothing to do before an event; the wait is cut all the same, as a net.
+        for key, _ in self._selector.select(max(0.0, min(times, default=now + 60) - now)):
+            key.data()
+
+    def _bury(self) -> None:
+        now = time.monotonic()
+        for child in self._children:
+            pid = child.pid
+            stdout = child.process.stdout if child.process else None
+            if child.process is None or child.process.poll() is None:
+                continue
+            if stdout and stdout in self._selector.get_map():
+                self._read(child, stdout)
+                if stdout in self._selector.get_map():
+                    self._selector.unregister(stdout)
+            status = child.ended(now)
+            if status is not None and self._stage is None and not self._asked:
+                self._mourn(child, pid, status, now)
+
+    def _mourn(self, child: Child, pid: int, status: int, now: float) -> None:
+        what = f"{child.plan.name} (pid {pid}) {status_in_words(status)}"
+        if self._watcher and not self._ready:
+            child.due = None
+            self._log("error", f"{what}; waiting for a changed file")
+        elif not self._ready or status == Exit.CONFIG:
+            # A child that never served will not serve the next time either; its own message says why.
+            self._log("error", f"{what} before MoltBot was ready" if not self._ready else what)
+            self._status = status if status > 0 else int(Exit.FAILED)
+            self._begin_to_stop()
+        else:
+            assert child.due is not None
+            self._log("warning", f"{what}; starting it again in {child.due - now:g} s")
+
+    # --- serving ---------------------------------------------------------------------------------------------------
+
+    def _start(self, child: Child) -> None:
+        child.start(time.monotonic())
+        assert child.process is not None
+        if (stdout := child.process.stdout) is not None:
+            self._selector.register(stdout, selectors.EVENT_READ, lambda: self._read(child, stdout))
+
+    def _read(self, child: Child, stdout: IO[bytes]) -> None:
+        line = stdout.readline()
+        if not line:
+            self._selector.unregister(stdout)
+            return
+        try:
+            said = json.loads(line)
+        except ValueError:
+            said = None
+        if isinstance(said, dict) and said.get("ready"):
+            if child.plan.name == "core":
+                self._core_said = said
+        else:
+            self._log("info", f"{child.plan.name}: {line.decode('utf-8', 'replace').rstrip()}")
+
+    def _serve(self) -> None:
+        now = time.monotonic()
+        for child in self._children:
+            if child.due is not None and child.due <= now:
+                self._start(child)
+                self._log("info", f"{child.plan.name} was started again (pid {child.pid})")
+                if self._ready:
+                    self._on_change()
+        if not self._ready:
+            if self._core_said is not None and self._serving():
+                self._ready = True
+                self._on_ready(self._core_said)
+            elif now >= self._deadline and not self._watcher:
+                self._log("error", f"MoltBot did not become ready within {_LONGEST_START:g} s")
+                self._status = int(Exit.FAILED)
+                self._begin_to_stop()
+        if self._watcher and (changed := self._watcher.changed()):
+            self._log("info", f"{changed[0].name} has changed; starting everything again")
+            self._start_all_again()
+
+    def _start_all_again(self) -> None:
+        for child in self._children:
+            child.send(signal.SIGTERM)
+        for child in self._children:
+            if child.process is not None:
+                try:
+                    child.process.wait(_RELOAD_GRACE)
+                except subprocess.TimeoutExpired:
+                    child.send(signal.SIGKILL)
+        self._bury_quietly()
+        for child in self._children:
+            child.pause = 1.0
+            self._start(child)
+        if self._ready:
+            self._on_change()
+
+    def _bury_quietly(self) -> None:
+        for child in self._children:
+            if child.process is not None:
+                stdout = child.process.stdout
+                if stdout and stdout in self._selector.get_map():
+                    self._selector.unregister(stdout)
+                child.process.wait()
+                child.ended(time.monotonic())
+
+    # --- stopping --------------------------------------------------------------------------------------------------
+
+    def _begin_to_stop(self) -> None:
+        running = [child for child in self._children if child.process]
+        if self._asked and running:
+            text = f"stopping: answers under way may end first, {self._grace:g} s at most; Ctrl-C again leaves at once"
+            self._log("info", text)
+        self._stage = -1
+        self._stop_next()
+
+    def _stop_next(self) -> None:
+        """Stop the children of the next stage when those of the last one are gone; kill those over their time."""
+        now = time.monotonic()
+        running = [child for child in self._children if child.process]
+        current = [child for child in running if child.plan.stage == self._stage]
+        if current and now >= self._deadline:
+            for child in current:
+                self._log("warning", f"{child.plan.name} (pid {child.pid}) did not leave in time and is killed")
+                child.send(signal.SIGKILL)
+            self._deadline = now + 60
+        elif not current and running:
+            self._stage = min(child.plan.stage for child in running)
+            self._deadline = now + self._grace + _AFTER_GRACE
+            for child in running:
+                if child.plan.stage == self._stage:
+                    child.send(signal.SIGTERM)
+
+    def _leave_at_once(self) -> None:
+        if self._status == Exit.OK:
+            self._log("warning", "left at once: answers under way were cut")
+        self._status = int(Exit.INTERRUPTED)
+        self._stage = self._stage if self._stage is not None else -1
+        for child in self._children:
+            child.send(signal.SIGKILL)
+        self._bury_quietly()

@@ -1,0 +1,178 @@
+"""The conversation in the terminal: a prompt with history, streamed answers, Ctrl-C stops one, Ctrl-D leaves."""
+
+from __future__ import annotations
+
+import os
+import sys
+from collections.abc import Awaitable, Callable, Mapping
+from contextlib import aclosing
+
+from moltbot import MoltBot, MoltBotClientError
+from moltbot.errors import from_event
+from moltbot.v1 import chat_pb2, message_pb2, session_pb2
+from prompt_toolkit import PromptSession
+from prompt_toolkit.completion import WordCompleter
+from prompt_toolkit.formatted_text import HTML
+from prompt_toolkit.history import FileHistory
+
+from moltbot_server.cli.asking import CHANNEL, Place, cancelling, failure, interrupts
+from moltbot_server.cli.terminal import Exit, harmless
+from moltbot_server.workspace import Workspace
+
+_LISTED = 20
+_HELP = """\
+Type and press Enter. Ctrl-C stops an answer, Ctrl-D leaves.
+  /new             start a new conversation
+  /sessions        list conversations; /sessions 2 goes on with the second
+  /model [NAME]    list the models; with a name, use that one
+  /help            this text
+  /quit            leave
+A text that begins with a slash of its own: double it, as in //help."""
+
+
+class Talk:
+    """One conversation at a terminal, which may move from session to session."""
+
+    def __init__(self, bot: MoltBot, *, session: str, model: str) -> None:
+        self._bot = bot
+        self._session = session
+        self._model = model
+        self._listed: list[session_pb2.Session] = []
+        self._leaving = False
+        self.commands: Mapping[str, Callable[[str], Awaitable[None]]] = {
+            "/new": self._new,
+            "/sessions": self._sessions,
+            "/model": self._choose_model,
+            "/help": self._help,
+            "/quit": self._quit,
+            "/exit": self._quit,
+        }
+
+    async def run(self, read: Callable[[], Awaitable[str]]) -> None:
+        """Read and answer until the person leaves. `read` raises EOFError for Ctrl-D, KeyboardInterrupt for Ctrl-C."""
+        while not self._leaving:
+            try:
+                text = (await read()).strip()
+            except KeyboardInterrupt:
+                print("Ctrl-D or /quit leaves.")
+                continue
+            except EOFError:
+                return
+            if not text:
+                continue
+            try:
+                await self.take(text)
+            except MoltBotClientError as error:
+                print(f"! {failure(error).message}", file=sys.stderr, flush=True)
+
+    async def take(self, text: str) -> None:
+        """Carry out a command, or say the text and show the answer."""
+        if text.startswith("/") and not text.startswith("//"):
+            name, _, rest = text.partition(" ")
+            command = self.commands.get(name)
+            if command is None:
+                print(f"{name} is no command; /help lists them. To say it, double the slash: /{text}")
+            else:
+                await command(rest.strip())
+        else:
+            await self._say(text[1:] if text.startswith("//") else text)
+
+    async def _say(self, text: str) -> None:
+        turn: list[str] = []
+        async with interrupts() as pressed:
+            stream = self._bot.stream_turn(text, session=self._session, model=self._model, channel=CHANNEL)
+            async with aclosing(stream) as events, cancelling(self._bot, turn, pressed):
+                async for event in events:
+                    if event.HasField("accepted"):
+                        turn.append(event.accepted.turn)
+                        self._session = event.accepted.session
+                        if pressed.is_set():
+                            await self._bot.cancel_turn(turn[0])
+                    _show(event)
+        print(flush=True)
+
+    async def _new(self, _rest: str) -> None:
+        self._session = ""
+        print("A new conversation.")
+
+    async def _sessions(self, rest: str) -> None:
+        if rest.isdecimal() and 0 < int(rest) <= len(self._listed):
+            chosen = self._listed[int(rest) - 1]
+            self._session = chosen.name
+            print(f"Going on with: {harmless(chosen.title)}")
+            await self._recall()
+            return
+        self._listed = []
+        async for session in self._bot.sessions(channel=CHANNEL):
+            self._listed.append(session)
+            mark = "*" if session.name == self._session else " "
+            when = session.update_time.ToDatetime().strftime("%Y-%m-%d %H:%M")
+            print(f"{mark}{len(self._listed):3}  {when}  {harmless(session.title) or session.name}")
+            if len(self._listed) == _LISTED:
+                break
+        print("/sessions NUMBER goes on with one." if self._listed else "No conversations yet.")
+
+    async def _recall(self) -> None:
+        messages = [message async for message in self._bot.messages(self._session)]
+        for message in messages[-4:]:
+            text = harmless("".join(part.text for part in message.parts))
+            who = "you" if message.role == message_pb2.ROLE_USER else "bot"
+            print(f"  {who}: {text if len(text) <= 200 else text[:199] + '…'}")
+
+    async def _choose_model(self, rest: str) -> None:
+        if rest:
+            model = await self._bot.get_model(rest)
+            self._model = model.name
+            print(f"From now on {harmless(model.display_name)} answers.")
+            return
+        async for model in self._bot.models():
+            mark = "*" if model.name == self._model or (not self._model and model.is_default) else " "
+            print(f"{mark} {harmless(model.name.removeprefix('models/'))}  {harmless(model.display_name)}")
+
+    async def _help(self, _rest: str) -> None:
+        print(_HELP)
+
+    async def _quit(self, _rest: str) -> None:
+        self._leaving = True
+
+
+def _show(event: chat_pb2.Event) -> None:
+    if event.HasField("text_delta"):
+        print(harmless(event.text_delta.text), end="", flush=True)
+    elif event.HasField("reset"):
+        print(f"\n[{harmless(event.reset.reason)}]\n{harmless(event.reset.text)}", end="", flush=True)
+    elif event.HasField("notice"):
+        print(f"[{harmless(event.notice.reason)}]", flush=True)
+    elif event.HasField("queued") and event.queued.position > 1:
+        print(f"[{event.queued.position} are ahead]", flush=True)
+    elif event.HasField("completed"):
+        cut = {
+            message_pb2.FINISH_REASON_CANCELLED: " [stopped]",
+            message_pb2.FINISH_REASON_LENGTH: " [the limit of length was reached]",
+        }
+        print(cut.get(event.completed.finish_reason, ""), flush=True)
+    elif event.HasField("failed"):
+        print(flush=True)
+        raise from_event(event.failed)
+
+
+async def talk(place: Place, workspace: Workspace, *, session: str, model: str) -> int:
+    """Hold a conversation at the terminal; return the exit status."""
+    async with place.connect() as bot:
+        conversation = Talk(bot, session=session, model=f"models/{model}" if model and "/" not in model else model)
+        names = [item.name.removeprefix("models/") async for item in bot.models()]
+        prompt: PromptSession[str] = PromptSession(
+            HTML("<b>You</b>  "),
+            history=FileHistory(str(_private(workspace))),
+            completer=WordCompleter(sorted(conversation.commands), sentence=True),
+            complete_while_typing=False,
+        )
+        print(f"MoltBot, model {names[0] if names else 'unknown'}. /help tells what else there is; Ctrl-D leaves.\n")
+        await conversation.run(prompt.prompt_async)
+    return int(Exit.OK)
+
+
+def _private(workspace: Workspace) -> str:
+    """Make the history readable by its owner alone before anything is written to it."""
+    os.close(os.open(workspace.history_file, os.O_WRONLY | os.O_CREAT | os.O_CLOEXEC, 0o600))
+    return str(workspace.history_file)

@@ -1,0 +1,73 @@
+"""How the command line speaks: exit statuses, messages with a next step, text that cannot command a terminal."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import sys
+import time
+from collections.abc import Callable
+from enum import IntEnum
+from pathlib import Path
+
+# Model output and stored titles are data: escape sequences would let them recolour, retitle or type into a terminal.
+_CONTROLS = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f\u202a-\u202e\u2066-\u2069]")
+
+
+class Exit(IntEnum):
+    """Exit statuses; those from 64 on are the ones of sysexits.h."""
+
+    OK = 0
+    FAILED = 1
+    USAGE = 2
+    UNAVAILABLE = 69
+    NOT_ALLOWED = 77
+    CONFIG = 78
+    INTERRUPTED = 130
+
+
+class Failure(Exception):
+    """Ends a command with a message for the person at the terminal and an exit status."""
+
+    def __init__(self, message: str, status: Exit = Exit.FAILED) -> None:
+        super().__init__(message)
+        self.message = message
+        self.status = status
+
+
+def harmless(text: str) -> str:
+    """Return text without the characters that command a terminal; line ends and tabs stay."""
+    return _CONTROLS.sub("", text)
+
+
+def command(rest: str) -> str:
+    """Return how a person would type a `moltbot` command here: by path when it is in an environment not activated."""
+    program = Path(sys.argv[0]).absolute()
+    if program.name == "moltbot" and program.parent == Path(sys.prefix) / "bin":
+        if os.environ.get("VIRTUAL_ENV") != sys.prefix:
+            return f"{os.path.relpath(program) if program.is_relative_to(Path.cwd()) else program} {rest}"
+    elif program.name != "moltbot":
+        return f"{Path(sys.executable).name} -m moltbot_server.cli {rest}"
+    return f"moltbot {rest}"
+
+
+def shown(path: Path) -> str:
+    """Return a path as people write it, with `~` for their home."""
+    home = Path.home()
+    return f"~/{path.relative_to(home)}" if path.is_relative_to(home) and path != home else str(path)
+
+
+def logger(*, as_json: bool) -> Callable[[str, str], None]:
+    """Return a function that writes a line with a level and a message to the standard error."""
+
+    def log(level: str, message: str) -> None:
+        now = time.time()
+        stamp = time.strftime("%Y-%m-%dT%H:%M:%S", time.gmtime(now)) + f".{int(now % 1 * 1000):03d}Z"
+        if as_json:
+            line = json.dumps({"time": stamp, "level": level, "logger": "moltbot.start", "message": message})
+        else:
+            line = f"{stamp} {level.upper():7} moltbot.start: {message}"
+        print(line, file=sys.stderr, flush=True)
+
+    return log
