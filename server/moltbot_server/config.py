@@ -26,7 +26,7 @@ from moltbot_server.config_sources import (
 __all__ = ["Autoscaling", "Cache", "ConfigError", "ModelRoute", "Problem", "Settings", "is_loopback", "load_settings"]
 
 BUILT_IN_MODEL = "moltbot-demo"
-_BUILT_IN_TYPES = frozenset({"", "moltbot-demo", "builtin", "built-in", "scripted"})
+_NEED_NO_PATH = frozenset({"", "moltbot-demo", "builtin", "built-in", "scripted"})
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -132,7 +132,7 @@ class Settings:
                 yield self._problem(one, f"{one} is set and {other} is not; set both")
             if path is not None and not path.is_file():
                 yield self._problem(one, f"{one}: there is no file {path}")
-        if self.model_path is None and self.model_type.lower() not in _BUILT_IN_TYPES:
+        if self.model_path is None and self.model_type.lower() not in _NEED_NO_PATH:
             yield self._problem(
                 "model_type",
                 f"model_type is {self.model_type!r} and no model_path says where that model is; set MODEL_PATH, "

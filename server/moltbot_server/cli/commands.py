@@ -71,7 +71,7 @@ def _parser() -> argparse.ArgumentParser:
         lines = "\n".join(f"  {example}" for example in examples)
         added = commands.add_parser(
             name,
-            help=what[0].lower() + what[1:].partition(".")[0],
+            help=(what[0].lower() + what[1:]).partition(".")[0],
             description=what,
             epilog=f"examples:\n{lines}" if examples else None,
             formatter_class=argparse.RawDescriptionHelpFormatter,
@@ -123,7 +123,8 @@ def _add_chat(add: _Add) -> None:
     chat = add(
         "chat",
         _chat,
-        "Talk. With a text, or with one from a pipe: one answer, for scripts. Without: a conversation.",
+        "Talk in the terminal, or ask one question.\nA text, or one from a pipe, gets one answer, for scripts; "
+        "without, a conversation begins.",
         "moltbot chat",
         'moltbot chat "What can you do?"',
         "moltbot chat --session plan --json Hello",

@@ -16,10 +16,11 @@ from typing import Any
 
 from moltbot_server.cli.children import Child, Plan
 from moltbot_server.cli.running import Running, joined, only_one, reachable, take_port
-from moltbot_server.cli.supervisor import Supervisor
-from moltbot_server.cli.terminal import command, logger, shown
+from moltbot_server.cli.supervisor import Supervisor, log
+from moltbot_server.cli.terminal import command, shown
 from moltbot_server.cli.watcher import Watcher
 from moltbot_server.config import Settings, load_settings, misspelled
+from moltbot_server.logs import configure_logging
 from moltbot_server.workspace import LINK_LIFE, Workspace
 
 
@@ -33,9 +34,9 @@ def start(workspace: Workspace, flags: Mapping[str, object], *, reload: bool, fi
     for done in workspace.create():
         print(done[0].upper() + done[1:] + ".", flush=True)
     settings = load_settings(workspace.folder, os.environ, flags)
-    log = logger(as_json=settings.log_json)
-    for notice in misspelled(os.environ):  # the core tells its own
-        log("warning", notice)
+    configure_logging(settings.log_level, as_json=settings.log_json)
+    for notice in misspelled(os.environ):
+        log.warning("not used", extra={"notice": notice})
     with only_one(workspace):
         settings = _with_ports(settings)
         site = _Site(workspace=workspace, settings=settings, began=began)
@@ -43,7 +44,6 @@ def start(workspace: Workspace, flags: Mapping[str, object], *, reload: bool, fi
         supervisor = Supervisor(
             site.children,
             grace=settings.drain_grace,
-            log=log,
             serving=site.serving,
             on_ready=site.ready,
             on_change=site.write,

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import json
+import logging
 import selectors
 import signal
 import socket
 import subprocess
+import sys
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -16,6 +18,8 @@ from typing import IO, Any
 from moltbot_server.cli.children import Child, status_in_words
 from moltbot_server.cli.terminal import Exit
 from moltbot_server.cli.watcher import EVERY, Watcher
+
+log = logging.getLogger("moltbot_server.start")
 
 _LOOK = 0.02  # how often an adapter is asked whether it serves, until all do
 _LONGEST_START = 60.0
@@ -35,7 +39,6 @@ class Supervisor:
         children: Sequence[Child],
         *,
         grace: float,
-        log: Callable[[str, str], None],
         serving: Callable[[], bool],
         on_ready: Callable[[Mapping[str, Any]], None],
         on_change: Callable[[], None],
@@ -43,7 +46,6 @@ class Supervisor:
     ) -> None:
         self._children = children
         self._grace = grace
-        self._log = log
         self._serving = serving
         self._on_ready = on_ready
         self._on_change = on_change
@@ -133,18 +135,19 @@ class Supervisor:
                 self._mourn(child, pid, status, now)
 
     def _mourn(self, child: Child, pid: int, status: int, now: float) -> None:
-        what = f"{child.plan.name} (pid {pid}) {status_in_words(status)}"
+        fields = {"child": child.plan.name, "child_pid": pid, "how": status_in_words(status)}
         if self._watcher and not self._ready:
             child.due = None
-            self._log("error", f"{what}; waiting for a changed file")
+            log.error("a process ended; waiting for a changed file", extra=fields)
         elif not self._ready or status == Exit.CONFIG:
             # A child that never served will not serve the next time either; its own message says why.
-            self._log("error", f"{what} before MoltBot was ready" if not self._ready else what)
+            log.error("a process could not start, so everything stops", extra=fields)
             self._status = status if status > 0 else int(Exit.FAILED)
             self._begin_to_stop()
         else:
             assert child.due is not None
-            self._log("warning", f"{what}; starting it again in {child.due - now:g} s")
+            again = round(child.due - now, 1)
+            log.warning("a process ended and is started again", extra={**fields, "in_seconds": again})
 
     # --- serving ---------------------------------------------------------------------------------------------------
 
@@ -167,14 +170,14 @@ class Supervisor:
             if child.plan.name == "core":
                 self._core_said = said
         else:
-            self._log("info", f"{child.plan.name}: {line.decode('utf-8', 'replace').rstrip()}")
+            print(line.decode("utf-8", "replace"), end="", file=sys.stderr, flush=True)
 
     def _serve(self) -> None:
         now = time.monotonic()
         for child in self._children:
             if child.due is not None and child.due <= now:
                 self._start(child)
-                self._log("info", f"{child.plan.name} was started again (pid {child.pid})")
+                log.info("a process was started again", extra={"child": child.plan.name, "child_pid": child.pid})
                 if self._ready:
                     self._on_change()
         if not self._ready:
@@ -182,11 +185,11 @@ class Supervisor:
                 self._ready = True
                 self._on_ready(self._core_said)
             elif now >= self._deadline and not self._watcher:
-                self._log("error", f"MoltBot did not become ready within {_LONGEST_START:g} s")
+                log.error("MoltBot did not become ready in time", extra={"seconds": _LONGEST_START})
                 self._status = int(Exit.FAILED)
                 self._begin_to_stop()
         if self._watcher and (changed := self._watcher.changed()):
-            self._log("info", f"{changed[0].name} has changed; starting everything again")
+            log.info("a file has changed; everything is started again", extra={"file": changed[0].name})
             self._start_all_again()
 
     def _start_all_again(self) -> None:
@@ -219,8 +222,8 @@ class Supervisor:
     def _begin_to_stop(self) -> None:
         running = [child for child in self._children if child.process]
         if self._asked and running:
-            text = f"stopping: answers under way may end first, {self._grace:g} s at most; Ctrl-C again leaves at once"
-            self._log("info", text)
+            text = f"Stopping: answers under way may end first, {self._grace:g} s at most. Ctrl-C again leaves at once."
+            print(f"\n{text}", file=sys.stderr, flush=True)
         self._stage = -1
         self._stop_next()
 
@@ -231,7 +234,7 @@ class Supervisor:
         current = [child for child in running if child.plan.stage == self._stage]
         if current and now >= self._deadline:
             for child in current:
-                self._log("warning", f"{child.plan.name} (pid {child.pid}) did not leave in time and is killed")
+                log.warning("a process did not leave in time and is killed", extra={"child": child.plan.name})
                 child.send(signal.SIGKILL)
             self._deadline = now + 60
         elif not current and running:
@@ -243,7 +246,7 @@ class Supervisor:
 
     def _leave_at_once(self) -> None:
         if self._status == Exit.OK:
-            self._log("warning", "left at once: answers under way were cut")
+            print("\nLeft at once: answers under way were cut.", file=sys.stderr, flush=True)
         self._status = int(Exit.INTERRUPTED)
         self._stage = self._stage if self._stage is not None else -1
         for child in self._children:

@@ -2,12 +2,9 @@
 
 from __future__ import annotations
 
-import json
 import os
 import re
 import sys
-import time
-from collections.abc import Callable
 from enum import IntEnum
 from pathlib import Path
 
@@ -56,18 +53,3 @@ def shown(path: Path) -> str:
     """Return a path as people write it, with `~` for their home."""
     home = Path.home()
     return f"~/{path.relative_to(home)}" if path.is_relative_to(home) and path != home else str(path)
-
-
-def logger(*, as_json: bool) -> Callable[[str, str], None]:
-    """Return a function that writes a line with a level and a message to the standard error."""
-
-    def log(level: str, message: str) -> None:
-        now = time.time()
-        stamp = time.strftime("%Y-%m-%dT%H:%M:%S", time.gmtime(now)) + f".{int(now % 1 * 1000):03d}Z"
-        if as_json:
-            line = json.dumps({"time": stamp, "level": level, "logger": "moltbot.start", "message": message})
-        else:
-            line = f"{stamp} {level.upper():7} moltbot.start: {message}"
-        print(line, file=sys.stderr, flush=True)
-
-    return log
