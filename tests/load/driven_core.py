@@ -61,7 +61,7 @@ def running_core(engine: str, address: str | None = None) -> Iterator[Core]:
             try:
                 key = find_workspace({}, Path(folder)).read_key()
                 yield ready(Core(address=f"127.0.0.1:{grpc_port}", key=key))
-            except Exception:
+            except BaseException:
                 log.seek(0)
                 print(log.read(), file=sys.stderr)
                 raise
