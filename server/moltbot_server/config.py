@@ -249,10 +249,13 @@ def _flat(prefix: str, level: Mapping[str, Given], problems: list[Problem]) -> I
 
 
 def _nearest(name: str, known: Iterable[str]) -> str:
+    """Return the known name that was probably meant, or nothing. The prefix of variables makes no likeness."""
     import difflib  # late: only a message about a mistake needs it
 
-    by_lower = {word.lower(): word for word in known}
-    found = difflib.get_close_matches(name.lower().replace("-", "_"), by_lower, n=1, cutoff=0.6)
+    prefix = "MOLTBOT_" if name.startswith("MOLTBOT_") else ""
+    by_lower = {word.removeprefix(prefix).lower(): word for word in known if word.startswith(prefix)}
+    wanted = name.removeprefix(prefix).lower().replace("-", "_")
+    found = difflib.get_close_matches(wanted, by_lower, n=1, cutoff=0.6)
     return by_lower[found[0]] if found else ""
 
 
