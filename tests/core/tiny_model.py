@@ -40,9 +40,12 @@ def _weights(vocabulary: int, seed: int, width: int, layers: int) -> dict[str, n
 
 
 def make_tiny_model(
-    folder: Path, *, seed: int = 1, width: int = 64, layers: int = 2, context_length: int = 256
+    folder: Path, *, seed: int = 1, width: int = 64, layers: int = 2, context_length: int = 256, endless: bool = False
 ) -> Path:
-    """Write model.bin, config.json, vocabulary.json, tokenizer.model and moltbot.yaml into a new folder; return it."""
+    """Write model.bin, config.json, vocabulary.json, tokenizer.model and moltbot.yaml into a new folder; return it.
+
+    An `endless` model never says its end token: its answers end at their limit only.
+    """
     folder.mkdir(parents=True)
     tokenizer.train(LINES * 4, folder / "tokenizer.model", 420)
     words = tokenizer.Tokenizer(folder / "tokenizer.model").vocabulary()
@@ -54,7 +57,9 @@ def make_tiny_model(
     decoder = spec.decoder
     decoder.scale_embeddings = False
     decoder.embeddings.weight = weights["embed"]
-    decoder.projection.weight = weights["project"]
+    decoder.projection.weight = weights["project"].copy()
+    if endless:
+        decoder.projection.weight[words.index(tokenizer.END)] = 0.0
     decoder.layer_norm.gamma = np.ones(width, dtype=np.float32)
     for index, layer in enumerate(decoder.layer):
         layer.self_attention.layer_norm.gamma = np.ones(width, dtype=np.float32)

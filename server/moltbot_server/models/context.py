@@ -23,9 +23,10 @@ Count = Callable[[Message], int]
 
 
 class Fitted(NamedTuple):
-    """A conversation that fits: what the model reads, and how many messages of the history it does and does not."""
+    """A conversation that fits: what the model reads, how many tokens that is, and how much of the history it holds."""
 
     messages: list[Message]
+    tokens: int
     trimmed_messages: int
     history_messages: int
 
@@ -40,7 +41,8 @@ class ContextWindow:
         """Start empty. `context_length` is in tokens, prompt and answer together."""
         self._count = count
         self._context = context_length
-        self._kept: deque[tuple[Message, int]] = deque()
+        self._kept: deque[Message] = deque()
+        self._sizes: deque[int] = deque()
         self._tokens = 0
         self._gone = 0
 
@@ -52,7 +54,8 @@ class ContextWindow:
             tokens = count(message)
             if window._tokens + tokens > context_length:
                 break
-            window._kept.appendleft((message, tokens))
+            window._kept.appendleft(message)
+            window._sizes.appendleft(tokens)
             window._tokens += tokens
         window._gone = len(history) - len(window._kept)
         window._shorten()
@@ -64,7 +67,7 @@ class ContextWindow:
     @property
     def messages(self) -> list[Message]:
         """The messages that are kept, oldest first."""
-        return [message for message, _ in self._kept]
+        return list(self._kept)
 
     @property
     def tokens(self) -> int:
@@ -75,7 +78,8 @@ class ContextWindow:
         """Add the messages of a turn that has ended."""
         for message in messages:
             tokens = self._count(message)
-            self._kept.append((message, tokens))
+            self._kept.append(message)
+            self._sizes.append(tokens)
             self._tokens += tokens
         self._shorten()
 
@@ -95,14 +99,18 @@ class ContextWindow:
                 f"of which {reserve} are kept for the answer",
             )
         skip = self._surplus(room)
-        messages = [*system, *(message for message, _ in islice(self._kept, skip, None)), newest]
-        return Fitted(messages, self._gone + skip, len(self._kept) - skip)
+        history = islice(self._kept, skip, None) if skip else self._kept
+        left_out = sum(islice(self._sizes, skip)) if skip else 0
+        tokens = fixed + self._tokens - left_out
+        return Fitted([*system, *history, newest], tokens, self._gone + skip, len(self._kept) - skip)
 
     def _surplus(self, room: int) -> int:
         """Return how many of the oldest messages must go so that the rest takes at most `room` tokens."""
         tokens = self._tokens
+        if tokens <= room:
+            return 0
         skip = 0
-        for message, size in self._kept:
+        for message, size in zip(self._kept, self._sizes, strict=True):
             if tokens <= room and (not skip or message.role is Role.USER):
                 break
             tokens -= size
@@ -112,13 +120,15 @@ class ContextWindow:
     def _shorten(self) -> None:
         """Forget the oldest turns that no answer can be given room beside."""
         for _ in range(self._surplus(self._context)):
-            _, size = self._kept.popleft()
-            self._tokens -= size
-            self._gone += 1
+            self._forget()
         # A history is read from a question on; what a cut left before it says nothing.
-        while self._gone and self._kept and self._kept[0][0].role is not Role.USER:
-            self._tokens -= self._kept.popleft()[1]
-            self._gone += 1
+        while self._gone and self._kept and self._kept[0].role is not Role.USER:
+            self._forget()
+
+    def _forget(self) -> None:
+        self._kept.popleft()
+        self._tokens -= self._sizes.popleft()
+        self._gone += 1
 
 
 def answer_reserve(context_length: int, options: GenerationOptions) -> int:

@@ -34,6 +34,7 @@ class Chunk(Value, frozen=True, kw_only=True):
 class Finished(Value, frozen=True, kw_only=True):
     """The end of an answer; always the last item of a stream. Times are in seconds.
 
+    An engine that leaves `usage.input_tokens` at 0 has not counted the prompt; the caller knows what it sent.
     `queue` is the wait for a free worker, `first_token` counts from there, `generation` from the first token to the
     last.
     """

@@ -231,12 +231,15 @@ class LocalEngine:
             ) from None
 
     def _work(self, generator: ctranslate2.Generator) -> None:
+        batch: list[Row] = []
         try:
             while batch := self._waiting.take():
                 self._write(generator, batch)
         except BaseException:
             _log.exception("a thread of the model died", extra={"model": self.id})
             self._trouble = "A thread of the model has died; restart the core."
+            for row in batch:
+                self._note(row, GONE)
             self._abandon()
 
     def _write(self, generator: ctranslate2.Generator, batch: list[Row]) -> None:
@@ -280,7 +283,6 @@ class LocalEngine:
                 index = step.batch_id
                 row = batch[index]
                 if row.cancelled:
-                    ended.add(index)
                     return True
                 token = step.token_id
                 row.last = perf_counter()

@@ -37,6 +37,7 @@ class Row:
         "arrived",
         "began",
         "cancelled",
+        "ended",
         "first",
         "inbox",
         "last",
@@ -53,13 +54,17 @@ class Row:
         self.limit = limit
         self.left = limit
         self.cancelled = False
+        self.ended = False
         self.inbox: list[int] = []
         self.waiter: asyncio.Future[None] | None = None
         self.arrived = perf_counter()
         self.began = self.first = self.last = 0.0
 
     def put(self, token: int) -> None:
-        """Add a token id or what ends the row."""
+        """Add a token id or what ends the row; nothing comes after an end."""
+        if self.ended:
+            return
+        self.ended = token < 0
         self.inbox.append(token)
         if self.waiter is not None and not self.waiter.done():
             self.waiter.set_result(None)

@@ -177,13 +177,10 @@ class ScriptedEngine:
                 yield chunk
         yield Finished(
             finish_reason=reason,
-            usage=plan.usage or self._usage(messages, plan),
+            usage=plan.usage or Usage(output_tokens=len(plan.chunks)),
             first_token=plan.first_delay,
             generation=perf_counter() - began - plan.first_delay,
         )
-
-    def _usage(self, messages: Sequence[Message], plan: _Plan) -> Usage:
-        return Usage(input_tokens=sum(map(self.count, messages)), output_tokens=len(plan.chunks))
 
     def _plan(self, text: str, messages: Sequence[Message]) -> _Plan:
         if text.startswith("#") and (directive := _DIRECTIVE.fullmatch(text)):
