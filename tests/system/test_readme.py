@@ -79,19 +79,21 @@ def started(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Started]:
         start_new_session=True,
     )
     told: list[str] = []
-    answered = threading.Event()
+    answered_or_ended = threading.Event()
 
     def listen() -> None:
         assert process.stdout is not None
         for line in process.stdout:
             told.append(line)
             if ANSWERED.search(line):
-                answered.set()
+                answered_or_ended.set()
+        answered_or_ended.set()
 
     listener = threading.Thread(target=listen)
     listener.start()
     try:
-        assert answered.wait(READY_WITHIN), "".join(told)
+        answered_or_ended.wait(READY_WITHIN)
+        assert ANSWERED.search("".join(told)), "".join(told)
         assert f"http://127.0.0.1:{http}/login?code=" in "".join(told)
         yield Started(environment, {"127.0.0.1:8000": f"127.0.0.1:{http}", "127.0.0.1:50051": f"127.0.0.1:{grpc}"})
     finally:
