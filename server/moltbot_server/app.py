@@ -88,8 +88,8 @@ class Core:
                 catalog=self.catalog,
                 max_inline_bytes=self.settings.max_inline_bytes,
             )
-            self.metrics.turns_under_way.set_function(lambda: len(self.journal))
-            self.metrics.sessions_at_hand.set_function(lambda: len(self.sessions))
+            self.metrics.turns_under_way.ask(lambda: len(self.journal))
+            self.metrics.sessions_at_hand.ask(lambda: len(self.sessions))
             host, port = self.settings.metrics_host, self.settings.metrics_port
             self.ops = OpsServer(host=host, port=port, metrics=self.metrics.page, health=self.health)
             undo.callback(self.ops.close)

@@ -32,7 +32,39 @@ _RECENT_REQUESTS = 4096
 class LiveTurn:
     """A turn under way. Belongs to the event loop's thread."""
 
-    def __init__(self, *, key: TurnKey, turn: TurnInput, principal: Principal, digest: bytes, arrived: float) -> None:
+    __slots__ = (
+        "_coalescer",
+        "_followers",
+        "_stored",
+        "_timer",
+        "_waiters",
+        "accepted_after",
+        "arrived",
+        "cancelling",
+        "closing",
+        "digest",
+        "duplicate_of",
+        "ended",
+        "events",
+        "input",
+        "key",
+        "late",
+        "principal",
+        "refusal",
+        "task",
+    )
+
+    def __init__(
+        self,
+        *,
+        key: TurnKey,
+        turn: TurnInput,
+        principal: Principal,
+        digest: str,
+        arrived: float,
+        interval: float = 0.0,
+    ) -> None:
+        """`arrived` is on `time.perf_counter`; text waits up to `interval` seconds to be recorded together."""
         self.key = key
         self.input = turn
         self.principal = principal
@@ -40,25 +72,20 @@ class LiveTurn:
         self.arrived = arrived
         self.accepted_after = 0.0
         self.events: list[Event] = []
-        self.ended = False
-        self.cancelling = False
-        self.closing = False
+        self.ended = self.cancelling = self.closing = self.late = False
         self.task: asyncio.Task[None] | None = None
         self.duplicate_of: StoredTurn | None = None
         self.refusal: MoltBotError | None = None
         self._stored = False
         self._followers = 0
         self._waiters: list[asyncio.Future[None]] = []
-        self._coalescer = _Coalescer(self, 0.0)
+        self._coalescer = _Coalescer(self, interval)
+        self._timer: asyncio.TimerHandle | None = None
 
     @property
     def text(self) -> str:
         """The text recorded so far."""
         return "".join(event.kind.text for event in self.events if isinstance(event.kind, TextDelta))
-
-    def coalesce(self, interval: float) -> None:
-        """Let text wait up to `interval` seconds to be recorded together; the first piece never waits."""
-        self._coalescer = _Coalescer(self, interval)
 
     def say(self, text: str) -> None:
         """Record more text of the answer, now or together with what comes within the interval."""
@@ -78,6 +105,8 @@ class LiveTurn:
     def end(self, last: Event) -> None:
         """Record the last event; followers end after it."""
         self.ended = True
+        if self._timer is not None:
+            self._timer.cancel()
         self.events.append(last)
         self._wake()
 
@@ -129,12 +158,22 @@ class LiveTurn:
 
     def cancel(self) -> bool:
         """Ask the turn to end now and keep its text; answer False when it has ended or is ending already."""
-        if self.closing or self.cancelling:
+        if self.closing or self.cancelling or self.late:
             return False
         self.cancelling = True
         if self.task is not None:
             self.task.cancel()
         return True
+
+    def expire_at(self, deadline: float | None) -> None:
+        """End the turn at a time of the event loop's clock, if it has not ended by then."""
+        if deadline is not None:
+            self._timer = asyncio.get_running_loop().call_at(deadline, self._expire)
+
+    def _expire(self) -> None:
+        if not self.closing and not self.cancelling and self.task is not None:
+            self.late = True
+            self.task.cancel()
 
     def _append(self, kind: Kind) -> None:
         self.events.append(Event(sequence=len(self.events) + 1, at=time.time(), kind=kind))
@@ -231,7 +270,7 @@ class Journal:
         """Return the turn if it is under way."""
         return self._live.get(key)
 
-    async def repeated(self, principal: Principal, turn: TurnInput, digest: bytes) -> LiveTurn | StoredTurn | None:
+    async def repeated(self, principal: Principal, turn: TurnInput, digest: str) -> LiveTurn | StoredTurn | None:
         """Return the turn that the same request_id started lately, or None.
 
         Raises:
@@ -299,7 +338,7 @@ class Journal:
         return turn.key, last.sequence, last.kind
 
 
-def same_content(earlier: bytes, digest: bytes) -> None:
+def same_content(earlier: str, digest: str) -> None:
     """Refuse a request_id that stands for other content.
 
     Raises:

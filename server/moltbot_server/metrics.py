@@ -1,13 +1,97 @@
-"""What the core counts, for Prometheus. Labels are bounded: methods, statuses, reasons and models of this core only."""
+"""What the core counts, for Prometheus. Labels are bounded: methods, statuses, reasons and models of this core only.
+
+Counting happens on the event loop's thread alone, many times in a turn, so the tallies are plain numbers without locks;
+prometheus-client turns them into its text when somebody asks.
+"""
 
 from __future__ import annotations
 
-from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
+from bisect import bisect_left
+from collections.abc import Callable, Iterable
+
+from prometheus_client import CollectorRegistry, generate_latest
+from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, HistogramMetricFamily
 from prometheus_client.gc_collector import GCCollector
+from prometheus_client.metrics_core import Metric
 from prometheus_client.platform_collector import PlatformCollector
 from prometheus_client.process_collector import ProcessCollector
+from prometheus_client.registry import Collector
 
 _SECONDS = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0, 60.0)
+
+
+class Tally(Collector):
+    """A counter by labels, for one thread."""
+
+    def __init__(self, name: str, text: str, labels: tuple[str, ...] = ()) -> None:
+        self._name, self._text, self._labels = name, text, labels
+        self._counts: dict[tuple[str, ...], float] = {} if labels else {(): 0}
+
+    def add(self, *labels: str, amount: float = 1) -> None:
+        """Count something under its labels."""
+        self._counts[labels] = self._counts.get(labels, 0) + amount
+
+    def collect(self) -> Iterable[Metric]:
+        """Yield the counter for Prometheus."""
+        family = CounterMetricFamily(self._name, self._text, labels=self._labels)
+        for labels, count in list(self._counts.items()):
+            family.add_metric(labels, count)
+        yield family
+
+
+class Spread:
+    """How a duration is spread over buckets, for one thread."""
+
+    __slots__ = ("counts", "sum")
+
+    def __init__(self) -> None:
+        self.counts = [0] * (len(_SECONDS) + 1)
+        self.sum = 0.0
+
+    def observe(self, seconds: float) -> None:
+        """Count one duration."""
+        self.counts[bisect_left(_SECONDS, seconds)] += 1
+        self.sum += seconds
+
+
+class Spreads(Collector):
+    """A histogram of seconds by at most one label."""
+
+    def __init__(self, name: str, text: str, label: str = "") -> None:
+        self._name, self._text, self._label = name, text, label
+        self._spreads: dict[str, Spread] = {} if label else {"": Spread()}
+
+    def of(self, label: str = "") -> Spread:
+        """Return the histogram of a label's value, to be kept by whoever observes often."""
+        return self._spreads.setdefault(label, Spread())
+
+    def collect(self) -> Iterable[Metric]:
+        """Yield the histogram for Prometheus."""
+        family = HistogramMetricFamily(self._name, self._text, labels=(self._label,) if self._label else ())
+        bounds = [*map(str, _SECONDS), "+Inf"]
+        for label, spread in list(self._spreads.items()):
+            total, buckets = 0, []
+            for bound, count in zip(bounds, spread.counts, strict=True):
+                total += count
+                buckets.append((bound, total))
+            family.add_metric((label,) if self._label else (), buckets, spread.sum)
+        yield family
+
+
+class Measure(Collector):
+    """A gauge that asks for its value when it is read."""
+
+    def __init__(self, name: str, text: str) -> None:
+        self._name, self._text = name, text
+        self._value: Callable[[], float] = lambda: 0
+
+    def ask(self, value: Callable[[], float]) -> None:
+        """Name the function that tells the value."""
+        self._value = value
+
+    def collect(self) -> Iterable[Metric]:
+        """Yield the gauge for Prometheus."""
+        yield GaugeMetricFamily(self._name, self._text, value=self._value())
 
 
 class Metrics:
@@ -17,26 +101,20 @@ class Metrics:
         self.registry = CollectorRegistry()
         for collector in (ProcessCollector, PlatformCollector, GCCollector):
             collector(registry=self.registry)
-        own = self.registry
-        self.calls = Counter("moltbot_grpc_calls", "gRPC calls that ended.", ["method", "status"], registry=own)
-        self.call_seconds = Histogram(
-            "moltbot_grpc_call_seconds", "Length of gRPC calls.", ["method"], buckets=_SECONDS, registry=own
-        )
-        self.turns = Counter("moltbot_turns", "Turns that ended.", ["outcome"], registry=own)
-        self.turn_seconds = Histogram(
-            "moltbot_turn_seconds", "From arrival to end of a turn.", buckets=_SECONDS, registry=own
-        )
-        self.first_token_seconds = Histogram(
-            "moltbot_first_token_seconds", "From arrival of a turn to its first text.", buckets=_SECONDS, registry=own
-        )
-        self.queue_seconds = Histogram(
-            "moltbot_queue_seconds", "Wait of a turn for its session and a free engine.", buckets=_SECONDS, registry=own
-        )
-        self.tokens = Counter("moltbot_tokens", "Tokens read and written.", ["model", "direction"], registry=own)
-        self.errors = Counter("moltbot_errors", "Calls and turns that failed.", ["reason"], registry=own)
-        self.trimmed = Counter("moltbot_trimmed_messages", "Messages left out to fit the context.", registry=own)
-        self.turns_under_way = Gauge("moltbot_turns_under_way", "Turns that run or wait.", registry=own)
-        self.sessions_at_hand = Gauge("moltbot_sessions_at_hand", "Sessions kept in memory.", registry=own)
+        self.calls = Tally("moltbot_grpc_calls", "gRPC calls that ended.", ("method", "status"))
+        self.call_seconds = Spreads("moltbot_grpc_call_seconds", "Length of gRPC calls.", "method")
+        self.turns = Tally("moltbot_turns", "Turns that ended.", ("outcome",))
+        self.turn_seconds = Spreads("moltbot_turn_seconds", "From arrival to end of a turn.")
+        self.first_token_seconds = Spreads("moltbot_first_token_seconds", "From arrival of a turn to its first text.")
+        self.queue_seconds = Spreads("moltbot_queue_seconds", "Wait of a turn for its session and a free engine.")
+        self.tokens = Tally("moltbot_tokens", "Tokens read and written.", ("model", "direction"))
+        self.errors = Tally("moltbot_errors", "Calls and turns that failed.", ("reason",))
+        self.trimmed = Tally("moltbot_trimmed_messages", "Messages left out to fit the context.")
+        self.turns_under_way = Measure("moltbot_turns_under_way", "Turns that run or wait.")
+        self.sessions_at_hand = Measure("moltbot_sessions_at_hand", "Sessions kept in memory.")
+        for own in vars(self).values():
+            if isinstance(own, Tally | Spreads | Measure):
+                self.registry.register(own)
 
     def page(self) -> bytes:
         """Return the metrics in Prometheus' text format."""

@@ -13,7 +13,6 @@ import re
 import secrets
 import time
 from asyncio import Future
-from collections.abc import AsyncGenerator
 from contextlib import aclosing
 
 import msgspec
@@ -40,13 +39,11 @@ from moltbot_server.turns import (
     Completed,
     Failed,
     FinishReason,
-    Kind,
     Message,
     Principal,
     Role,
     Routed,
     SessionKey,
-    TextDelta,
     TextPart,
     Timings,
     TurnInput,
@@ -112,7 +109,7 @@ class TurnPipeline:
         return await self._begin(principal, turn, digest, deadline, arrived)
 
     async def _begin(
-        self, principal: Principal, turn: TurnInput, digest: bytes, deadline: float | None, arrived: float
+        self, principal: Principal, turn: TurnInput, digest: str, deadline: float | None, arrived: float
     ) -> LiveTurn:
         engine = self._catalog.get(turn.model)
         engine.check(turn.options)
@@ -121,12 +118,19 @@ class TurnPipeline:
             check_content(message, engine.capabilities)
         session = await self._session(principal, turn)
         key = TurnKey(session=session.key, ordinal=session.claim())
-        live = LiveTurn(key=key, turn=turn, principal=principal, digest=digest, arrived=arrived)
-        live.coalesce(self._flush_interval if turn.flush_interval is None else turn.flush_interval)
+        live = LiveTurn(
+            key=key,
+            turn=turn,
+            principal=principal,
+            digest=digest,
+            arrived=arrived,
+            interval=self._flush_interval if turn.flush_interval is None else turn.flush_interval,
+        )
         live.record(Accepted(session=key.session.session, ordinal=key.ordinal, request_id=turn.request_id))
         self._journal.begin(live)
         self._accept(live, session)
-        live.task = task = asyncio.create_task(self._run(live, session, engine, deadline))
+        live.task = task = asyncio.create_task(self._run(live, session, engine))
+        live.expire_at(deadline)
         self._tasks.add(task)
         task.add_done_callback(lambda task: self._ended(live, session, task))
         return live
@@ -200,73 +204,47 @@ class TurnPipeline:
 
     # --- run -----------------------------------------------------------------------------------------------------
 
-    async def _run(
-        self, live: LiveTurn, session: OpenSession[ContextWindow], engine: Engine, deadline: float | None
-    ) -> None:
+    async def _run(self, live: LiveTurn, session: OpenSession[ContextWindow], engine: Engine) -> None:
         """Carry a turn to its end: answer it, store how it ended, then tell."""
         answer = _Answer()
         try:
-            async with session.turn(live, deadline):
-                ending = await self._attempt(live, session, engine, deadline, answer)
-                await live.wait_stored()
-                if live.refusal is None and live.duplicate_of is None:
-                    await self._finish(live, session, engine, ending)
-        except (asyncio.CancelledError, TimeoutError) as stop:
-            # It waited for its session and was told to stop, or the store did not take it.
-            await live.wait_stored()
-            if live.refusal is None and live.duplicate_of is None:
-                late = isinstance(stop, TimeoutError)
-                await self._finish(
-                    live, session, engine, self._late(live, answer) if late else self._cancelled(live, answer)
-                )
+            async with session.turn(live):
+                ending = await self._attempt(live, session, engine, answer)
+                await self._finish(live, session, engine, ending)
+        except asyncio.CancelledError:
+            # It was told to stop while it waited for its session.
+            await self._finish(live, session, engine, self._stopped(live, answer))
 
     async def _attempt(
-        self,
-        live: LiveTurn,
-        session: OpenSession[ContextWindow],
-        engine: Engine,
-        deadline: float | None,
-        answer: _Answer,
+        self, live: LiveTurn, session: OpenSession[ContextWindow], engine: Engine, answer: _Answer
     ) -> Completed | Failed:
         """Answer a turn and return its last event; what goes wrong becomes that event."""
         answer.started = time.perf_counter()
         try:
-            async with asyncio.timeout_at(deadline), aclosing(self._answer(live, session, engine, answer)) as kinds:
-                async for kind in kinds:
-                    if isinstance(kind, TextDelta):
-                        live.say(kind.text)
-                    else:
-                        live.record(kind)
+            await self._answer(live, session, engine, answer)
             return answer.completed(live, engine)
         except asyncio.CancelledError:
-            if live.refusal is not None or live.duplicate_of is not None:
-                raise
-            return self._cancelled(live, answer)
-        except TimeoutError:
-            return self._late(live, answer)
+            return self._stopped(live, answer)
         except MoltBotError as error:
-            return self._failed(live, answer, error)
+            return answer.failed(live, error)
         except Exception:
             incident = secrets.token_hex(4)
             log.exception("a turn failed", extra={"incident": incident})
-            return self._failed(live, answer, InternalError(f"something went wrong in the core (incident {incident})"))
+            return answer.failed(live, InternalError(f"something went wrong in the core (incident {incident})"))
 
     async def _answer(
         self, live: LiveTurn, session: OpenSession[ContextWindow], engine: Engine, answer: _Answer
-    ) -> AsyncGenerator[Kind, None]:
-        """Route a turn and yield what answers it."""
+    ) -> None:
+        """Route a turn and record what answers it."""
         turn = live.input
         named = "the request names this model" if turn.model else "it is the workspace's default model"
-        yield Routed(kind="model", name=engine.id, reason=named)
-        fitted = self._conversation(turn, session, engine)
-        answer.trimmed, answer.history = fitted.trimmed_messages, fitted.history_messages
-        async with aclosing(engine.generate(fitted.messages, turn.options)) as chunks:
+        live.record(Routed(kind="model", name=engine.id, reason=named))
+        answer.fitted = self._conversation(turn, session, engine)
+        async with aclosing(engine.generate(answer.fitted.messages, turn.options)) as chunks:
             async for chunk in chunks:
                 if isinstance(chunk, Chunk):
-                    if not answer.pieces:
-                        answer.first_text = time.perf_counter()
-                    answer.pieces.append(chunk.text)
-                    yield TextDelta(text=chunk.text)
+                    answer.add(chunk.text)
+                    live.say(chunk.text)
                 else:
                     answer.finished = chunk
 
@@ -287,6 +265,9 @@ class TurnPipeline:
         self, live: LiveTurn, session: OpenSession[ContextWindow], engine: Engine, ending: Completed | Failed
     ) -> None:
         """Store how a turn ended, remember it in the session, then let the followers see it."""
+        await live.wait_stored()
+        if live.refusal is not None or live.duplicate_of is not None:
+            return
         answer: tuple[TextPart, ...] = ()
         state = TurnState.FAILED
         if isinstance(ending, Completed):
@@ -303,7 +284,7 @@ class TurnPipeline:
             model=engine.id,
         )
         try:
-            await asyncio.shield(self._store.finish(row))
+            await self._store.finish(row)
         except MoltBotError as error:
             ending = Failed(
                 status=error.status, reason=error.reason, message=error.message, retryable=True, timings=ending.timings
@@ -317,45 +298,28 @@ class TurnPipeline:
         live.end(events[-1])
         self._count(ending, engine)
 
-    def _cancelled(self, live: LiveTurn, answer: _Answer) -> Completed | Failed:
-        """Return the end of a turn that was told to stop, by a caller or because the core leaves."""
-        if self._draining and not live.cancelling:
-            return self._failed(live, answer, TurnInterrupted("the core stopped while the turn ran"))
-        return Completed(
-            text="".join(answer.pieces),
-            finish_reason=FinishReason.CANCELLED,
-            usage=Usage(output_tokens=len(answer.pieces)),
-            timings=answer.timings(live),
-            message=f"{live.key.ordinal}.1" if answer.pieces else "",
-        )
-
-    def _late(self, live: LiveTurn, answer: _Answer) -> Failed:
-        return self._failed(live, answer, DeadlineExceeded("the deadline passed before the answer was complete"))
-
-    def _failed(self, live: LiveTurn, answer: _Answer, error: MoltBotError) -> Failed:
-        return Failed(
-            status=error.status,
-            reason=error.reason,
-            message=error.message,
-            retryable=error.retryable,
-            retry_after=error.retry_after,
-            timings=answer.timings(live),
-        )
+    def _stopped(self, live: LiveTurn, answer: _Answer) -> Completed | Failed:
+        """Return the end of a turn whose task was cancelled: by a caller, its deadline, or because the core leaves."""
+        if live.late:
+            return answer.failed(live, DeadlineExceeded("the deadline passed before the answer was complete"))
+        if not live.cancelling:
+            return answer.failed(live, TurnInterrupted("the core stopped while the turn ran"))
+        return answer.cancelled(live)
 
     def _count(self, ending: Completed | Failed, engine: Engine) -> None:
         metrics, timings = self._metrics, ending.timings
-        metrics.turn_seconds.observe(timings.total)
+        metrics.turn_seconds.of().observe(timings.total)
         if isinstance(ending, Failed):
-            metrics.turns.labels("failed").inc()
-            metrics.errors.labels(ending.reason).inc()
+            metrics.turns.add("failed")
+            metrics.errors.add(ending.reason)
             return
-        metrics.turns.labels(ending.finish_reason.value).inc()
-        metrics.queue_seconds.observe(timings.queue)
-        metrics.first_token_seconds.observe(timings.accept + timings.queue + timings.first_token)
-        metrics.tokens.labels(engine.id, "input").inc(ending.usage.input_tokens)
-        metrics.tokens.labels(engine.id, "output").inc(ending.usage.output_tokens)
+        metrics.turns.add(ending.finish_reason.value)
+        metrics.queue_seconds.of().observe(timings.queue)
+        metrics.first_token_seconds.of().observe(timings.queue + timings.first_token)
+        metrics.tokens.add(engine.id, "input", amount=ending.usage.input_tokens)
+        metrics.tokens.add(engine.id, "output", amount=ending.usage.output_tokens)
         if timings.trimmed_messages:
-            metrics.trimmed.inc(timings.trimmed_messages)
+            metrics.trimmed.add(amount=timings.trimmed_messages)
 
     async def drain(self, grace: float) -> None:
         """Refuse new turns, let those under way end within `grace` seconds, then cut the rest; they are retryable."""
@@ -369,18 +333,26 @@ class TurnPipeline:
             await asyncio.wait(set(self._tasks))
 
 
+_NOTHING_READ = Fitted([], 0, 0, 0)
+
+
 class _Answer:
     """What is known of an answer while it is being written."""
 
-    __slots__ = ("finished", "first_text", "history", "pieces", "started", "trimmed")
+    __slots__ = ("finished", "first_text", "fitted", "pieces", "started")
 
     def __init__(self) -> None:
         self.pieces: list[str] = []
         self.started = 0.0
         self.first_text = 0.0
         self.finished: Finished | None = None
-        self.trimmed = 0
-        self.history = 0
+        self.fitted = _NOTHING_READ
+
+    def add(self, text: str) -> None:
+        """Note another piece of the text."""
+        if not self.pieces:
+            self.first_text = time.perf_counter()
+        self.pieces.append(text)
 
     def completed(self, live: LiveTurn, engine: Engine) -> Completed:
         """Return the event of an answer that ended by itself."""
@@ -388,10 +360,38 @@ class _Answer:
         return Completed(
             text="".join(self.pieces),
             finish_reason=finished.finish_reason if finished else FinishReason.STOP,
-            usage=finished.usage if finished else Usage(),
+            usage=self.usage(),
             timings=self.timings(live),
             model=engine.id,
             message=f"{live.key.ordinal}.1" if self.pieces else "",
+        )
+
+    def usage(self) -> Usage:
+        """Return the tokens read and written, as the engine counted them or, before its end, as they came."""
+        counted = self.finished.usage if self.finished else Usage(output_tokens=len(self.pieces))
+        if counted.input_tokens:
+            return counted
+        return msgspec.structs.replace(counted, input_tokens=self.fitted.tokens)
+
+    def cancelled(self, live: LiveTurn) -> Completed:
+        """Return the event of an answer that a caller stopped; its text so far is kept."""
+        return Completed(
+            text="".join(self.pieces),
+            finish_reason=FinishReason.CANCELLED,
+            usage=self.usage(),
+            timings=self.timings(live),
+            message=f"{live.key.ordinal}.1" if self.pieces else "",
+        )
+
+    def failed(self, live: LiveTurn, error: MoltBotError) -> Failed:
+        """Return the event of an answer that an error ended."""
+        return Failed(
+            status=error.status,
+            reason=error.reason,
+            message=error.message,
+            retryable=error.retryable,
+            retry_after=error.retry_after,
+            timings=self.timings(live),
         )
 
     def timings(self, live: LiveTurn) -> Timings:
@@ -406,18 +406,18 @@ class _Answer:
             first_token=max(0.0, first - started - waited),
             generation=now - first,
             total=now - live.arrived,
-            trimmed_messages=self.trimmed,
-            history_messages=self.history,
+            trimmed_messages=self.fitted.trimmed_messages,
+            history_messages=self.fitted.history_messages,
             attempts=1 if self.started else 0,
         )
 
 
-def _digest(turn: TurnInput) -> bytes:
+def _digest(turn: TurnInput) -> str:
     """Return a digest of what a turn asks, so that a repeated call can be told from a reused request_id."""
     content = encode(
         (turn.session, turn.parts, turn.model, turn.options, turn.system_prompt, turn.transcript, turn.user)
     )
-    return hashlib.blake2b(content, digest_size=16).digest()
+    return hashlib.blake2b(content, digest_size=16).hexdigest()
 
 
 def _content_error(earlier: StoredTurn, live: LiveTurn) -> MoltBotError | None:

@@ -52,17 +52,12 @@ class OpenSession(Generic[H]):
         self.claims -= 1
 
     @asynccontextmanager
-    async def turn(self, live: LiveTurn, deadline: float | None) -> AsyncGenerator[None, None]:
-        """Hold the session for a turn; those that came before go first, and the turn is told its position.
-
-        Raises:
-            TimeoutError: the deadline, on the event loop's clock, passed while the turn waited.
-        """
+    async def turn(self, live: LiveTurn) -> AsyncGenerator[None, None]:
+        """Hold the session for a turn; those that came before go first, and the turn is told its position."""
         if self.running is None and not self.waiting:
             self.running = live
         else:
-            async with asyncio.timeout_at(deadline):
-                await self._queue(live)
+            await self._queue(live)
         try:
             yield
         finally:

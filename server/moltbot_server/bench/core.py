@@ -1,7 +1,8 @@
 """`moltbot bench core`: whole turns of the core against a bare grpc.aio server, in pairs within one run.
 
-A turn of the core is authenticated, checked, accepted and finished in SQLite with synchronous=FULL, counted and
-answered by the scripted engine with 32 deltas. The bare server echoes, or streams 32 small messages. Both run as
+A turn of the core is authenticated, checked, accepted and finished in SQLite with synchronous=FULL, counted, and
+answered by the scripted engine: with an echo for `unary_ratio`, with 32 deltas for the streams. The bare server echoes,
+or streams 32 small messages. Both run as
 processes of their own on the same processors, the load comes from others; slices of the two alternate, and each pair
 gives a ratio. Reported is the median, with the lowest and the highest.
 """

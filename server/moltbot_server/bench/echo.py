@@ -30,7 +30,10 @@ async def _stream(request: StringValue, context: Any) -> None:
 
 
 async def _serve() -> None:
-    coders: dict[str, Any] = {"request_deserializer": StringValue.FromString, "response_serializer": StringValue.SerializeToString}
+    coders: dict[str, Any] = {
+        "request_deserializer": StringValue.FromString,
+        "response_serializer": StringValue.SerializeToString,
+    }
     handlers: dict[str, grpc.RpcMethodHandler[Any, Any]] = {
         "Unary": grpc.unary_unary_rpc_method_handler(_unary, **coders),
         "Stream": grpc.unary_stream_rpc_method_handler(_stream, **coders),

@@ -24,14 +24,17 @@ from moltbot.v1 import chat_pb2, chat_pb2_grpc, message_pb2
 
 from moltbot_server.bench.echo import MESSAGES, SERVICE
 
+_QUESTION = "hello, whole core"
+_MANY = f"#{MESSAGES}"  # the scripted engine's word for so many deltas
+
 OneCall = Callable[[int], Awaitable[int]]
 
 
-def _turn(worker: int, run: str, **fields: Any) -> chat_pb2.TurnInput:
+def _turn(worker: int, run: str, text: str, **fields: Any) -> chat_pb2.TurnInput:
     return chat_pb2.TurnInput(
         session=f"sessions/bench-{run}-{worker}",
         request_id=str(uuid.uuid4()),
-        parts=[message_pb2.Part(text=f"#{MESSAGES}")],
+        parts=[message_pb2.Part(text=text)],
         **fields,
     )
 
@@ -70,7 +73,7 @@ def _run_turn(channel: aio.Channel, metadata: Any, run: str) -> OneCall:
     stub: Any = chat_pb2_grpc.ChatServiceStub(channel)
 
     async def call(worker: int) -> int:
-        await stub.RunTurn(chat_pb2.RunTurnRequest(turn=_turn(worker, run)), metadata=metadata)
+        await stub.RunTurn(chat_pb2.RunTurnRequest(turn=_turn(worker, run, _QUESTION)), metadata=metadata)
         return 1
 
     return call
@@ -82,7 +85,7 @@ def _stream_turn(flush: Duration | None) -> Callable[[aio.Channel, Any, str], On
 
         async def call(worker: int) -> int:
             messages = 0
-            request = chat_pb2.StreamTurnRequest(turn=_turn(worker, run, flush_interval=flush))
+            request = chat_pb2.StreamTurnRequest(turn=_turn(worker, run, _MANY, flush_interval=flush))
             async for response in stub.StreamTurn(request, metadata=metadata):
                 messages += 1
                 last = response.event

@@ -6,6 +6,7 @@ import asyncio
 import time
 from contextlib import aclosing
 
+import msgspec
 from moltbot.v1 import inference_pb2, inference_pb2_grpc
 
 from moltbot_server.errors import DeadlineExceeded, InvalidField
@@ -116,7 +117,7 @@ class _Generation:
             raise DeadlineExceeded("the deadline passed before the answer was complete") from None
         finally:
             abort.cancel()
-        await self._end(finished)
+        await self._end(finished, sum(map(self._engine.count, messages)))
 
     async def _say(self, chunk: Chunk) -> None:
         self._waiting.append(chunk)
@@ -131,16 +132,19 @@ class _Generation:
         self._sent_at = time.monotonic()
         await self._call.context.write(inference_pb2.GenerateResponse(text=text, token_count=tokens))
 
-    async def _end(self, finished: Finished | None) -> None:
+    async def _end(self, finished: Finished | None, prompt_tokens: int) -> None:
         if self._waiting:
             await self._flush()
         if finished is None:
             finished = Finished(finish_reason=FinishReason.CANCELLED, usage=Usage(output_tokens=self._written))
+        counted = finished.usage
+        if not counted.input_tokens:
+            counted = msgspec.structs.replace(counted, input_tokens=prompt_tokens)
         await self._call.context.write(
             inference_pb2.GenerateResponse(
                 finished=inference_pb2.GenerateFinished(
                     finish_reason=convert.finish_reason(finished.finish_reason),
-                    usage=convert.usage(finished.usage),
+                    usage=convert.usage(counted),
                     model=f"models/{self._engine.id}",
                     queue=convert.duration(finished.queue),
                     first_token=convert.duration(finished.first_token),

@@ -78,8 +78,8 @@ class Guard:
     def _around(self, method: str, behaviour: Unary) -> Unary:
         short = method.rpartition(".")[2]
         admit = self._authenticator.admit
-        seconds = self._metrics.call_seconds.labels(short)
-        ok = self._metrics.calls.labels(short, "OK")
+        seconds = self._metrics.call_seconds.of(short)
+        calls, errors = self._metrics.calls, self._metrics.errors
         foreign = not method.startswith("/moltbot.")
 
         async def guarded(request: Any, context: Any) -> Any:
@@ -87,24 +87,24 @@ class Guard:
             try:
                 principal = admit(method, _authorization(context))
                 answer = await behaviour(request, context if foreign else Call(context, principal, arrived))
-                ok.inc()
+                calls.add(short, "OK")
                 return answer
             except asyncio.CancelledError:
                 # The peer left or the server stops; swallowing this leaks the call's buffers in grpcio.
-                self._metrics.calls.labels(short, "CANCELLED").inc()
+                calls.add(short, "CANCELLED")
                 raise
             except MoltBotError as error:
-                self._metrics.errors.labels(error.reason).inc()
+                errors.add(error.reason)
                 await self._refuse(short, context, error)
             except TurnFailed as error:
                 await self._refuse(short, context, error)
             except aio.AbortError:
-                self._metrics.calls.labels(short, "ABORTED").inc()
+                calls.add(short, "ABORTED")
                 raise
             except Exception:
                 incident = secrets.token_hex(4)
                 log.exception("an RPC failed", extra={"incident": incident, "method": short})
-                self._metrics.errors.labels(InternalError.reason).inc()
+                errors.add(InternalError.reason)
                 await self._refuse(short, context, InternalError(f"something went wrong (incident {incident})"))
             finally:
                 seconds.observe(time.perf_counter() - arrived)
@@ -112,7 +112,7 @@ class Guard:
         return guarded
 
     async def _refuse(self, method: str, context: Any, error: MoltBotError | TurnFailed) -> None:
-        self._metrics.calls.labels(method, error.status.name).inc()
+        self._metrics.calls.add(method, error.status.name)
         trailers: list[tuple[str, str | bytes]] = [(_STATUS_KEY, status_of(error).SerializeToString())]
         if error.retry_after is not None:
             trailers.append(("grpc-retry-pushback-ms", str(int(error.retry_after * 1000))))

@@ -22,7 +22,7 @@ class NewTurn(Value, frozen=True, kw_only=True):
 
     key: TurnKey
     request_id: str
-    digest: bytes
+    digest: str
     create_time: float
     question: tuple[Part, ...]
     opens_session: bool = True
@@ -48,7 +48,7 @@ class StoredTurn(Value, frozen=True, kw_only=True):
 
     key: TurnKey
     request_id: str
-    digest: bytes
+    digest: str
     state: TurnState
     create_time: float
     end_time: float = 0.0

@@ -18,7 +18,7 @@ import msgspec
 
 from moltbot_server.errors import StorageUnavailable
 from moltbot_server.store import EndedTurn, NewTurn, StoredSession, StoredTurn
-from moltbot_server.store.writer import GroupWriter, storage_error
+from moltbot_server.store.writer import GroupWriter, Rows, storage_error
 from moltbot_server.turns import (
     Event,
     Failed,
@@ -45,7 +45,7 @@ CREATE TABLE sessions (
 CREATE INDEX sessions_by_use ON sessions (workspace, ephemeral, update_time DESC, id);
 CREATE TABLE turns (
     workspace TEXT NOT NULL, session TEXT NOT NULL, ordinal INTEGER NOT NULL, request_id TEXT NOT NULL,
-    digest BLOB NOT NULL, state TEXT NOT NULL, create_time REAL NOT NULL, end_time REAL NOT NULL DEFAULT 0,
+    digest TEXT NOT NULL, state TEXT NOT NULL, create_time REAL NOT NULL, end_time REAL NOT NULL DEFAULT 0,
     model TEXT NOT NULL DEFAULT '', question TEXT NOT NULL, answer TEXT, events TEXT
 );
 CREATE UNIQUE INDEX turns_by_session ON turns (workspace, session, ordinal);
@@ -53,18 +53,20 @@ CREATE UNIQUE INDEX turns_by_request ON turns (workspace, request_id);
 CREATE INDEX turns_running ON turns (state) WHERE state = 'running';
 """
 
-_INSERT_TURN = """
-INSERT INTO turns (workspace, session, ordinal, request_id, digest, state, create_time, question)
-VALUES (?, ?, ?, ?, ?, 'running', ?, ?) ON CONFLICT (workspace, request_id) DO NOTHING
-"""
+_INSERT_TURN = Rows(
+    "INSERT INTO turns (workspace, session, ordinal, request_id, digest, state, create_time, question) VALUES {rows} "
+    "ON CONFLICT (workspace, request_id) DO NOTHING",
+    row="(?, ?, ?, ?, ?, 'running', ?, ?)",
+)
+_FINISH_TURN = Rows(
+    "UPDATE turns SET state = column4, end_time = column5, model = column6, answer = column7, events = column8 "
+    "FROM (VALUES {rows}) WHERE workspace = column1 AND session = column2 AND ordinal = column3",
+    row="(?, ?, ?, ?, ?, ?, ?, ?)",
+)
 _INSERT_SESSION = """
 INSERT INTO sessions (workspace, id, title, user, channel, create_time, update_time, base_ordinal, ephemeral)
 VALUES (?, ?, ?, ?, ?, ?, ?, 0, ?)
 ON CONFLICT (workspace, id) DO UPDATE SET title = excluded.title WHERE sessions.title = ''
-"""
-_FINISH_TURN = """
-UPDATE turns SET state = ?, end_time = ?, model = ?, answer = ?, events = ?
-WHERE workspace = ? AND session = ? AND ordinal = ?
 """
 _TURN_COLUMNS = "workspace, session, ordinal, request_id, digest, state, create_time, end_time, events"
 _SESSION_COLUMNS = """s.workspace, s.id, s.title, s.user, s.channel, s.create_time, s.update_time,
@@ -101,7 +103,7 @@ class SqliteStore:
 
     def accept(self, turn: NewTurn) -> Future[StoredTurn | None]:
         """Store a turn; answer None, or the earlier turn of the same request_id."""
-        return self._writer.submit(lambda connection: self._accept(connection, turn))
+        return self._writer.submit_row(self._insert, turn)
 
     def reaccept(self, turn: NewTurn) -> Future[StoredTurn | None]:
         """Store a turn in the place of a failed one with its request_id."""
@@ -112,24 +114,13 @@ class SqliteStore:
                 "WHERE workspace = ? AND request_id = ? AND state = 'failed'",
                 (turn.key.session.workspace, turn.request_id),
             )
-            return self._accept(connection, turn)
+            return self._insert(connection, [turn])[0]
 
         return self._writer.submit(write)
 
     def finish(self, turn: EndedTurn) -> Future[None]:
         """Store how a turn ended."""
-        key = turn.key
-        row = (
-            turn.state.value,
-            turn.end_time,
-            turn.model,
-            encode(turn.answer).decode() if turn.answer else None,
-            encode(turn.events).decode(),
-            key.session.workspace,
-            key.session.session,
-            key.ordinal,
-        )
-        return self._writer.submit(lambda connection: self._finish(connection, row, turn))
+        return self._writer.submit_row(self._update, turn)
 
     async def reset_session(self, key: SessionKey) -> None:
         """Delete a session's turns; its ordinals go on."""
@@ -288,28 +279,65 @@ class SqliteStore:
 
         return await asyncio.get_running_loop().run_in_executor(self._readers, guarded)
 
-    def _accept(self, connection: sqlite3.Connection, turn: NewTurn) -> StoredTurn | None:
-        session = turn.key.session
-        names = (session.workspace, session.session)
-        row = (*names, turn.key.ordinal, turn.request_id, turn.digest, turn.create_time, encode(turn.question).decode())
-        if connection.execute(_INSERT_TURN, row).rowcount == 0:
-            return _turn(
-                connection.execute(
-                    f"SELECT {_TURN_COLUMNS} FROM turns WHERE workspace = ? AND request_id = ?",
-                    (session.workspace, turn.request_id),
-                ).fetchone()
+    def _insert(self, connection: sqlite3.Connection, turns: Sequence[NewTurn]) -> list[StoredTurn | None]:
+        """Store turns; answer for each None or the earlier one. Runs on the writer's thread."""
+        rows = [
+            (
+                turn.key.session.workspace,
+                turn.key.session.session,
+                turn.key.ordinal,
+                turn.request_id,
+                turn.digest,
+                turn.create_time,
+                encode(turn.question).decode(),
             )
-        if turn.opens_session:
-            now = turn.create_time
-            connection.execute(
-                _INSERT_SESSION, (*names, turn.title, turn.user, turn.channel, now, now, int(turn.ephemeral))
-            )
-        self._touch(connection, names, turn.create_time)
-        return None
+            for turn in turns
+        ]
+        fresh = _INSERT_TURN.execute(connection, rows) == len(rows)
+        earlier = [None if fresh else self._earlier(connection, turn) for turn in turns]
+        for turn, found in zip(turns, earlier, strict=True):
+            if found is None:
+                self._open_session(connection, turn)
+        return earlier
 
-    def _finish(self, connection: sqlite3.Connection, row: tuple[Any, ...], turn: EndedTurn) -> None:
-        connection.execute(_FINISH_TURN, row)
-        self._touch(connection, (turn.key.session.workspace, turn.key.session.session), turn.end_time)
+    def _earlier(self, connection: sqlite3.Connection, turn: NewTurn) -> StoredTurn | None:
+        """Return the turn that holds a request_id, unless it is this one."""
+        found = _turn(
+            connection.execute(
+                f"SELECT {_TURN_COLUMNS} FROM turns WHERE workspace = ? AND request_id = ?",
+                (turn.key.session.workspace, turn.request_id),
+            ).fetchone()
+        )
+        return None if found is None or found.key == turn.key else found
+
+    def _open_session(self, connection: sqlite3.Connection, turn: NewTurn) -> None:
+        session, now = turn.key.session, turn.create_time
+        names = (session.workspace, session.session)
+        if turn.opens_session:
+            row = (*names, turn.title, turn.user, turn.channel, now, now, int(turn.ephemeral))
+            connection.execute(_INSERT_SESSION, row)
+        self._touch(connection, names, now)
+
+    def _update(self, connection: sqlite3.Connection, turns: Sequence[EndedTurn]) -> list[None]:
+        """Store how turns ended. Runs on the writer's thread."""
+        rows = [
+            (
+                turn.key.session.workspace,
+                turn.key.session.session,
+                turn.key.ordinal,
+                turn.state,
+                turn.end_time,
+                turn.model,
+                encode(turn.answer).decode() if turn.answer else None,
+                encode(turn.events).decode(),
+            )
+            for turn in turns
+        ]
+        _FINISH_TURN.execute(connection, rows)
+        for turn in turns:
+            session = turn.key.session
+            self._touch(connection, (session.workspace, session.session), turn.end_time)
+        return [None] * len(turns)
 
     def _touch(self, connection: sqlite3.Connection, names: tuple[str, str], now: float) -> None:
         """Remember that a session was used; runs on the writer's thread."""

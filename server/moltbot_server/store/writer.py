@@ -1,4 +1,8 @@
-"""One thread that writes: whatever waits goes to the disk in one transaction (group commit)."""
+"""One thread that writes: whatever waits goes to the disk in one transaction (group commit).
+
+Rows of the same kind in a group are written by few statements. SQLite gives up the interpreter's lock for each one
+that it runs, so a statement for each row would make the writer and the event loop take turns all the time.
+"""
 
 from __future__ import annotations
 
@@ -6,7 +10,8 @@ import asyncio
 import logging
 import sqlite3
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from itertools import chain
 from queue import SimpleQueue
 from typing import Any
 
@@ -15,9 +20,42 @@ from moltbot_server.errors import MoltBotError, StorageFull, StorageUnavailable
 log = logging.getLogger(__name__)
 
 Write = Callable[[sqlite3.Connection], Any]
-_Job = tuple[Write, "asyncio.Future[Any]"]
+"""A write by itself; it returns what its future answers."""
 
+WriteRows = Callable[[sqlite3.Connection, Sequence[Any]], Sequence[Any]]
+"""Writes rows of one kind; it returns what the future of each answers, in the same order."""
+
+_Future = asyncio.Future[Any]
 _LARGEST_GROUP = 512
+_COUNTS = (64, 32, 16, 8, 4, 2, 1)
+
+
+class Rows:
+    """A statement over many rows at once, written for 1, 2, 4 … 64 of them: any number takes few executions."""
+
+    def __init__(self, statement: str, *, row: str) -> None:
+        """`statement` has `{rows}` where the values go; `row` is the place-holder of one row."""
+        self._by_count = {count: statement.format(rows=", ".join([row] * count)) for count in _COUNTS}
+
+    def execute(self, connection: sqlite3.Connection, rows: Sequence[Sequence[Any]]) -> int:
+        """Run the statement over all rows; return how many the database changed."""
+        changed = start = 0
+        for count in _COUNTS:
+            while len(rows) - start >= count:
+                chunk = rows[start : start + count]
+                changed += connection.execute(self._by_count[count], list(chain.from_iterable(chunk))).rowcount
+                start += count
+        return changed
+
+
+class _Job:
+    __slots__ = ("future", "kind", "row", "write")
+
+    def __init__(self, future: _Future, write: Write | None, kind: WriteRows | None, row: Any) -> None:
+        self.future = future
+        self.write = write
+        self.kind = kind
+        self.row = row
 
 
 def storage_error(error: sqlite3.Error) -> MoltBotError:
@@ -31,7 +69,8 @@ def storage_error(error: sqlite3.Error) -> MoltBotError:
 class GroupWriter:
     """Runs writes on a thread of its own and answers each when the transaction that holds it is on the disk.
 
-    When a write raises, its group is undone and each of it is tried by itself, so a bad write hurts no other.
+    When a write raises, its group is undone and each of it is tried by itself, so a bad write hurts no other. Rows of a
+    group are written by kind, in the order in which the kinds first came; a write by itself waits for those before it.
     """
 
     def __init__(self, connect: Callable[[], sqlite3.Connection]) -> None:
@@ -42,14 +81,13 @@ class GroupWriter:
         self._closed = False
         self._thread.start()
 
-    def submit(self, write: Write) -> asyncio.Future[Any]:
+    def submit(self, write: Write) -> _Future:
         """Queue a write; the future answers with what it returned once that is on the disk."""
-        future: asyncio.Future[Any] = self._loop.create_future()
-        if self._closed:
-            future.set_exception(StorageUnavailable("the store is closed"))
-        else:
-            self._jobs.put((write, future))
-        return future
+        return self._queue(write, None, None)
+
+    def submit_row(self, kind: WriteRows, row: Any) -> _Future:
+        """Queue a row to be written with its like."""
+        return self._queue(None, kind, row)
 
     async def close(self) -> None:
         """Write what waits, then end the thread."""
@@ -57,6 +95,14 @@ class GroupWriter:
             self._closed = True
             self._jobs.put(None)
             await asyncio.to_thread(self._thread.join)
+
+    def _queue(self, write: Write | None, kind: WriteRows | None, row: Any) -> _Future:
+        future: _Future = self._loop.create_future()
+        if self._closed:
+            future.set_exception(StorageUnavailable("the store is closed"))
+        else:
+            self._jobs.put(_Job(future, write, kind, row))
+        return future
 
     def _run(self) -> None:
         connection = self._connect()
@@ -81,32 +127,46 @@ class GroupWriter:
             group.append(job)
         return group
 
-    def _write(self, connection: sqlite3.Connection, group: list[_Job]) -> list[tuple[asyncio.Future[Any], Any]]:
-        outcomes: list[tuple[asyncio.Future[Any], Any]] = []
+    def _write(self, connection: sqlite3.Connection, group: list[_Job]) -> list[tuple[_Future, Any]]:
         try:
             connection.execute("BEGIN IMMEDIATE")
-            for write, future in group:
-                outcomes.append((future, write(connection)))
+            outcomes = _write_all(connection, group)
             connection.execute("COMMIT")
         except Exception as error:
-            _undo(connection)
+            if connection.in_transaction:
+                connection.execute("ROLLBACK")
             if len(group) > 1:
                 # One of them is at fault: give each a transaction of its own, so that the others are stored.
                 return [pair for job in group for pair in self._write(connection, [job])]
             if not isinstance(error, sqlite3.Error):
                 log.exception("a write failed")
-                return [(group[0][1], StorageUnavailable("the store refused a write; the log says why"))]
+                return [(group[0].future, StorageUnavailable("the store refused a write; the log says why"))]
             log.error("the database refused a write", extra={"error": str(error)})
-            return [(group[0][1], storage_error(error))]
+            return [(group[0].future, storage_error(error))]
         return outcomes
 
 
-def _undo(connection: sqlite3.Connection) -> None:
-    if connection.in_transaction:
-        connection.execute("ROLLBACK")
+def _write_all(connection: sqlite3.Connection, group: list[_Job]) -> list[tuple[_Future, Any]]:
+    outcomes: list[tuple[_Future, Any]] = []
+    rows: dict[WriteRows, list[_Job]] = {}
+
+    def write_rows() -> None:
+        for kind, jobs in rows.items():
+            answers = kind(connection, [job.row for job in jobs])
+            outcomes.extend(zip([job.future for job in jobs], answers, strict=True))
+        rows.clear()
+
+    for job in group:
+        if job.kind is not None:
+            rows.setdefault(job.kind, []).append(job)
+        elif job.write is not None:
+            write_rows()
+            outcomes.append((job.future, job.write(connection)))
+    write_rows()
+    return outcomes
 
 
-def _answer(outcomes: list[tuple[asyncio.Future[Any], Any]]) -> None:
+def _answer(outcomes: list[tuple[_Future, Any]]) -> None:
     for future, outcome in outcomes:
         if future.done():
             continue
