@@ -10,7 +10,7 @@ from typing import TypeVar
 
 import grpc
 from grpc_health.v1 import health_pb2, health_pb2_grpc
-from moltbot.v1 import chat_pb2, chat_pb2_grpc, model_pb2, model_pb2_grpc, session_pb2, session_pb2_grpc
+from moltbot.v1 import chat_pb2, chat_pb2_grpc, message_pb2, model_pb2, model_pb2_grpc, session_pb2, session_pb2_grpc
 
 from moltbot_adapters.core_errors import CoreError, decode
 
@@ -109,7 +109,12 @@ class CoreClient:
         request = chat_pb2.RunTurnRequest(turn=turn)
         for tried in itertools.count(1):
             try:
-                return await _answer(self._link().chat.RunTurn(request, timeout=_left(ends), metadata=caller.metadata))
+                answer = await _answer(
+                    self._link().chat.RunTurn(request, timeout=_left(ends), metadata=caller.metadata)
+                )
+                if tried > 1:
+                    _check_uncut(turn, answer.completed)
+                return answer
             except CoreError as error:
                 if not error.connection_broke or tried >= START_TRIES:
                     raise
@@ -133,7 +138,7 @@ class CoreClient:
         self, turn: chat_pb2.TurnInput | None, name: str, after: int, caller: Caller, limit_s: float
     ) -> AsyncGenerator[chat_pb2.Event, None]:
         ends = asyncio.get_running_loop().time() + limit_s
-        last, tried, under_way = after, 0, False
+        last, tried, under_way, broke = after, 0, False, False
         while True:
             call = self._open(turn, name, last, caller, _left(ends))
             try:
@@ -147,6 +152,8 @@ class CoreClient:
                     last, tried, under_way = event.sequence, 0, True
                     if not name and event.HasField("accepted"):
                         name = event.accepted.turn
+                    if broke and event.HasField("completed"):
+                        _check_uncut(turn, event.completed)
                     yield event
                 return
             except grpc.aio.AioRpcError as error:
@@ -155,11 +162,11 @@ class CoreClient:
                 call.cancel()
             tried += 1
             if under_way and failure.reason == "TURN_NOT_FOUND":
-                failure = CoreError(grpc.StatusCode.UNAVAILABLE, reason="TURN_INTERRUPTED", message=_INTERRUPTED)
-                raise failure
+                raise _interrupted("The core restarted while the turn ran; start it again.")
             worth_it = failure.connection_broke if under_way else failure.never_reached
             if not worth_it or tried >= (RESUME_TRIES if under_way else START_TRIES):
                 raise failure
+            broke = True
             self._on_retry("resume" if under_way else "start")
             await asyncio.sleep(_pause_s(tried))
 
@@ -229,7 +236,15 @@ class CoreClient:
         return status
 
 
-_INTERRUPTED = "The core restarted while the turn ran; start it again."
+def _check_uncut(turn: chat_pb2.TurnInput | None, answer: chat_pb2.Completed) -> None:
+    # A turn that ends with its connection was ended by the break that was just mended, and by nobody's wish.
+    cancelled = answer.finish_reason == message_pb2.FINISH_REASON_CANCELLED
+    if cancelled and turn is not None and turn.cancel_on_disconnect:
+        raise _interrupted("The connection to the core broke while the turn ran; start it again.")
+
+
+def _interrupted(message: str) -> CoreError:
+    return CoreError(grpc.StatusCode.UNAVAILABLE, reason="TURN_INTERRUPTED", message=message)
 
 
 async def _answer(call: Awaitable[Answer]) -> Answer:

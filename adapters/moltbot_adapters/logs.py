@@ -13,7 +13,9 @@ def configure(level: str, as_json: bool) -> None:
     """Sends the logs of this process to stderr. Called once, before any channel exists."""
     handler = logging.StreamHandler(sys.stderr)
     handler.setFormatter(JsonFormatter() if as_json else TextFormatter())
-    logging.basicConfig(level=LEVELS[level], handlers=[handler], force=True)
+    # Libraries are heard when something is wrong: what they say at other levels is theirs, not fields of ours.
+    logging.basicConfig(level=max(LEVELS[level], logging.WARNING), handlers=[handler], force=True)
+    logging.getLogger("moltbot").setLevel(LEVELS[level])
     logging.raiseExceptions = False  # a closed stderr must not turn into output of its own
 
 

@@ -65,6 +65,8 @@ class Script:
     finish: "message_pb2.FinishReason.ValueType" = message_pb2.FINISH_REASON_STOP
     gate: asyncio.Event | None = None
     """The turn waits for it after its first piece."""
+    silent: bool = False
+    """The turn waits for the gate before its first piece."""
     endless: bool = False
     """The pieces are said over and over, as fast as the reader takes them."""
 
@@ -104,6 +106,8 @@ class ScriptedTurn:
             )
         )
         await self.tell(routed=chat_pb2.Routed(model=self.input.model or "models/demo", reason="default"))
+        if script.silent and script.gate is not None:
+            await self._wait(script.gate)
         for index, piece in enumerate(script.pieces):
             text += piece
             await self.tell(text_delta=chat_pb2.TextDelta(text=piece))
@@ -112,8 +116,8 @@ class ScriptedTurn:
             if self.cancelled.is_set():
                 break
         while script.endless and not self.cancelled.is_set():
-            await self.tell(text_delta=chat_pb2.TextDelta(text="x" * 1000))
-            await asyncio.sleep(0.0005)
+            await self.tell(text_delta=chat_pb2.TextDelta(text="x" * 10_000))
+            await asyncio.sleep(0.001)
         if script.reset is not None:
             text = script.reset.text
             await self.tell(reset=script.reset)
@@ -162,6 +166,8 @@ class ScriptedCore(
     def __init__(self) -> None:
         self.script = Script()
         self.turns: list[ScriptedTurn] = []
+        self.begun = asyncio.Event()
+        """Set when a turn has begun."""
         self.calls: list[tuple[str, dict[str, str]]] = []
         self.deadlines: list[float | None] = []
         self.sessions: list[session_pb2.Session] = [_session()]
@@ -215,6 +221,7 @@ class ScriptedCore(
                 return known
         begun = ScriptedTurn(turn, len(self.turns) + 1, self.script)
         self.turns.append(begun)
+        self.begun.set()
         task = asyncio.create_task(begun.play())
         self._playing.add(task)
         task.add_done_callback(self._playing.discard)
@@ -247,7 +254,7 @@ class ScriptedCore(
                 if event.sequence in self.script.cut_after:
                     self.script.cut_after.discard(event.sequence)
                     await _refuse(context, self.script.cut_with)
-        except asyncio.CancelledError:
+        except (asyncio.CancelledError, grpc.aio.InternalError):  # the second is what a write that waits gets
             if turn.input.cancel_on_disconnect:
                 turn.cancelled.set()
             raise

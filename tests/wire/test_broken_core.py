@@ -5,6 +5,7 @@ import asyncio
 import grpc
 import openai
 import pytest
+from moltbot.v1 import message_pb2
 from running_adapter import RunningAdapter
 from scripted_core import KEY, Refusal
 from sse_reader import all_frames
@@ -74,6 +75,24 @@ async def test_a_turn_that_a_restart_lost_is_told_to_the_openai_client(adapter, 
             await anext(stream)
     assert heard == ["", "Hello"]
     assert caught.value.code == "turn_interrupted"
+
+
+async def test_a_turn_that_a_broken_connection_ended_is_not_taken_for_one_that_was_stopped(adapter, core):
+    core.script.finish = message_pb2.FINISH_REASON_CANCELLED
+    core.script.cut_after = {4}
+    async with openai.AsyncOpenAI(base_url=adapter.api, api_key=KEY, max_retries=0) as client:
+        stream = await client.chat.completions.create(model="moltbot", messages=HELLO, stream=True)
+        with pytest.raises(openai.APIError) as caught:
+            await _all(stream)
+        assert caught.value.code == "turn_interrupted"
+        core.script.refusals = [Refusal(code=grpc.StatusCode.UNAVAILABLE)]
+        with pytest.raises(openai.InternalServerError) as caught:
+            await client.chat.completions.create(model="moltbot", messages=HELLO)
+        assert caught.value.code == "turn_interrupted"
+
+
+async def _all(stream) -> list:
+    return [chunk async for chunk in stream]
 
 
 async def test_a_lasting_fault_in_mid_stream_ends_the_pages_stream_and_the_resume_tells_it(browser, core):

@@ -97,7 +97,13 @@ class OpenAiApi:
             except asyncio.CancelledError:
                 if not out.out_of_time:
                     raise
-                error = HttpError(503, "shutting_down", "The server restarts; ask again.", type="server_error")
+                error = HttpError(
+                    503,
+                    "shutting_down",
+                    "The server restarts; ask again.",
+                    type="server_error",
+                    headers={"Retry-After": "1"},
+                )
             except CoreError as failure:
                 error = from_core(failure)
             except HttpError as refusal:

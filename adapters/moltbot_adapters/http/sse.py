@@ -114,6 +114,7 @@ class Streams:
         finally:
             if opening is not None:
                 opening.cancel()
+                await asyncio.wait((opening,))
             self._open.discard(stream)
             self._on_count(-1)
             if not self._open:
