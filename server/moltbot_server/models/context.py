@@ -43,21 +43,27 @@ class ContextWindow:
         self._context = context_length
         self._kept: deque[Message] = deque()
         self._sizes: deque[int] = deque()
+        self._head: Sequence[Message] = ()
         self._tokens = 0
         self._gone = 0
 
     @classmethod
     def of(cls, history: Sequence[Message], count: Count, context_length: int) -> ContextWindow:
-        """Take up a stored history, oldest first; only what could fit is counted."""
+        """Take up a whole conversation, oldest first; system messages at its head stay, whatever goes.
+
+        Only what could fit is counted.
+        """
         window = cls(count, context_length)
-        for message in reversed(history):
+        heads = next((at for at, message in enumerate(history) if message.role is not Role.SYSTEM), len(history))
+        window._head = history[:heads]
+        for message in islice(reversed(history), len(history) - heads):
             tokens = count(message)
             if window._tokens + tokens > context_length:
                 break
             window._kept.appendleft(message)
             window._sizes.appendleft(tokens)
             window._tokens += tokens
-        window._gone = len(history) - len(window._kept)
+        window._gone = len(history) - heads - len(window._kept)
         window._shorten()
         return window
 
@@ -67,7 +73,7 @@ class ContextWindow:
     @property
     def messages(self) -> list[Message]:
         """The messages that are kept, oldest first."""
-        return list(self._kept)
+        return [*self._head, *self._kept]
 
     @property
     def tokens(self) -> int:
@@ -90,7 +96,8 @@ class ContextWindow:
             ContextLengthExceeded: the system prompt and the newest message alone leave no room for the answer.
         """
         reserve = answer_reserve(self._context, options)
-        fixed = self._count(newest) + sum(map(self._count, system))
+        head = [*system, *self._head]
+        fixed = self._count(newest) + sum(map(self._count, head))
         room = self._context - reserve - min(MARGIN, self._context // 8) - fixed
         if room < 0:
             raise ContextLengthExceeded(
@@ -102,7 +109,8 @@ class ContextWindow:
         history = islice(self._kept, skip, None) if skip else self._kept
         left_out = sum(islice(self._sizes, skip)) if skip else 0
         tokens = fixed + self._tokens - left_out
-        return Fitted([*system, *history, newest], tokens, self._gone + skip, len(self._kept) - skip)
+        read = len(self._head) + len(self._kept) - skip
+        return Fitted([*head, *history, newest], tokens, self._gone + skip, read)
 
     def _surplus(self, room: int) -> int:
         """Return how many of the oldest messages must go so that the rest takes at most `room` tokens."""
@@ -135,21 +143,3 @@ def answer_reserve(context_length: int, options: GenerationOptions) -> int:
     """Return how many tokens of the context are kept for the answer."""
     asked = options.max_output_tokens or context_length // 4
     return max(1, min(asked, context_length // 2))
-
-
-def fit_transcript(
-    transcript: Sequence[Message], options: GenerationOptions, count: Count, context_length: int
-) -> Fitted:
-    """Cut a conversation that the caller brought: the system messages at its head stay, its last message is the newest.
-
-    Raises:
-        ContextLengthExceeded: as for `ContextWindow.fit`.
-        ValueError: the transcript is empty.
-    """
-    if not transcript:
-        raise ValueError("a transcript has one message at least")
-    heads = 0
-    while heads < len(transcript) - 1 and transcript[heads].role is Role.SYSTEM:
-        heads += 1
-    window = ContextWindow.of(transcript[heads:-1], count, context_length)
-    return window.fit(transcript[-1], options, transcript[:heads])

@@ -31,6 +31,9 @@ MAX_WAITING = 256
 _REASONS = {STOPPED: FinishReason.STOP, FULL: FinishReason.LENGTH}
 _log = logging.getLogger(__name__)
 
+Callback = Callable[[ctranslate2.GenerationStepResult], bool]
+"""Called once per row and step; True ends the row."""
+
 
 def default_threads() -> int:
     """Return how many replicas fit the machine, each on one processor, with one left for the server itself."""
@@ -246,48 +249,50 @@ class LocalEngine:
         began = perf_counter()
         for row in batch:
             row.began = began
-        sampling = batch[0].sampling
-        ended: set[int] = set()
+        rows = [row for row in batch if not row.cancelled]
+        ended: set[Row] = set()
         trouble: list[Exception] = []
         try:
-            generator.generate_batch(
-                [row.prompt for row in batch],
-                max_length=max(row.limit for row in batch),
-                end_token=list(self._ends),
-                include_prompt_in_result=False,
-                sampling_topk=sampling.topk,
-                sampling_topp=sampling.topp,
-                sampling_temperature=sampling.temperature,
-                repetition_penalty=sampling.repetition_penalty,
-                callback=self._callback(batch, ended, trouble),
-            )
+            if rows:
+                self._run(generator, rows, self._callback(rows, ended, trouble))
         except Exception as problem:
             trouble.append(problem)
         finally:
             if trouble:
-                _log.error("a batch failed", exc_info=trouble[0], extra={"model": self.id, "rows": len(batch)})
-            for index, row in enumerate(batch):
-                if index not in ended:
+                _log.error("a batch failed", exc_info=trouble[0], extra={"model": self.id, "rows": len(rows)})
+            for row in batch:
+                if row not in ended:
                     self._note(row, GONE)
         self._waiting.measured(perf_counter() - began, len(batch))
 
-    def _callback(
-        self, batch: list[Row], ended: set[int], trouble: list[Exception]
-    ) -> Callable[[ctranslate2.GenerationStepResult], bool]:
+    def _run(self, generator: ctranslate2.Generator, rows: list[Row], callback: Callback) -> None:
+        sampling = rows[0].sampling
+        generator.generate_batch(
+            [row.prompt for row in rows],
+            max_length=max(row.limit for row in rows),
+            end_token=list(self._ends),
+            include_prompt_in_result=False,
+            sampling_topk=sampling.topk,
+            sampling_topp=sampling.topp,
+            sampling_temperature=sampling.temperature,
+            repetition_penalty=sampling.repetition_penalty,
+            callback=callback,
+        )
+
+    def _callback(self, rows: list[Row], ended: set[Row], trouble: list[Exception]) -> Callback:
         """Return what the native code calls once per row and step. It must not raise: that would end all its mates."""
         ends = self._ends
         note = self._note
 
         def wrote(step: ctranslate2.GenerationStepResult) -> bool:
             try:
-                index = step.batch_id
-                row = batch[index]
+                row = rows[step.batch_id]
                 if row.cancelled:
                     return True
                 token = step.token_id
                 row.last = perf_counter()
                 if token in ends:
-                    ended.add(index)
+                    ended.add(row)
                     note(row, STOPPED)
                     return True
                 if not row.first:
@@ -296,7 +301,7 @@ class LocalEngine:
                 row.left -= 1
                 if row.left:
                     return False
-                ended.add(index)
+                ended.add(row)
                 note(row, FULL)
                 return True
             except Exception as problem:

@@ -1,0 +1,120 @@
+"""The catalog: which models there are, which answers, and what wrong configuration is told."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+from moltbot_server.errors import ModelNotFound, ModelUnavailable
+from moltbot_server.models.catalog import Catalog, ModelState, build_catalog
+from moltbot_server.models.cpus import usable_cpus
+from moltbot_server.models.engines.local import LocalEngine
+from moltbot_server.models.engines.scripted import Script, ScriptedEngine
+from moltbot_server.models.folder import read_folder
+from tiny_model import make_tiny_model
+
+
+@pytest.fixture(scope="module")
+def tiny(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return make_tiny_model(tmp_path_factory.mktemp("models") / "tiny")
+
+
+def broken(tmp_path: Path) -> LocalEngine:
+    folder = make_tiny_model(tmp_path / "broken")
+    (folder / "model.bin").write_bytes(b"")
+    return LocalEngine(read_folder(folder, model_id="broken"), threads=1)
+
+
+async def test_models_are_found_by_id_and_the_first_is_the_default(tiny: Path) -> None:
+    local, scripted = LocalEngine(read_folder(tiny), threads=1), ScriptedEngine()
+    catalog = Catalog([local, scripted])
+    with pytest.raises(ModelUnavailable, match="being loaded") as caught:
+        catalog.get()
+    assert caught.value.retry_after == 1.0
+    await catalog.start()
+    assert (catalog.default, catalog.get(), catalog.get("tiny"), catalog.get("scripted")) == (
+        "tiny", local, local, scripted,
+    )  # fmt: skip
+    assert [(entry.engine.id, entry.state, entry.message) for entry in catalog.entries] == [
+        ("tiny", ModelState.READY, ""),
+        ("scripted", ModelState.READY, ""),
+    ]
+    assert catalog.entry("").load_time > 1e9
+    with pytest.raises(ModelNotFound, match="There is no model 'gpt'; there are tiny, scripted"):
+        catalog.get("gpt")
+    await catalog.close()
+    with pytest.raises(ModelUnavailable, match="stopped working"):
+        catalog.get()
+
+
+async def test_a_model_that_fails_to_load_is_kept_as_failed(tmp_path: Path) -> None:
+    catalog = Catalog([ScriptedEngine(), broken(tmp_path)])
+    await catalog.start()
+    assert catalog.entry("broken").state is ModelState.FAILED
+    with pytest.raises(ModelUnavailable, match=r"The model broken cannot answer: .*cannot be loaded"):
+        catalog.get("broken")
+    assert catalog.get("scripted").healthy
+    await catalog.close()
+
+
+async def test_a_default_model_that_fails_to_load_is_an_error(tmp_path: Path) -> None:
+    other = ScriptedEngine()
+    with pytest.raises(ModelUnavailable, match="cannot be loaded"):
+        await Catalog([broken(tmp_path), other]).start()
+    assert not other.healthy
+
+
+def test_ids_are_unique() -> None:
+    with pytest.raises(ValueError, match="an id of its own"):
+        Catalog([ScriptedEngine(), ScriptedEngine()])
+    with pytest.raises(ValueError, match="one engine at least"):
+        Catalog([])
+    assert len(Catalog([ScriptedEngine(), ScriptedEngine(Script(id="other"))]).entries) == 2
+
+
+async def test_a_folder_or_a_script_is_built_from_the_configuration(tiny: Path, tmp_path: Path) -> None:
+    local = build_catalog(model_path=str(tiny), context_length=128, threads=2)
+    (entry,) = local.entries
+    assert (entry.engine.id, entry.engine.type, entry.engine.capabilities.context_length) == ("tiny", "tiny", 128)
+    script = tmp_path / "script.yaml"
+    script.write_text("id: mine")
+    assert build_catalog(model_type="Scripted", model_path=str(script)).default == "mine"
+    assert build_catalog(model_type="scripted").default == "scripted"
+
+
+@pytest.mark.parametrize(
+    ("kind", "path", "context", "words"),
+    [
+        ("bultin", "", None, "MODEL_TYPE is 'bultin'; expected one of .* Did you mean builtin"),
+        ("llama2", "", None, "MODEL_TYPE is llama2 and MODEL_PATH is empty; expected the model's folder"),
+        ("builtin", "{tiny}", None, "leave MODEL_PATH empty for the built-in model"),
+        ("llama2", "{tiny}", None, "says 'tiny'"),
+        ("", "{tiny}", 257, "CONTEXT_LENGTH is 257; expected 16 to 256, which is what tiny can read"),
+        ("", "{tiny}", 4, "CONTEXT_LENGTH is 4; expected 16 to 256"),
+        ("scripted", "", 10_000, "CONTEXT_LENGTH is 10000; expected 16 to 8192"),
+        ("", "{tiny}/none", None, "found nothing; expected the folder"),
+    ],
+)
+def test_wrong_configuration_is_told_what_was_found_and_expected(
+    tiny: Path, kind: str, path: str, context: int | None, words: str
+) -> None:
+    with pytest.raises(ModelUnavailable, match=words):
+        build_catalog(model_type=kind, model_path=path.format(tiny=tiny), context_length=context)
+
+
+def test_a_containers_quota_counts_as_processors(tmp_path: Path) -> None:
+    everything = usable_cpus(tmp_path)
+    assert everything >= 1
+    (tmp_path / "cpu.max").write_text("50000 100000\n")
+    assert usable_cpus(tmp_path) == 1
+    (tmp_path / "cpu.max").write_text("100000 100000\n")
+    assert usable_cpus(tmp_path) == 1
+    (tmp_path / "cpu.max").write_text("max 100000\n")
+    assert usable_cpus(tmp_path) == everything
+    (tmp_path / "cpu.max").unlink()
+    (tmp_path / "cpu").mkdir()
+    (tmp_path / "cpu" / "cpu.cfs_quota_us").write_text("100000\n")
+    (tmp_path / "cpu" / "cpu.cfs_period_us").write_text("100000\n")
+    assert usable_cpus(tmp_path) == 1
+    (tmp_path / "cpu" / "cpu.cfs_quota_us").write_text("-1\n")
+    assert usable_cpus(tmp_path) == everything
