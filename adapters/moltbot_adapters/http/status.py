@@ -10,7 +10,9 @@ from moltbot_adapters.http.metrics import CONTENT_TYPE, Metrics
 from moltbot_adapters.http.origin import Origin
 from moltbot_adapters.http.sse import Streams
 
+_GOOD = "SERVING"
 _FRESH_S = 1.0
+_FRESH_BAD_S = 0.1  # who waits for the core to start must not wait for the news of it
 
 
 class Status:
@@ -22,16 +24,18 @@ class Status:
         self._streams = streams
         self._origin = origin
         self._version = version
-        self._asked = -_FRESH_S
+        self._ask_again = 0.0
         self._core_status = "UNKNOWN"
 
     async def health(self, request: web.Request) -> web.Response:
         """`GET /health`: 200 when turns can be answered, else 503. Only this machine is told more than that."""
         now = time.monotonic()
-        if now - self._asked >= _FRESH_S:  # so that asking often does not reach the core often
-            self._asked = now
+        if now >= self._ask_again:  # so that asking often does not reach the core often
+            self._ask_again = now + _FRESH_BAD_S
             self._core_status = await self._core.health()
-        good = self._core_status == "SERVING"
+            if self._core_status == _GOOD:
+                self._ask_again = now + _FRESH_S
+        good = self._core_status == _GOOD
         answer: dict[str, Any] = {"status": "ok" if good else "unavailable"}
         if self._origin.is_local(request):
             answer["version"] = self._version
