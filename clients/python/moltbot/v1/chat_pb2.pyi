@@ -35,8 +35,8 @@ class _TurnStateEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[_TurnState.V
     TURN_STATE_COMPLETED: _TurnState.ValueType  # 2
     """Ended with `completed`."""
     TURN_STATE_CANCELLED: _TurnState.ValueType  # 3
-    """Ended by `CancelTurn`, a deadline or a broken connection; the text so far
-    is kept.
+    """Ended by `CancelTurn` or, if it was asked for, by a broken connection; the
+    text so far is kept.
     """
     TURN_STATE_FAILED: _TurnState.ValueType  # 4
     """Ended with `failed`."""
@@ -51,8 +51,8 @@ TURN_STATE_RUNNING: TurnState.ValueType  # 1
 TURN_STATE_COMPLETED: TurnState.ValueType  # 2
 """Ended with `completed`."""
 TURN_STATE_CANCELLED: TurnState.ValueType  # 3
-"""Ended by `CancelTurn`, a deadline or a broken connection; the text so far
-is kept.
+"""Ended by `CancelTurn` or, if it was asked for, by a broken connection; the
+text so far is kept.
 """
 TURN_STATE_FAILED: TurnState.ValueType  # 4
 """Ended with `failed`."""

@@ -58,23 +58,19 @@ class _ErrorReasonEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[_ErrorReas
     """RESOURCE_EXHAUSTED: too much waits already."""
     ERROR_REASON_STORAGE_FULL: _ErrorReason.ValueType  # 17
     """RESOURCE_EXHAUSTED: the disk or the database is full."""
-    ERROR_REASON_SLOW_CONSUMER: _ErrorReason.ValueType  # 18
-    """RESOURCE_EXHAUSTED: the reader did not keep up; resume the turn."""
-    ERROR_REASON_DEADLINE_EXCEEDED: _ErrorReason.ValueType  # 19
+    ERROR_REASON_DEADLINE_EXCEEDED: _ErrorReason.ValueType  # 18
     """DEADLINE_EXCEEDED: the deadline passed before the answer was complete."""
-    ERROR_REASON_TURN_CANCELLED: _ErrorReason.ValueType  # 20
-    """CANCELLED: the turn was cancelled before it said anything."""
-    ERROR_REASON_NOT_SERVING: _ErrorReason.ValueType  # 21
+    ERROR_REASON_NOT_SERVING: _ErrorReason.ValueType  # 19
     """UNAVAILABLE: the core is starting or leaving."""
-    ERROR_REASON_MODEL_UNAVAILABLE: _ErrorReason.ValueType  # 22
+    ERROR_REASON_MODEL_UNAVAILABLE: _ErrorReason.ValueType  # 20
     """UNAVAILABLE: the model cannot answer now."""
-    ERROR_REASON_STORAGE_UNAVAILABLE: _ErrorReason.ValueType  # 23
+    ERROR_REASON_STORAGE_UNAVAILABLE: _ErrorReason.ValueType  # 21
     """UNAVAILABLE: the store cannot be reached."""
-    ERROR_REASON_TURN_INTERRUPTED: _ErrorReason.ValueType  # 24
+    ERROR_REASON_TURN_INTERRUPTED: _ErrorReason.ValueType  # 22
     """UNAVAILABLE: the core stopped while the turn ran; start it again."""
-    ERROR_REASON_UNIMPLEMENTED: _ErrorReason.ValueType  # 25
+    ERROR_REASON_UNIMPLEMENTED: _ErrorReason.ValueType  # 23
     """UNIMPLEMENTED: this core cannot do that."""
-    ERROR_REASON_INTERNAL: _ErrorReason.ValueType  # 26
+    ERROR_REASON_INTERNAL: _ErrorReason.ValueType  # 24
     """INTERNAL: a fault of the core; the log has the details under the same id."""
 
 class ErrorReason(_ErrorReason, metaclass=_ErrorReasonEnumTypeWrapper):
@@ -119,22 +115,18 @@ ERROR_REASON_QUEUE_FULL: ErrorReason.ValueType  # 16
 """RESOURCE_EXHAUSTED: too much waits already."""
 ERROR_REASON_STORAGE_FULL: ErrorReason.ValueType  # 17
 """RESOURCE_EXHAUSTED: the disk or the database is full."""
-ERROR_REASON_SLOW_CONSUMER: ErrorReason.ValueType  # 18
-"""RESOURCE_EXHAUSTED: the reader did not keep up; resume the turn."""
-ERROR_REASON_DEADLINE_EXCEEDED: ErrorReason.ValueType  # 19
+ERROR_REASON_DEADLINE_EXCEEDED: ErrorReason.ValueType  # 18
 """DEADLINE_EXCEEDED: the deadline passed before the answer was complete."""
-ERROR_REASON_TURN_CANCELLED: ErrorReason.ValueType  # 20
-"""CANCELLED: the turn was cancelled before it said anything."""
-ERROR_REASON_NOT_SERVING: ErrorReason.ValueType  # 21
+ERROR_REASON_NOT_SERVING: ErrorReason.ValueType  # 19
 """UNAVAILABLE: the core is starting or leaving."""
-ERROR_REASON_MODEL_UNAVAILABLE: ErrorReason.ValueType  # 22
+ERROR_REASON_MODEL_UNAVAILABLE: ErrorReason.ValueType  # 20
 """UNAVAILABLE: the model cannot answer now."""
-ERROR_REASON_STORAGE_UNAVAILABLE: ErrorReason.ValueType  # 23
+ERROR_REASON_STORAGE_UNAVAILABLE: ErrorReason.ValueType  # 21
 """UNAVAILABLE: the store cannot be reached."""
-ERROR_REASON_TURN_INTERRUPTED: ErrorReason.ValueType  # 24
+ERROR_REASON_TURN_INTERRUPTED: ErrorReason.ValueType  # 22
 """UNAVAILABLE: the core stopped while the turn ran; start it again."""
-ERROR_REASON_UNIMPLEMENTED: ErrorReason.ValueType  # 25
+ERROR_REASON_UNIMPLEMENTED: ErrorReason.ValueType  # 23
 """UNIMPLEMENTED: this core cannot do that."""
-ERROR_REASON_INTERNAL: ErrorReason.ValueType  # 26
+ERROR_REASON_INTERNAL: ErrorReason.ValueType  # 24
 """INTERNAL: a fault of the core; the log has the details under the same id."""
 Global___ErrorReason: _TypeAlias = ErrorReason  # noqa: Y015
