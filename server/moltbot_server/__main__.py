@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import asyncio
+import gc
 import json
 import logging
 import os
@@ -59,6 +60,10 @@ async def _serve(settings: Settings, key: str, workspace: Workspace) -> int:
         "model": core.catalog.default,
     }
     print(json.dumps(ready), flush=True)
+    # What is alive now stays so: the collector need not look at it again, and a turn's values are no cycles.
+    gc.collect()
+    gc.freeze()
+    gc.set_threshold(20_000, 20, 50)
     await leave.wait()
     await core.stop(settings.drain_grace)
     return 0

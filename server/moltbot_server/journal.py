@@ -60,7 +60,7 @@ class LiveTurn:
         key: TurnKey,
         turn: TurnInput,
         principal: Principal,
-        digest: str,
+        digest: bytes,
         arrived: float,
         interval: float = 0.0,
     ) -> None:
@@ -270,7 +270,7 @@ class Journal:
         """Return the turn if it is under way."""
         return self._live.get(key)
 
-    async def repeated(self, principal: Principal, turn: TurnInput, digest: str) -> LiveTurn | StoredTurn | None:
+    async def repeated(self, principal: Principal, turn: TurnInput, digest: bytes) -> LiveTurn | StoredTurn | None:
         """Return the turn that the same request_id started lately, or None.
 
         Raises:
@@ -338,7 +338,7 @@ class Journal:
         return turn.key, last.sequence, last.kind
 
 
-def same_content(earlier: str, digest: str) -> None:
+def same_content(earlier: bytes, digest: bytes) -> None:
     """Refuse a request_id that stands for other content.
 
     Raises:

@@ -109,7 +109,7 @@ class TurnPipeline:
         return await self._begin(principal, turn, digest, deadline, arrived)
 
     async def _begin(
-        self, principal: Principal, turn: TurnInput, digest: str, deadline: float | None, arrived: float
+        self, principal: Principal, turn: TurnInput, digest: bytes, deadline: float | None, arrived: float
     ) -> LiveTurn:
         engine = self._catalog.get(turn.model)
         engine.check(turn.options)
@@ -210,10 +210,10 @@ class TurnPipeline:
         try:
             async with session.turn(live):
                 ending = await self._attempt(live, session, engine, answer)
-                await self._finish(live, session, engine, ending)
+                await self._finish(live, session, engine, answer, ending)
         except asyncio.CancelledError:
             # It was told to stop while it waited for its session.
-            await self._finish(live, session, engine, self._stopped(live, answer))
+            await self._finish(live, session, engine, answer, self._stopped(live, answer))
 
     async def _attempt(
         self, live: LiveTurn, session: OpenSession[ContextWindow], engine: Engine, answer: _Answer
@@ -262,12 +262,14 @@ class TurnPipeline:
     # --- end -----------------------------------------------------------------------------------------------------
 
     async def _finish(
-        self, live: LiveTurn, session: OpenSession[ContextWindow], engine: Engine, ending: Completed | Failed
+        self,
+        live: LiveTurn,
+        session: OpenSession[ContextWindow],
+        engine: Engine,
+        answered: _Answer,
+        ending: Completed | Failed,
     ) -> None:
         """Store how a turn ended, remember it in the session, then let the followers see it."""
-        await live.wait_stored()
-        if live.refusal is not None or live.duplicate_of is not None:
-            return
         answer: tuple[TextPart, ...] = ()
         state = TurnState.FAILED
         if isinstance(ending, Completed):
@@ -283,20 +285,28 @@ class TurnPipeline:
             answer=answer,
             model=engine.id,
         )
-        try:
-            await self._store.finish(row)
-        except MoltBotError as error:
-            ending = Failed(
-                status=error.status, reason=error.reason, message=error.message, retryable=True, timings=ending.timings
-            )
+        error = await self._stored(live, row)
+        if live.refusal is not None or live.duplicate_of is not None:
+            return
+        if error is not None:
+            ending = answered.failed(live, error)
             events = live.close(ending)
-        else:
-            if answer and live.input.transcript is None:
-                question = Message(role=Role.USER, parts=live.input.parts, turn=live.key.ordinal)
-                said = Message(role=Role.ASSISTANT, parts=answer, turn=live.key.ordinal, model=engine.id)
-                session.history.extend((question, said))
+        elif answer and live.input.transcript is None:
+            question = Message(role=Role.USER, parts=live.input.parts, turn=live.key.ordinal)
+            said = Message(role=Role.ASSISTANT, parts=answer, turn=live.key.ordinal, model=engine.id)
+            session.history.extend((question, said))
         live.end(events[-1])
         self._count(ending, engine)
+
+    async def _stored(self, live: LiveTurn, row: EndedTurn) -> MoltBotError | None:
+        """Wait until a turn and its end are on the disk; both may go there together."""
+        written = self._store.finish(row)
+        await live.wait_stored()
+        try:
+            await written
+        except MoltBotError as error:
+            return error
+        return None
 
     def _stopped(self, live: LiveTurn, answer: _Answer) -> Completed | Failed:
         """Return the end of a turn whose task was cancelled: by a caller, its deadline, or because the core leaves."""
@@ -412,12 +422,12 @@ class _Answer:
         )
 
 
-def _digest(turn: TurnInput) -> str:
+def _digest(turn: TurnInput) -> bytes:
     """Return a digest of what a turn asks, so that a repeated call can be told from a reused request_id."""
     content = encode(
         (turn.session, turn.parts, turn.model, turn.options, turn.system_prompt, turn.transcript, turn.user)
     )
-    return hashlib.blake2b(content, digest_size=16).hexdigest()
+    return hashlib.blake2b(content, digest_size=16).digest()
 
 
 def _content_error(earlier: StoredTurn, live: LiveTurn) -> MoltBotError | None:

@@ -1,6 +1,6 @@
 """The values that walk through the core: principals, turns, messages, events.
 
-They are `msgspec` structs: cheap to make, and the store writes and reads them as JSON without code of ours.
+They are `msgspec` structs: cheap to make, and the store writes and reads them without code of ours.
 Times are Unix seconds, durations are seconds, ids are the last segment of a resource name.
 """
 
@@ -12,8 +12,11 @@ from typing import Any
 import msgspec
 
 
-class Value(msgspec.Struct, frozen=True, kw_only=True):
-    """A value: immutable, compared by content, made with named fields only."""
+class Value(msgspec.Struct, frozen=True, kw_only=True, gc=False):
+    """A value: immutable, compared by content, made with named fields only.
+
+    Values hold values, never a cycle, so the garbage collector need not look at the many that a core keeps.
+    """
 
 
 class Role(StrEnum):
@@ -118,7 +121,7 @@ class GenerationOptions(Value, frozen=True, kw_only=True):
     seed: int | None = None
 
 
-class Usage(Value, frozen=True, kw_only=True):
+class Usage(Value, frozen=True, kw_only=True, array_like=True):
     """Tokens read, written, and served from a cache."""
 
     input_tokens: int = 0
@@ -165,7 +168,7 @@ class TurnState(StrEnum):
     FAILED = "failed"
 
 
-class Timings(Value, frozen=True, kw_only=True):
+class Timings(Value, frozen=True, kw_only=True, array_like=True):
     """Where a turn's time went, in seconds, and what its history was cut to, in messages."""
 
     accept: float = 0.0
@@ -178,10 +181,10 @@ class Timings(Value, frozen=True, kw_only=True):
     attempts: int = 0
 
 
-# --- events: one class for each kind of the contract -------------------------------------------------------------
+# --- events: one class for each kind of the contract. They are stored as arrays: fields are only added, at the end. --
 
 
-class Accepted(Value, frozen=True, kw_only=True, tag="accepted"):
+class Accepted(Value, frozen=True, kw_only=True, array_like=True, tag="accepted"):
     """The turn exists and its message is stored."""
 
     session: str
@@ -189,13 +192,13 @@ class Accepted(Value, frozen=True, kw_only=True, tag="accepted"):
     request_id: str
 
 
-class Queued(Value, frozen=True, kw_only=True, tag="queued"):
+class Queued(Value, frozen=True, kw_only=True, array_like=True, tag="queued"):
     """The turn waits; `position` turns are ahead."""
 
     position: int
 
 
-class Routed(Value, frozen=True, kw_only=True, tag="routed"):
+class Routed(Value, frozen=True, kw_only=True, array_like=True, tag="routed"):
     """Who answers (`kind` is model, plugin, skill or command) and why."""
 
     kind: str
@@ -203,39 +206,39 @@ class Routed(Value, frozen=True, kw_only=True, tag="routed"):
     reason: str
 
 
-class TextDelta(Value, frozen=True, kw_only=True, tag="text_delta"):
+class TextDelta(Value, frozen=True, kw_only=True, array_like=True, tag="text_delta"):
     """More text: whole characters."""
 
     text: str
 
 
-class Reset(Value, frozen=True, kw_only=True, tag="reset"):
+class Reset(Value, frozen=True, kw_only=True, array_like=True, tag="reset"):
     """Replace what was shown by `text`."""
 
     text: str
     reason: str
 
 
-class Attachment(Value, frozen=True, kw_only=True, tag="attachment"):
+class Attachment(Value, frozen=True, kw_only=True, array_like=True, tag="attachment"):
     """A picture, sound or file of the answer."""
 
     part: Part
 
 
-class ToolStarted(Value, frozen=True, kw_only=True, tag="tool_started"):
+class ToolStarted(Value, frozen=True, kw_only=True, array_like=True, tag="tool_started"):
     """A tool was called."""
 
     call: ToolCallPart
 
 
-class ToolFinished(Value, frozen=True, kw_only=True, tag="tool_finished"):
+class ToolFinished(Value, frozen=True, kw_only=True, array_like=True, tag="tool_finished"):
     """A called tool answered after `duration` seconds."""
 
     result: ToolResultPart
     duration: float
 
 
-class Notice(Value, frozen=True, kw_only=True, tag="notice"):
+class Notice(Value, frozen=True, kw_only=True, array_like=True, tag="notice"):
     """Something worth telling that changes nothing of the text."""
 
     code: str
@@ -244,7 +247,7 @@ class Notice(Value, frozen=True, kw_only=True, tag="notice"):
     reason: str
 
 
-class Completed(Value, frozen=True, kw_only=True, tag="completed"):
+class Completed(Value, frozen=True, kw_only=True, array_like=True, tag="completed"):
     """The turn ended well; `text` is the whole answer."""
 
     text: str
@@ -256,7 +259,7 @@ class Completed(Value, frozen=True, kw_only=True, tag="completed"):
     attachments: tuple[Part, ...] = ()
 
 
-class Failed(Value, frozen=True, kw_only=True, tag="failed"):
+class Failed(Value, frozen=True, kw_only=True, array_like=True, tag="failed"):
     """The turn ended badly. `status` is the canonical code; `retry_after` is in seconds."""
 
     status: int
@@ -302,9 +305,9 @@ class Session(Value, frozen=True, kw_only=True):
     message_count: int = 0
 
 
-_json = msgspec.json.Encoder()
+_encoder = msgspec.msgpack.Encoder()
 
 
 def encode(value: Any) -> bytes:
-    """Return a value, or a tuple of values, as JSON."""
-    return _json.encode(value)
+    """Return a value, or a tuple of values, in the form in which the store keeps it (MessagePack)."""
+    return _encoder.encode(value)

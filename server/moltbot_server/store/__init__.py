@@ -22,7 +22,7 @@ class NewTurn(Value, frozen=True, kw_only=True):
 
     key: TurnKey
     request_id: str
-    digest: str
+    digest: bytes
     create_time: float
     question: tuple[Part, ...]
     opens_session: bool = True
@@ -48,7 +48,7 @@ class StoredTurn(Value, frozen=True, kw_only=True):
 
     key: TurnKey
     request_id: str
-    digest: str
+    digest: bytes
     state: TurnState
     create_time: float
     end_time: float = 0.0
@@ -83,7 +83,7 @@ class Store(Protocol):
         """Store a turn like `accept`, taking the `request_id` over from a turn that failed."""
 
     def finish(self, turn: EndedTurn) -> Future[None]:
-        """Store how an accepted turn ended."""
+        """Store how a turn ended. It may be called before `accept` has answered, and does nothing if that refuses."""
 
     async def find_turn(self, key: TurnKey) -> StoredTurn | None:
         """Return a turn with its events, or None."""

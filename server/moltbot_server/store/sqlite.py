@@ -45,8 +45,8 @@ CREATE TABLE sessions (
 CREATE INDEX sessions_by_use ON sessions (workspace, ephemeral, update_time DESC, id);
 CREATE TABLE turns (
     workspace TEXT NOT NULL, session TEXT NOT NULL, ordinal INTEGER NOT NULL, request_id TEXT NOT NULL,
-    digest TEXT NOT NULL, state TEXT NOT NULL, create_time REAL NOT NULL, end_time REAL NOT NULL DEFAULT 0,
-    model TEXT NOT NULL DEFAULT '', question TEXT NOT NULL, answer TEXT, events TEXT
+    digest BLOB NOT NULL, state TEXT NOT NULL, create_time REAL NOT NULL, end_time REAL NOT NULL DEFAULT 0,
+    model TEXT NOT NULL DEFAULT '', question BLOB NOT NULL, answer BLOB, events BLOB
 );
 CREATE UNIQUE INDEX turns_by_session ON turns (workspace, session, ordinal);
 CREATE UNIQUE INDEX turns_by_request ON turns (workspace, request_id);
@@ -54,9 +54,9 @@ CREATE INDEX turns_running ON turns (state) WHERE state = 'running';
 """
 
 _INSERT_TURN = Rows(
-    "INSERT INTO turns (workspace, session, ordinal, request_id, digest, state, create_time, question) VALUES {rows} "
-    "ON CONFLICT (workspace, request_id) DO NOTHING",
-    row="(?, ?, ?, ?, ?, 'running', ?, ?)",
+    "INSERT INTO turns (workspace, session, ordinal, request_id, digest, create_time, question, "
+    "state, end_time, model, answer, events) VALUES {rows} ON CONFLICT (workspace, request_id) DO NOTHING",
+    row="(?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?)",
 )
 _FINISH_TURN = Rows(
     "UPDATE turns SET state = column4, end_time = column5, model = column6, answer = column7, events = column8 "
@@ -72,8 +72,8 @@ _TURN_COLUMNS = "workspace, session, ordinal, request_id, digest, state, create_
 _SESSION_COLUMNS = """s.workspace, s.id, s.title, s.user, s.channel, s.create_time, s.update_time,
 (SELECT count(*) + count(answer) FROM turns t WHERE t.workspace = s.workspace AND t.session = s.id)"""
 
-_parts = msgspec.json.Decoder(tuple[Part, ...])
-_events = msgspec.json.Decoder(tuple[Event, ...])
+_parts = msgspec.msgpack.Decoder(tuple[Part, ...])
+_events = msgspec.msgpack.Decoder(tuple[Event, ...])
 
 
 class SqliteStore:
@@ -89,7 +89,7 @@ class SqliteStore:
         self._path.parent.mkdir(parents=True, exist_ok=True)
         self._readers = ThreadPoolExecutor(max_workers=1, thread_name_prefix="moltbot-reader")
         await asyncio.get_running_loop().run_in_executor(self._readers, self._prepare)
-        self._writer = GroupWriter(self._connect)
+        self._writer = GroupWriter(self._connect, self._write_turns)
 
     async def close(self) -> None:
         """Write what waits, then close the file."""
@@ -103,7 +103,7 @@ class SqliteStore:
 
     def accept(self, turn: NewTurn) -> Future[StoredTurn | None]:
         """Store a turn; answer None, or the earlier turn of the same request_id."""
-        return self._writer.submit_row(self._insert, turn)
+        return self._writer.submit_row(turn)
 
     def reaccept(self, turn: NewTurn) -> Future[StoredTurn | None]:
         """Store a turn in the place of a failed one with its request_id."""
@@ -114,13 +114,13 @@ class SqliteStore:
                 "WHERE workspace = ? AND request_id = ? AND state = 'failed'",
                 (turn.key.session.workspace, turn.request_id),
             )
-            return self._insert(connection, [turn])[0]
+            return self._insert(connection, [turn], {})[0]
 
         return self._writer.submit(write)
 
     def finish(self, turn: EndedTurn) -> Future[None]:
         """Store how a turn ended."""
-        return self._writer.submit_row(self._update, turn)
+        return self._writer.submit_row(turn)
 
     async def reset_session(self, key: SessionKey) -> None:
         """Delete a session's turns; its ordinals go on."""
@@ -248,7 +248,9 @@ class SqliteStore:
     def _connect(self) -> sqlite3.Connection:
         connection = sqlite3.connect(self._path, isolation_level=None, check_same_thread=False, timeout=5.0)
         connection.executescript(
-            "PRAGMA journal_mode = WAL; PRAGMA synchronous = FULL; PRAGMA busy_timeout = 5000;"
+            # Turns of many sessions touch pages all over the file; small pages halve what a commit writes.
+            "PRAGMA page_size = 2048; PRAGMA journal_mode = WAL; PRAGMA synchronous = FULL; PRAGMA busy_timeout = 5000;"
+            "PRAGMA wal_autocheckpoint = 8000;"
             "PRAGMA trusted_schema = OFF; PRAGMA cell_size_check = ON;"
         )
         return connection
@@ -279,8 +281,19 @@ class SqliteStore:
 
         return await asyncio.get_running_loop().run_in_executor(self._readers, guarded)
 
-    def _insert(self, connection: sqlite3.Connection, turns: Sequence[NewTurn]) -> list[StoredTurn | None]:
-        """Store turns; answer for each None or the earlier one. Runs on the writer's thread."""
+    def _write_turns(self, connection: sqlite3.Connection, turns: Sequence[NewTurn | EndedTurn]) -> list[Any]:
+        """Store turns and ends; a turn that ended before it was stored is one row. Runs on the writer's thread."""
+        new = [turn for turn in turns if isinstance(turn, NewTurn)]
+        ended = {turn.key: turn for turn in turns if isinstance(turn, EndedTurn)}
+        earlier = iter(self._insert(connection, new, ended) if new else ())
+        if ended:
+            self._update(connection, list(ended.values()))
+        return [next(earlier) if isinstance(turn, NewTurn) else None for turn in turns]
+
+    def _insert(
+        self, connection: sqlite3.Connection, turns: Sequence[NewTurn], ended: dict[TurnKey, EndedTurn]
+    ) -> list[StoredTurn | None]:
+        """Store new turns, taking from `ended` those that have ended; answer for each None or the earlier turn."""
         rows = [
             (
                 turn.key.session.workspace,
@@ -289,7 +302,8 @@ class SqliteStore:
                 turn.request_id,
                 turn.digest,
                 turn.create_time,
-                encode(turn.question).decode(),
+                encode(turn.question),
+                *_end(ended.pop(turn.key, None)),
             )
             for turn in turns
         ]
@@ -318,26 +332,11 @@ class SqliteStore:
             connection.execute(_INSERT_SESSION, row)
         self._touch(connection, names, now)
 
-    def _update(self, connection: sqlite3.Connection, turns: Sequence[EndedTurn]) -> list[None]:
-        """Store how turns ended. Runs on the writer's thread."""
-        rows = [
-            (
-                turn.key.session.workspace,
-                turn.key.session.session,
-                turn.key.ordinal,
-                turn.state,
-                turn.end_time,
-                turn.model,
-                encode(turn.answer).decode() if turn.answer else None,
-                encode(turn.events).decode(),
-            )
-            for turn in turns
-        ]
+    def _update(self, connection: sqlite3.Connection, turns: Sequence[EndedTurn]) -> None:
+        rows = [(turn.key.session.workspace, turn.key.session.session, turn.key.ordinal, *_end(turn)) for turn in turns]
         _FINISH_TURN.execute(connection, rows)
-        for turn in turns:
-            session = turn.key.session
-            self._touch(connection, (session.workspace, session.session), turn.end_time)
-        return [None] * len(turns)
+        for workspace, session, *_ in rows:
+            self._touch(connection, (workspace, session), turns[0].end_time)
 
     def _touch(self, connection: sqlite3.Connection, names: tuple[str, str], now: float) -> None:
         """Remember that a session was used; runs on the writer's thread."""
@@ -368,6 +367,14 @@ class SqliteStore:
         )
 
 
+def _end(turn: EndedTurn | None) -> tuple[Any, ...]:
+    """Return the columns that say how a turn ended: state, end_time, model, answer, events."""
+    if turn is None:
+        return TurnState.RUNNING.value, 0.0, "", None, None
+    answer = encode(turn.answer) if turn.answer else None
+    return turn.state.value, turn.end_time, turn.model, answer, encode(turn.events)
+
+
 def _turn(row: tuple[Any, ...] | None) -> StoredTurn | None:
     if row is None:
         return None
@@ -387,7 +394,7 @@ def _turn(row: tuple[Any, ...] | None) -> StoredTurn | None:
 
 
 def _messages(
-    ordinal: int, question: str, answer: str | None, model: str, create_time: float, end_time: float
+    ordinal: int, question: bytes, answer: bytes | None, model: str, create_time: float, end_time: float
 ) -> list[Message]:
     """Return the messages of one turn's row: what was asked and, if it was answered, the answer."""
     asked = Message(

@@ -1,6 +1,6 @@
 """One thread that writes: whatever waits goes to the disk in one transaction (group commit).
 
-Rows of the same kind in a group are written by few statements. SQLite gives up the interpreter's lock for each one
+Rows of a group are written by few statements. SQLite gives up the interpreter's lock for each one
 that it runs, so a statement for each row would make the writer and the event loop take turns all the time.
 """
 
@@ -23,7 +23,7 @@ Write = Callable[[sqlite3.Connection], Any]
 """A write by itself; it returns what its future answers."""
 
 WriteRows = Callable[[sqlite3.Connection, Sequence[Any]], Sequence[Any]]
-"""Writes rows of one kind; it returns what the future of each answers, in the same order."""
+"""Writes many rows together; it returns what the future of each answers, in the same order."""
 
 _Future = asyncio.Future[Any]
 _LARGEST_GROUP = 512
@@ -49,12 +49,11 @@ class Rows:
 
 
 class _Job:
-    __slots__ = ("future", "kind", "row", "write")
+    __slots__ = ("future", "row", "write")
 
-    def __init__(self, future: _Future, write: Write | None, kind: WriteRows | None, row: Any) -> None:
+    def __init__(self, future: _Future, write: Write | None, row: Any) -> None:
         self.future = future
         self.write = write
-        self.kind = kind
         self.row = row
 
 
@@ -69,12 +68,13 @@ def storage_error(error: sqlite3.Error) -> MoltBotError:
 class GroupWriter:
     """Runs writes on a thread of its own and answers each when the transaction that holds it is on the disk.
 
-    When a write raises, its group is undone and each of it is tried by itself, so a bad write hurts no other. Rows of a
-    group are written by kind, in the order in which the kinds first came; a write by itself waits for those before it.
+    When a write raises, its group is undone and each of it is tried by itself, so a bad write hurts no other. The rows
+    of a group are written together; a write by itself comes after all that were queued before it.
     """
 
-    def __init__(self, connect: Callable[[], sqlite3.Connection]) -> None:
+    def __init__(self, connect: Callable[[], sqlite3.Connection], write_rows: WriteRows) -> None:
         self._connect = connect
+        self._write_rows = write_rows
         self._jobs: SimpleQueue[_Job | None] = SimpleQueue()
         self._thread = threading.Thread(target=self._run, name="moltbot-writer", daemon=True)
         self._loop = asyncio.get_running_loop()
@@ -83,11 +83,11 @@ class GroupWriter:
 
     def submit(self, write: Write) -> _Future:
         """Queue a write; the future answers with what it returned once that is on the disk."""
-        return self._queue(write, None, None)
+        return self._queue(write, None)
 
-    def submit_row(self, kind: WriteRows, row: Any) -> _Future:
-        """Queue a row to be written with its like."""
-        return self._queue(None, kind, row)
+    def submit_row(self, row: Any) -> _Future:
+        """Queue a row to be written with others."""
+        return self._queue(None, row)
 
     async def close(self) -> None:
         """Write what waits, then end the thread."""
@@ -96,12 +96,12 @@ class GroupWriter:
             self._jobs.put(None)
             await asyncio.to_thread(self._thread.join)
 
-    def _queue(self, write: Write | None, kind: WriteRows | None, row: Any) -> _Future:
+    def _queue(self, write: Write | None, row: Any) -> _Future:
         future: _Future = self._loop.create_future()
         if self._closed:
             future.set_exception(StorageUnavailable("the store is closed"))
         else:
-            self._jobs.put(_Job(future, write, kind, row))
+            self._jobs.put(_Job(future, write, row))
         return future
 
     def _run(self) -> None:
@@ -130,7 +130,7 @@ class GroupWriter:
     def _write(self, connection: sqlite3.Connection, group: list[_Job]) -> list[tuple[_Future, Any]]:
         try:
             connection.execute("BEGIN IMMEDIATE")
-            outcomes = _write_all(connection, group)
+            outcomes = self._write_all(connection, group)
             connection.execute("COMMIT")
         except Exception as error:
             if connection.in_transaction:
@@ -145,25 +145,24 @@ class GroupWriter:
             return [(group[0].future, storage_error(error))]
         return outcomes
 
+    def _write_all(self, connection: sqlite3.Connection, group: list[_Job]) -> list[tuple[_Future, Any]]:
+        outcomes: list[tuple[_Future, Any]] = []
+        rows: list[_Job] = []
 
-def _write_all(connection: sqlite3.Connection, group: list[_Job]) -> list[tuple[_Future, Any]]:
-    outcomes: list[tuple[_Future, Any]] = []
-    rows: dict[WriteRows, list[_Job]] = {}
+        def write_rows() -> None:
+            if rows:
+                answers = self._write_rows(connection, [job.row for job in rows])
+                outcomes.extend(zip([job.future for job in rows], answers, strict=True))
+                rows.clear()
 
-    def write_rows() -> None:
-        for kind, jobs in rows.items():
-            answers = kind(connection, [job.row for job in jobs])
-            outcomes.extend(zip([job.future for job in jobs], answers, strict=True))
-        rows.clear()
-
-    for job in group:
-        if job.kind is not None:
-            rows.setdefault(job.kind, []).append(job)
-        elif job.write is not None:
-            write_rows()
-            outcomes.append((job.future, job.write(connection)))
-    write_rows()
-    return outcomes
+        for job in group:
+            if job.write is None:
+                rows.append(job)
+            else:
+                write_rows()
+                outcomes.append((job.future, job.write(connection)))
+        write_rows()
+        return outcomes
 
 
 def _answer(outcomes: list[tuple[_Future, Any]]) -> None:
