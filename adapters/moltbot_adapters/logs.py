@@ -39,7 +39,7 @@ class JsonFormatter(logging.Formatter):
     def format(self, record: logging.LogRecord) -> str:
         """Returns the line; control characters are escaped, so a field cannot forge a second one."""
         entry: dict[str, Any] = {
-            "time": _timestamp(record),
+            "@timestamp": _timestamp(record),
             "level": record.levelname.lower(),
             "logger": record.name,
             "message": record.getMessage(),
@@ -51,15 +51,15 @@ class JsonFormatter(logging.Formatter):
 
 
 class TextFormatter(logging.Formatter):
-    """Writes a record for people: time, level, message, then `name=value` fields."""
+    """Writes a record for people: `12:00:00 info http: message field=value`."""
 
     def format(self, record: logging.LogRecord) -> str:
         """Returns the line; text values are quoted with control characters escaped."""
-        values = " ".join(f"{name}={_plain(value)}" for name, value in _fields(record).items())
+        at = time.strftime("%H:%M:%S", time.localtime(record.created))
+        name = record.name.removeprefix("moltbot.")
         message = json.dumps(record.getMessage(), ensure_ascii=False)[1:-1]
-        line = f"{_timestamp(record)} {record.levelname.lower():7} {message}"
-        if values:
-            line = f"{line} {values}"
+        values = "".join(f" {key}={_plain(value)}" for key, value in _fields(record).items())
+        line = f"{at} {record.levelname.lower()} {name}: {message}{values}"
         return f"{line}\n{self.formatException(record.exc_info)}" if record.exc_info else line
 
 

@@ -87,7 +87,7 @@ class Guard:
             seconds = context.seconds()
             self._metrics.request(context.route, request.method, status, context.reason, seconds)
             log.log(
-                logging.WARNING if status >= 500 else logging.DEBUG if context.route == "/health" else logging.INFO,
+                _level(request.method, status),
                 "request",
                 extra=fields(
                     route=context.route,
@@ -151,6 +151,12 @@ class Guard:
                 503, "workspace_key_refused", "The core does not accept the workspace key.", type="server_error"
             )
         return from_core(error)
+
+
+def _level(method: str, status: int) -> int:
+    if status >= 500:
+        return logging.WARNING
+    return logging.DEBUG if method in ("GET", "HEAD") and status < 400 else logging.INFO
 
 
 def _bearer(request: web.Request) -> str:
