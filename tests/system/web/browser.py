@@ -27,7 +27,8 @@ DESKTOP = {"width": 1280, "height": 800}
 
 def find_chromium() -> str | None:
     """The path of a Chromium or Chrome on this machine, or None."""
-    return next((path for name in ("chromium", "chromium-browser", "google-chrome") if (path := shutil.which(name))), None)
+    names = ("chromium", "chromium-browser", "google-chrome")
+    return next((path for name in names if (path := shutil.which(name))), None)
 
 
 @dataclass(slots=True)
@@ -78,3 +79,20 @@ async def visiting(browser: Browser, origin: str, path: str = "/", **options: An
         yield visit
     finally:
         await context.close()
+
+
+async def ask(visit: Visit, text: str) -> None:
+    """Types a message and sends it with Enter."""
+    await visit.page.fill("#message", text)
+    await visit.page.keyboard.press("Enter")
+
+
+async def answered(visit: Visit) -> str:
+    """Waits until the last answer has ended; answers its text as a reader sees it."""
+    await visit.page.wait_for_selector(".answer:last-child:not([aria-busy])", state="attached")
+    return await visit.page.locator(".answer .prose").last.inner_text()
+
+
+async def shown(visit: Visit, text: str) -> None:
+    """Waits until the last answer shows a text."""
+    await visit.page.locator(".answer .prose").last.get_by_text(text).first.wait_for()

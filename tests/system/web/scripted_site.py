@@ -1,4 +1,4 @@
-"""A scripted stand-in for the chat page's server: real HTTP and real event streams, with answers, pace and faults chosen by a test."""
+"""A scripted stand-in for the chat page's server: real HTTP, real event streams, and faults that a test chooses."""
 
 from __future__ import annotations
 
@@ -15,8 +15,8 @@ from aiohttp import web
 
 STATIC = Path(__file__).parents[3] / "adapters" / "moltbot_adapters" / "http" / "static"
 CSP = (
-    "default-src 'none'; script-src 'self'; style-src 'self'; img-src 'self' data:; font-src 'self'; connect-src 'self'; "
-    "form-action 'self'; base-uri 'none'; frame-ancestors 'none'"
+    "default-src 'none'; script-src 'self'; style-src 'self'; img-src 'self' data:; font-src 'self'; "
+    "connect-src 'self'; form-action 'self'; base-uri 'none'; frame-ancestors 'none'"
 )
 COOKIE = "moltbot_session"
 
@@ -98,7 +98,9 @@ def error(status: int, message: str, code: str, headers: dict[str, str] | None =
 class ScriptedSite:
     """Serves the page and its API on 127.0.0.1; `script` chooses the steps of each answer."""
 
-    def __init__(self, script: Script, *, key: str = "", page_size: int = 20, models: Sequence[str] = ("builtin",)) -> None:
+    def __init__(
+        self, script: Script, *, key: str = "", page_size: int = 20, models: Sequence[str] = ("builtin",)
+    ) -> None:
         self.script = script
         self.key = key
         self.page_size = page_size
@@ -106,8 +108,10 @@ class ScriptedSite:
         self.sessions: dict[str, ScriptedSession] = {}
         self.by_request: dict[str, ScriptedTurn] = {}
         self.calls: list[tuple[str, str, dict[str, Any] | None]] = []
-        self.refusals: list[web.Response | None] = []  # answers for the next starts of a turn; None breaks the connection
+        self.refusals: list[web.Response | None] = []  # for the next starts of a turn; None breaks the line
         self.down = False
+        self.slow_accept = False  # a turn says that it is accepted only when the gate "accept" is set
+        self.shred = 0  # bytes per write, to cut frames and characters in the middle
         self.gates: dict[str, asyncio.Event] = {}
         self.origin = ""
         self._runner: web.AppRunner | None = None
@@ -161,14 +165,14 @@ class ScriptedSite:
 
     def started(self) -> list[dict[str, Any]]:
         """The bodies of every request that asked to start a turn, in order."""
-        return [body for method, path, body in self.calls if (method, path) == ("POST", "/api/turns") and body is not None]
+        return [body for method, path, body in self.calls if method == "POST" and path == "/api/turns" and body]
 
     def _message(self, chat: ScriptedSession, role: str, text: str, turn: str) -> None:
         number = len(chat.messages)
         model = self.models[0] if role == "assistant" else ""
-        chat.messages.append(
-            {"id": f"m{number}", "role": role, "text": text, "create_time": chat.update_time.isoformat(), "turn": turn, "model": model}
-        )
+        when = chat.update_time.isoformat()
+        row = {"id": f"m{number}", "role": role, "text": text, "create_time": when, "turn": turn, "model": model}
+        chat.messages.append(row)
 
     @web.middleware
     async def _guard(self, request: web.Request, handler: Callable[[web.Request], Any]) -> web.StreamResponse:
@@ -264,14 +268,18 @@ class ScriptedSite:
         now = datetime.now(UTC)
         chat = self.sessions.setdefault(sid, ScriptedSession(id=sid, title=body["text"][:40], update_time=now))
         chat.update_time = now
-        turn = ScriptedTurn(id=f"t{uuid.uuid4().hex[:8]}", session=sid, request_id=body["request_id"], text=body["text"])
+        tid = f"t{uuid.uuid4().hex[:8]}"
+        turn = ScriptedTurn(id=tid, session=sid, request_id=body["request_id"], text=body["text"])
         chat.turns[turn.id] = self.by_request[turn.request_id] = turn
         self._message(chat, "user", turn.text, turn.id)
         turn.task = asyncio.create_task(self._play(turn, chat))
         return turn
 
     async def _play(self, turn: ScriptedTurn, chat: ScriptedSession) -> None:
-        await turn.record("accepted", {"turn": turn.id, "session": turn.session, "message": "m", "request_id": turn.request_id})
+        if self.slow_accept:
+            await self.gate("accept").wait()
+        names = {"turn": turn.id, "session": turn.session, "message": "m", "request_id": turn.request_id}
+        await turn.record("accepted", names)
         for step in self.script(turn.text):
             await self._step(turn, step)
             if turn.cancelled.is_set() or turn.done:
@@ -314,7 +322,7 @@ class ScriptedSite:
             "text": turn.answer,
             "finish_reason": "cancelled" if turn.cancelled.is_set() else "stop",
             "usage": {"input_tokens": 24, "output_tokens": len(turn.answer) // 4, "cached_input_tokens": 0},
-            "timings": {"accept_ms": 1, "queue_ms": 0, "first_token_ms": 18, "generation_ms": 840, "total_ms": 861, "trimmed_messages": 0},
+            "timings": {"accept_ms": 1, "first_token_ms": 18, "generation_ms": 840, "total_ms": 861},
             "model": self.models[0],
             "message": "m",
         }
@@ -324,7 +332,8 @@ class ScriptedSite:
         turn = chat.turns.get(request.match_info["tid"]) if chat else None
         if turn is None:
             return error(404, "No such turn.", "not_found")
-        return await self._stream(request, turn, int(request.query.get("after") or request.headers.get("Last-Event-ID") or 0))
+        after = request.query.get("after") or request.headers.get("Last-Event-ID") or 0
+        return await self._stream(request, turn, int(after))
 
     async def _stream(self, request: web.Request, turn: ScriptedTurn, after: int) -> web.StreamResponse:
         response = web.StreamResponse(headers={"Content-Type": "text/event-stream", "Cache-Control": "no-store"})
@@ -333,8 +342,10 @@ class ScriptedSite:
         cuts = turn.cuts
         while True:
             for kind, data in turn.events[after:]:
-                frame = f"id: {data['sequence']}\nevent: {kind}\ndata: {json.dumps(data, ensure_ascii=False)}\n\n".encode()
-                await response.write(frame)
+                text = json.dumps(data, ensure_ascii=False)
+                frame = f"id: {data['sequence']}\nevent: {kind}\ndata: {text}\n\n".encode()
+                for start in range(0, len(frame), self.shred or len(frame)):
+                    await response.write(frame[start : start + (self.shred or len(frame))])
                 after += 1
             if turn.done:
                 return response

@@ -196,7 +196,11 @@ class Shell {
 }
 
 function showSignIn(reason) {
-  const view = signInView({ reason, onSignedIn: () => location.replace(`/${location.hash}`), languageSwitch: languageSwitch(true) });
+  const onSignedIn = () => {
+    history.replaceState(null, "", `/${location.hash}`); // the address loses ?error and keeps the chat
+    location.reload();
+  };
+  const view = signInView({ reason, onSignedIn, languageSwitch: languageSwitch(true) });
   root.replaceChildren(view);
   view.querySelector("input").focus();
   addEventListener("moltbot:language", () => { if (view.isConnected) showSignIn(reason); }, { once: true });

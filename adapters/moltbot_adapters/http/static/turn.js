@@ -114,7 +114,11 @@ export class TurnFollower {
       this.session = data.session || this.session;
       if (this.stopping) this.#cancel();
     }
-    this.onEvent(frame.event, data);
+    try {
+      this.onEvent(frame.event, data);
+    } catch (error) {
+      reportError(error); // a fault of the page in one event is not a broken connection, and the rest still counts
+    }
     return frame.event;
   }
 

@@ -45,8 +45,8 @@ const python = {
       [SPACE, ""], [/#.*/y, "c"], [/>>>|\.\.\.(?= )/y, "m"], [/[rbfuRBFU]{0,2}"""/y, "s", "double"], [/[rbfuRBFU]{0,2}'''/y, "s", "single"],
       [/[rbfuRBFU]{0,2}"(?:[^"\\]|\\.)*"?/y, "s"], [/[rbfuRBFU]{0,2}'(?:[^'\\]|\\.)*'?/y, "s"], [/@[\w.]+/y, "a"],
       [/[\p{L}_][\p{L}\p{N}_]*/uy, namer({
-        keywords: words("and as assert async await break case class continue def del elif else except finally for from global if import in is lambda match nonlocal not or pass raise return try while with yield type"),
-        builtins: words("True False None self cls int str float bool bytes list dict set tuple object print len range open super isinstance enumerate zip map filter sorted sum min max any all"),
+        keywords: words("and as assert async await break case class continue def del elif else except finally for from global if import in is lambda match nonlocal not or pass raise return try while with yield"),
+        builtins: words("True False None self cls int str float bool bytes list dict set tuple object print len range open super isinstance enumerate zip sorted"),
       })],
       [NUMBER, "n"], [OPERATOR, "o"],
     ],
@@ -56,9 +56,9 @@ const python = {
 };
 
 const javascript = braces(
-  "abstract as async await break case catch class const continue debugger declare default delete do else enum export extends finally for from function get if implements import in instanceof interface keyof let namespace new of private protected public readonly return satisfies set static switch throw try type typeof var void while with yield",
+  "abstract as async await break case catch class const continue declare default delete do else enum export extends finally for from function get if implements import in instanceof interface keyof let namespace new of private protected public readonly return set static switch throw try type typeof var void while yield",
   {
-    builtins: "true false null undefined this super NaN Infinity console window document string number boolean any unknown never module require process",
+    builtins: "true false null undefined this super console window document string number boolean any unknown never module require",
     first: [[/`/y, "s", "template"], [/@\w+/y, "a"], [/\/(?![*/\s])(?:[^/\\[\n]|\\.|\[(?:[^\]\\\n]|\\.)*\])+\/[dgimsuvy]*(?=[\s,;.)\]]|$)/y, "s"]],
     states: { template: { rules: [[/`/y, "s", ""], [/\\./y, "s"]], otherwise: "s" } },
   },
@@ -69,11 +69,11 @@ const bash = {
     rules: [
       [SPACE, ""], [/#.*/y, (text, line, at) => (at === 0 || /\s/.test(line[at - 1]) ? "c" : "")], [/\$ (?=\S)/y, (text, line, at) => (at === 0 ? "m" : "")],
       [/"(?:[^"\\]|\\.)*"?/y, "s"], [/'[^']*'?/y, "s"], [/\$\{[^}]*\}?|\$[\w@#?*!$-]/y, "b"], [/-{1,2}[A-Za-z][\w-]*/y, "a"], [/[A-Za-z_]\w*(?==)/y, "b"],
-      [/[\w./@-]*[A-Za-z_][\w./@-]*/y, (word, line, at) => {
-        if (/^(?:if|then|else|elif|fi|for|in|do|done|while|until|case|esac|function|return|local|export|set|unset|source|exit|FROM|RUN|COPY|CMD|ENTRYPOINT|ENV|WORKDIR|EXPOSE|USER|ARG)$/.test(word)) return "k";
+      [/[\w./@:-]+/y, (word, line, at) => {
+        if (/^(?:if|then|else|elif|fi|for|in|do|done|while|until|case|esac|function|return|local|export|set|source|exit|FROM|RUN|COPY|CMD|ENV|WORKDIR)$/.test(word)) return "k";
         return /(?:^|[|;&(]|\b(?:then|do|sudo))\s*(?:\$ )?$/.test(line.slice(Math.max(0, at - 40), at)) ? "f" : "";
       }],
-      [NUMBER, "n"], [/[|&;<>]+/y, "o"],
+      [/[|&;<>]+/y, "o"],
     ],
   },
 };
@@ -112,8 +112,8 @@ const sql = {
       [SPACE, ""], [/--.*/y, "c"], [/\/\*/y, "c", "comment"], [/'(?:[^']|'')*'?/y, "s"], [/"[^"]*"?|`[^`]*`?/y, "a"],
       [/[\p{L}_][\p{L}\p{N}_]*/uy, namer({
         anyCase: true,
-        keywords: words("select from where and or not in is as on join left right inner outer full cross group by order having limit offset insert into values update set delete create table index view drop alter add column primary key foreign references unique constraint default union all distinct case when then else end exists between like with recursive returning begin commit rollback transaction if replace using over partition asc desc pragma explain analyze trigger"),
-        builtins: words("null true false integer int bigint text varchar char boolean real float double numeric decimal date time timestamp blob json jsonb serial"),
+        keywords: words("select from where and or not in is as on join left right inner outer full cross group by order having limit offset insert into values update set delete create table index view drop alter add column primary key foreign references unique default union all distinct case when then else end exists between like with returning begin commit rollback if using over partition asc desc"),
+        builtins: words("null true false integer int bigint text varchar boolean real numeric date timestamp blob json"),
       })],
       [NUMBER, "n"], [OPERATOR, "o"],
     ],
@@ -149,21 +149,21 @@ const diff = {
 export const GRAMMARS = {
   python, javascript, bash, json, yaml, ini, sql, html, css, diff,
   go: braces("break case chan const continue default defer else fallthrough for func go goto if import interface map package range return select struct switch type var", {
-    builtins: "true false nil iota any bool byte error string int int8 int16 int32 int64 uint uint8 uint16 uint32 uint64 float32 float64 rune make new len cap append copy delete panic recover",
+    builtins: "true false nil iota any bool byte error string int int32 int64 uint uint32 uint64 float64 rune make new len cap append copy delete panic",
     first: [[/`/y, "s", "raw"]], states: { raw: until(/`/y, "s") },
   }),
-  java: braces("abstract assert break case catch class const continue default do else enum extends final finally for fun if implements import instanceof interface internal namespace new object override package private protected public record return sealed static super switch synchronized this throw throws try using val var void volatile when while yield", {
+  java: braces("abstract assert break case catch class const continue default do else enum extends final finally for fun if implements import instanceof interface internal namespace new object override package private protected public record return sealed static super switch synchronized this throw throws try using val var void volatile when while", {
     builtins: "true false null boolean byte char double float int long short String Integer Long List Map Set", first: [[/"""/y, "s", "text"], [/@\w+/y, "a"]], states: { text: until(/"""/y, "s") },
   }),
-  c: braces("alignas alignof auto break case catch class concept const constexpr consteval continue co_await co_return co_yield decltype default delete do else enum explicit export extern final for friend goto if inline mutable namespace new noexcept operator override private protected public register requires return sizeof static static_assert static_cast struct switch template this throw try typedef typename union using virtual volatile while", {
-    builtins: "true false nullptr NULL bool char double float int long short signed unsigned void size_t ssize_t int8_t int16_t int32_t int64_t uint8_t uint16_t uint32_t uint64_t std string vector",
+  c: braces("auto break case catch class concept const constexpr continue co_await co_return co_yield decltype default delete do else enum explicit extern final for friend goto if inline mutable namespace new noexcept operator override private protected public requires return sizeof static static_assert static_cast struct switch template this throw try typedef typename union using virtual volatile while", {
+    builtins: "true false nullptr NULL bool char double float int long short signed unsigned void size_t int32_t int64_t uint8_t uint32_t uint64_t std string vector",
     first: [[/#\s{0,9}\w+/y, (text, line, at) => (line.slice(0, at).trim() ? "" : "m")], [/<[\w./]+>/y, (text, line) => (line.trimStart().startsWith("#") ? "s" : "")]],
   }),
   rust: braces("as async await break const continue crate dyn else enum extern fn for if impl in let loop match mod move mut pub ref return static struct super trait type unsafe use where while", {
-    builtins: "true false self Self bool char str u8 u16 u32 u64 u128 usize i8 i16 i32 i64 i128 isize f32 f64 String Vec Option Result Some None Ok Err Box",
+    builtins: "true false self Self bool char str u8 u16 u32 u64 usize i32 i64 f32 f64 String Vec Option Result Some None Ok Err Box",
     strings: [DOUBLE, /'(?:[^'\\]|\\.)'/y], first: [[/#!?\[[^\]]*\]/y, "a"], [/'[a-z_]\w*(?!')/y, "t"], [/\w+!(?=[([{\s])/y, "f"]],
   }),
-  proto: braces("syntax package import option message enum service rpc returns stream oneof map repeated optional reserved extend extensions edition public", {
-    builtins: "true false double float int32 int64 uint32 uint64 sint32 sint64 fixed32 fixed64 bool string bytes",
+  proto: braces("syntax package import option message enum service rpc returns stream oneof map repeated optional reserved", {
+    builtins: "true false double float int32 int64 uint32 uint64 bool string bytes",
   }),
 };

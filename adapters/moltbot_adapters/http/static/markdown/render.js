@@ -17,6 +17,7 @@ export class MarkdownView {
 
   clear() {
     this.text = "";
+    this.done = false;
     this.settled = []; // finished blocks: never parsed again
     this.tail = []; // blocks that more text may still change
     this.tailStart = 0; // where the tail begins in the text
@@ -26,8 +27,9 @@ export class MarkdownView {
   /** Draws `text`, which usually continues what was drawn. Answers the nodes of the blocks that are finished since the last call. */
   update(whole, done = false) {
     const text = done ? whole : whole.slice(0, whole.length - (UNDECIDED.exec(whole.slice(-80))?.[0].length ?? 0));
-    if (!text.startsWith(this.text)) this.clear();
+    if (!text.startsWith(this.text) || (this.done && text !== this.text)) this.clear();
     this.text = text;
+    this.done = done;
     const lines = text.slice(this.tailStart).split("\n");
     const blocks = parseBlocks(lines);
     if (!done && blocks.length) markLive(blocks.at(-1));

@@ -1,7 +1,7 @@
 // One answer: what was routed and run, the text as it streams, how it ended, and what it cost.
 
 import { h, icon, mark } from "../dom.js";
-import { duration, say, t } from "../i18n.js";
+import { duration, say } from "../i18n.js";
 import { MarkdownView } from "../markdown/render.js";
 import { copyButton } from "./copy.js";
 
@@ -12,7 +12,7 @@ export class AnswerView {
     this.onDrawn = onDrawn;
     this.onSettled = onSettled;
     this.text = "";
-    this.timer = null;
+    this.unschedule = null;
     this.model = "";
     this.tools = new Map();
     this.chips = h("div", { class: "chips" });
@@ -31,6 +31,7 @@ export class AnswerView {
     const view = new AnswerView();
     view.text = message.text;
     view.model = message.model ?? "";
+    for (const part of message.attachments ?? []) view.chip("clip", "attachment", { name: attachmentName(part) });
     view.#draw(true);
     view.#footer({ model: view.model });
     return view;
@@ -125,18 +126,20 @@ export class AnswerView {
   }
 
   #schedule() {
-    if (this.timer !== null) return;
-    const later = document.hidden || this.cost > HEAVY_MS; // a hidden page gets no frames; a slow one gets breathing space
-    if (later) this.timer = setTimeout(() => this.#draw(false), Math.max(document.hidden ? 300 : 0, (this.cost ?? 0) * 3));
-    else this.timer = requestAnimationFrame(() => this.#draw(false));
+    if (this.unschedule) return;
+    const draw = () => this.#draw(false);
+    if (document.hidden || this.cost > HEAVY_MS) { // a hidden page gets no frames; a slow one gets breathing space
+      const timer = setTimeout(draw, document.hidden ? 300 : this.cost * 3);
+      this.unschedule = () => clearTimeout(timer);
+    } else {
+      const frame = requestAnimationFrame(draw);
+      this.unschedule = () => cancelAnimationFrame(frame);
+    }
   }
 
   #draw(done) {
-    if (this.timer !== null) {
-      clearTimeout(this.timer);
-      cancelAnimationFrame(this.timer);
-      this.timer = null;
-    }
+    this.unschedule?.();
+    this.unschedule = null;
     const start = performance.now();
     const fresh = this.markdown.update(this.text, done);
     this.cost = performance.now() - start;
@@ -166,9 +169,5 @@ export function questionView(text) {
   return h("article", { class: "message question" }, say(h("h2", { class: "visually-hidden" }), "you"), bubble);
 }
 
-/** The words for an attachment that the page does not show yet. */
-export function attachmentName(part) {
-  const inner = Object.values(part ?? {}).find((value) => value && typeof value === "object") ?? part ?? {};
-  return inner.file_name || inner.filename || inner.name || inner.mime_type || t("attachment", { name: "" });
-}
-
+/** The words for an attachment that the page does not show. */
+export const attachmentName = (part = {}) => part.filename || part.alt_text || part.media_type || part.kind || "?";

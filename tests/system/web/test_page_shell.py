@@ -1,0 +1,353 @@
+# ruff: noqa: E501 (scripts for the browser, hostile texts and Chinese are written as they are)
+"""Everything around the conversation: the list of chats, signing in, keys, languages, themes, phones and what the files may hold."""
+
+from __future__ import annotations
+
+import re
+from datetime import timedelta
+
+import pytest
+from browser import PHONE, Visit, answered, ask, shown, visiting
+from playwright.async_api import Browser
+from scripted_site import STATIC, Emit, Hold, Say, ScriptedSite
+
+pytestmark = pytest.mark.asyncio(loop_scope="module")
+
+RICH = (
+    "# One\n\nText with `code`, **bold**, [a link](https://ok.example) and ![a picture](https://ok.example/x.png).\n\n> A quote\n\n"
+    '| a | b |\n| - | - |\n| 1 | 2 |\n\n```python\n@deco\ndef f(x: int) -> None:  # note\n    return "s" + str(1)\n```\n\n'
+    "```diff\n@@ -1 +1 @@\n-a\n+b\n```\n\n```go\ntype T struct { a int }\n```\n"
+)
+
+CONTRAST = """() => {
+  const canvas = document.createElement("canvas").getContext("2d", { willReadFrequently: true });
+  const rgba = (colour) => {
+    canvas.clearRect(0, 0, 1, 1);
+    canvas.fillStyle = colour;
+    canvas.fillRect(0, 0, 1, 1);
+    const [r, g, b, a] = canvas.getImageData(0, 0, 1, 1).data;
+    return [r, g, b, a / 255];
+  };
+  const over = (top, under) => top.slice(0, 3).map((value, i) => value * top[3] + under[i] * (1 - top[3]));
+  const light = (c) => c.map((v) => v / 255).map((v) => (v <= 0.03928 ? v / 12.92 : ((v + 0.055) / 1.055) ** 2.4))
+    .reduce((sum, v, i) => sum + v * [0.2126, 0.7152, 0.0722][i], 0);
+  const ground = (node) => {
+    if (!node) return [255, 255, 255];
+    const own = rgba(getComputedStyle(node).backgroundColor);
+    return own[3] === 1 ? own.slice(0, 3) : over(own, ground(node.parentElement));
+  };
+  const poor = [];
+  const walker = document.createTreeWalker(document.body, NodeFilter.SHOW_TEXT);
+  while (walker.nextNode()) {
+    const node = walker.currentNode.parentElement;
+    if (!walker.currentNode.data.trim() || node.closest(".visually-hidden, noscript, [hidden], :disabled") || !node.checkVisibility()) continue;
+    const under = ground(node);
+    const [a, b] = [light(over(rgba(getComputedStyle(node).color), under)), light(under)];
+    const ratio = (Math.max(a, b) + 0.05) / (Math.min(a, b) + 0.05);
+    if (ratio < 4.5) poor.push(`${ratio.toFixed(2)} ${node.className || node.tagName}: ${walker.currentNode.data.trim().slice(0, 20)}`);
+  }
+  return poor;
+}"""
+
+UNNAMED = """() => [...document.querySelectorAll("button, a, input, select, textarea")]
+  .filter((node) => !(node.getAttribute("aria-label") || node.innerText?.trim() || node.labels?.length || node.closest("[hidden], .task")))
+  .map((node) => node.outerHTML.slice(0, 80))"""
+
+
+async def sidebar_titles(visit: Visit) -> list[str]:
+    """The titles in the list of chats, from top to bottom."""
+    return await visit.page.locator(".chat-title").all_inner_texts()
+
+
+async def test_past_chats_are_listed_by_day_and_older_ones_on_request(browser: Browser) -> None:
+    async with ScriptedSite(lambda _: [], page_size=3) as site:
+        for days in (0, 1, 5, 40, 41):
+            site.add_chat(f"Chat {days}", [("q", "a")], age=timedelta(days=days))
+        async with visiting(browser, site.origin, "/#/new") as visit:
+            await visit.page.wait_for_selector(".chat-row")
+            assert await sidebar_titles(visit) == ["Chat 0", "Chat 1", "Chat 5"]
+            assert await visit.page.locator(".chat-list h2").all_inner_texts() == [
+                "Today",
+                "Yesterday",
+                "Previous 7 days",
+            ]
+            await visit.page.get_by_role("button", name="Load older chats").click()
+            await visit.page.get_by_text("Chat 41").wait_for()
+            assert await sidebar_titles(visit) == ["Chat 0", "Chat 1", "Chat 5", "Chat 40", "Chat 41"]
+            assert await visit.page.get_by_role("button", name="Load older chats").count() == 0
+
+
+async def test_a_chat_is_deleted_only_after_a_yes_and_an_open_one_gives_way_to_a_new_one(browser: Browser) -> None:
+    async with ScriptedSite(lambda _: []) as site:
+        site.add_chat("Keep me", [("q", "kept answer")])
+        site.add_chat("Drop me", [("q", "dropped answer")], age=timedelta(minutes=1))
+        async with visiting(browser, site.origin, "/#/c/s2") as visit:
+            await shown(visit, "dropped answer")
+            row = visit.page.locator(".chat-row", has_text="Drop me")
+            await row.hover()
+            await row.get_by_role("button", name="Delete “Drop me”").click()
+            await visit.page.get_by_role("dialog").get_by_role("button", name="Cancel").click()
+            assert set(site.sessions) == {"s1", "s2"}
+            await row.get_by_role("button", name="Delete “Drop me”").click()
+            await visit.page.keyboard.press("Escape")
+            assert set(site.sessions) == {"s1", "s2"}
+            await row.get_by_role("button", name="Delete “Drop me”").click()
+            await visit.page.get_by_role("dialog").get_by_role("button", name="Delete", exact=True).click()
+            await visit.page.wait_for_selector(".welcome")
+            await row.wait_for(state="detached")
+            assert set(site.sessions) == {"s1"}
+            assert visit.page.url.endswith("#/new")
+
+
+async def test_a_page_without_an_address_opens_the_chat_that_was_open_last(browser: Browser) -> None:
+    async with ScriptedSite(lambda _: []) as site:
+        site.add_chat("First", [("q", "first answer")])
+        site.add_chat("Second", [("q", "second answer")], age=timedelta(days=1))
+        async with visiting(browser, site.origin) as visit:
+            await visit.page.wait_for_selector(".welcome")
+            await visit.page.get_by_role("link", name="Second").click()
+            await shown(visit, "second answer")
+            await visit.page.goto(site.origin + "/")
+            await shown(visit, "second answer")
+            assert await visit.page.locator("[aria-current=page]").inner_text() == "Second"
+
+
+async def test_a_long_chat_opens_at_its_end_and_shows_the_beginning_on_request(browser: Browser) -> None:
+    async with ScriptedSite(lambda _: []) as site:
+        sid = site.add_chat("Long", [(f"question {n}", f"answer {n}") for n in range(70)])
+        async with visiting(browser, site.origin, f"/#/c/{sid}") as visit:
+            await shown(visit, "answer 69")
+            assert await visit.page.locator(".message").count() == 60
+            for _ in range(2):
+                await visit.page.get_by_role("button", name="Show earlier messages").click()
+            assert await visit.page.locator(".message").count() == 140
+            assert await visit.page.get_by_role("button", name="Show earlier messages").count() == 0
+            assert await visit.page.locator(".question .bubble").first.inner_text() == "question 0"
+
+
+async def test_a_chat_that_is_gone_says_so(browser: Browser) -> None:
+    async with ScriptedSite(lambda _: []) as site, visiting(browser, site.origin, "/#/c/none") as visit:
+        await visit.page.get_by_text("This chat does not exist any more.").wait_for()
+
+
+async def test_signing_in_with_a_key_and_the_words_for_a_used_link(browser: Browser) -> None:
+    async with (
+        ScriptedSite(lambda _: [], key="secret") as site,
+        visiting(browser, site.origin, "/login?code=used") as visit,
+    ):
+        await visit.page.get_by_text("This link was already used or has expired.").wait_for()
+        assert "moltbot start” 打印的链接" in await visit.page.inner_text(".signin-also")
+        await visit.page.fill("#key", "wrong")
+        await visit.page.get_by_role("button", name="Sign in").click()
+        await visit.page.get_by_text("This key is not known here.").wait_for()
+        await visit.page.get_by_role("button", name="切换到中文").click()
+        await visit.page.get_by_text("登录 MoltBot").wait_for()
+        assert await visit.page.evaluate(CONTRAST) == []
+        await visit.page.fill("#key", "secret")
+        await visit.page.keyboard.press("Enter")
+        await visit.page.wait_for_selector("#message")
+        assert "error" not in visit.page.url
+        await visit.page.get_by_role("button", name="退出登录").click()
+        await visit.page.wait_for_selector("#key")
+
+
+@pytest.mark.parametrize(
+    ("locale", "greeting"),
+    [("en-GB", "What can I help with?"), ("zh-CN", "有什么可以帮你?"), ("zh-TW", "有什么可以帮你?")],
+)
+async def test_the_page_speaks_the_language_of_the_browser(browser: Browser, locale: str, greeting: str) -> None:
+    async with ScriptedSite(lambda _: []) as site, visiting(browser, site.origin, "/#/new", locale=locale) as visit:
+        heading = await visit.page.locator(".welcome h2").inner_text()
+        assert heading.replace("\uff1f", "?") == greeting
+        assert await visit.page.evaluate("document.documentElement.lang") == (
+            "en" if locale.startswith("en") else "zh-CN"
+        )
+
+
+async def test_the_language_and_the_theme_are_remembered(browser: Browser) -> None:
+    async with (
+        ScriptedSite(lambda _: []) as site,
+        visiting(browser, site.origin, "/#/new", color_scheme="light") as visit,
+    ):
+        paper = "getComputedStyle(document.body).backgroundColor"
+        light = await visit.page.evaluate(paper)
+        await visit.page.get_by_role("button", name="切换到中文").click()
+        await visit.page.get_by_role("button", name="主题").click()
+        await visit.page.get_by_role("button", name="主题").click()
+        dark = await visit.page.evaluate(paper)
+        assert dark != light
+        assert await visit.page.get_attribute("#message", "placeholder") == "给 MoltBot 发消息"
+        await visit.page.reload()
+        await visit.page.wait_for_selector("#message")
+        assert await visit.page.evaluate(paper) == dark
+        assert await visit.page.get_attribute("#message", "placeholder") == "给 MoltBot 发消息"
+        await visit.page.get_by_role("button", name="主题").click()
+        await visit.page.emulate_media(color_scheme="dark")
+        assert await visit.page.evaluate(paper) == dark
+
+
+async def test_the_switch_of_language_reaches_what_is_already_on_the_page(browser: Browser) -> None:
+    async with ScriptedSite(lambda _: [Say(text="hello")]) as site, visiting(browser, site.origin, "/#/new") as visit:
+        await ask(visit, "hi")
+        await answered(visit)
+        await visit.page.get_by_role("button", name="切换到中文").click()
+        assert await visit.page.locator(".answer-foot .copy").inner_text() == "复制"
+        assert "首字" in await visit.page.locator(".meta").inner_text()
+
+
+async def test_the_keyboard_reaches_everything(browser: Browser) -> None:
+    async with ScriptedSite(lambda _: [Say(text="hello")]) as site:
+        site.add_chat("Past", [("q", "past answer")])
+        async with visiting(browser, site.origin, "/#/c/s1") as visit:
+            await shown(visit, "past answer")
+            await visit.page.evaluate("document.body.tabIndex = -1, document.body.focus()")
+            await visit.page.keyboard.press("Tab")
+            assert await visit.page.evaluate("document.activeElement.classList.contains('skip')") is True
+            await visit.page.keyboard.press("Enter")
+            assert await visit.page.evaluate("document.activeElement.id") == "message"
+            await visit.page.keyboard.press("Control+k")
+            await visit.page.wait_for_selector(".welcome")
+            await visit.page.locator(".card").first.focus()
+            outline = await visit.page.evaluate("getComputedStyle(document.activeElement).outlineStyle")
+            assert outline == "solid"
+            await visit.page.keyboard.press("Enter")
+            assert await answered(visit) == "hello"
+            await visit.page.keyboard.press("Control+b")
+            assert await visit.page.evaluate("document.querySelector('.sidebar').inert") is True
+            await visit.page.keyboard.press("Control+b")
+            assert await visit.page.evaluate("document.querySelector('.sidebar').inert") is False
+            assert await visit.page.evaluate(UNNAMED) == []
+
+
+async def test_screen_readers_hear_whole_paragraphs(browser: Browser) -> None:
+    async with (
+        ScriptedSite(lambda _: [Say(text="One two.\n\nThree.\nFour "), Hold(gate="end"), Say(text="five.")]) as site,
+        visiting(browser, site.origin, "/#/new") as visit,
+    ):
+        await ask(visit, "hi")
+        await shown(visit, "Four")
+        live = visit.page.locator("[aria-live=polite] p")
+        assert await live.all_text_contents() == ["MoltBot is answering", "One two."]
+        site.gate("end").set()
+        await answered(visit)
+        assert await live.all_text_contents() == [
+            "MoltBot is answering",
+            "One two.",
+            "Three.Four five.",
+            "End of the answer",
+        ]
+
+
+@pytest.mark.parametrize("scheme", ["light", "dark"])
+async def test_every_text_has_enough_contrast(browser: Browser, scheme: str) -> None:
+    steps = [
+        Emit(kind="routed", data={"plugin": "p", "reason": "r"}),
+        Emit(kind="notice", data={"code": "failover", "from": "a", "to": "b", "reason": "r"}),
+        Emit(kind="tool_finished", data={"call_id": "1", "tool": "t", "is_error": True, "duration_ms": 1}),
+        Say(text=RICH),
+        Emit(kind="failed", data={"code": "UNAVAILABLE", "message": "m", "retryable": True}),
+    ]
+    async with ScriptedSite(lambda _: steps) as site:
+        site.add_chat("Past", [("q", "a")])
+        async with visiting(browser, site.origin, "/#/new", color_scheme=scheme, reduced_motion="reduce") as visit:
+            assert await visit.page.evaluate(CONTRAST) == []
+            await ask(visit, "hi")
+            await visit.page.wait_for_selector(".problem")
+            assert await visit.page.evaluate(CONTRAST) == []
+            await visit.page.hover(".chat-row")
+            await visit.page.locator(".chat-row .small").first.click()
+            assert await visit.page.evaluate(CONTRAST) == []
+
+
+async def test_a_phone_scrolls_in_one_direction_only(browser: Browser) -> None:
+    wide = (
+        f"{RICH}\n\n{'W' * 300}\n\n```\n{'x' * 300}\n```\n\n|{'a long heading|' * 12}\n|{'-|' * 12}\n|{'cell|' * 12}\n"
+    )
+    async with ScriptedSite(lambda _: [Say(text=wide)]) as site:
+        options = {"viewport": PHONE, "is_mobile": True, "has_touch": True}
+        async with visiting(browser, site.origin, "/#/new", **options) as visit:
+            fits = "document.documentElement.scrollWidth <= innerWidth && document.querySelector('.scroller').scrollWidth <= innerWidth"
+            assert await visit.page.evaluate(fits)
+            await ask(visit, "W" * 200)
+            await answered(visit)
+            assert await visit.page.evaluate(fits)
+            assert await visit.page.evaluate("innerWidth") == PHONE["width"]
+            assert (
+                await visit.page.evaluate("parseFloat(getComputedStyle(document.querySelector('#message')).fontSize)")
+                >= 16
+            )
+            send = await visit.page.locator(".round.send").bounding_box()
+            assert send is not None
+            assert send["x"] + send["width"] <= PHONE["width"]
+            assert send["y"] + send["height"] <= PHONE["height"]
+
+
+async def test_the_drawer_of_a_phone_opens_closes_and_leads_to_a_chat(browser: Browser) -> None:
+    async with ScriptedSite(lambda _: []) as site:
+        site.add_chat("Past", [("q", "past answer")])
+        async with visiting(browser, site.origin, "/#/new", viewport=PHONE, is_mobile=True, has_touch=True) as visit:
+            assert not await visit.page.locator(".sidebar").is_visible()
+            await visit.page.get_by_role("button", name="Show the list of chats").click()
+            assert await visit.page.evaluate("document.querySelector('.main').inert") is True
+            await visit.page.keyboard.press("Escape")
+            await visit.page.locator(".sidebar").wait_for(state="hidden")
+            await visit.page.get_by_role("button", name="Show the list of chats").click()
+            await visit.page.get_by_role("link", name="Past").click()
+            await shown(visit, "past answer")
+            await visit.page.locator(".sidebar").wait_for(state="hidden")
+
+
+async def test_a_choice_of_models_is_offered_and_sent(browser: Browser) -> None:
+    async with ScriptedSite(lambda _: [Say(text="ok")], models=("builtin", "large")) as site:
+        async with visiting(browser, site.origin, "/#/new") as visit:
+            await visit.page.get_by_label("Model").select_option("large")
+            await ask(visit, "hi")
+            await answered(visit)
+            assert site.started()[0]["model"] == "large"
+
+
+async def test_nothing_moves_for_those_who_asked_for_it(browser: Browser) -> None:
+    async with ScriptedSite(lambda _: [Hold(gate="never")]) as site:
+        async with visiting(browser, site.origin, "/#/new", reduced_motion="reduce") as visit:
+            await ask(visit, "hi")
+            await visit.page.wait_for_selector(".dots")
+            assert (
+                await visit.page.evaluate("getComputedStyle(document.querySelector('.dots i')).animationIterationCount")
+                == "1"
+            )
+
+
+SOURCES = sorted(path for path in STATIC.rglob("*") if path.is_file())
+
+
+async def test_the_page_is_small_plain_and_builds_nodes_only_by_hand() -> None:
+    assert sum(path.stat().st_size for path in SOURCES) < 132 * 1024
+    forbidden = re.compile(
+        r"innerHTML|outerHTML|insertAdjacentHTML|DOMParser|document\.write|createContextualFragment|setHTML|\beval\(|new Function|\.cssText|style=|<style|"
+        r"setAttribute\(.style|createElement\(.script"
+    )
+    for path in SOURCES:
+        text = path.read_text(encoding="utf-8")
+        assert len(text.splitlines()) < 500, path.name
+        assert not forbidden.search(text), path.name
+        addresses = set(re.findall(r"https?://[\w.-]+", text))
+        assert addresses <= {"http://www.w3.org"}, path.name
+
+
+async def test_every_sentence_exists_in_both_languages_and_is_used() -> None:
+    source = (STATIC / "i18n.js").read_text(encoding="utf-8")
+    sentences = {
+        key: (english, chinese)
+        for key, english, chinese in re.findall(r'^  "([\w.]+)": \["(.*)", "(.*)"\],$', source, re.M)
+    }
+    assert len(sentences) == len(re.findall(r'^  "', source, re.M)) > 90
+    for key, (english, chinese) in sentences.items():
+        assert set(re.findall(r"\{\w+\}", english)) == set(re.findall(r"\{\w+\}", chinese)), key
+    code = "\n".join(
+        path.read_text(encoding="utf-8") for path in SOURCES if path.suffix == ".js" and path.name != "i18n.js"
+    )
+    code += source.split("const LANGUAGES")[1]
+    built = re.compile(r"theme\.(system|light|dark)|try\.\d\.(title|text)")
+    assert [key for key in sentences if f'"{key}"' not in code and not built.fullmatch(key)] == []
+    used = set(re.findall(r'(?:\bt|say|label)\([^"\n]*?"([a-z]+(?:\.[\w.]+)?)"', code))
+    assert {key for key in used if "." in key} <= sentences.keys()
