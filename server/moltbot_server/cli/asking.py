@@ -63,19 +63,38 @@ def failure(error: MoltBotClientError) -> Failure:
 
 @asynccontextmanager
 async def interrupts() -> AsyncIterator[asyncio.Event]:
-    """Give an event that Ctrl-C sets, instead of breaking off whatever happens to run."""
-    pressed = asyncio.Event()
+    """Give an event that Ctrl-C sets; a second Ctrl-C breaks the body off.
+
+    Raises:
+        KeyboardInterrupt: it was pressed twice.
+    """
+    pressed, broken = asyncio.Event(), False
+    task = asyncio.current_task()
+    assert task is not None
+
+    def press() -> None:
+        nonlocal broken
+        if pressed.is_set():
+            broken = True
+            task.cancel()
+        pressed.set()
+
     loop = asyncio.get_running_loop()
-    loop.add_signal_handler(signal.SIGINT, pressed.set)
+    loop.add_signal_handler(signal.SIGINT, press)
     try:
         yield pressed
+    except asyncio.CancelledError:
+        if not broken:
+            raise
+        task.uncancel()
+        raise KeyboardInterrupt from None
     finally:
         loop.remove_signal_handler(signal.SIGINT)
 
 
 @asynccontextmanager
 async def cancelling(bot: MoltBot, turn: list[str], pressed: asyncio.Event) -> AsyncIterator[None]:
-    """Cancel the turn, once it has a name, when Ctrl-C is pressed while the body runs. A second one breaks off."""
+    """Cancel the turn, once it has a name, when Ctrl-C is pressed while the body runs."""
 
     async def cancel() -> None:
         await pressed.wait()
@@ -95,10 +114,10 @@ async def ask(place: Place, text: str, *, session: str, model: str, form: str) -
     async with place.connect() as bot, interrupts() as pressed:
         turn: list[str] = []
         completed: chat_pb2.Completed | None = None
+        shown = _Shown(form)
         try:
             stream = bot.stream_turn(text, session=session, model=_model(model), channel=CHANNEL)
             async with aclosing(stream) as events, cancelling(bot, turn, pressed):
-                shown = _Shown(form)
                 async for event in events:
                     if event.HasField("accepted"):
                         turn.append(event.accepted.turn)
@@ -110,6 +129,7 @@ async def ask(place: Place, text: str, *, session: str, model: str, form: str) -
                     elif event.HasField("failed"):
                         raise from_event(event.failed)
         except MoltBotClientError as error:
+            shown.end()
             if form == "text":
                 raise failure(error) from None
             if form == "json" or not turn:
@@ -138,8 +158,13 @@ class _Shown:
                 self._write(event.text_delta.text)
             elif event.HasField("reset"):
                 self._write(f"\n{event.reset.text}")
-            elif event.HasField("completed") and not self._ends_line:
-                self._write("\n")
+            elif event.HasField("completed"):
+                self.end()
+
+    def end(self) -> None:
+        """End the last line."""
+        if not self._ends_line:
+            self._write("\n")
 
     def _write(self, text: str) -> None:
         if text:

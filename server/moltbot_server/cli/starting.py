@@ -17,9 +17,9 @@ from typing import Any
 from moltbot_server.cli.children import Child, Plan
 from moltbot_server.cli.running import Running, joined, only_one, reachable, take_port
 from moltbot_server.cli.supervisor import Supervisor, log
-from moltbot_server.cli.terminal import command, shown
+from moltbot_server.cli.terminal import Exit, Failure, command, shown
 from moltbot_server.cli.watcher import Watcher
-from moltbot_server.config import Settings, load_settings, misspelled
+from moltbot_server.config import ConfigError, Settings, load_settings, misspelled
 from moltbot_server.logs import configure_logging
 from moltbot_server.workspace import LINK_LIFE, Workspace
 
@@ -39,7 +39,7 @@ def start(workspace: Workspace, flags: Mapping[str, object], *, reload: bool, fi
         log.warning("not used", extra={"notice": notice})
     with only_one(workspace):
         settings = _with_ports(settings)
-        site = _Site(workspace=workspace, settings=settings, began=began)
+        site = _Site(workspace=workspace, settings=settings, flags=flags, began=began)
         site.ask_early(first_question)
         supervisor = Supervisor(
             site.children,
@@ -47,6 +47,7 @@ def start(workspace: Workspace, flags: Mapping[str, object], *, reload: bool, fi
             serving=site.serving,
             on_ready=site.ready,
             on_change=site.write,
+            renew=site.renew,
             watcher=Watcher(workspace.folder) if reload else None,
         )
         try:
@@ -57,6 +58,12 @@ def start(workspace: Workspace, flags: Mapping[str, object], *, reload: bool, fi
 
 def _with_ports(settings: Settings) -> Settings:
     """Return the settings with every port known and free: all processes can then start at the same time."""
+    if settings.tls_cert is not None:
+        raise Failure(
+            "the HTTP adapter of this release cannot call a core that speaks TLS. Let a proxy end TLS and name it in "
+            "`trusted_proxies`, or run the core by itself: python -m moltbot_server",
+            Exit.CONFIG,
+        )
     return replace(
         settings,
         port=take_port(settings.host, settings.port, "--port", "web chat and HTTP API"),
@@ -65,11 +72,16 @@ def _with_ports(settings: Settings) -> Settings:
     )
 
 
+# What cannot change under processes that run: addresses that were told to others, and how many processes there are.
+_FIXED = ("host", "port", "grpc_host", "grpc_port", "metrics_host", "metrics_port", "workers")
+
+
 class _Site:
     """What is known of a MoltBot that starts: its processes, its addresses, its first words."""
 
-    def __init__(self, *, workspace: Workspace, settings: Settings, began: float) -> None:
+    def __init__(self, *, workspace: Workspace, settings: Settings, flags: Mapping[str, object], began: float) -> None:
         self._workspace = workspace
+        self._flags = flags
         self._settings = settings
         self._began = began
         self._started = time.time()
@@ -95,6 +107,20 @@ class _Site:
             Plan(name="core", module="moltbot_server", arguments=tuple(core), stage=1),
             *(Plan(name=name, module="moltbot_adapters", arguments=tuple(http)) for name in names),
         ]
+
+    def renew(self) -> bool:
+        """Read the settings again and plan by them, on the ports as they are; False when something is wrong there."""
+        was = self._settings
+        try:
+            found = load_settings(self._workspace.folder, os.environ, self._flags)
+        except ConfigError as error:
+            log.error("the configuration is wrong, so nothing is started again", extra={"problems": str(error)})
+            return False
+        kept = {name: getattr(was, name) for name in _FIXED}
+        self._settings = replace(found, **kept)
+        for child, plan in zip(self.children, self._plans(), strict=True):
+            child.plan = plan
+        return True
 
     def serving(self) -> bool:
         """Ask the HTTP adapter whether it and the core serve."""

@@ -31,7 +31,8 @@ class Supervisor:
     """Runs children until it is asked to stop. `run` returns the exit status.
 
     `serving` is asked, with what the core said, whether the adapters serve as well; `on_ready` is called once when
-    everything serves, and `on_change` whenever a process was replaced after that.
+    everything serves, and `on_change` whenever a process was replaced after that. With a `watcher`, `renew` is asked
+    at each change whether everything shall be started again by plans that it may have replaced.
     """
 
     def __init__(
@@ -42,6 +43,7 @@ class Supervisor:
         serving: Callable[[], bool],
         on_ready: Callable[[Mapping[str, Any]], None],
         on_change: Callable[[], None],
+        renew: Callable[[], bool],
         watcher: Watcher | None = None,
     ) -> None:
         self._children = children
@@ -49,6 +51,7 @@ class Supervisor:
         self._serving = serving
         self._on_ready = on_ready
         self._on_change = on_change
+        self._renew = renew
         self._watcher = watcher
         self._selector = selectors.DefaultSelector()
         self._core_said: Mapping[str, Any] | None = None
@@ -189,8 +192,9 @@ class Supervisor:
                 self._status = int(Exit.FAILED)
                 self._begin_to_stop()
         if self._watcher and (changed := self._watcher.changed()):
-            log.info("a file has changed; everything is started again", extra={"file": changed[0].name})
-            self._start_all_again()
+            log.info("a file has changed", extra={"file": changed[0].name})
+            if self._renew():
+                self._start_all_again()
 
     def _start_all_again(self) -> None:
         for child in self._children:

@@ -64,6 +64,8 @@ class Talk:
                 await self.take(text)
             except MoltBotClientError as error:
                 print(f"! {failure(error).message}", file=sys.stderr, flush=True)
+            except KeyboardInterrupt:  # pressed twice: nobody answered the first
+                print(" [left the answer]", flush=True)
 
     async def take(self, text: str) -> None:
         """Carry out a command, or say the text and show the answer."""

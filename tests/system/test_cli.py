@@ -1,0 +1,134 @@
+"""The short commands: what they print, how they end, and that each message says what to do next."""
+
+import os
+import socket
+import stat
+import subprocess
+import sys
+from importlib import metadata
+from pathlib import Path
+
+import pytest
+from cli_process import COMMAND, Home
+
+
+@pytest.fixture
+def home(tmp_path: Path) -> Home:
+    """An empty home folder."""
+    return Home(tmp_path)
+
+
+async def test_version_is_told_in_words_and_as_json(home: Home) -> None:
+    number = metadata.version("moltbot")
+    assert (await home.run("version")).out.startswith(f"moltbot {number} ")
+    assert (await home.run("version", "--json")).json["moltbot"] == number
+
+
+def test_version_takes_less_than_three_tenths_of_a_second(home: Home) -> None:
+    def seconds() -> float:
+        process = subprocess.Popen([*COMMAND, "version"], stdout=subprocess.DEVNULL, env=home.environ)
+        _, status, usage = os.wait4(process.pid, 0)
+        process.returncode = status
+        return usage.ru_utime + usage.ru_stime  # its own time, whatever else this machine does
+
+    assert min(seconds() for _ in range(3)) < 0.3
+
+
+def test_the_supervisor_loads_neither_model_nor_grpc_nor_asyncio() -> None:
+    heavy = "{'ctranslate2', 'grpc', 'google', 'asyncio', 'yaml', 'numpy'}"
+    code = f"import sys, moltbot_server.cli.starting; print(*sorted({heavy} & set(sys.modules)))"
+    assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout == "\n"
+
+
+async def test_init_makes_a_private_workspace_once_and_names_the_next_command(home: Home) -> None:
+    first = await home.run("init")
+    assert (first.status, first.err) == (0, "")
+    assert "Next:" in first.out
+    assert " start" in first.out
+    key = home.workspace / "key"
+    assert stat.S_IMODE(key.stat().st_mode) == 0o600
+    text = key.read_text()
+    again = await home.run("init")
+    assert (again.status, key.read_text()) == (0, text)
+    assert "nothing was changed" in again.out
+
+
+async def test_init_takes_a_folder_and_repeats_it_in_the_next_command(home: Home) -> None:
+    ended = await home.run("init", "--workspace=bot")
+    assert (home.folder / "bot" / "key").exists()
+    assert "start --workspace ~/bot" in ended.out
+
+
+async def test_help_lists_the_commands_and_teaches_each_by_example(home: Home) -> None:
+    overview = (await home.run()).out
+    assert overview == (await home.run("--help")).out
+    for name in ("init", "start", "chat", "link", "status", "version"):
+        assert f"\n    {name} " in overview
+        assert f"\n  moltbot {name}" in (await home.run(name, "--help")).out
+    assert "\n    bench " in overview
+
+
+@pytest.mark.parametrize("arguments", [("foo",), ("start", "--prt", "1"), ("chat", "--json", "--events", "Hi")])
+async def test_a_wrong_use_ends_with_status_2(home: Home, arguments: tuple[str, ...]) -> None:
+    ended = await home.run(*arguments)
+    assert (ended.status, ended.out) == (2, "")
+    assert "usage: moltbot" in ended.err
+
+
+async def test_what_needs_a_running_moltbot_says_how_to_start_it(home: Home) -> None:
+    await home.run("init")
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        port = taken.getsockname()[1]
+    (home.workspace / ".env").write_text(f"MOLTBOT_GRPC_PORT={port}\n")
+    chat = await home.run("chat", "Hi")
+    assert (chat.status, chat.out) == (69, "")
+    assert "MoltBot is not running" in chat.err
+    assert " start`" in chat.err
+    status = await home.run("status")
+    assert status.status == 69
+    assert "MoltBot is not running" in status.out
+    assert (await home.run("status", "--json")).json["running"] is False
+    link = await home.run("link")
+    assert link.out.startswith("http://127.0.0.1:8000/login?code=")
+    assert "not running" in link.err
+
+
+@pytest.mark.parametrize("arguments", [("chat", "Hi"), ("link",)])
+async def test_without_a_workspace_the_message_says_how_to_make_one(home: Home, arguments: tuple[str, ...]) -> None:
+    ended = await home.run(*arguments)
+    assert (ended.status, ended.out) == (78, "")
+    assert "make one with `moltbot init`" in ended.err
+
+
+async def test_all_mistakes_of_a_configuration_end_the_start_with_status_78(home: Home) -> None:
+    home.workspace.mkdir()
+    (home.workspace / "moltbot.yaml").write_text("prot: 1\nworkers: many\n")
+    ended = await home.run("start")
+    assert ended.status == 78
+    assert f"{home.workspace}/moltbot.yaml:1: unknown key `prot`; did you mean `port`?" in ended.err
+    assert f"{home.workspace}/moltbot.yaml:2: workers: found 'many', expected a whole number" in ended.err
+
+
+async def test_a_start_beyond_this_machine_without_encryption_is_refused(home: Home) -> None:
+    ended = await home.run("start", "--host", "0.0.0.0")
+    assert ended.status == 78
+    assert "--host: host 0.0.0.0 can be reached from other machines" in ended.err
+
+
+async def test_a_model_that_is_not_there_ends_the_start_with_the_cores_own_words(home: Home) -> None:
+    home.variables = {"MODEL_TYPE": "llama2", "MODEL_PATH": "/nowhere/at/all"}
+    ended = await home.run("start", "--port", "0", "--grpc-port", "0", "--metrics-port", "0")
+    assert ended.status == 78
+    assert "/nowhere/at/all" in ended.err
+    assert "MoltBot is ready" not in ended.out
+
+
+async def test_a_port_in_use_is_named_with_a_command_that_works(home: Home) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        port = taken.getsockname()[1]
+        for flag in ("--port", "--grpc-port", "--metrics-port"):
+            flags = {"--port": "0", "--grpc-port": "0", "--metrics-port": "0", flag: str(port)}
+            ended = await home.run("start", *(word for pair in flags.items() for word in pair))
+            assert ended.status == 69
+            assert f"port {port} (" in ended.err
+            assert f"start {flag} " in ended.err

@@ -1,0 +1,253 @@
+"""`moltbot chat`: one question for scripts, and a conversation at a terminal."""
+
+import asyncio
+import fcntl
+import json
+import os
+import pty
+import signal
+import socket
+import stat
+import struct
+import termios
+from asyncio.subprocess import Process
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+from pathlib import Path
+
+import pytest
+import pytest_asyncio
+from cli_process import COMMAND, Home, Started
+
+RED = "\x1b[31m"
+
+
+@pytest_asyncio.fixture(scope="module", loop_scope="module")
+async def folder(tmp_path_factory: pytest.TempPathFactory) -> AsyncIterator[Path]:
+    """A home folder with a MoltBot that runs, for all tests of this file."""
+    home = Home(tmp_path_factory.mktemp("home"))
+    async with home.started():
+        yield home.folder
+
+
+@pytest.fixture
+def home(folder: Path) -> Home:
+    """The home with variables of one's own."""
+    return Home(folder)
+
+
+async def test_one_question_gets_the_answers_text_and_nothing_else(home: Home) -> None:
+    ended = await home.run("chat", "Hi there")
+    assert (ended.status, ended.out, ended.err) == (0, "You said: Hi there\n", "")
+
+
+async def test_the_text_may_come_from_a_pipe(home: Home) -> None:
+    assert (await home.run("chat", text="你好\n")).out == "You said: 你好\n"
+    assert (await home.run("chat", "-", text="Hi")).out == "You said: Hi\n"
+
+
+async def test_nothing_to_say_is_a_wrong_use(home: Home) -> None:
+    ended = await home.run("chat", text=" \n")
+    assert (ended.status, ended.out) == (2, "")
+    assert "there is nothing to say" in ended.err
+
+
+async def test_json_is_one_object_with_all_that_is_known(home: Home) -> None:
+    reply = (await home.run("chat", "--json", "--session", "plan", "Hi")).json
+    assert reply["text"] == "You said: Hi"
+    assert (reply["session"], reply["turn"]) == ("sessions/plan", "sessions/plan/turns/1")
+    assert (reply["model"], reply["finish_reason"]) == ("models/scripted", "stop")
+    assert reply["usage"]["output_tokens"] > 0
+    assert reply["timings"]["total_ms"] > 0
+    assert (await home.run("chat", "--json", "--session", "plan", "Hi")).json["timings"]["history_messages"] == 2
+
+
+async def test_events_are_json_lines_of_the_contracts_events(home: Home) -> None:
+    lines = [json.loads(line) for line in (await home.run("chat", "--events", "#3 pace=0.03")).out.splitlines()]
+    kinds = [next(key for key in line if key not in ("sequence", "create_time")) for line in lines]
+    assert (kinds[0], kinds[-1]) == ("accepted", "completed")
+    assert kinds.count("text_delta") == 3
+
+
+async def test_a_failure_ends_with_a_message_in_words_or_as_json(home: Home) -> None:
+    ended = await home.run("chat", "#5 fail=2")
+    assert (ended.status, ended.out) == (69, "one two\n")
+    assert ended.err.startswith("moltbot: ")
+    assert "(MODEL_UNAVAILABLE)" in ended.err
+    ended = await home.run("chat", "--json", "#5 fail=2")
+    assert (ended.status, ended.err) == (69, "")
+    assert (ended.json["error"]["reason"], ended.json["error"]["retryable"]) == ("MODEL_UNAVAILABLE", True)
+    ended = await home.run("chat", "--model", "nobody", "Hi")
+    assert ended.status == 1
+    assert "(MODEL_NOT_FOUND)" in ended.err
+
+
+async def test_a_key_that_the_core_does_not_know_is_not_allowed(home: Home) -> None:
+    home.variables["MOLTBOT_KEY"] = "mb_live_wrong"
+    ended = await home.run("chat", "Hi")
+    assert (ended.status, ended.out) == (77, "")
+
+
+async def test_an_address_may_be_given_or_come_from_the_environment(home: Home) -> None:
+    address = Started(home, None).told()["grpc"]  # type: ignore[arg-type]  # only what it tells is read
+    assert (await home.run("chat", "--address", address, "Hi")).out == "You said: Hi\n"
+    home.variables["MOLTBOT_ADDRESS"] = "127.0.0.1:1"
+    assert "nothing answers at 127.0.0.1:1" in (await home.run("chat", "Hi")).err
+
+
+async def test_ctrl_c_cancels_the_turn_and_keeps_what_was_said(home: Home) -> None:
+    process = await home.spawn("chat", "--session", "cut", "#1000 pace=0.02")
+    assert process.stdout is not None
+    first = await process.stdout.read(3)
+    process.send_signal(signal.SIGINT)
+    async with asyncio.timeout(10):
+        rest, err = await process.communicate()
+    assert process.returncode == 130
+    assert err == b""
+    assert (first + rest).startswith(b"one")
+    reply = (await home.run("chat", "--session", "cut", "--json", "Hi")).json
+    assert reply["timings"]["history_messages"] == 2  # the cut answer is part of the session
+
+
+async def test_a_second_ctrl_c_leaves_a_core_that_does_not_answer(home: Home) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        process = await home.spawn("chat", "--address", f"127.0.0.1:{server.getsockname()[1]}", "Hi")
+        async with asyncio.timeout(20):
+            # The first only looks whether somebody is there; the second is the channel, which gets no answer.
+            connections = [(await asyncio.to_thread(server.accept))[0] for _ in range(2)]
+            ended = asyncio.create_task(process.communicate())
+            while not ended.done():  # two signals at the same moment would count as one
+                process.send_signal(signal.SIGINT)
+                await asyncio.wait({ended}, timeout=0.3)
+        for connection in connections:
+            connection.close()
+        assert process.returncode == 130
+        assert (await ended)[1] == b""
+
+
+class Terminal:
+    """A terminal with a `moltbot chat` in it."""
+
+    def __init__(self, process: Process, descriptor: int) -> None:
+        self.process = process
+        self._descriptor = descriptor
+        self._arrived = asyncio.Event()
+        self.shown = ""
+        asyncio.get_running_loop().add_reader(descriptor, self._read)
+
+    def _read(self) -> None:
+        try:
+            self.shown += os.read(self._descriptor, 65536).decode("utf-8", "replace")
+        except OSError:  # Linux says that the other end is closed
+            self.close()
+        self._arrived.set()
+
+    async def until(self, text: str, *, after: int = 0) -> int:
+        """Wait for a text on the screen; return where it ends."""
+        async with asyncio.timeout(20):
+            while (found := self.shown.find(text, after)) < 0:
+                self._arrived.clear()
+                await self._arrived.wait()
+        return found + len(text)
+
+    def type(self, text: str) -> None:
+        """Type a text."""
+        os.write(self._descriptor, text.encode())
+
+    def close(self) -> None:
+        """Look no longer."""
+        asyncio.get_running_loop().remove_reader(self._descriptor)
+
+
+@asynccontextmanager
+async def terminal(home: Home, *arguments: str) -> AsyncIterator[Terminal]:
+    """Run `moltbot chat` at a terminal of 100 columns."""
+    ours, theirs = pty.openpty()
+    fcntl.ioctl(theirs, termios.TIOCSWINSZ, struct.pack("HHHH", 40, 100, 0, 0))
+    home.variables["TERM"] = "xterm"
+
+    def take() -> None:
+        os.setsid()
+        fcntl.ioctl(0, termios.TIOCSCTTY, 0)
+
+    process = await asyncio.create_subprocess_exec(
+        *(*COMMAND, "chat", *arguments),
+        cwd=home.folder,
+        env=home.environ,
+        stdin=theirs,
+        stdout=theirs,
+        stderr=theirs,
+        preexec_fn=take,
+    )
+    os.close(theirs)
+    screen = Terminal(process, ours)
+    try:
+        yield screen
+    finally:
+        if process.returncode is None:
+            process.kill()
+            await process.wait()
+        screen.close()
+        os.close(ours)
+
+
+async def test_a_conversation_streams_remembers_and_is_left_by_ctrl_d(home: Home) -> None:
+    async with terminal(home) as screen:
+        place = await screen.until("Ctrl-D leaves")
+        screen.type("Hello you\r")
+        place = await screen.until("You said: Hello you", after=place)
+        screen.type("/sessions\r")
+        place = await screen.until("Hello you", after=place + 20)
+        screen.type("/new\r")
+        place = await screen.until("A new conversation.", after=place)
+        screen.type("/sessions 1\r")
+        place = await screen.until("bot: You said: Hello you", after=place)
+        screen.type("/nonsense\r")
+        place = await screen.until("/nonsense is no command", after=place)
+        screen.type("//slash\r")
+        place = await screen.until("You said: /slash", after=place)
+        screen.type("/help\r")
+        place = await screen.until("/quit            leave", after=place)
+        await screen.until("You", after=place)  # before the prompt, Ctrl-D is no key yet
+        screen.type("\x04")
+        async with asyncio.timeout(10):
+            assert await screen.process.wait() == 0
+    history = home.workspace / "chat_history"
+    assert stat.S_IMODE(history.stat().st_mode) == 0o600
+    assert "Hello you" in history.read_text()
+
+
+async def test_ctrl_c_stops_an_answer_and_the_conversation_goes_on(home: Home) -> None:
+    async with terminal(home) as screen:
+        place = await screen.until("Ctrl-D leaves")
+        screen.type("#1000 pace=0.02\r")
+        place = await screen.until("one two", after=place)
+        screen.type("\x03")
+        place = await screen.until("[stopped]", after=place)
+        screen.type("Still there?\r")
+        place = await screen.until("You said: Still there?", after=place)
+        screen.type("/quit\r")
+        async with asyncio.timeout(10):
+            assert await screen.process.wait() == 0
+
+
+async def test_a_refusal_in_a_conversation_is_told_and_the_conversation_goes_on(home: Home) -> None:
+    async with terminal(home) as screen:
+        place = await screen.until("Ctrl-D leaves")
+        screen.type("#5 fail=2\r")
+        place = await screen.until("(MODEL_UNAVAILABLE)", after=place)
+        screen.type("/model nobody\r")
+        place = await screen.until("(MODEL_NOT_FOUND)", after=place)
+        screen.type("/model scripted\r")
+        place = await screen.until("From now on", after=place)
+        screen.type("Hi\r")
+        await screen.until("You said: Hi", after=place)
+
+
+async def test_an_answer_cannot_command_the_terminal_but_reaches_a_file_as_it_is(home: Home) -> None:
+    async with terminal(home, f"{RED}red") as screen:
+        await screen.until("[31mred")
+        async with asyncio.timeout(10):
+            await screen.process.wait()
+        assert RED not in screen.shown
+    assert (await home.run("chat", f"{RED}red")).out == f"You said: {RED}red\n"

@@ -1,0 +1,196 @@
+"""`moltbot start` with real processes: it serves, mends what crashes, and leaves nothing behind, however it ends."""
+
+import asyncio
+import http.client
+import re
+import signal
+import sys
+import time
+from collections.abc import AsyncIterator
+from pathlib import Path
+from urllib.parse import urlsplit
+
+import psutil
+import pytest
+from cli_process import ANY_PORTS, Home, Started, all_gone
+from moltbot_server.cli.children import Child, Plan
+
+
+@pytest.fixture
+def home(tmp_path: Path) -> Home:
+    """An empty home folder."""
+    return Home(tmp_path)
+
+
+@pytest.fixture
+async def started(home: Home) -> AsyncIterator[Started]:
+    """A MoltBot that is ready."""
+    async with home.started() as started:
+        yield started
+
+
+def get(url: str) -> tuple[int, str]:
+    """Return status and `Location` of a GET that follows nothing."""
+    parts = urlsplit(url)
+    connection = http.client.HTTPConnection(parts.hostname or "", parts.port, timeout=10)
+    try:
+        connection.request("GET", f"{parts.path}?{parts.query}")
+        answer = connection.getresponse()
+        return answer.status, answer.getheader("Location", "")
+    finally:
+        connection.close()
+
+
+async def test_the_ready_lines_lead_to_what_serves(started: Started) -> None:
+    links = re.findall(r"http://\S+", started.said)
+    login = next(link for link in links if "/login?code=" in link)
+    assert await asyncio.to_thread(get, login) == (303, "/")
+    status, location = await asyncio.to_thread(get, login)
+    assert (status, "error=link" in location) == (303, True)
+    for page in links:
+        if page.endswith(("/health", "/metrics")):
+            assert (await asyncio.to_thread(get, page))[0] == 200
+    again = (await started.home.run("link")).out.strip()
+    assert await asyncio.to_thread(get, again) == (303, "/")
+
+
+async def test_status_tells_what_runs_and_what_it_takes(started: Started) -> None:
+    ended = await started.home.run("status", "--json")
+    found = ended.json
+    assert (ended.status, found["healthy"], found["model"]) == (0, True, "scripted")
+    assert found["processes"].keys() == {"supervisor", "core", "http"}
+    pids = {process.pid for process in started.processes()}
+    assert {item["pid"] for item in found["processes"].values()} == pids
+    if sys.platform.startswith("linux"):
+        assert found["processes"]["supervisor"]["memory"] < 45e6
+    assert "serving" in (await started.home.run("status")).out
+
+
+@pytest.mark.parametrize("name", ["core", "http"])
+async def test_a_killed_process_comes_back_and_sessions_are_kept(started: Started, name: str) -> None:
+    home = started.home
+    assert (await home.run("chat", "--session", "plan", "one")).status == 0
+    killed = started.told()["processes"][name]
+    psutil.Process(killed).send_signal(signal.SIGKILL)
+    assert "was killed by SIGKILL" in await started.line("a process ended and is started again")
+    await started.line("a process was started again")
+    await started.line("the core serves" if name == "core" else "listening")
+    assert started.told()["processes"][name] != killed
+    reply = (await home.run("chat", "--session", "plan", "--json", "two")).json
+    assert (reply["text"], reply["timings"]["history_messages"]) == ("You said: two", 2)
+    assert (await home.run("status")).status == 0
+
+
+async def test_a_second_start_in_the_workspace_is_refused(started: Started) -> None:
+    ended = await started.home.run("start", *ANY_PORTS)
+    assert ended.status == 69
+    assert "runs in ~/.moltbot already" in ended.err
+    assert (await started.home.run("status")).status == 0
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+async def test_the_first_signal_lets_answers_end_and_leaves_no_process(started: Started, number: int) -> None:
+    processes = started.processes()
+    chat = await started.home.spawn("chat", "--events", "#50 pace=0.02")
+    assert chat.stdout is not None
+    await chat.stdout.readline()  # accepted: the turn is under way
+    started.process.send_signal(number)
+    assert "Ctrl-C again leaves at once" in await started.line("Stopping")
+    out, _ = await chat.communicate()
+    assert chat.returncode == 0
+    assert "completed" in out.decode().splitlines()[-1]
+    assert await started.rest() == 0
+    assert await all_gone(processes)
+    assert not (started.home.workspace / "run" / "start.json").exists()
+
+
+async def test_the_second_signal_leaves_at_once(started: Started) -> None:
+    processes = started.processes()
+    chat = await started.home.spawn("chat", "--events", "#1000 pace=0.1")
+    assert chat.stdout is not None
+    await chat.stdout.readline()
+    started.process.send_signal(signal.SIGINT)
+    await started.line("Stopping")
+    began = time.monotonic()
+    started.process.send_signal(signal.SIGINT)
+    assert await started.rest() == 130
+    assert time.monotonic() - began < 3
+    assert await all_gone(processes)
+    chat.kill()
+    await chat.communicate()
+
+
+async def test_the_children_leave_when_the_supervisor_is_killed(started: Started) -> None:
+    processes = started.processes()
+    started.process.kill()
+    assert await all_gone(processes)
+    assert (await started.home.run("status")).status == 69  # what it told others is not believed any more
+
+
+async def test_the_first_question_is_asked_and_its_times_are_told(home: Home) -> None:
+    async with home.started("--first-question", "Are you there?") as started:
+        await started.line("You      Are you there?")
+        await started.line("MoltBot  You said: Are you there?")
+        times = await started.line("to the first word")
+    first, total = (float(number) for number in re.findall(r"([\d.]+) s", times))
+    assert 0 < first <= total
+
+
+async def test_reload_starts_everything_again_when_the_configuration_changes(home: Home) -> None:
+    async with home.started("--reload") as started:
+        before = started.told()["processes"]
+        (home.workspace / "moltbot.yaml").write_text("context_length: 4096\n")
+        await started.line("a file has changed")
+        await started.line("the core serves")
+        after = started.told()["processes"]
+        assert not set(before.values()) & set(after.values())
+        assert (await home.run("chat", "Hi")).out == "You said: Hi\n"
+        (home.workspace / "moltbot.yaml").write_text("prot: 1\n")
+        assert "did you mean `port`?" in await started.line("nothing is started again")
+        assert started.told()["processes"] == after
+
+
+def test_each_crash_doubles_the_pause_up_to_half_a_minute_and_a_healthy_minute_resets_it() -> None:
+    child = Child(plan=Plan(name="core", module="moltbot_server.no_such_module", arguments=()))
+    pauses = []
+    for lived in [1.0] * 7 + [60.0]:
+        child.start(now=100.0)
+        assert child.process is not None
+        child.process.wait()
+        assert child.ended(now=100.0 + lived) == 1
+        assert child.due is not None
+        pauses.append(child.due - 100.0 - lived)
+    assert pauses == [1, 2, 4, 8, 16, 30, 30, 1]
+
+
+async def test_several_workers_share_the_http_port(home: Home) -> None:
+    home.variables["WORKERS"] = "2"
+    async with home.started() as started:
+        while started.said.count("listening") < 2:
+            await started.line("listening")
+        told = started.told()
+        assert told["processes"].keys() == {"core", "http-1", "http-2"}
+        listening = {
+            process.pid
+            for process in started.processes()
+            for connection in process.net_connections()
+            if connection.status == psutil.CONN_LISTEN and connection.laddr.port == urlsplit(told["http"]).port
+        }
+        assert listening == {told["processes"]["http-1"], told["processes"]["http-2"]}
+
+
+async def test_a_process_tied_by_its_input_leaves_when_that_ends(home: Home) -> None:
+    await home.run("init")
+    process = await asyncio.create_subprocess_exec(
+        *(sys.executable, "-m", "moltbot_server.cli.tied", "moltbot_server", "--grpc-port", "0", "--metrics-port", "0"),
+        cwd=home.folder,
+        env=home.environ,
+        stdin=asyncio.subprocess.PIPE,
+        stdout=asyncio.subprocess.PIPE,
+    )
+    assert process.stdin is not None
+    assert process.stdout is not None
+    async with asyncio.timeout(20):
+        assert b'"ready": true' in await process.stdout.readline()
+        process.stdin.close()
+        assert await process.wait() == 0
