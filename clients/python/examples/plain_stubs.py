@@ -3,6 +3,7 @@
 This is what a client in any language does: a channel, the key as metadata, one call, a loop over its events.
 """
 
+import os
 import sys
 import uuid
 from pathlib import Path
@@ -11,10 +12,11 @@ import grpc
 from moltbot.v1 import chat_pb2, chat_pb2_grpc, message_pb2
 
 question = " ".join(sys.argv[1:]) or "What can you do?"
+address = os.environ.get("MOLTBOT_ADDRESS", "127.0.0.1:50051")
 key = (Path.home() / ".moltbot" / "key").read_text().strip()
 turn = chat_pb2.TurnInput(parts=[message_pb2.Part(text=question)], request_id=str(uuid.uuid4()))
 
-with grpc.insecure_channel("127.0.0.1:50051") as channel:
+with grpc.insecure_channel(address) as channel:
     chat = chat_pb2_grpc.ChatServiceStub(channel)
     for answer in chat.StreamTurn(
         chat_pb2.StreamTurnRequest(turn=turn), metadata=(("authorization", f"Bearer {key}"),)

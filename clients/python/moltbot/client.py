@@ -14,7 +14,7 @@ from typing import Any, Protocol, Self, TypeVar
 import grpc
 
 from moltbot.channel import open_channel
-from moltbot.credentials import find_key
+from moltbot.credentials import find_address, find_key
 from moltbot.errors import MoltBotClientError, from_status
 from moltbot.v1 import chat_pb2, chat_pb2_grpc, message_pb2, model_pb2, model_pb2_grpc, session_pb2, session_pb2_grpc
 
@@ -60,20 +60,21 @@ _AnyPage = TypeVar("_AnyPage", bound=_Page)
 class MoltBot:
     """A connection to a core, as an asynchronous context.
 
-    Without `key`, the variable `MOLTBOT_KEY` or the key file of this user's workspace is used. `credentials` turns on
-    TLS, as in `grpc.ssl_channel_credentials()`. Every call raises `MoltBotClientError` and nothing else when the core
-    or the way to it fails. `within` is the seconds that a call may take to its end; None waits as long as it takes.
+    Without `address`, the variable `MOLTBOT_ADDRESS` or 127.0.0.1:50051 is used; without `key`, the variable
+    `MOLTBOT_KEY` or the key file of this user's workspace. `credentials` turns on TLS, as in
+    `grpc.ssl_channel_credentials()`. Every call raises `MoltBotClientError` and nothing else when the core or the way to
+    it fails. `within` is the seconds that a call may take to its end; None waits as long as it takes.
     """
 
     def __init__(
         self,
-        address: str = "127.0.0.1:50051",
+        address: str | None = None,
         key: str | None = None,
         *,
         credentials: grpc.ChannelCredentials | None = None,
     ) -> None:
         self._metadata = (("authorization", f"Bearer {key or find_key()}"),)
-        self._channel = open_channel(address, credentials)
+        self._channel = open_channel(address or find_address(), credentials)
         self._chat = chat_pb2_grpc.ChatServiceStub(self._channel)
         self._sessions = session_pb2_grpc.SessionServiceStub(self._channel)
         self._models = model_pb2_grpc.ModelServiceStub(self._channel)

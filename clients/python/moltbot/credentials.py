@@ -1,4 +1,4 @@
-"""Where a client finds its key when it is given none."""
+"""Where a client finds the core and its key when it is told neither."""
 
 from __future__ import annotations
 
@@ -8,6 +8,11 @@ from pathlib import Path
 import grpc
 
 from moltbot.errors import MoltBotClientError
+
+
+def find_address() -> str:
+    """Return the address of the variable `MOLTBOT_ADDRESS`, or else the one that `moltbot start` takes by default."""
+    return os.environ.get("MOLTBOT_ADDRESS", "").strip() or "127.0.0.1:50051"
 
 
 def find_key() -> str:

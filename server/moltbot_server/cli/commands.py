@@ -33,7 +33,7 @@ def run(arguments: Sequence[str] | None = None) -> None:
     if words[:1] == ["bench"]:
         # It has options of its own, and what it loads is of no use to the other commands.
         measuring = importlib.import_module("moltbot_server.cli.bench")
-        sys.exit(measuring.app(args=words[1:], prog_name="moltbot bench"))
+        sys.exit(measuring.main(words[1:]))
     try:
         given = _parser().parse_args(words or ["--help"])
         sys.exit(given.run(given))
