@@ -33,6 +33,7 @@ class LiveTurn:
     """A turn under way. Belongs to the event loop's thread."""
 
     __slots__ = (
+        "_again",
         "_coalescer",
         "_followers",
         "_stored",
@@ -76,7 +77,7 @@ class LiveTurn:
         self.task: asyncio.Task[None] | None = None
         self.duplicate_of: StoredTurn | None = None
         self.refusal: MoltBotError | None = None
-        self._stored = False
+        self._stored = self._again = False
         self._followers = 0
         self._waiters: list[asyncio.Future[None]] = []
         self._coalescer = _Coalescer(self, interval)
@@ -110,10 +111,15 @@ class LiveTurn:
         self.events.append(last)
         self._wake()
 
-    def stored(self, refusal: MoltBotError | None = None, duplicate_of: StoredTurn | None = None) -> None:
-        """Let followers go on: the turn is on the disk, or was refused, or another turn stands in its place."""
+    def stored(
+        self, *, refusal: MoltBotError | None = None, duplicate_of: StoredTurn | None = None, again: bool = False
+    ) -> None:
+        """Let followers go on: the turn is on the disk, or was refused, or another turn stands in its place.
+
+        `again` tells that it was stored at the second try, in the place of a turn that had failed.
+        """
         self.refusal, self.duplicate_of = refusal, duplicate_of
-        self._stored = True
+        self._stored, self._again = True, again
         self._wake()
 
     @property
@@ -121,10 +127,11 @@ class LiveTurn:
         """True when the store has answered."""
         return self._stored
 
-    async def wait_stored(self) -> None:
-        """Wait for the store's answer."""
+    async def wait_stored(self) -> bool:
+        """Wait for the store's answer; return True when the turn was stored at the second try."""
         while not self._stored:
             await self._wait()
+        return self._again
 
     async def follow(self, after: int = 0) -> AsyncGenerator[list[Event], None]:
         """Yield the events after a sequence number in lists: those there are, then those that come."""

@@ -113,8 +113,8 @@ class TurnPipeline:
     ) -> LiveTurn:
         engine = self._catalog.get(turn.model)
         engine.check(turn.options)
-        question = Message(role=Role.USER, parts=turn.parts)
-        for message in (*(turn.transcript or ()), question):
+        check_content(Message(role=Role.USER, parts=turn.parts), engine.capabilities)
+        for message in turn.transcript or ():
             check_content(message, engine.capabilities)
         session = await self._session(principal, turn)
         key = TurnKey(session=session.key, ordinal=session.claim())
@@ -175,7 +175,7 @@ class TurnPipeline:
             live.stored(refusal=error if isinstance(error, MoltBotError) else NotServing("the core is leaving"))
         elif (earlier := written.result()) is None:
             session.exists = True
-            live.stored()
+            live.stored(again=again)
             return
         elif earlier.retryable and earlier.digest == live.digest and not again:
             self._accept(live, session, again=True)
@@ -208,12 +208,16 @@ class TurnPipeline:
         """Carry a turn to its end: answer it, store how it ended, then tell."""
         answer = _Answer()
         try:
-            async with session.turn(live):
-                ending = await self._attempt(live, session, engine, answer)
-                await self._finish(live, session, engine, answer, ending)
+            await session.enter(live)
         except asyncio.CancelledError:
             # It was told to stop while it waited for its session.
             await self._finish(live, session, engine, answer, self._stopped(live, answer))
+            return
+        try:
+            ending = await self._attempt(live, session, engine, answer)
+            await self._finish(live, session, engine, answer, ending)
+        finally:
+            session.leave()
 
     async def _attempt(
         self, live: LiveTurn, session: OpenSession[ContextWindow], engine: Engine, answer: _Answer
@@ -301,7 +305,9 @@ class TurnPipeline:
     async def _stored(self, live: LiveTurn, row: EndedTurn) -> MoltBotError | None:
         """Wait until a turn and its end are on the disk; both may go there together."""
         written = self._store.finish(row)
-        await live.wait_stored()
+        if await live.wait_stored():
+            # The first row gave way to an earlier turn's, and its end with it.
+            written = self._store.finish(row)
         try:
             await written
         except MoltBotError as error:

@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import asyncio
 from collections import OrderedDict, deque
-from collections.abc import AsyncGenerator, Callable, Iterable
-from contextlib import asynccontextmanager
+from collections.abc import Callable, Iterable
 from typing import Generic, Protocol, TypeVar
 
 from moltbot_server.errors import SessionBusy, SessionNotFound
@@ -51,32 +50,15 @@ class OpenSession(Generic[H]):
         """Give a claim back: its turn has ended."""
         self.claims -= 1
 
-    @asynccontextmanager
-    async def turn(self, live: LiveTurn) -> AsyncGenerator[None, None]:
-        """Hold the session for a turn; those that came before go first, and the turn is told its position."""
+    async def enter(self, live: LiveTurn) -> None:
+        """Wait until the session is this turn's; those that came before go first, and the turn is told its position."""
         if self.running is None and not self.waiting:
             self.running = live
         else:
             await self._queue(live)
-        try:
-            yield
-        finally:
-            self._next()
 
-    async def _queue(self, live: LiveTurn) -> None:
-        place: asyncio.Future[None] = asyncio.get_running_loop().create_future()
-        self.waiting.append((live, place))
-        live.record(Queued(position=len(self.waiting)))
-        try:
-            await place
-        except asyncio.CancelledError:
-            if place.done() and not place.cancelled():
-                self._next()
-            else:
-                self.waiting.remove((live, place))
-            raise
-
-    def _next(self) -> None:
+    def leave(self) -> None:
+        """Give the session to the turn that waits longest, and tell the others how far they have come."""
         self.running = None
         while self.waiting:
             live, place = self.waiting.popleft()
@@ -86,6 +68,19 @@ class OpenSession(Generic[H]):
                 break
         for position, (waiting, _) in enumerate(self.waiting, start=1):
             waiting.record(Queued(position=position))
+
+    async def _queue(self, live: LiveTurn) -> None:
+        place: asyncio.Future[None] = asyncio.get_running_loop().create_future()
+        self.waiting.append((live, place))
+        live.record(Queued(position=len(self.waiting)))
+        try:
+            await place
+        except asyncio.CancelledError:
+            if place.done() and not place.cancelled():
+                self.leave()
+            else:
+                self.waiting.remove((live, place))
+            raise
 
 
 class Sessions(Generic[H]):

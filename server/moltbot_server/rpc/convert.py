@@ -74,7 +74,7 @@ class Reader:
             InvalidField: a field is missing or wrong.
         """
         return TurnInput(
-            session=names.read_session("", spec.session, "turn.session").session if spec.session else "",
+            session=names.read_segment("sessions/", spec.session, "turn.session"),
             parts=self.parts(spec.parts, "turn.parts"),
             request_id=spec.request_id,
             model=names.read_model(spec.model, "turn.model") if spec.model else "",

@@ -93,6 +93,10 @@ class Guard:
                 # The peer left or the server stops; swallowing this leaks the call's buffers in grpcio.
                 calls.add(short, "CANCELLED")
                 raise
+            except aio.InternalError as error:
+                # The peer left while a write was under way; grpcio says so in this way.
+                calls.add(short, "CANCELLED")
+                raise asyncio.CancelledError from error
             except MoltBotError as error:
                 errors.add(error.reason)
                 await self._refuse(short, context, error)

@@ -44,6 +44,19 @@ def read_session(workspace: str, name: str, field: str) -> SessionKey:
     return SessionKey(workspace=workspace, session=found[1])
 
 
+def read_segment(prefix: str, name: str, field: str) -> str:
+    """Return what follows the prefix of a name, for somebody else to check; empty stays empty.
+
+    Raises:
+        InvalidField: it does not begin with the prefix, or nothing follows.
+    """
+    if not name:
+        return ""
+    if not name.startswith(prefix) or len(name) == len(prefix):
+        raise InvalidField(field, f"use `{prefix}` and 1 to 128 characters of A-Z a-z 0-9 . _ ~ -")
+    return name[len(prefix) :]
+
+
 def read_turn(workspace: str, name: str, field: str) -> TurnKey:
     """Return the key of a turn's name.
 

@@ -9,7 +9,7 @@ from typing import Any
 import grpc
 from grpc import aio
 from grpc_health.v1 import health, health_pb2, health_pb2_grpc
-from grpc_reflection.v1alpha import reflection
+from grpc_reflection.v1alpha import reflection_pb2_grpc
 from moltbot.v1 import (
     chat_pb2,
     chat_pb2_grpc,
@@ -36,6 +36,7 @@ from moltbot_server.rpc.inference import InferenceService
 from moltbot_server.rpc.interceptors import Guard, GuardedServer
 from moltbot_server.rpc.model import ModelService
 from moltbot_server.rpc.plugin import PluginService
+from moltbot_server.rpc.reflection import SERVICE_NAME, ReflectionService
 from moltbot_server.rpc.session import SessionService
 from moltbot_server.sessions import Sessions
 from moltbot_server.store import Store
@@ -94,8 +95,8 @@ class GrpcServer:
         health_pb2_grpc.add_HealthServicer_to_server(self._health, guarded)
         if is_loopback(self._host):
             # Who can reach the port learns the contract: fine on one's own machine, not beyond it.
-            names = (*SERVICES, health.SERVICE_NAME, reflection.SERVICE_NAME)
-            reflection.enable_server_reflection(names, guarded)
+            names = (*SERVICES, health.SERVICE_NAME, SERVICE_NAME)
+            reflection_pb2_grpc.add_ServerReflectionServicer_to_server(ReflectionService(names), guarded)
         self.methods = tuple(guarded.methods)
 
     async def start(self) -> None:
