@@ -111,6 +111,7 @@ class ScriptedSite:
         self.refusals: list[web.Response | None] = []  # for the next starts of a turn; None breaks the line
         self.down = False
         self.slow_accept = False  # a turn says that it is accepted only when the gate "accept" is set
+        self.overlap = 0  # events that a resumed stream tells again
         self.shred = 0  # bytes per write, to cut frames and characters in the middle
         self.gates: dict[str, asyncio.Event] = {}
         self.origin = ""
@@ -333,7 +334,7 @@ class ScriptedSite:
         if turn is None:
             return error(404, "No such turn.", "not_found")
         after = request.query.get("after") or request.headers.get("Last-Event-ID") or 0
-        return await self._stream(request, turn, int(after))
+        return await self._stream(request, turn, max(0, int(after) - self.overlap))
 
     async def _stream(self, request: web.Request, turn: ScriptedTurn, after: int) -> web.StreamResponse:
         response = web.StreamResponse(headers={"Content-Type": "text/event-stream", "Cache-Control": "no-store"})

@@ -101,11 +101,15 @@ async def test_a_reload_before_the_turn_is_accepted_sends_the_same_request_again
         assert len(site.started()) == 2
 
 
-async def test_a_connection_that_breaks_again_and_again_leaves_no_gap_and_no_repeat(browser: Browser) -> None:
+@pytest.mark.parametrize("overlap", [0, 3])
+async def test_a_connection_that_breaks_again_and_again_leaves_no_gap_and_no_repeat(
+    browser: Browser, overlap: int
+) -> None:
     steps: list[Say | Cut] = []
     for start in range(0, len(LONG), 400):
         steps += [Say(text=LONG[start : start + 400], chunk=7, pace=0.002), Cut()]
     async with ScriptedSite(lambda _: steps) as site, visiting(browser, site.origin, "/#/new") as visit:
+        site.overlap = overlap
         await ask(visit, "go")
         await visit.page.wait_for_selector(".answer:last-child:not([aria-busy])", state="attached", timeout=40_000)
         assert await answered(visit) == LONG

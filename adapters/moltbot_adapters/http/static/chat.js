@@ -151,14 +151,21 @@ export class Chat {
     const busy = code === "RESOURCE_EXHAUSTED" && wait;
     view.fail({
       key: busy ? "error.busy" : (WORDS[code] ?? "error.other"), vars: busy ? { time: duration(wait) } : {},
-      detail: message || reason || code, onAction: retryable && start.text ? () => this.#again(start.text) : null,
+      detail: message || reason || code,
+      onAction: retryable && start.text ? () => this.#again(view, start, reason) : null,
     });
   }
 
-  /** The turn itself failed: trying again is a new turn with the same words. */
-  #again(text) {
+  /** The turn itself failed: trying again is a new turn with the same words, or the same turn when a stop of the core cut it off. */
+  #again(view, start, reason) {
     if (this.follower) return;
-    this.send(text);
+    if (reason !== "TURN_INTERRUPTED" || !start.request) {
+      this.send(start.text);
+      return;
+    }
+    view.node.remove();
+    store.pending = start.request;
+    this.#follow(start);
   }
 
   /** No end was heard. Not accepted: the same request id goes out again. Accepted: its events are picked up where they stopped. */
