@@ -1,0 +1,102 @@
+"""Training conversations: one to many turns in which a later question may lean on an earlier answer."""
+
+from __future__ import annotations
+
+import random
+from dataclasses import dataclass
+
+from moltbot_server.demo_model import grammar, noise, strangers, topics
+from moltbot_server.demo_model.topics import Language
+
+SWITCHES = {"in_en": "en", "in_zh": "zh"}
+"""Follow-ups that ask for the previous answer in a language."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Turn:
+    """What a user says and the topic and language that answer it."""
+
+    text: str
+    topic: str
+    language: Language
+
+
+def follow(knowledge: topics.Knowledge, kind: str, language: Language, before: Turn | None) -> tuple[str, Language]:
+    """Resolves a follow-up said in `language` after the turn `before`: the topic and the language of its answer."""
+    if kind in SWITCHES:
+        target: Language = "en" if kind == "in_en" else "zh"
+        return (before.topic, target) if before else ("languages", target)
+    if kind == "repeat":
+        return (before.topic, before.language) if before else ("no_context", language)
+    return knowledge.lead(kind, before.topic if before else None), language
+
+
+class Speaker:
+    """Draws conversations from the training half of the material, reproducibly for a given generator."""
+
+    def __init__(self, knowledge: topics.Knowledge, rng: random.Random) -> None:
+        self._knowledge = knowledge
+        self._rng = rng
+        self._asked = [t for t in knowledge.topics.values() if t.sides["en"].ask]
+        self._kinds = list(knowledge.follow_ups.values())
+        self._families: dict[str, list[topics.Topic]] = {}
+        for topic in knowledge.topics.values():
+            if topic.family:
+                self._families.setdefault(topic.family, []).append(topic)
+
+    def conversation(self, turns: int, fluent: bool = False) -> list[Turn]:
+        """Draws that many turns; `fluent` leaves out typing noise."""
+        language: Language = self._rng.choice(topics.LANGUAGES)
+        result: list[Turn] = []
+        for _ in range(turns):
+            if self._rng.random() < 0.15:
+                language = "zh" if language == "en" else "en"
+            before = result[-1] if result else None
+            leaning = self._rng.random() < (0.5 if before else 0.06)
+            turn = self._leaning(language, before) if leaning else self._opening(language, bool(before))
+            text = turn.text if fluent else noise.roughen(turn.text, language, self._rng)
+            result.append(Turn(text=text or turn.text, topic=turn.topic, language=turn.language))
+        return result
+
+    def rules(self) -> str:
+        """Draws a system prompt of the sort that callers send; the model must not be thrown off by it."""
+        words = topics.common_words(self._rng.choice(topics.LANGUAGES))
+        return " ".join(self._rng.choice(words["rules"]) for _ in range(self._rng.randint(1, 3)))
+
+    def _opening(self, language: Language, later: bool) -> Turn:
+        draw = self._rng.random()
+        if draw < 0.3:
+            stranger = strangers.draw(language, self._rng)
+            return Turn(text=stranger.text, topic=stranger.topic, language=language)
+        if draw < 0.33:
+            return Turn(text=strangers.mash(self._rng), topic="unclear", language="en" if self._rng.random() < 0.5 else "zh")
+        pool = self._asked
+        if later or draw < 0.5:
+            draw = self._rng.random()
+            if draw < 0.4:  # openings that a follow-up can lean on are met more often
+                pool = [t for t in self._asked if t.follow] if draw < 0.2 else [t for t in self._asked if t.family]
+        topic = self._rng.choice(pool)
+        return Turn(
+            text=grammar.draw(self._rng.choice(topic.sides[language].ask), self._rng), topic=topic.id, language=language
+        )
+
+    def _leaning(self, language: Language, before: Turn | None) -> Turn:
+        family = self._knowledge.topics[before.topic].family if before else ""
+        if self._rng.random() < (0.6 if family else 0.15):
+            return self._sibling(language, before, family)
+        lead = self._knowledge.topics[before.topic].follow if before else {}
+        kinds = self._kinds
+        if lead and self._rng.random() < 0.6:
+            kinds = [kind for kind in self._kinds if kind.id in lead]
+        kind = self._rng.choice(kinds)
+        text = grammar.draw(self._rng.choice(kind.sides[language].ask), self._rng)
+        topic, answer_language = follow(self._knowledge, kind.id, language, before)
+        return Turn(text=text, topic=topic, language=answer_language)
+
+    def _sibling(self, language: Language, before: Turn | None, family: str) -> Turn:
+        names = [t.member for t in self._families[family]] if family and self._rng.random() < 0.8 else None
+        member = self._rng.choice(names or list(self._knowledge.members))
+        name = self._rng.choice(self._knowledge.members[member].names[language])
+        frame = self._rng.choice(topics.common_words(language)["sibling"])
+        topic = self._knowledge.sibling(member, before.topic if before else None)
+        return Turn(text=frame.replace("X", name), topic=topic, language=language)

@@ -1,0 +1,82 @@
+"""Writes the trained weights as a CTranslate2 folder, int8, with its tokenizer and description."""
+
+from __future__ import annotations
+
+import shutil
+from pathlib import Path
+
+import numpy as np
+import yaml
+from ctranslate2.specs import common_spec, transformer_spec
+
+from moltbot_server.demo_model.network import EPSILON, Params, Shape
+from moltbot_server.demo_model.tokenizer import BOT, END, SYSTEM, USER, Tokenizer
+
+CONTEXT_LENGTH = 1024
+
+
+def description(shape: Shape) -> dict[str, object]:
+    """Describes the model to the core: family, context, chat template, and where it comes from."""
+    return {
+        "family": "moltbot-demo",
+        "name": "MoltBot built-in model",
+        "context_length": CONTEXT_LENGTH,
+        "languages": ["en", "zh"],
+        "chat_template": {
+            "bos": "<s>",
+            "system": {"prefix": SYSTEM, "suffix": ""},
+            "user": {"prefix": USER, "suffix": ""},
+            "assistant": {"prefix": BOT, "suffix": END},
+            "stop": [END],
+        },
+        "architecture": (
+            f"Llama-shaped decoder, {shape.layers} layers, width {shape.width}, {shape.heads} heads, "
+            f"vocabulary {shape.vocabulary}, tied embeddings, int8"
+        ),
+        "licence": "Apache-2.0",
+        "provenance": (
+            "Trained from scratch by `python -m moltbot_server.demo_model.train` on the questions and answers in "
+            "moltbot_server/demo_model/data, all written for MoltBot; no other text, model or service went into it."
+        ),
+    }
+
+
+def export(params: Params, shape: Shape, tokenizer: Path, folder: Path) -> None:
+    """Replaces `folder` by model.bin, config.json, vocabulary.json, tokenizer.model and moltbot.yaml."""
+    spec = transformer_spec.TransformerDecoderModelSpec.from_config(
+        shape.layers,
+        shape.heads,
+        activation=common_spec.Activation.SWISH,
+        pre_norm=True,
+        ffn_glu=True,
+        rms_norm=True,
+        rotary_dim=0,
+        rotary_interleave=False,
+    )
+
+    decoder = spec.decoder
+    decoder.scale_embeddings = False
+    decoder.embeddings.weight = np.array(params["embed"], dtype=np.float32)
+    decoder.projection.weight = np.array(params["embed"], dtype=np.float32)  # equal arrays are stored once
+    decoder.layer_norm.gamma = np.array(params["norm"])
+    for index, layer in enumerate(decoder.layer):
+        weights = {name: np.array(value) for name, value in params[f"layer{index}"].items()}
+        layer.self_attention.layer_norm.gamma = weights["attend_norm"]
+        layer.self_attention.linear[0].weight = weights["qkv"]
+        layer.self_attention.linear[1].weight = weights["out"]
+        layer.ffn.layer_norm.gamma = weights["feed_norm"]
+        layer.ffn.linear_0.weight = weights["gate"]
+        layer.ffn.linear_0_noact.weight = weights["up"]
+        layer.ffn.linear_1.weight = weights["down"]
+
+    spec.register_vocabulary(Tokenizer(tokenizer).vocabulary())
+    spec.config.bos_token, spec.config.eos_token, spec.config.unk_token = "<s>", END, "<unk>"
+    spec.config.layer_norm_epsilon = EPSILON
+    spec.validate()
+    spec.optimize(quantization="int8")
+    folder.mkdir(parents=True, exist_ok=True)
+    spec.save(str(folder))
+    if tokenizer.resolve() != (folder / "tokenizer.model").resolve():
+        shutil.copyfile(tokenizer, folder / "tokenizer.model")
+    text = yaml.safe_dump(description(shape), sort_keys=False, allow_unicode=True, width=120)
+    (folder / "moltbot.yaml").write_text(text, encoding="utf-8")

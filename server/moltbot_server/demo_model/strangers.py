@@ -1,0 +1,75 @@
+"""Questions that the model must not pretend to answer, drawn from templates and word lists.
+
+Training and test use different templates and different words, so the held-out refusal rate is measured on text that is
+new in both.
+"""
+
+from __future__ import annotations
+
+import random
+from dataclasses import dataclass
+from functools import cache
+from typing import Literal
+
+from moltbot_server.demo_model import grammar, topics
+
+Split = Literal["train", "test"]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Stranger:
+    """A question outside the model's knowledge and the refusal that suits it best."""
+
+    text: str
+    topic: str
+    language: topics.Language
+
+
+@cache
+def _templates(language: topics.Language, split: Split) -> tuple[tuple[str, tuple[grammar.Sequence, ...]], ...]:
+    content = topics.read(f"strangers_{language}.yaml")
+    words = {name: tuple(lists[split].replace("\n", " ").split("|")) for name, lists in content["words"].items()}
+    words = {name: tuple(word.strip() for word in alternatives) for name, alternatives in words.items()}
+    return tuple(
+        (topic, tuple(grammar.parse(line.strip(), words) for line in lists[split].splitlines() if line.strip()))
+        for topic, lists in content["templates"].items()
+    )
+
+
+def draw(language: topics.Language, rng: random.Random) -> Stranger:
+    """Makes one training question; kinds are weighted by the root of their number of templates."""
+    kinds = _templates(language, "train")
+    topic, templates = rng.choices(kinds, weights=[len(lines) ** 0.5 for _, lines in kinds])[0]
+    return Stranger(text=grammar.draw(rng.choice(templates), rng), topic=topic, language=language)
+
+
+def mash(rng: random.Random) -> str:
+    """Makes keyboard mash, digits, punctuation, emoji or a mixture: text that means nothing."""
+    emoji = "😀😂🤣😊😍🤔👍🙏🎉🔥💡🚀🐱🐶🍕⚽❤️✨😭😡"
+    kind = rng.randrange(7)
+    if kind == 0:
+        return "".join(rng.choices("asdfghjklqwertyuiopzxcvbnm", k=rng.randint(5, 24)))
+    if kind == 1:
+        return "".join(rng.choices("0123456789", k=rng.randint(2, 16)))
+    if kind == 2:
+        return "".join(rng.choices("?!.,;:-_#@$%^&*()[]{}<>/\\|~`'\"。，？！", k=rng.randint(1, 12)))
+    if kind == 3:
+        return "".join(rng.choices(emoji, k=rng.randint(1, 6)))
+    if kind == 4:
+        return "".join(chr(rng.choice((rng.randint(0x21, 0x2FF), rng.randint(0x400, 0x6FF)))) for _ in range(rng.randint(4, 40)))
+    if kind == 5:
+        return "".join(chr(rng.randint(0x4E00, 0x9FA5)) for _ in range(rng.randint(3, 14)))
+    letters = "abcdefghijklmnopqrstuvwxyzABCDEFGHIJKLMNOPQRSTUVWXYZ0123456789"
+    return " ".join("".join(rng.choices(letters, k=rng.randint(2, 9))) for _ in range(rng.randint(2, 12)))
+
+
+def held_out(language: topics.Language, seed: int = 7, per_template: int = 2) -> tuple[Stranger, ...]:
+    """Makes the fixed test questions of a language: up to `per_template` distinct ones from every held-out template."""
+    rng = random.Random(seed)
+    found: dict[str, Stranger] = {}
+    for topic, templates in _templates(language, "test"):
+        for template in templates:
+            for _ in range(per_template):
+                text = grammar.draw(template, rng)
+                found.setdefault(text, Stranger(text=text, topic=topic, language=language))
+    return tuple(found.values())
