@@ -120,6 +120,17 @@ async def test_the_second_signal_leaves_at_once(started: Started) -> None:
     await chat.communicate()
 
 
+async def test_a_process_that_does_not_leave_is_killed_after_its_time(home: Home) -> None:
+    home.variables["MOLTBOT_DRAIN_GRACE"] = "10ms"
+    async with home.started() as started:
+        processes = started.processes()
+        psutil.Process(started.told()["processes"]["core"]).suspend()
+        started.process.send_signal(signal.SIGTERM)
+        assert "child=core" in await started.line("did not leave in time and is killed")
+        assert await started.rest() == 0
+        assert await all_gone(processes)
+
+
 async def test_the_children_leave_when_the_supervisor_is_killed(started: Started) -> None:
     processes = started.processes()
     started.process.kill()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import fcntl
 import json
 import os
@@ -98,7 +99,7 @@ def take_port(host: str, port: int, flag: str, what: str) -> int:
         except OverflowError:
             raise Failure(f"{port} is not a port: choose one from 1 to 65535.", Exit.CONFIG) from None
         except OSError as error:
-            if error.errno not in (98, 48):  # EADDRINUSE on Linux, on macOS
+            if error.errno != errno.EADDRINUSE:
                 raise Failure(f"cannot listen on {host} for {what}: {error.strerror}.", Exit.CONFIG) from None
             raise Failure(
                 f"port {port} ({what}) is in use by another program. Choose another one: "
