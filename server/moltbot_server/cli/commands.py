@@ -7,7 +7,6 @@ the frameworks that were tried cost 500 ms and 30 MB.
 from __future__ import annotations
 
 import argparse
-import importlib
 import json
 import os
 import platform
@@ -32,8 +31,7 @@ def run(arguments: Sequence[str] | None = None) -> None:
     words = sys.argv[1:] if arguments is None else list(arguments)
     if words[:1] == ["bench"]:
         # It has options of its own, and what it loads is of no use to the other commands.
-        measuring = importlib.import_module("moltbot_server.cli.bench")
-        sys.exit(measuring.main(words[1:]))
+        os.execv(sys.executable, [sys.executable, "-m", "moltbot_server.bench", *words[1:]])
     try:
         given = _parser().parse_args(words or ["--help"])
         sys.exit(given.run(given))
