@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import asyncio
 from collections import OrderedDict, deque
-from collections.abc import Callable, Iterable
+from collections.abc import AsyncGenerator, Callable, Iterable
+from contextlib import asynccontextmanager
 from typing import Generic, Protocol, TypeVar
 
 from moltbot_server.errors import SessionBusy, SessionNotFound
@@ -27,9 +28,12 @@ H = TypeVar("H", bound=History)
 
 
 class OpenSession(Generic[H]):
-    """A session at hand: its history, its last ordinal, and the turns that wait for their place."""
+    """A session at hand: its history, its last ordinal, and the turns that wait for their place.
 
-    __slots__ = ("claims", "exists", "history", "key", "last_ordinal", "running", "waiting")
+    `exists` is False while the session's row may be missing or untitled.
+    """
+
+    __slots__ = ("claims", "exists", "history", "key", "last_ordinal", "moved", "running", "waiting")
 
     def __init__(self, key: SessionKey, history: H, *, last_ordinal: int = 0, exists: bool = False) -> None:
         self.key = key
@@ -39,6 +43,7 @@ class OpenSession(Generic[H]):
         self.claims = 0
         self.running: LiveTurn | None = None
         self.waiting: deque[tuple[LiveTurn, asyncio.Future[None]]] = deque()
+        self.moved: asyncio.Event | None = None
 
     def claim(self) -> int:
         """Return the number of the session's next turn, and keep the session at hand until `release`."""
@@ -49,11 +54,13 @@ class OpenSession(Generic[H]):
     def release(self) -> None:
         """Give a claim back: its turn has ended."""
         self.claims -= 1
+        self._tell_moved()
 
     async def enter(self, live: LiveTurn) -> None:
         """Wait until the session is this turn's; those that came before go first, and the turn is told its position."""
         if self.running is None and not self.waiting:
             self.running = live
+            self._tell_moved()
         else:
             await self._queue(live)
 
@@ -66,21 +73,41 @@ class OpenSession(Generic[H]):
                 self.running = live
                 place.set_result(None)
                 break
-        for position, (waiting, _) in enumerate(self.waiting, start=1):
-            waiting.record(Queued(position=position))
+        self._tell_positions()
+
+    async def clear(self) -> None:
+        """Cancel the turns that run or wait, and those that are about to; return when all have ended."""
+        self.moved = asyncio.Event()
+        while self.claims:
+            self.moved.clear()
+            for live in ([self.running] if self.running else []) + [live for live, _ in self.waiting]:
+                live.cancel()
+            await self.moved.wait()
 
     async def _queue(self, live: LiveTurn) -> None:
         place: asyncio.Future[None] = asyncio.get_running_loop().create_future()
         self.waiting.append((live, place))
         live.record(Queued(position=len(self.waiting)))
+        self._tell_moved()
         try:
             await place
         except asyncio.CancelledError:
             if place.done() and not place.cancelled():
                 self.leave()
-            else:
+            elif (live, place) in self.waiting:
+                # `leave` takes those out that it finds cancelled; this one it has not met.
                 self.waiting.remove((live, place))
+                self._tell_positions()
             raise
+
+    def _tell_positions(self) -> None:
+        waiting = (live for live, place in self.waiting if not place.done())
+        for position, live in enumerate(waiting, start=1):
+            live.record(Queued(position=position))
+
+    def _tell_moved(self) -> None:
+        if self.moved is not None:
+            self.moved.set()
 
 
 class Sessions(Generic[H]):
@@ -90,7 +117,8 @@ class Sessions(Generic[H]):
         self._store = store
         self._history = history
         self._open: OrderedDict[SessionKey, OpenSession[H]] = OrderedDict()
-        self._loading: dict[SessionKey, asyncio.Task[OpenSession[H]]] = {}
+        self._loading: dict[SessionKey, asyncio.Task[None]] = {}
+        self._changes: dict[SessionKey, asyncio.Event] = {}
 
     def __len__(self) -> int:
         """How many sessions are at hand."""
@@ -101,16 +129,18 @@ class Sessions(Generic[H]):
         return self._open.get(key)
 
     async def open(self, key: SessionKey) -> OpenSession[H]:
-        """Return a session, read from the store when it is not at hand, or a new one."""
-        session = self._open.get(key)
-        if session is not None:
-            self._open.move_to_end(key)
-            return session
-        loading = self._loading.get(key)
-        if loading is None:
-            loading = self._loading[key] = asyncio.create_task(self._load(key))
-            loading.add_done_callback(lambda _: self._loading.pop(key, None))
-        return await asyncio.shield(loading)
+        """Return a session, read from the store when it is not at hand, or a new one.
+
+        A session that is being reset or deleted is waited for. Whoever gets it claims it before anything else runs.
+        """
+        while True:
+            if (change := self._changes.get(key)) is not None:
+                await change.wait()
+            elif (session := self._open.get(key)) is not None:
+                self._open.move_to_end(key)
+                return session
+            else:
+                await asyncio.shield(self._load_once(key))
 
     def create(self, key: SessionKey, *, keep: bool) -> OpenSession[H]:
         """Return a session that is known to be new; one that will see no second turn need not be kept at hand."""
@@ -124,14 +154,14 @@ class Sessions(Generic[H]):
             SessionNotFound: there is no such session.
             SessionBusy: a turn runs in it.
         """
-        session = await self.open(key)
-        if not session.exists:
+        async with self._change(key):
+            session = self._open.get(key)
+            if session is not None and session.claims:
+                raise SessionBusy("a turn runs in this session; wait for its end or cancel it", retry_after=1.0)
+            if await self._store.get_session(key) is None:
+                raise SessionNotFound("there is no such session in this workspace")
+            await self._store.reset_session(key)
             self._open.pop(key, None)
-            raise SessionNotFound("there is no such session in this workspace")
-        if session.claims:
-            raise SessionBusy("a turn runs in this session; wait for its end or cancel it", retry_after=1.0)
-        await self._store.reset_session(key)
-        self._keep(OpenSession(key, self._history(), last_ordinal=session.last_ordinal))
 
     async def delete(self, key: SessionKey) -> None:
         """Delete a session; turns that run or wait in it are cancelled first.
@@ -139,24 +169,43 @@ class Sessions(Generic[H]):
         Raises:
             SessionNotFound: there is no such session.
         """
-        session = self._open.get(key)
-        if session is not None:
-            turns = [live for live, _ in session.waiting] + ([session.running] if session.running else [])
-            for live in turns:
-                live.cancel()
-            for live in turns:
-                await live.outcome()
-        self._open.pop(key, None)
-        if not await self._store.delete_session(key):
-            raise SessionNotFound("there is no such session in this workspace")
+        async with self._change(key):
+            session = self._open.get(key)
+            if session is not None:
+                await session.clear()
+            self._open.pop(key, None)
+            if not await self._store.delete_session(key):
+                raise SessionNotFound("there is no such session in this workspace")
 
-    async def _load(self, key: SessionKey) -> OpenSession[H]:
+    @asynccontextmanager
+    async def _change(self, key: SessionKey) -> AsyncGenerator[None, None]:
+        """Hold a session back while the store changes it, so that no turn begins on what is about to be gone."""
+        while (earlier := self._changes.get(key)) is not None:
+            await earlier.wait()
+        change = self._changes[key] = asyncio.Event()
+        try:
+            if (loading := self._loading.get(key)) is not None:
+                await asyncio.wait({loading})
+            yield
+        finally:
+            del self._changes[key]
+            change.set()
+
+    def _load_once(self, key: SessionKey) -> asyncio.Task[None]:
+        loading = self._loading.get(key)
+        if loading is None:
+            loading = self._loading[key] = asyncio.create_task(self._load(key))
+            loading.add_done_callback(lambda _: self._loading.pop(key, None))
+        return loading
+
+    async def _load(self, key: SessionKey) -> None:
         stored = await self._store.load_session(key, _TURNS_LOADED)
-        history = self._history()
-        if stored is None:
-            return self._keep(OpenSession(key, history))
-        history.extend(stored.messages)
-        return self._keep(OpenSession(key, history, last_ordinal=stored.last_ordinal, exists=True))
+        session = OpenSession(key, self._history())
+        if stored is not None:
+            session.history.extend(stored.messages)
+            session.last_ordinal = stored.last_ordinal
+            session.exists = bool(stored.messages)  # without any it may have been reset, and waits for a title
+        self._keep(session)
 
     def _keep(self, session: OpenSession[H]) -> OpenSession[H]:
         self._open[session.key] = session
