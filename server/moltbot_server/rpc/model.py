@@ -10,6 +10,7 @@ from moltbot_server.rpc import convert, names
 from moltbot_server.rpc.interceptors import Call
 
 _LATER = "this release answers with the model it was started with; set MODEL_PATH and start again"
+_LIST = ("models",)
 
 
 class ModelService(model_pb2_grpc.ModelServiceServicer):
@@ -28,12 +29,12 @@ class ModelService(model_pb2_grpc.ModelServiceServicer):
     async def ListModels(self, request: model_pb2.ListModelsRequest, call: Call) -> model_pb2.ListModelsResponse:  # type: ignore[override]
         """Answer the models, the default one first."""
         size = names.page_size(request.page_size, default=50, most=200)
-        start, _ = names.read_place_token(request.page_token)
+        start, _ = names.read_place_token(_LIST, request.page_token)
         entries = self._catalog.entries
         more = start + size < len(entries)
         return model_pb2.ListModelsResponse(
             models=[self._as_message(entry) for entry in entries[start : start + size]],
-            next_page_token=names.write_token((start + size, 0)) if more else "",
+            next_page_token=names.write_token(_LIST, (start + size, 0)) if more else "",
         )
 
     async def LoadModel(self, request: model_pb2.LoadModelRequest, call: Call) -> None:  # type: ignore[override]

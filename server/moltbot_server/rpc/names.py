@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import base64
-import binascii
+import hashlib
 import re
+from typing import Annotated, Any
 
 import msgspec
 
@@ -106,38 +107,48 @@ def page_size(asked: int, *, default: int, most: int) -> int:
     return min(asked, most) or default
 
 
-def write_token(position: tuple[float, str] | tuple[int, int]) -> str:
-    """Return an opaque page token for a position."""
-    return base64.urlsafe_b64encode(msgspec.json.encode(position)).decode().rstrip("=")
+def write_token(scope: tuple[str, ...], position: tuple[float, str] | tuple[int, int]) -> str:
+    """Return an opaque page token for a position; only the list that `scope` names takes it back."""
+    return base64.urlsafe_b64encode(msgspec.json.encode((_mark(scope), *position))).decode().rstrip("=")
 
 
-def read_time_token(token: str) -> tuple[float, str] | None:
+def read_time_token(scope: tuple[str, ...], token: str) -> tuple[float, str] | None:
     """Return the position of a token of a list ordered by time, or None for the first page.
 
     Raises:
-        InvalidPageToken: no method gave it.
+        InvalidPageToken: this list did not give it.
     """
-    try:
-        return msgspec.json.decode(_raw(token), type=tuple[float, str]) if token else None
-    except (ValueError, msgspec.MsgspecError, binascii.Error):
-        raise _bad_token() from None
+    if not token:
+        return None
+    at, name = _read_token(scope, token, tuple[str, float, str])
+    return at, name
 
 
-def read_place_token(token: str) -> tuple[int, int]:
+def read_place_token(scope: tuple[str, ...], token: str) -> tuple[int, int]:
     """Return the position of a token of a list of messages; the first page is (0, 0).
 
     Raises:
-        InvalidPageToken: no method gave it.
+        InvalidPageToken: this list did not give it.
     """
+    if not token:
+        return 0, 0
+    ordinal, index = _read_token(scope, token, tuple[str, _Place, _Place])
+    return ordinal, index
+
+
+_Place = Annotated[int, msgspec.Meta(ge=0, le=1 << 62)]
+
+
+def _read_token(scope: tuple[str, ...], token: str, form: Any) -> Any:
     try:
-        return msgspec.json.decode(_raw(token), type=tuple[int, int]) if token else (0, 0)
-    except (ValueError, msgspec.MsgspecError, binascii.Error):
-        raise _bad_token() from None
+        raw = base64.urlsafe_b64decode(token + "=" * (-len(token) % 4))
+        mark, *position = msgspec.json.decode(raw, type=form)
+    except (ValueError, msgspec.MsgspecError):
+        mark, position = "", []
+    if mark != _mark(scope):
+        raise InvalidPageToken("page_token", "this list did not give that token; start again without one")
+    return position
 
 
-def _raw(token: str) -> bytes:
-    return base64.urlsafe_b64decode(token + "=" * (-len(token) % 4))
-
-
-def _bad_token() -> InvalidPageToken:
-    return InvalidPageToken("page_token", "this method did not give that token; start again without one")
+def _mark(scope: tuple[str, ...]) -> str:
+    return hashlib.blake2b(msgspec.json.encode(scope), digest_size=6).hexdigest()

@@ -19,7 +19,7 @@ class PluginService(plugin_pb2_grpc.PluginServiceServicer):
     async def ListPlugins(self, request: plugin_pb2.ListPluginsRequest, call: Call) -> plugin_pb2.ListPluginsResponse:  # type: ignore[override]
         """Answer the plugins that are installed."""
         names.page_size(request.page_size, default=50, most=200)
-        names.read_place_token(request.page_token)
+        names.read_place_token(("plugins",), request.page_token)
         return plugin_pb2.ListPluginsResponse()
 
     async def CallPlugin(self, request: plugin_pb2.CallPluginRequest, call: Call) -> plugin_pb2.CallPluginResponse:  # type: ignore[override]

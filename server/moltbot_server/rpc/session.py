@@ -30,18 +30,19 @@ class SessionService(session_pb2_grpc.SessionServiceServicer):
     ) -> session_pb2.ListSessionsResponse:
         """Answer sessions, the last used first."""
         size = names.page_size(request.page_size, default=50, most=200)
+        scope = ("sessions", request.user, request.channel)
         found = await self._store.list_sessions(
             call.principal.workspace,
             user=request.user,
             channel=request.channel,
-            before=names.read_time_token(request.page_token),
+            before=names.read_time_token(scope, request.page_token),
             limit=size + 1,
         )
         page = found[:size]
         last = page[-1] if len(found) > size else None
         return session_pb2.ListSessionsResponse(
             sessions=[self._as_message(session) for session in page],
-            next_page_token=names.write_token((last.update_time, last.key.session)) if last else "",
+            next_page_token=names.write_token(scope, (last.update_time, last.key.session)) if last else "",
         )
 
     async def ListMessages(  # type: ignore[override]
@@ -50,7 +51,8 @@ class SessionService(session_pb2_grpc.SessionServiceServicer):
         """Answer a session's messages, oldest first."""
         key = names.read_session(call.principal.workspace, request.parent, "parent")
         size = names.page_size(request.page_size, default=100, most=500)
-        after = names.read_place_token(request.page_token)
+        scope = ("messages", key.session)
+        after = names.read_place_token(scope, request.page_token)
         found = await self._store.list_messages(key, after=after, limit=size + 1)
         if not found:
             await self._session(key)
@@ -59,7 +61,7 @@ class SessionService(session_pb2_grpc.SessionServiceServicer):
         index = int(page[-1].id.partition(".")[2]) if more else 0
         return session_pb2.ListMessagesResponse(
             messages=[convert.message(key.session, message) for message in page],
-            next_page_token=names.write_token((page[-1].turn, index)) if more else "",
+            next_page_token=names.write_token(scope, (page[-1].turn, index)) if more else "",
         )
 
     async def ResetSession(  # type: ignore[override]
