@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 from moltbot_server.errors import ContentTooLarge, ModelUnavailable, QueueFull
 from moltbot_server.models.engine import Chunk, Finished
-from moltbot_server.models.engines.scripted import Failure, Rule, Script, ScriptedEngine, load_script
+from moltbot_server.models.engines.scripted import Failure, Rule, Script, ScriptedEngine, Tokens, load_script
 from moltbot_server.turns import FinishReason, GenerationOptions, Message, Role, TextPart, Usage
 
 ASK = GenerationOptions()
@@ -42,7 +42,7 @@ async def test_without_a_script_it_repeats_what_it_was_told() -> None:
 async def test_the_first_rule_that_matches_answers() -> None:
     script = Script(
         rules=(
-            Rule(match="^hi", deltas=("Hey", "!"), usage=Usage(input_tokens=70, output_tokens=7)),
+            Rule(match="^hi", deltas=("Hey", "!"), usage=Tokens(input_tokens=70, output_tokens=7)),
             Rule(match=r"(\w+) plus (\w+)", template="{2} and {1} of {messages} in {system}{other}"),
             Rule(match="limit", deltas=("cut",), finish_reason=FinishReason.LENGTH),
         )
@@ -142,7 +142,7 @@ def test_a_script_is_read_from_yaml(tmp_path: Path) -> None:
                 pace=1,
                 fail=Failure(after=1, reason="QUEUE_FULL"),
             ),
-            Rule(match="you", template="me, {text}", usage=Usage(input_tokens=3, output_tokens=4)),
+            Rule(match="you", template="me, {text}", usage=Tokens(input_tokens=3, output_tokens=4)),
         ),
     )
 

@@ -51,6 +51,13 @@ class Failure(Value, frozen=True, kw_only=True, forbid_unknown_fields=True):
         return _REASONS.get(self.reason, ModelUnavailable)(self.message)
 
 
+class Tokens(Value, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """The token counts that an answer claims; what is 0 for the prompt is counted by the caller."""
+
+    input_tokens: int = 0
+    output_tokens: int = 0
+
+
 class Rule(Value, frozen=True, kw_only=True, forbid_unknown_fields=True):
     """What is answered to a user text in which the regular expression `match` is found.
 
@@ -65,7 +72,7 @@ class Rule(Value, frozen=True, kw_only=True, forbid_unknown_fields=True):
     first_delay: float = 0.0
     pace: float = 0.0
     fail: Failure | None = None
-    usage: Usage | None = None
+    usage: Tokens | None = None
     finish_reason: FinishReason = FinishReason.STOP
 
     def __post_init__(self) -> None:
@@ -209,7 +216,7 @@ class ScriptedEngine:
             first_delay=rule.first_delay,
             pace=rule.pace,
             fail=rule.fail,
-            usage=rule.usage,
+            usage=rule.usage and Usage(input_tokens=rule.usage.input_tokens, output_tokens=rule.usage.output_tokens),
             finish_reason=rule.finish_reason,
         )
         return plan, same
