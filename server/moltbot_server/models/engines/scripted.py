@@ -211,12 +211,13 @@ class ScriptedEngine:
             words |= {str(index): group or "" for index, group in enumerate(match.groups(), 1)}
             answer = re.sub(r"\{(\w+)\}", lambda place: words.get(place[1], place[0]), rule.template)
             deltas = tuple(re.findall(r"\s*\S+|\s+\Z", answer))
+        claimed = rule.usage
         plan = _Plan(
             chunks=tuple(Chunk(text=delta) for delta in deltas),
             first_delay=rule.first_delay,
             pace=rule.pace,
             fail=rule.fail,
-            usage=rule.usage and Usage(input_tokens=rule.usage.input_tokens, output_tokens=rule.usage.output_tokens),
+            usage=None if claimed is None else Usage(**msgspec.structs.asdict(claimed)),
             finish_reason=rule.finish_reason,
         )
         return plan, same
