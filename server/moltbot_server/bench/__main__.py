@@ -1,4 +1,7 @@
-"""`moltbot bench`, or `python -m moltbot_server.bench`: measures this machine. What it prints can be repeated with the same command."""
+"""`moltbot bench`, which is `python -m moltbot_server.bench`: measures this machine.
+
+What it prints can be repeated with the same command.
+"""
 
 from __future__ import annotations
 

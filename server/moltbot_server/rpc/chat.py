@@ -39,8 +39,11 @@ class ChatService(chat_pb2_grpc.ChatServiceServicer):
         write = call.context.write
         async with aclosing(self._journal.follow(turn)) as batches:
             async for batch in batches:
+                key = _key(turn)
                 for recorded in batch:
-                    await write(chat_pb2.StreamTurnResponse(event=convert.event(_key(turn), recorded)))
+                    response = chat_pb2.StreamTurnResponse()
+                    convert.fill_event(response.event, key, recorded)
+                    await write(response)
 
     async def RunTurn(self, request: chat_pb2.RunTurnRequest, call: Call) -> chat_pb2.RunTurnResponse:  # type: ignore[override]
         """Start a turn, or attach to the one of the same request_id, and answer when it has ended."""
@@ -62,7 +65,9 @@ class ChatService(chat_pb2_grpc.ChatServiceServicer):
         async with aclosing(self._journal.follow(turn, after)) as batches:
             async for batch in batches:
                 for recorded in batch:
-                    await write(chat_pb2.ResumeTurnResponse(event=convert.event(key, recorded)))
+                    response = chat_pb2.ResumeTurnResponse()
+                    convert.fill_event(response.event, key, recorded)
+                    await write(response)
 
     async def CancelTurn(self, request: chat_pb2.CancelTurnRequest, call: Call) -> chat_pb2.CancelTurnResponse:  # type: ignore[override]
         """End a running turn and keep its text."""
@@ -136,11 +141,16 @@ class _Conversation:
                 key = _key(turn)
                 name = names.turn_name(key.session.session, key.ordinal)
                 for recorded in batch:
-                    await self._write(request, name, event=convert.event(key, recorded))
+                    response = chat_pb2.ConverseResponse(ref=request.ref, turn=name)
+                    convert.fill_event(response.event, key, recorded)
+                    await self._send(response)
 
     async def _write(self, request: chat_pb2.ConverseRequest, turn: str, **answer: Any) -> None:
+        await self._send(chat_pb2.ConverseResponse(ref=request.ref, turn=turn, **answer))
+
+    async def _send(self, response: chat_pb2.ConverseResponse) -> None:
         async with self._writing:
-            await self._call.context.write(chat_pb2.ConverseResponse(ref=request.ref, turn=turn, **answer))
+            await self._call.context.write(response)
 
 
 def _key(turn: LiveTurn | StoredTurn) -> TurnKey:

@@ -241,19 +241,27 @@ def _set(into: duration_pb2.Duration, seconds: float) -> None:
 
 def timestamp(at: float) -> timestamp_pb2.Timestamp:
     """Return a Unix time as a Timestamp, to the microsecond."""
-    whole = int(at)
-    return timestamp_pb2.Timestamp(seconds=whole, nanos=int((at - whole) * 1e6) * 1000)
-
-
-def event(key: TurnKey, recorded: Event) -> chat_pb2.Event:
-    """Return a recorded event as the contract's."""
-    kind = recorded.kind
-    if isinstance(kind, TextDelta):
-        return chat_pb2.Event(sequence=recorded.sequence, text_delta=chat_pb2.TextDelta(text=kind.text))
-    field, convert = _KINDS[type(kind)]
-    made = chat_pb2.Event(sequence=recorded.sequence, create_time=timestamp(recorded.at))
-    getattr(made, field).CopyFrom(convert(key, kind))
+    made = timestamp_pb2.Timestamp()
+    _stamp(made, at)
     return made
+
+
+def _stamp(into: timestamp_pb2.Timestamp, at: float) -> None:
+    whole = int(at)
+    into.seconds = whole
+    into.nanos = int((at - whole) * 1e6) * 1000
+
+
+def fill_event(into: chat_pb2.Event, key: TurnKey, recorded: Event) -> None:
+    """Fill in the contract's event from a recorded one, in place: half the cost of making it and copying it in."""
+    kind = recorded.kind
+    into.sequence = recorded.sequence
+    if isinstance(kind, TextDelta):
+        into.text_delta.text = kind.text
+        return
+    _stamp(into.create_time, recorded.at)
+    field, convert = _KINDS[type(kind)]
+    getattr(into, field).CopyFrom(convert(key, kind))
 
 
 def part(value: Part) -> message_pb2.Part:
