@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import time
 from contextlib import aclosing
 
 import msgspec
@@ -76,65 +75,67 @@ class InferenceService(inference_pb2_grpc.InferenceServiceServicer):
         generation = self._under_way.get((call.principal.workspace, request.request_id))
         if generation is None:
             return inference_pb2.AbortResponse(aborted=False)
-        generation.aborted.set()
+        generation.abort()
         return inference_pb2.AbortResponse(aborted=True)
 
 
 class _Generation:
-    """One generation under way: its pieces are gathered for up to an interval and written in order."""
+    """One generation under way: a task reads the engine, the call writes what came, gathered for up to an interval."""
 
     def __init__(self, call: Call, engine: Engine, interval: float) -> None:
-        self.aborted = asyncio.Event()
         self._call = call
         self._engine = engine
         self._interval = interval
         self._written = 0
         self._waiting: list[Chunk] = []
-        self._sent_at = 0.0
+        self._more = asyncio.Event()
+        self._reading: asyncio.Task[Finished | None] | None = None
+
+    def abort(self) -> None:
+        """End the generation now; its last response says that it was cancelled."""
+        if self._reading is not None:
+            self._reading.cancel()
 
     async def run(self, messages: tuple[Message, ...], options: GenerationOptions) -> None:
-        """Write the answer and its end."""
-        finished: Finished | None = None
-        abort = asyncio.create_task(self.aborted.wait())
+        """Write the answer and its end; however it ends, the engine is free before this returns."""
+        self._reading = reading = asyncio.create_task(self._read(messages, options))
+        reading.add_done_callback(lambda _: self._more.set())
         try:
-            async with (
-                asyncio.timeout_at(self._call.deadline()),
-                aclosing(self._engine.generate(messages, options)) as chunks,
-            ):
-                while finished is None:
-                    following = asyncio.ensure_future(anext(chunks))
-                    await asyncio.wait({following, abort}, return_when=asyncio.FIRST_COMPLETED)
-                    if abort.done() and not following.done():
-                        following.cancel()
-                        await asyncio.wait({following})
-                        break
-                    chunk = following.result()
-                    if isinstance(chunk, Finished):
-                        finished = chunk
-                    else:
-                        await self._say(chunk)
+            async with asyncio.timeout_at(self._call.deadline()):
+                await self._write_pieces(reading)
         except TimeoutError:
             raise DeadlineExceeded("the deadline passed before the answer was complete") from None
         finally:
-            abort.cancel()
-        await self._end(finished, sum(map(self._engine.count, messages)))
+            reading.cancel()
+            await asyncio.wait({reading})
+        await self._end(None if reading.cancelled() else reading.result(), sum(map(self._engine.count, messages)))
 
-    async def _say(self, chunk: Chunk) -> None:
-        self._waiting.append(chunk)
-        if not self._written or time.monotonic() - self._sent_at >= self._interval:
-            await self._flush()
+    async def _read(self, messages: tuple[Message, ...], options: GenerationOptions) -> Finished | None:
+        async with aclosing(self._engine.generate(messages, options)) as chunks:
+            async for chunk in chunks:
+                if isinstance(chunk, Finished):
+                    return chunk
+                self._waiting.append(chunk)
+                self._more.set()
+        return None
 
-    async def _flush(self) -> None:
-        tokens = sum(chunk.tokens for chunk in self._waiting)
-        text = "".join(chunk.text for chunk in self._waiting)
-        self._waiting.clear()
-        self._written += tokens
-        self._sent_at = time.monotonic()
-        await self._call.context.write(inference_pb2.GenerateResponse(text=text, token_count=tokens))
+    async def _write_pieces(self, reading: asyncio.Task[Finished | None]) -> None:
+        """Write pieces until the engine has no more: the first at once, the others together."""
+        while not reading.done() or self._waiting:
+            await self._more.wait()
+            if self._written and not reading.done():
+                await asyncio.wait({reading}, timeout=self._interval)
+            self._more.clear()
+            if reading.done():
+                self._more.set()
+            pieces, self._waiting = self._waiting, []
+            for piece in pieces if self._interval <= 0 else _joined(pieces):
+                self._written += piece.tokens
+                await self._call.context.write(
+                    inference_pb2.GenerateResponse(text=piece.text, token_count=piece.tokens)
+                )
 
     async def _end(self, finished: Finished | None, prompt_tokens: int) -> None:
-        if self._waiting:
-            await self._flush()
         if finished is None:
             finished = Finished(finish_reason=FinishReason.CANCELLED, usage=Usage(output_tokens=self._written))
         counted = finished.usage
@@ -152,3 +153,9 @@ class _Generation:
                 )
             )
         )
+
+
+def _joined(pieces: list[Chunk]) -> list[Chunk]:
+    if len(pieces) < 2:
+        return pieces
+    return [Chunk(text="".join(piece.text for piece in pieces), tokens=sum(piece.tokens for piece in pieces))]
