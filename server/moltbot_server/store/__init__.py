@@ -80,7 +80,10 @@ class Store(Protocol):
         """Store a turn and its user message; answer None, or the turn that used the `request_id` before."""
 
     def reaccept(self, turn: NewTurn) -> Future[StoredTurn | None]:
-        """Store a turn like `accept`, taking the `request_id` over from a turn that failed."""
+        """Store a turn like `accept`, taking the `request_id` and the question over from a turn without a good end.
+
+        Whoever calls this knows that the earlier turn does not run any more.
+        """
 
     def finish(self, turn: EndedTurn) -> Future[None]:
         """Store how a turn ended. It may be called before `accept` has answered, and does nothing if that refuses."""
@@ -89,7 +92,7 @@ class Store(Protocol):
         """Return a turn with its events, or None."""
 
     async def load_session(self, key: SessionKey, limit: int) -> StoredSession | None:
-        """Return a session with the messages of its latest `limit` turns that ended well, or None."""
+        """Return a session with the messages of its latest `limit` turns that were answered, or None."""
 
     async def get_session(self, key: SessionKey) -> Session | None:
         """Return a session as it is listed, or None."""

@@ -70,7 +70,23 @@ ON CONFLICT (workspace, id) DO UPDATE SET title = excluded.title WHERE sessions.
 """
 _TURN_COLUMNS = "workspace, session, ordinal, request_id, digest, state, create_time, end_time, events"
 _SESSION_COLUMNS = """s.workspace, s.id, s.title, s.user, s.channel, s.create_time, s.update_time,
-(SELECT count(*) + count(answer) FROM turns t WHERE t.workspace = s.workspace AND t.session = s.id)"""
+(SELECT count(*) + count(answer) FROM turns t
+ WHERE t.workspace = s.workspace AND t.session = s.id AND t.question <> x'90')"""
+
+# A turn whose request_id another turn took over: that one says its question now. The mark cannot be in a request_id.
+_SUPERSEDE = """
+UPDATE turns SET request_id = request_id || char(31) || rowid, question = x'90'
+WHERE workspace = ? AND request_id = ? AND state <> 'completed' AND state <> 'cancelled'
+"""
+_MARK = "\x1f"
+# What a crash kept from being written: at most a second of turns, which are the latest.
+_CATCH_UP = """
+UPDATE sessions SET update_time = recent.used FROM (
+    SELECT workspace, session, max(max(create_time, end_time)) AS used
+    FROM (SELECT * FROM turns ORDER BY rowid DESC LIMIT 1000) GROUP BY workspace, session
+) AS recent
+WHERE sessions.workspace = recent.workspace AND sessions.id = recent.session AND sessions.update_time < recent.used
+"""
 
 _parts = msgspec.msgpack.Decoder(tuple[Part, ...])
 _events = msgspec.msgpack.Decoder(tuple[Event, ...])
@@ -109,11 +125,7 @@ class SqliteStore:
         """Store a turn in the place of a failed one with its request_id."""
 
         def write(connection: sqlite3.Connection) -> StoredTurn | None:
-            connection.execute(
-                "UPDATE turns SET request_id = request_id || char(31) || rowid "
-                "WHERE workspace = ? AND request_id = ? AND state = 'failed'",
-                (turn.key.session.workspace, turn.request_id),
-            )
+            connection.execute(_SUPERSEDE, (turn.key.session.workspace, turn.request_id))
             return self._insert(connection, [turn], {})[0]
 
         return self._writer.submit(write)
@@ -188,7 +200,8 @@ class SqliteStore:
                 return None
             turns = connection.execute(
                 "SELECT ordinal, question, answer, model, create_time, end_time FROM turns WHERE workspace = ? "
-                "AND session = ? AND state IN ('completed', 'cancelled') ORDER BY ordinal DESC LIMIT ?",
+                "AND session = ? AND state IN ('completed', 'cancelled') AND answer IS NOT NULL "
+                "ORDER BY ordinal DESC LIMIT ?",
                 (*names, limit),
             ).fetchall()
             messages = [message for turn in reversed(turns) for message in _messages(*turn)]
@@ -204,7 +217,11 @@ class SqliteStore:
                 f"SELECT {_SESSION_COLUMNS} FROM sessions s WHERE workspace = ? AND id = ? AND ephemeral = 0",
                 (key.workspace, key.session),
             ).fetchone()
-            return self._session(row) if row else None
+            if row is None:
+                return None
+            session = _session(*row)
+            used = self._touched.get((key.workspace, key.session), 0.0)
+            return msgspec.structs.replace(session, update_time=max(session.update_time, used))
 
         return await self._read(read)
 
@@ -224,7 +241,7 @@ class SqliteStore:
         chosen = " AND ".join(where)
         query = f"SELECT {_SESSION_COLUMNS} FROM sessions s WHERE {chosen} ORDER BY update_time DESC, id LIMIT ?"
         return await self._read(
-            lambda connection: [self._session(row) for row in connection.execute(query, arguments).fetchall()]
+            lambda connection: [_session(*row) for row in connection.execute(query, arguments).fetchall()]
         )
 
     async def list_messages(self, key: SessionKey, *, after: tuple[int, int], limit: int) -> Sequence[Message]:
@@ -233,7 +250,7 @@ class SqliteStore:
         def read(connection: sqlite3.Connection) -> list[Message]:
             rows = connection.execute(
                 "SELECT ordinal, question, answer, model, create_time, end_time FROM turns WHERE workspace = ? "
-                "AND session = ? AND ordinal >= ? ORDER BY ordinal LIMIT ?",
+                "AND session = ? AND ordinal >= ? AND question <> x'90' ORDER BY ordinal LIMIT ?",
                 (key.workspace, key.session, after[0], limit + 1),
             ).fetchall()
             messages = [message for row in rows for message in _messages(*row)]
@@ -265,9 +282,8 @@ class SqliteStore:
                 )
             if version == 0:
                 connection.executescript(f"BEGIN; {_SCHEMA} PRAGMA user_version = {SCHEMA_VERSION}; COMMIT;")
-            connection.execute(
-                "UPDATE turns SET state = 'failed', events = NULL WHERE state = 'running'",
-            )
+            connection.execute(_CATCH_UP)
+            connection.execute("UPDATE turns SET state = 'failed', events = NULL WHERE state = 'running'")
             self._path.chmod(0o600)
         except sqlite3.Error as error:
             raise storage_error(error) from error
@@ -278,6 +294,8 @@ class SqliteStore:
                 return query(self._reader)
             except sqlite3.Error as error:
                 raise storage_error(error) from error
+            except (msgspec.MsgspecError, UnicodeDecodeError) as error:
+                raise StorageUnavailable("what is stored here cannot be read: the database is damaged") from error
 
         return await asyncio.get_running_loop().run_in_executor(self._readers, guarded)
 
@@ -354,17 +372,26 @@ class SqliteStore:
         if self._touched:
             await self._writer.submit(self._write_touched)
 
-    def _session(self, row: tuple[Any, ...]) -> Session:
-        workspace, session, title, user, channel, create_time, update_time, count = row
-        return Session(
-            key=SessionKey(workspace=workspace, session=session),
-            title=title,
-            user=user,
-            channel=channel,
-            create_time=create_time,
-            update_time=max(update_time, self._touched.get((workspace, session), 0.0)),
-            message_count=count,
-        )
+
+def _session(
+    workspace: str,
+    session: str,
+    title: str,
+    user: str,
+    channel: str,
+    create_time: float,
+    update_time: float,
+    message_count: int,
+) -> Session:
+    return Session(
+        key=SessionKey(workspace=workspace, session=session),
+        title=title,
+        user=user,
+        channel=channel,
+        create_time=create_time,
+        update_time=update_time,
+        message_count=message_count,
+    )
 
 
 def _end(turn: EndedTurn | None) -> tuple[Any, ...]:
@@ -383,7 +410,7 @@ def _turn(row: tuple[Any, ...] | None) -> StoredTurn | None:
     last = recorded[-1].kind if recorded else None
     return StoredTurn(
         key=TurnKey(session=SessionKey(workspace=workspace, session=session), ordinal=ordinal),
-        request_id=request_id,
+        request_id=request_id.partition(_MARK)[0],
         digest=digest,
         state=TurnState(state),
         create_time=create_time,
