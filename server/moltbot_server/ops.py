@@ -6,6 +6,7 @@ import json
 import logging
 import threading
 from collections.abc import Callable, Mapping
+from functools import partial
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from typing import Any
 
@@ -25,7 +26,9 @@ class OpsServer:
         """
         self._server = ThreadingHTTPServer((host, port), _handler(metrics, health))
         self._server.daemon_threads = True
-        self._thread = threading.Thread(target=self._server.serve_forever, name="moltbot-ops", daemon=True)
+        # It looks this often whether it is to end.
+        serve = partial(self._server.serve_forever, poll_interval=0.05)
+        self._thread = threading.Thread(target=serve, name="moltbot-ops", daemon=True)
         self._thread.start()
 
     @property

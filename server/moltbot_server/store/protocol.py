@@ -1,0 +1,115 @@
+"""What a store promises, and the values that cross its border."""
+
+from __future__ import annotations
+
+from asyncio import Future
+from collections.abc import Sequence
+from typing import Protocol
+
+from moltbot_server.turns import Event, Message, Part, Session, SessionKey, TurnKey, TurnState, Value
+
+# After a crash nobody knows what a reader has seen of a turn; the number of its last event lies beyond it.
+SEQUENCE_AFTER_CRASH = 1_000_000_000
+
+
+class NewTurn(Value, frozen=True, kw_only=True):
+    """A turn to be accepted: its row, its user message, and its session if that is new.
+
+    `digest` is of the content, so that a reused `request_id` can be told from a repeated call. `ephemeral` sessions are
+    not listed. `opens_session` is True when the session's row may be missing or untitled; else `title`, `user` and
+    `channel` are not looked at.
+    """
+
+    key: TurnKey
+    request_id: str
+    digest: bytes
+    create_time: float
+    question: tuple[Part, ...]
+    opens_session: bool = True
+    title: str = ""
+    user: str = ""
+    channel: str = ""
+    ephemeral: bool = False
+
+
+class EndedTurn(Value, frozen=True, kw_only=True):
+    """How a turn ended: its events, and the answer that belongs to the session's history."""
+
+    key: TurnKey
+    state: TurnState
+    end_time: float
+    events: tuple[Event, ...]
+    answer: tuple[Part, ...] = ()
+    model: str = ""
+
+
+class StoredTurn(Value, frozen=True, kw_only=True):
+    """A turn as the store knows it. `events` is empty while it runs; `retryable`: it failed in a way that may pass."""
+
+    key: TurnKey
+    request_id: str
+    digest: bytes
+    state: TurnState
+    create_time: float
+    end_time: float = 0.0
+    events: tuple[Event, ...] = ()
+    retryable: bool = False
+
+
+class StoredSession(Value, frozen=True, kw_only=True):
+    """What a session needs to go on: its last ordinal, and its latest messages, oldest first."""
+
+    last_ordinal: int
+    messages: tuple[Message, ...]
+
+
+class Store(Protocol):
+    """Keeps sessions and turns.
+
+    What a returned future or coroutine has answered is on the disk. Every method raises `StorageFull` or
+    `StorageUnavailable` when the store cannot do it.
+    """
+
+    async def open(self) -> None:
+        """Open the store; turns that were running when it was last used become failed and retryable."""
+
+    async def close(self) -> None:
+        """Write what waits, then close."""
+
+    def accept(self, turn: NewTurn) -> Future[StoredTurn | None]:
+        """Store a turn and its user message; answer None, or the turn that used the `request_id` before."""
+
+    def reaccept(self, turn: NewTurn) -> Future[StoredTurn | None]:
+        """Store a turn like `accept`, taking the `request_id` and the question over from a turn without a good end.
+
+        Whoever calls this knows that the earlier turn does not run any more.
+        """
+
+    def finish(self, turn: EndedTurn) -> Future[None]:
+        """Store how a turn ended. It may be called before `accept` has answered, and does nothing if that refuses."""
+
+    async def find_turn(self, key: TurnKey) -> StoredTurn | None:
+        """Return a turn with its events, or None."""
+
+    async def load_session(self, key: SessionKey, limit: int) -> StoredSession | None:
+        """Return a session with the messages of its latest `limit` turns that were answered, or None."""
+
+    async def get_session(self, key: SessionKey) -> Session | None:
+        """Return a session as it is listed, or None."""
+
+    async def list_sessions(
+        self, workspace: str, *, user: str, channel: str, before: tuple[float, str] | None, limit: int
+    ) -> Sequence[Session]:
+        """Return sessions, last used first, that come after `before` (update time, id) in that order."""
+
+    async def list_messages(self, key: SessionKey, *, after: tuple[int, int], limit: int) -> Sequence[Message]:
+        """Return a session's messages, oldest first, that come after the position (ordinal, index)."""
+
+    async def reset_session(self, key: SessionKey) -> None:
+        """Delete a session's turns and messages; its ordinals go on."""
+
+    async def delete_session(self, key: SessionKey) -> bool:
+        """Delete a session with all that is in it; answer False when there is none."""
+
+    async def prune(self, before: float) -> int:
+        """Delete ephemeral sessions last used before a time; answer how many."""
