@@ -6,7 +6,7 @@ import asyncio
 import contextlib
 import logging
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from moltbot_server.auth.keys import Authenticator
@@ -21,7 +21,7 @@ from moltbot_server.pipeline import TurnPipeline
 from moltbot_server.rpc.server import GrpcServer
 from moltbot_server.sessions import Sessions
 from moltbot_server.store.sqlite import SqliteStore
-from moltbot_server.turns import Principal
+from moltbot_server.turns import Message, Principal
 from moltbot_server.workspace import Workspace, parse_key
 
 log = logging.getLogger(__name__)
@@ -129,9 +129,9 @@ class Core:
             "turns_under_way": len(self.journal),
         }
 
-    def _window(self) -> ContextWindow:
+    def _window(self, history: Sequence[Message]) -> ContextWindow:
         engine = self.catalog.entries[0].engine
-        return ContextWindow(engine.count, engine.capabilities.context_length)
+        return ContextWindow.of(history, engine.count, engine.capabilities.context_length)
 
     async def _prune(self) -> None:
         """Forget the sessions of stateless callers once their calls are no longer repeated."""
@@ -148,6 +148,7 @@ def _catalog(settings: Settings) -> Catalog:
         model_path=str(settings.model_path or ""),
         context_length=settings.context_length,
         threads=settings.threads or 0,
+        queue_limit=settings.queue_limit,
     )
 
 

@@ -113,7 +113,8 @@ class OpenSession(Generic[H]):
 class Sessions(Generic[H]):
     """The sessions of this node, the latest used at hand and the others in the store."""
 
-    def __init__(self, store: Store, history: Callable[[], H]) -> None:
+    def __init__(self, store: Store, history: Callable[[Sequence[Message]], H]) -> None:
+        """`history` makes what a session remembers from the messages that are stored, oldest first."""
         self._store = store
         self._history = history
         self._open: OrderedDict[SessionKey, OpenSession[H]] = OrderedDict()
@@ -144,7 +145,7 @@ class Sessions(Generic[H]):
 
     def create(self, key: SessionKey, *, keep: bool) -> OpenSession[H]:
         """Return a session that is known to be new; one that will see no second turn need not be kept at hand."""
-        session = OpenSession(key, self._history())
+        session = OpenSession(key, self._history(()))
         return self._keep(session) if keep else session
 
     async def reset(self, key: SessionKey) -> None:
@@ -200,7 +201,7 @@ class Sessions(Generic[H]):
 
     async def _load(self, key: SessionKey) -> None:
         stored = await self._store.load_session(key, _TURNS_LOADED)
-        session = OpenSession(key, self._history())
+        session = OpenSession(key, self._history(()))
         if stored is not None:
             session.history.extend(stored.messages)
             session.last_ordinal = stored.last_ordinal

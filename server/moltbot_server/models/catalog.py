@@ -12,7 +12,7 @@ from pathlib import Path
 from moltbot_server.demo_model import ARTIFACT
 from moltbot_server.errors import ModelNotFound, ModelUnavailable, MoltBotError
 from moltbot_server.models.engine import Engine
-from moltbot_server.models.engines.local import LocalEngine
+from moltbot_server.models.engines.local import MAX_WAITING, LocalEngine
 from moltbot_server.models.engines.scripted import ScriptedEngine, load_script
 from moltbot_server.models.folder import ModelFolder, families, read_folder, unknown_type
 
@@ -134,13 +134,19 @@ class Catalog:
 
 
 def build_catalog(
-    *, model_type: str = "", model_path: str = "", context_length: int | None = None, threads: int = 0
+    *,
+    model_type: str = "",
+    model_path: str = "",
+    context_length: int | None = None,
+    threads: int = 0,
+    queue_limit: int = MAX_WAITING,
 ) -> Catalog:
     """Make the catalog of one model that the configuration names; nothing is loaded before `Catalog.start`.
 
     `model_type`: empty for the built-in model or for what the folder says of itself; `builtin`, `scripted`, a family.
     `model_path`: the model's folder; for `scripted` a YAML file, or nothing. `context_length` in tokens, at most the
-    model's own. `threads`: replicas of the model; 0 is what fits the machine.
+    model's own. `threads`: replicas of the model; 0 is what fits the machine. `queue_limit`: how many
+    turns may wait for a replica before more are refused.
 
     Raises:
         ModelUnavailable: the configuration cannot be met; the text says what was found and what was expected.
@@ -154,7 +160,7 @@ def build_catalog(
     folder = _folder(kind, model_path)
     if context_length is not None:
         _check_context(context_length, folder.context_length, folder.id)
-    return Catalog([LocalEngine(folder, context_length=context_length or 0, threads=threads)])
+    return Catalog([LocalEngine(folder, context_length=context_length or 0, threads=threads, max_waiting=queue_limit)])
 
 
 def _folder(kind: str, model_path: str) -> ModelFolder:
