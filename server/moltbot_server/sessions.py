@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 from collections import OrderedDict, deque
-from collections.abc import AsyncGenerator, Callable, Iterable
+from collections.abc import AsyncGenerator, Callable, Iterable, Sequence
 from contextlib import asynccontextmanager
 from typing import Generic, Protocol, TypeVar
 
@@ -201,9 +201,8 @@ class Sessions(Generic[H]):
 
     async def _load(self, key: SessionKey) -> None:
         stored = await self._store.load_session(key, _TURNS_LOADED)
-        session = OpenSession(key, self._history(()))
+        session = OpenSession(key, self._history(stored.messages if stored else ()))
         if stored is not None:
-            session.history.extend(stored.messages)
             session.last_ordinal = stored.last_ordinal
             session.exists = bool(stored.messages)  # without any it may have been reset, and waits for a title
         self._keep(session)
