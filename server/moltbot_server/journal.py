@@ -10,6 +10,7 @@ import asyncio
 import time
 from collections import OrderedDict
 from collections.abc import AsyncGenerator
+from contextlib import aclosing
 
 from moltbot_server.errors import MoltBotError, RequestIdReused, TurnNotFound
 from moltbot_server.store import SEQUENCE_AFTER_CRASH, Store, StoredTurn
@@ -23,7 +24,6 @@ from moltbot_server.turns import (
     TextDelta,
     TurnInput,
     TurnKey,
-    TurnState,
 )
 
 _RECENT_REQUESTS = 4096
@@ -277,6 +277,11 @@ class Journal:
         """Return the turn if it is under way."""
         return self._live.get(key)
 
+    def begun(self, principal: Principal, request_id: str) -> LiveTurn | None:
+        """Return the turn under way that a request_id started, or None."""
+        found = self._recent.get((principal.workspace, request_id))
+        return found if isinstance(found, LiveTurn) else None
+
     async def repeated(self, principal: Principal, turn: TurnInput, digest: bytes) -> LiveTurn | StoredTurn | None:
         """Return the turn that the same request_id started lately, or None.
 
@@ -320,6 +325,11 @@ class Journal:
             if turn.duplicate_of is None:
                 return
             turn = turn.duplicate_of
+            if (running := self._live.get(turn.key)) is not None:
+                async with aclosing(self.follow(running, after)) as batches:
+                    async for batch in batches:
+                        yield batch
+                return
         events = [event for event in replay(turn) if event.sequence > after]
         if events:
             yield events
@@ -339,6 +349,8 @@ class Journal:
             if turn.duplicate_of is None:
                 raise TurnNotFound("the turn is gone")
             turn = turn.duplicate_of
+            if (running := self._live.get(turn.key)) is not None:
+                return await self.outcome(running)
         last = replay(turn)[-1]
         if not isinstance(last.kind, Completed | Failed):
             raise TurnNotFound("the turn was recorded without an end")
@@ -364,7 +376,7 @@ def replay(turn: StoredTurn) -> tuple[Event, ...]:
         status=14,
         reason="TURN_INTERRUPTED",
         message="the core stopped while this turn ran; repeat it with the same request_id",
-        retryable=turn.state == TurnState.FAILED,
+        retryable=True,
     )
     return (
         Event(sequence=1, at=turn.create_time, kind=accepted),

@@ -117,6 +117,10 @@ class TurnPipeline:
         for message in turn.transcript or ():
             check_content(message, engine.capabilities)
         session = await self._session(principal, turn)
+        if (begun := self._journal.begun(principal, turn.request_id)) is not None:
+            # The same call came twice, and the other one's session was read first.
+            same_content(begun.digest, digest)
+            return begun
         key = TurnKey(session=session.key, ordinal=session.claim())
         live = LiveTurn(
             key=key,
@@ -177,13 +181,18 @@ class TurnPipeline:
             session.exists = True
             live.stored(again=again)
             return
-        elif earlier.retryable and earlier.digest == live.digest and not again:
+        elif self._may_start_again(earlier) and earlier.digest == live.digest and not again:
             self._accept(live, session, again=True)
             return
         else:
             live.stored(duplicate_of=earlier, refusal=_content_error(earlier, live))
         if live.task is not None:
             live.task.cancel()
+
+    def _may_start_again(self, earlier: StoredTurn) -> bool:
+        """Tell whether a turn is over without a good end; one whose end could not be stored runs in the store only."""
+        gone = earlier.state is TurnState.RUNNING and self._journal.live(earlier.key) is None
+        return earlier.retryable or gone
 
     def _check(self, turn: TurnInput) -> None:
         """Refuse what no model could answer."""
@@ -193,8 +202,8 @@ class TurnPipeline:
             raise EmptyMessage("turn.parts", "the message is blank; say something")
         if turn.session and not _NAME.match(turn.session):
             raise InvalidField("turn.session", "use `sessions/` and 1 to 128 characters of A-Z a-z 0-9 . _ ~ -")
-        if len(turn.request_id) > 128:
-            raise InvalidField("turn.request_id", "use at most 128 characters; a UUID is recommended")
+        if len(turn.request_id) > 128 or not turn.request_id.isprintable():
+            raise InvalidField("turn.request_id", "use at most 128 printable characters; a UUID is recommended")
         if not _CHANNEL.match(turn.channel):
             raise InvalidField("turn.channel", "use at most 32 characters of a-z 0-9 _ -")
         if len(turn.user) > 256:
