@@ -36,8 +36,10 @@ class LiveTurn:
         "_again",
         "_coalescer",
         "_followers",
+        "_stopped",
         "_stored",
         "_timer",
+        "_under_way",
         "_waiters",
         "accepted_after",
         "arrived",
@@ -77,7 +79,7 @@ class LiveTurn:
         self.task: asyncio.Task[None] | None = None
         self.duplicate_of: StoredTurn | None = None
         self.refusal: MoltBotError | None = None
-        self._stored = self._again = False
+        self._stored = self._again = self._under_way = self._stopped = False
         self._followers = 0
         self._waiters: list[asyncio.Future[None]] = []
         self._coalescer = _Coalescer(self, interval)
@@ -168,9 +170,24 @@ class LiveTurn:
         if self.closing or self.cancelling or self.late:
             return False
         self.cancelling = True
-        if self.task is not None:
-            self.task.cancel()
+        self.stop()
         return True
+
+    def set_out(self) -> None:
+        """Note that the turn's task runs; from now on it can be interrupted.
+
+        Raises:
+            asyncio.CancelledError: it was told to stop before.
+        """
+        self._under_way = True
+        if self._stopped:
+            raise asyncio.CancelledError
+
+    def stop(self) -> None:
+        """Interrupt the turn's task. A task that is cancelled before its first step would never tell its followers."""
+        self._stopped = True
+        if self.task is not None and self._under_way:
+            self.task.cancel()
 
     def expire_at(self, deadline: float | None) -> None:
         """End the turn at a time of the event loop's clock, if it has not ended by then."""
@@ -180,7 +197,7 @@ class LiveTurn:
     def _expire(self) -> None:
         if not self.closing and not self.cancelling and self.task is not None:
             self.late = True
-            self.task.cancel()
+            self.stop()
 
     def _append(self, kind: Kind) -> None:
         self.events.append(Event(sequence=len(self.events) + 1, at=time.time(), kind=kind))

@@ -142,9 +142,12 @@ class TurnPipeline:
     def _ended(self, live: LiveTurn, session: OpenSession[ContextWindow], task: asyncio.Task[None]) -> None:
         self._tasks.discard(task)
         session.release()
-        self._journal.close(live)
         if not task.cancelled() and (error := task.exception()) is not None:
             log.error("a turn's task failed", exc_info=error)
+        if not live.ended and live.refusal is None and live.duplicate_of is None:
+            # Nobody may wait for an end that will not come.
+            live.stored(refusal=InternalError("something went wrong in the core; its log says what"))
+        self._journal.close(live)
 
     async def _session(self, principal: Principal, turn: TurnInput) -> OpenSession[ContextWindow]:
         if turn.session:
@@ -186,8 +189,7 @@ class TurnPipeline:
             return
         else:
             live.stored(duplicate_of=earlier, refusal=_content_error(earlier, live))
-        if live.task is not None:
-            live.task.cancel()
+        live.stop()
 
     def _may_start_again(self, earlier: StoredTurn) -> bool:
         """Tell whether a turn is over without a good end; one whose end could not be stored runs in the store only."""
@@ -217,6 +219,7 @@ class TurnPipeline:
         """Carry a turn to its end: answer it, store how it ended, then tell."""
         answer = _Answer()
         try:
+            live.set_out()
             await session.enter(live)
         except asyncio.CancelledError:
             # It was told to stop while it waited for its session.
@@ -352,8 +355,8 @@ class TurnPipeline:
         if self._tasks:
             await asyncio.wait(set(self._tasks), timeout=grace)
         for live in self._journal.under_way():
-            if live.task is not None and not live.closing:
-                live.task.cancel()
+            if not live.closing:
+                live.stop()
         if self._tasks:
             await asyncio.wait(set(self._tasks))
 
