@@ -105,13 +105,17 @@ async def test_a_reload_before_the_turn_is_accepted_sends_the_same_request_again
 async def test_a_connection_that_breaks_again_and_again_leaves_no_gap_and_no_repeat(
     browser: Browser, overlap: int
 ) -> None:
-    steps: list[Say | Cut] = []
+    steps: list[Say | Cut | Hold] = []
     for start in range(0, len(LONG), 400):
         steps += [Say(text=LONG[start : start + 400], chunk=7, pace=0.002), Cut()]
+    steps.append(Hold(gate="end"))
     async with ScriptedSite(lambda _: steps) as site, visiting(browser, site.origin, "/#/new") as visit:
         site.overlap = overlap
         await ask(visit, "go")
-        await visit.page.wait_for_selector(".answer:last-child:not([aria-busy])", state="attached", timeout=40_000)
+        last = visit.page.get_by_text("Paragraph 39: 你好，世界 🎉 and some words to read.")
+        await last.and_(visit.page.locator(".prose p")).wait_for(timeout=40_000)
+        assert await visit.page.locator(".prose").inner_text() == LONG  # before the whole text comes once more
+        site.gate("end").set()
         assert await answered(visit) == LONG
         resumed = [path for _, path, _ in site.calls if "/events?after=" in path]
         assert resumed

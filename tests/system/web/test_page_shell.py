@@ -1,4 +1,4 @@
-# ruff: noqa: E501 (scripts for the browser, hostile texts and Chinese are written as they are)
+# ruff: noqa: E501, SIM117 (scripts for the browser, hostile texts and Chinese are written as they are)
 """Everything around the conversation: the list of chats, signing in, keys, languages, themes, phones and what the files may hold."""
 
 from __future__ import annotations

@@ -6,7 +6,7 @@ import { AnswerView, questionView } from "./answer.js";
 import { EndFollower } from "./scroll.js";
 
 const SHOWN = 60; // messages drawn when a chat opens; earlier ones wait for a click
-const SUGGESTIONS = [["chat", "try.1"], ["code", "try.2"], ["bolt", "try.3"], ["link", "try.4"]];
+const SUGGESTIONS = [["chat", "try.1"], ["bolt", "try.2"], ["code", "try.3"], ["globe", "try.4"]];
 
 export class Thread {
   constructor({ onSuggestion }) {
