@@ -24,12 +24,12 @@ ENGLISH = ("What can you do?", "How do I use the OpenAI client with MoltBot?", "
 CHINESE = ("你能做什么？", "怎么用 OpenAI 客户端连接？", "举个例子")
 HANDHELD = {"viewport": PHONE, "device_scale_factor": 2, "is_mobile": True, "has_touch": True}
 PICTURES: dict[str, tuple[tuple[str, ...], dict[str, Any]]] = {
-    "chat-light": (ENGLISH, {"viewport": DESKTOP, "color_scheme": "light"}),
-    "chat-dark": (ENGLISH, {"viewport": DESKTOP, "color_scheme": "dark"}),
-    "chat-zh": (CHINESE, {"viewport": DESKTOP, "color_scheme": "light", "locale": "zh-CN"}),
+    "chat-desktop": (ENGLISH, {"viewport": DESKTOP, "color_scheme": "light"}),
+    "chat-desktop-dark": (ENGLISH, {"viewport": DESKTOP, "color_scheme": "dark"}),
+    "chat-desktop-zh": (CHINESE, {"viewport": DESKTOP, "color_scheme": "light", "locale": "zh-CN"}),
     "chat-phone": (ENGLISH, {**HANDHELD, "color_scheme": "light"}),
     "chat-phone-zh": (CHINESE, {**HANDHELD, "color_scheme": "dark", "locale": "zh-CN"}),
-    "welcome-light": ((), {"viewport": DESKTOP, "color_scheme": "light"}),
+    "welcome-desktop": ((), {"viewport": DESKTOP, "color_scheme": "light"}),
     "welcome-phone": ((), {**HANDHELD, "color_scheme": "light"}),
 }
 
