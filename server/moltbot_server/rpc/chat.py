@@ -3,19 +3,24 @@
 from __future__ import annotations
 
 import asyncio
+import logging
+import secrets
 from collections.abc import AsyncIterator
 from contextlib import aclosing
 from typing import Any
 
+from grpc import aio
 from moltbot.v1 import chat_pb2, chat_pb2_grpc
 
-from moltbot_server.errors import InvalidField, MoltBotError, Status, TurnFailed
+from moltbot_server.errors import InternalError, InvalidField, MoltBotError, Status, TurnFailed
 from moltbot_server.journal import Journal, LiveTurn
 from moltbot_server.pipeline import TurnPipeline
 from moltbot_server.rpc import convert, names
 from moltbot_server.rpc.interceptors import Call
 from moltbot_server.store import StoredTurn
 from moltbot_server.turns import Failed, TurnKey
+
+log = logging.getLogger(__name__)
 
 _LONGEST_REF = 128
 _COMMANDS_AT_ONCE = 64
@@ -76,9 +81,13 @@ class ChatService(chat_pb2_grpc.ChatServiceServicer):
     async def Converse(self, requests: AsyncIterator[chat_pb2.ConverseRequest], call: Call) -> None:  # type: ignore[override]
         """Carry out commands as they come; the stream ends when the caller has no more and all turns are delivered."""
         conversation = _Conversation(self, call)
-        async with asyncio.TaskGroup() as group:
-            async for request in requests:
-                await conversation.take(request, group)
+        try:
+            async with asyncio.TaskGroup() as group:
+                async for request in requests:
+                    await conversation.take(request, group)
+        except ExceptionGroup as failed:
+            # What breaks the stream itself, such as a request that is no message; commands fail in-band.
+            raise failed.exceptions[0] from None
 
     def _resumed(self, request: chat_pb2.ResumeTurnRequest, call: Call) -> tuple[TurnKey, int]:
         if request.after_sequence < 0:
@@ -102,19 +111,29 @@ class _Conversation:
         self._call = call
         self._writing = asyncio.Lock()
         self._free = asyncio.Semaphore(_COMMANDS_AT_ONCE)
+        self._cancels = asyncio.Semaphore(_COMMANDS_AT_ONCE)
 
     async def take(self, request: chat_pb2.ConverseRequest, group: asyncio.TaskGroup) -> None:
         """Begin a command; the next one is read when there is room for it."""
-        await self._free.acquire()
-        group.create_task(self._carry_out(request))
+        # To cancel is what makes room, so it never waits for the turns.
+        room = self._cancels if request.WhichOneof("command") == "cancel" else self._free
+        await room.acquire()
+        group.create_task(self._carry_out(request, room))
 
-    async def _carry_out(self, request: chat_pb2.ConverseRequest) -> None:
+    async def _carry_out(self, request: chat_pb2.ConverseRequest, room: asyncio.Semaphore) -> None:
         try:
             await self._answer(request)
         except MoltBotError as error:
             await self._write(request, "", error=_in_band(error))
+        except aio.InternalError:
+            raise  # the peer left while a write was under way
+        except Exception:
+            incident = secrets.token_hex(4)
+            log.exception("a command failed", extra={"incident": incident})
+            unforeseen = InternalError(f"something went wrong (incident {incident})")
+            await self._write(request, "", error=_in_band(unforeseen))
         finally:
-            self._free.release()
+            room.release()
 
     async def _answer(self, request: chat_pb2.ConverseRequest) -> None:
         service, call = self._service, self._call

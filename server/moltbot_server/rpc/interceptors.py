@@ -10,16 +10,17 @@ import asyncio
 import logging
 import secrets
 import time
-from collections.abc import Awaitable, Callable, Sequence
+from collections.abc import AsyncIterable, AsyncIterator, Awaitable, Callable, Sequence
 from typing import Any
 
 import grpc
 from google.protobuf import any_pb2, duration_pb2
+from google.protobuf.message import DecodeError
 from google.rpc import error_details_pb2, status_pb2
 from grpc import aio
 
 from moltbot_server.auth.keys import Authenticator
-from moltbot_server.errors import InternalError, MoltBotError, TurnFailed
+from moltbot_server.errors import InternalError, InvalidField, MoltBotError, TurnFailed
 from moltbot_server.metrics import Metrics
 from moltbot_server.turns import Principal
 
@@ -69,13 +70,13 @@ class Guard:
             behaviour = getattr(handler, name)
             if behaviour is not None:
                 return make(
-                    self._around(method, behaviour),
-                    request_deserializer=handler.request_deserializer,
+                    self._around(method, behaviour, one_request=name.startswith("unary")),
+                    request_deserializer=_forgiving(handler.request_deserializer),
                     response_serializer=handler.response_serializer,
                 )
         raise TypeError(f"{method} has no behaviour")
 
-    def _around(self, method: str, behaviour: Unary) -> Unary:
+    def _around(self, method: str, behaviour: Unary, *, one_request: bool) -> Unary:
         short = method.rpartition(".")[2]
         admit = self._authenticator.admit
         seconds = self._metrics.call_seconds.of(short)
@@ -86,6 +87,7 @@ class Guard:
             arrived = time.perf_counter()
             try:
                 principal = admit(method, _authorization(context))
+                request = _well_formed(request) if one_request else _Requests(request)
                 answer = await behaviour(request, context if foreign else Call(context, principal, arrived))
                 calls.add(short, "OK")
                 return answer
@@ -121,6 +123,47 @@ class Guard:
         if error.retry_after is not None:
             trailers.append(("grpc-retry-pushback-ms", str(int(error.retry_after * 1000))))
         await context.abort(_CODES[int(error.status)], error.message, tuple(trailers))
+
+
+class _Malformed:
+    """Stands for a request whose bytes are no message: left to grpcio, it would be told as UNKNOWN."""
+
+
+_MALFORMED = _Malformed()
+
+
+def _forgiving(read: Callable[[bytes], Any] | None) -> Callable[[bytes], Any] | None:
+    if read is None:
+        return None
+
+    def read_or_mark(request: bytes) -> Any:
+        try:
+            return read(request)
+        except DecodeError:
+            return _MALFORMED
+
+    return read_or_mark
+
+
+def _well_formed(request: Any) -> Any:
+    if request is _MALFORMED:
+        raise InvalidField("request", "these bytes are no message of this method; texts must be UTF-8")
+    return request
+
+
+class _Requests:
+    """The requests of a stream, each of them well formed."""
+
+    __slots__ = ("_requests",)
+
+    def __init__(self, requests: AsyncIterable[Any]) -> None:
+        self._requests = aiter(requests)
+
+    def __aiter__(self) -> AsyncIterator[Any]:
+        return self
+
+    async def __anext__(self) -> Any:
+        return _well_formed(await anext(self._requests))
 
 
 def status_of(error: MoltBotError | TurnFailed) -> status_pb2.Status:
