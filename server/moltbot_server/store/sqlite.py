@@ -105,7 +105,7 @@ class SqliteStore:
         self._path.parent.mkdir(parents=True, exist_ok=True)
         self._readers = ThreadPoolExecutor(max_workers=1, thread_name_prefix="moltbot-reader")
         await asyncio.get_running_loop().run_in_executor(self._readers, self._prepare)
-        self._writer = GroupWriter(self._connect, self._write_turns)
+        self._writer = GroupWriter(self._writing, self._write_turns)
 
     async def close(self) -> None:
         """Write what waits, then close the file."""
@@ -275,6 +275,7 @@ class SqliteStore:
     def _prepare(self) -> None:
         try:
             connection = self._reader = self._connect()
+            self._writing = self._connect()
             version = connection.execute("PRAGMA user_version").fetchone()[0]
             if version > SCHEMA_VERSION:
                 raise StorageUnavailable(

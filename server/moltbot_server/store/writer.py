@@ -7,6 +7,7 @@ that it runs, so a statement for each row would make the writer and the event lo
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import logging
 import sqlite3
 import threading
@@ -27,6 +28,7 @@ WriteRows = Callable[[sqlite3.Connection, Sequence[Any]], Sequence[Any]]
 
 _Future = asyncio.Future[Any]
 _LARGEST_GROUP = 512
+_NOBODYS_FAULT = ("SQLITE_BUSY", "SQLITE_LOCKED", "SQLITE_IOERR", "SQLITE_READONLY", "SQLITE_CORRUPT", "SQLITE_NOTADB")
 _COUNTS = (64, 32, 16, 8, 4, 2, 1)
 
 
@@ -59,10 +61,14 @@ class _Job:
 
 def storage_error(error: sqlite3.Error) -> MoltBotError:
     """Return what a fault of the database means to a caller; the text holds no content and no path."""
-    name = getattr(error, "sqlite_errorname", "") or type(error).__name__
+    name = _name(error)
     if name.startswith(("SQLITE_FULL", "SQLITE_IOERR_WRITE")):
         return StorageFull("the disk is full: nothing was stored", retry_after=5.0)
     return StorageUnavailable(f"the database cannot be used now ({name})", retry_after=1.0)
+
+
+def _name(error: sqlite3.Error) -> str:
+    return getattr(error, "sqlite_errorname", "") or type(error).__name__
 
 
 class GroupWriter:
@@ -72,8 +78,9 @@ class GroupWriter:
     of a group are written together; a write by itself comes after all that were queued before it.
     """
 
-    def __init__(self, connect: Callable[[], sqlite3.Connection], write_rows: WriteRows) -> None:
-        self._connect = connect
+    def __init__(self, connection: sqlite3.Connection, write_rows: WriteRows) -> None:
+        """Take a connection over; it is closed with the writer."""
+        self._connection = connection
         self._write_rows = write_rows
         self._jobs: SimpleQueue[_Job | None] = SimpleQueue()
         self._thread = threading.Thread(target=self._run, name="moltbot-writer", daemon=True)
@@ -105,7 +112,7 @@ class GroupWriter:
         return future
 
     def _run(self) -> None:
-        connection = self._connect()
+        connection = self._connection
         try:
             while (group := self._next_group()) is not None:
                 outcomes = self._write(connection, group)
@@ -134,7 +141,12 @@ class GroupWriter:
             connection.execute("COMMIT")
         except Exception as error:
             if connection.in_transaction:
-                connection.execute("ROLLBACK")
+                with contextlib.suppress(sqlite3.Error):
+                    connection.execute("ROLLBACK")
+            if isinstance(error, sqlite3.Error) and _name(error).startswith(_NOBODYS_FAULT):
+                # Each alone would wait as long, or write after a failed write and take it for done.
+                log.error("the database refused all writes", extra={"error": str(error), "writes": len(group)})
+                return [(job.future, storage_error(error)) for job in group]
             if len(group) > 1:
                 # One of them is at fault: give each a transaction of its own, so that the others are stored.
                 return [pair for job in group for pair in self._write(connection, [job])]
