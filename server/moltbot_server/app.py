@@ -12,6 +12,7 @@ from typing import Any
 from moltbot_server.auth.keys import Authenticator
 from moltbot_server.auth.policy import OWNER
 from moltbot_server.config import Settings
+from moltbot_server.errors import MoltBotError
 from moltbot_server.journal import Journal
 from moltbot_server.metrics import Metrics
 from moltbot_server.models.catalog import Catalog, build_catalog
@@ -136,9 +137,12 @@ class Core:
     async def _prune(self) -> None:
         """Forget the sessions of stateless callers once their calls are no longer repeated."""
         while True:
-            pruned = await self.store.prune(time.time() - _KEEP_EPHEMERAL)
-            if pruned:
-                log.info("forgot sessions of stateless callers", extra={"sessions": pruned})
+            try:
+                # A store forgets so many at once that nobody has to wait for it.
+                while pruned := await self.store.prune(time.time() - _KEEP_EPHEMERAL):
+                    log.info("forgot sessions of stateless callers", extra={"sessions": pruned})
+            except MoltBotError as error:
+                log.warning("cannot forget sessions now; it is tried again", extra={"error": error.message})
             await asyncio.sleep(_PRUNE_EVERY)
 
 
