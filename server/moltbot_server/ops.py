@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
+import socket
 import threading
 from collections.abc import Callable, Mapping
 from functools import partial
@@ -24,7 +25,11 @@ class OpsServer:
         Raises:
             OSError: the address cannot be bound.
         """
-        self._server = ThreadingHTTPServer((host, port), _handler(metrics, health))
+        kind = _Server6 if ":" in host else ThreadingHTTPServer
+        try:
+            self._server = kind((host.strip("[]"), port), _handler(metrics, health))
+        except OSError as error:
+            raise OSError(f"{host}:{port} cannot be bound; another program may listen there") from error
         self._server.daemon_threads = True
         # It looks this often whether it is to end.
         serve = partial(self._server.serve_forever, poll_interval=0.05)
@@ -35,13 +40,17 @@ class OpsServer:
     def address(self) -> str:
         """The address to open, such as `127.0.0.1:9464`."""
         host, port = self._server.server_address[:2]
-        return f"{host!s}:{port}"
+        return f"[{host!s}]:{port}" if ":" in str(host) else f"{host!s}:{port}"
 
     def close(self) -> None:
         """Close the port and end the thread."""
         self._server.shutdown()
         self._server.server_close()
         self._thread.join()
+
+
+class _Server6(ThreadingHTTPServer):
+    address_family = socket.AF_INET6
 
 
 def _handler(metrics: Callable[[], bytes], health: Callable[[], Mapping[str, Any]]) -> type[BaseHTTPRequestHandler]:
