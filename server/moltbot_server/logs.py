@@ -54,4 +54,6 @@ def _fields(record: logging.LogRecord) -> list[tuple[str, Any]]:
 
 def _shown(value: Any) -> str:
     text = str(value)
-    return json.dumps(text, ensure_ascii=False) if not text or any(c.isspace() or c == '"' for c in text) else text
+    plain = text and text.isprintable() and not any(c in ' "' for c in text)
+    # Quoted, a value can neither end the line nor move a terminal's cursor.
+    return text if plain else json.dumps(text, ensure_ascii=not text.isprintable())
