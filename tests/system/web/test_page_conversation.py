@@ -6,7 +6,7 @@ from __future__ import annotations
 import pytest
 from browser import Visit, answered, ask, shown, visiting
 from playwright.async_api import Browser
-from scripted_site import Cut, Emit, Hold, Say, ScriptedSite, error
+from scripted_site import Cut, Emit, Hold, Say, ScriptedSite, Step, error
 
 pytestmark = pytest.mark.asyncio(loop_scope="module")
 
@@ -105,7 +105,7 @@ async def test_a_reload_before_the_turn_is_accepted_sends_the_same_request_again
 async def test_a_connection_that_breaks_again_and_again_leaves_no_gap_and_no_repeat(
     browser: Browser, overlap: int
 ) -> None:
-    steps: list[Say | Cut | Hold] = []
+    steps: list[Step] = []
     for start in range(0, len(LONG), 400):
         steps += [Say(text=LONG[start : start + 400], chunk=7, pace=0.002), Cut()]
     steps.append(Hold(gate="end"))
@@ -137,7 +137,7 @@ async def test_frames_and_characters_cut_anywhere_arrive_whole(browser: Browser)
 
 
 async def test_a_reset_replaces_what_is_shown_and_unknown_kinds_are_skipped(browser: Browser) -> None:
-    steps = [
+    steps: list[Step] = [
         Say(text="Wrong start"),
         Emit(kind="sparkle", data={"colour": "green"}),
         Hold(gate="seen"),
@@ -155,7 +155,7 @@ async def test_a_reset_replaces_what_is_shown_and_unknown_kinds_are_skipped(brow
 
 
 async def test_waiting_routing_and_tools_are_visible(browser: Browser) -> None:
-    steps = [
+    steps: list[Step] = [
         Emit(kind="queued", data={"position": 3}),
         Hold(gate="queue"),
         Emit(kind="routed", data={"plugin": "weather", "reason": "pattern"}),
@@ -233,7 +233,7 @@ async def test_a_turn_that_failed_is_asked_again_as_a_new_turn(browser: Browser)
             "timings": {},
         },
     )
-    answers = [[Say(text="Beginning"), failed], [Say(text="Complete")]]
+    answers: list[list[Step]] = [[Say(text="Beginning"), failed], [Say(text="Complete")]]
     async with ScriptedSite(lambda _: answers.pop(0)) as site, visiting(browser, site.origin, "/#/new") as visit:
         await ask(visit, "hi")
         problem = visit.page.locator(".problem")

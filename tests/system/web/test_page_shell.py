@@ -9,7 +9,7 @@ from datetime import timedelta
 import pytest
 from browser import PHONE, Visit, answered, ask, shown, visiting
 from playwright.async_api import Browser
-from scripted_site import STATIC, Emit, Hold, Say, ScriptedSite
+from scripted_site import STATIC, Emit, Hold, Say, ScriptedSite, Step
 
 pytestmark = pytest.mark.asyncio(loop_scope="module")
 
@@ -240,7 +240,7 @@ async def test_screen_readers_hear_whole_paragraphs(browser: Browser) -> None:
 
 @pytest.mark.parametrize("scheme", ["light", "dark"])
 async def test_every_text_has_enough_contrast(browser: Browser, scheme: str) -> None:
-    steps = [
+    steps: list[Step] = [
         Emit(kind="routed", data={"plugin": "p", "reason": "r"}),
         Emit(kind="notice", data={"code": "failover", "from": "a", "to": "b", "reason": "r"}),
         Emit(kind="tool_finished", data={"call_id": "1", "tool": "t", "is_error": True, "duration_ms": 1}),
