@@ -111,7 +111,9 @@ def drive(name: str, scenario: dict[str, Any], core: Target, out: Path) -> Row:
     command += ["--metadata-file", core.metadata, "--format", "json", "--output", report_file]
     command += ["--duration", scenario["duration"], core.address]
     bound = int(scenario["duration"].removesuffix("s")) + SLACK
-    subprocess.run(command, cwd=ROOT, check=True, timeout=bound, stdin=subprocess.DEVNULL)
+    status = subprocess.run(command, cwd=ROOT, timeout=bound, stdin=subprocess.DEVNULL, check=False).returncode
+    if status:
+        raise SystemExit(f"{name}: ghz ended with status {status}")
     report = json.loads(report_file.read_text("utf-8"))
     report["options"].pop("metadata", None)  # the key does not belong in a result that people pass on
     report_file.write_text(json.dumps(report, indent=1) + "\n", "utf-8")
