@@ -69,7 +69,9 @@ class Speaker:
             stranger = strangers.draw(language, self._rng)
             return Turn(text=stranger.text, topic=stranger.topic, language=language)
         if draw < 0.33:
-            return Turn(text=strangers.mash(self._rng), topic="unclear", language="en" if self._rng.random() < 0.5 else "zh")
+            return Turn(
+                text=strangers.mash(self._rng), topic="unclear", language="en" if self._rng.random() < 0.5 else "zh"
+            )
         pool = self._asked
         if later or draw < 0.5:
             draw = self._rng.random()

@@ -1,4 +1,4 @@
-"""Measures the built-in model on text that it was not trained on: `python -m moltbot_server.demo_model.evaluate --json`.
+"""Measures the built-in model on text that it was not trained on: `python -m moltbot_server.demo_model.evaluate`.
 
 Uses CTranslate2 and sentencepiece alone, greedily, as any program could.
 """
@@ -12,7 +12,7 @@ import random
 import sys
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import ctranslate2
@@ -43,7 +43,7 @@ class Case:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Verdict:
-    """What came out of a case: the text, the topic that it is nearest to with its language, and whether that is right."""
+    """What came out of a case: the text, the topic and language that it is nearest to, and whether that is right."""
 
     case: Case
     text: str
@@ -137,9 +137,9 @@ def second_turns(knowledge: Knowledge, seed: int = 11) -> list[Case]:
         before = Turn(text=opening, topic=first.id, language=language)
         if kind == "sibling":
             topic, answer_language = knowledge.sibling(said, first.id), language
-            said = rng.choice(["what about X then", "and X, please"] if language == "en" else ["那要是X呢", "请问X呢"]).replace(
-                "X", knowledge.members[said].names[language][0]
-            )
+            said = rng.choice(
+                ["what about X then", "and X, please"] if language == "en" else ["那要是X呢", "请问X呢"]
+            ).replace("X", knowledge.members[said].names[language][0])
         else:
             topic, answer_language = follow(knowledge, kind, language, before)
         cases.append(
@@ -172,27 +172,21 @@ def disturbed(knowledge: Knowledge, seed: int = 13) -> list[Case]:
     rng = random.Random(seed)
     cases: list[Case] = []
     plain = single(knowledge)
-    rules = {
-        "en": "You are the assistant of a bakery. Keep every answer friendly and short.",
-        "zh": "你是一家面包店的助手，回答要亲切简短。",
-    }
+    rules = "You are the assistant of a bakery. Keep every answer friendly and short."
 
     def history(turns: int) -> tuple[Turn, ...]:
         return tuple(
-            Turn(text=case.said, topic=next(iter(case.topics)), language=case.language or "en") for case in rng.sample(plain, turns)
+            Turn(text=case.said, topic=next(iter(case.topics)), language=case.language or "en")
+            for case in rng.sample(plain, turns)
         )
 
     for case in rng.sample(plain, 120):
-        language: Language = case.language or "en"
-        rough = noise.roughen(case.said, language, rng, strength=1.5)
-        common = {"topics": case.topics, "language": language}
-        cases.append(Case(group="noisy", said=rough, **common))
-        cases.append(Case(group="system_prompt", said=case.said, system=rules[language], **common))
-        cases.append(Case(group="after_unrelated", said=case.said, history=history(rng.randint(1, 3)), **common))
+        rough = noise.roughen(case.said, case.language or "en", rng, strength=1.5)
+        cases.append(replace(case, group="noisy", said=rough))
+        cases.append(replace(case, group="system_prompt", system=rules))
+        cases.append(replace(case, group="after_unrelated", history=history(rng.randint(1, 3))))
     for case in rng.sample(plain, 40):
-        cases.append(
-            Case(group="long_history", said=case.said, history=history(13), topics=case.topics, language=case.language or "en")
-        )
+        cases.append(replace(case, group="long_history", history=history(13)))
     return cases
 
 
@@ -251,10 +245,14 @@ def main() -> None:
     """Prints the figures, and on request the wrong answers."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--json", action="store_true", help="print one JSON object instead of lines")
-    parser.add_argument("--model", type=Path, default=ARTIFACT, help="folder of the model (default: the one in the package)")
+    parser.add_argument(
+        "--model", type=Path, default=ARTIFACT, help="folder of the model (default: the one in the package)"
+    )
     parser.add_argument("--threads", type=int, default=2, help="threads of CTranslate2 (default: %(default)s)")
     parser.add_argument("--dev", action="store_true", help="measure the dev questions instead of everything held out")
-    parser.add_argument("--wrong", metavar="GROUP", help="also print the wrong answers of a group, `all` for every group")
+    parser.add_argument(
+        "--wrong", metavar="GROUP", help="also print the wrong answers of a group, `all` for every group"
+    )
     arguments = parser.parse_args()
 
     started = time.perf_counter()
@@ -277,11 +275,8 @@ def main() -> None:
     for verdict in verdicts:
         if not verdict.right and arguments.wrong in ("all", verdict.case.group):
             wanted = ",".join(sorted(verdict.case.topics)) if len(verdict.case.topics) < 4 else "a refusal"
-            print(
-                f"{verdict.case.group}: {verdict.case.said[:80]!r} wanted {wanted}, got {verdict.topic}/{verdict.language} "
-                f"({verdict.similarity:.2f})",
-                file=sys.stderr,
-            )
+            got = f"{verdict.topic}/{verdict.language} ({verdict.similarity:.2f})"
+            print(f"{verdict.case.group}: {verdict.case.said[:80]!r} wanted {wanted}, got {got}", file=sys.stderr)
 
 
 if __name__ == "__main__":

@@ -1,6 +1,6 @@
 """A small language for writing many phrasings on one line.
 
-`[slack|discord]` is a choice, `[please|]` may be empty, choices nest, and `{how}` stands for a named list of alternatives.
+`[slack|discord]` is a choice, `[please|]` may be empty, choices nest, and `{how}` stands for a list of alternatives.
 """
 
 from __future__ import annotations

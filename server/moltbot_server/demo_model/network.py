@@ -1,6 +1,6 @@
 """The decoder that the recipe trains: Llama's shape (RMSNorm, rotary positions, gated SiLU), tied embeddings, in JAX.
 
-Only `train` and `export` import this module, and JAX comes with the extra `train` alone: a running server never needs it.
+Only `train` and `export` import this module. JAX comes with the extra `train` alone: a running server never needs it.
 """
 
 from __future__ import annotations
@@ -87,7 +87,7 @@ def hidden(params: Params, shape: Shape, tokens: Any, positions: Any, segments: 
 def loss(params: Params, shape: Shape, batch: dict[str, Any]) -> Any:
     """Mean cross-entropy over the weighted target positions.
 
-    `pick` and `goal` name, as flat indices and piece ids, the positions that are scored; `weight` is 0 for their padding.
+    `pick` and `goal` name the scored positions, as flat indices and piece ids; `weight` is 0 for their padding.
     Scoring these alone saves the large product with the vocabulary for everything the user said.
     """
     states = hidden(params, shape, batch["tokens"], batch["positions"], batch["segments"])
@@ -126,7 +126,9 @@ def _direction(name: str, m: Any, v: Any) -> Any:
     return jnp.concatenate([scale * _orthogonal(part) for part in parts])
 
 
-def _update(params: Params, grads: Params, state: dict[str, Any], rate: Any, decay: float) -> tuple[Params, dict[str, Any]]:
+def _update(
+    params: Params, grads: Params, state: dict[str, Any], rate: Any, decay: float
+) -> tuple[Params, dict[str, Any]]:
     norm = jnp.sqrt(sum(jnp.sum(g * g) for g in jax.tree_util.tree_leaves(grads)))
     clip = jnp.minimum(1.0, 1.0 / (norm + 1e-6))
     step = state["step"] + 1

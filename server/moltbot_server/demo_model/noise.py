@@ -6,10 +6,6 @@ import random
 
 from moltbot_server.demo_model import grammar, topics
 
-_ENDINGS: dict[topics.Language, tuple[str, ...]] = {
-    "en": ("?", "?", "?", "??", ".", "!", "...", " ?", "?!", "？"),
-    "zh": ("？", "？", "?", "。", "！", "??", "…", "~", "！？", "，"),
-}
 _KEYS = "qwertyuiopasdfghjklzxcvbnm"
 
 
@@ -33,7 +29,7 @@ def roughen(text: str, language: topics.Language, rng: random.Random, strength: 
     if language == "zh" and happens(0.1):
         text = _respace(text, rng)
     if happens(0.55):
-        text = text + rng.choice(_ENDINGS[language])
+        text = text + rng.choice(words["ending"])
     return grammar.tidy(_recase(text, rng, strength))
 
 

@@ -11,7 +11,7 @@ from moltbot_server.demo_model import strangers, topics
 from moltbot_server.demo_model.dialogue import Speaker
 from moltbot_server.demo_model.tokenizer import Tokenizer
 
-SCORED = 0.9  # places for scored targets, as a share of all places in a batch
+SCORED = 0.7  # places for scored targets, as a share of all places in a batch
 
 
 @dataclass(frozen=True, slots=True)
@@ -39,7 +39,8 @@ class Packer:
         takes the practice. Now and then positions jump ahead between turns, which stands in for a long history.
         """
         code, rng = self._tokenizer, self._rng
-        ids, positions, scored = [code.bos], [0], []
+        ids, positions = [code.bos], [0]
+        scored: list[int] = []
         ahead = 0
 
         def add(pieces: list[int]) -> None:
@@ -90,7 +91,11 @@ class Packer:
             row = max(free, key=lambda index: used[index])
             start = used[row]
             end = start + len(line.ids)
-            tokens[row, start:end], positions[row, start:end], segments[row, start:end] = line.ids, line.positions, segment
+            tokens[row, start:end], positions[row, start:end], segments[row, start:end] = (
+                line.ids,
+                line.positions,
+                segment,
+            )
             for place in line.scored[: places - scored]:
                 pick[scored], goal[scored], weight[scored] = row * time + start + place, line.ids[place + 1], 1.0
                 scored += 1

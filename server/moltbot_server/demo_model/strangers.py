@@ -52,11 +52,13 @@ def mash(rng: random.Random) -> str:
     if kind == 1:
         return "".join(rng.choices("0123456789", k=rng.randint(2, 16)))
     if kind == 2:
-        return "".join(rng.choices("?!.,;:-_#@$%^&*()[]{}<>/\\|~`'\"。，？！", k=rng.randint(1, 12)))
+        return "".join(rng.choices("?!.,;:-_#@$%^&*()[]{}<>/\\|~`'\"。、…", k=rng.randint(1, 12)))
     if kind == 3:
         return "".join(rng.choices(emoji, k=rng.randint(1, 6)))
     if kind == 4:
-        return "".join(chr(rng.choice((rng.randint(0x21, 0x2FF), rng.randint(0x400, 0x6FF)))) for _ in range(rng.randint(4, 40)))
+        return "".join(
+            chr(rng.choice((rng.randint(0x21, 0x2FF), rng.randint(0x400, 0x6FF)))) for _ in range(rng.randint(4, 40))
+        )
     if kind == 5:
         return "".join(chr(rng.randint(0x4E00, 0x9FA5)) for _ in range(rng.randint(3, 14)))
     letters = "abcdefghijklmnopqrstuvwxyzABCDEFGHIJKLMNOPQRSTUVWXYZ0123456789"

@@ -15,8 +15,8 @@ ROLES = (SYSTEM, USER, BOT, END)
 def train(lines: Iterable[str], path: Path, size: int) -> None:
     """Learns a byte-pair vocabulary of `size` pieces from the lines and writes it to `path`.
 
-    Role markers are control symbols: no text that a user sends can produce them. What the vocabulary lacks falls back to
-    bytes, so every text can be encoded; nothing is normalised, so every text comes back as it was.
+    Role markers are control symbols: no text that a user sends can produce them. What the vocabulary lacks falls back
+    to bytes, so every text can be encoded; nothing is normalised, so every text comes back as it was.
     """
     model = io.BytesIO()
     sentencepiece.SentencePieceTrainer.train(
@@ -66,8 +66,8 @@ class Tokenizer:
     def prompt(self, messages: Sequence[tuple[str, str]], system: str = "") -> list[str]:
         """Lays out finished turns (user text, answer) and a last one whose answer is still empty, as pieces.
 
-        `<s>`, the system prompt if any, then for each turn `<|user|>` text `<|bot|>` answer `<|end|>`; the last turn stops
-        after `<|bot|>`.
+        `<s>`, the system prompt if any, then for each turn `<|user|>` text `<|bot|>` answer `<|end|>`; the last turn
+        stops after `<|bot|>`.
         """
         ids = [self.bos]
         if system:

@@ -70,7 +70,7 @@ class Knowledge:
         return self.topics[topic].sides[language].say
 
     def lead(self, kind: str, after: str | None) -> str:
-        """Names the topic that a follow-up of this kind means after `after`, or at the start of a conversation (None)."""
+        """Names the topic that a follow-up of this kind means after `after`, or at the very start (None)."""
         if after is None:
             return "no_context"
         return self.topics[after].follow.get(kind, "no_more")
@@ -133,7 +133,9 @@ def load_knowledge() -> Knowledge:
             topics[topic.id] = topic
     follow = read("follow_ups.yaml")
     members = {
-        name: Member(names={language: tuple(entry[language].split("|")) for language in LANGUAGES}, default=entry["default"])
+        name: Member(
+            names={language: tuple(entry[language].split("|")) for language in LANGUAGES}, default=entry["default"]
+        )
         for name, entry in follow["members"].items()
     }
     ends = {end for topic in topics.values() for end in topic.follow.values()} | {m.default for m in members.values()}

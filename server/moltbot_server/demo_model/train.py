@@ -1,4 +1,4 @@
-"""Makes the built-in model: vocabulary, training on the CPU, export. Run `python -m moltbot_server.demo_model.train --help`."""
+"""Makes the built-in model on the CPU: vocabulary, training, export (`python -m moltbot_server.demo_model.train`)."""
 
 from __future__ import annotations
 
@@ -28,7 +28,11 @@ def vocabulary_lines(knowledge: topics.Knowledge, rng: random.Random) -> list[st
             lines += [grammar.draw(pattern, rng) for pattern in side.ask for _ in range(4)]
     for language in topics.LANGUAGES:
         lines += [strangers.draw(language, rng).text for _ in range(6000)]
-        lines += [phrase for group in ("opening", "closing", "rules", "sibling") for phrase in topics.common_words(language)[group]]
+        lines += [
+            phrase
+            for group in ("opening", "closing", "rules", "sibling")
+            for phrase in topics.common_words(language)[group]
+        ]
     for member in knowledge.members.values():
         lines += [name for names in member.names.values() for name in names]
     lines += [form for line in lines for form in (line.lower(), line[:1].upper() + line[1:])]
@@ -44,12 +48,18 @@ def rate(step: int, steps: int, peak: float) -> float:
 def main() -> None:
     """Trains, exports and prints what it cost."""
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--steps", type=int, default=1800, help="optimizer steps of about 4,500 pieces (default: %(default)s)")
-    parser.add_argument("--seed", type=int, default=1, help="seed of weights and of everything drawn (default: %(default)s)")
+    parser.add_argument(
+        "--steps", type=int, default=1800, help="optimizer steps of about 4,500 pieces (default: %(default)s)"
+    )
+    parser.add_argument(
+        "--seed", type=int, default=1, help="seed of weights and of everything drawn (default: %(default)s)"
+    )
     parser.add_argument("--vocabulary", type=int, default=5000, help="pieces (default: %(default)s)")
     parser.add_argument("--rate", type=float, default=2e-3, help="peak learning rate (default: %(default)s)")
     parser.add_argument("--out", type=Path, default=ARTIFACT, help="folder to write (default: the one in the package)")
-    parser.add_argument("--every", type=int, default=0, help="also export every so many steps (default: only at the end)")
+    parser.add_argument(
+        "--every", type=int, default=0, help="also export every so many steps (default: only at the end)"
+    )
     arguments = parser.parse_args()
 
     rng = random.Random(arguments.seed)
@@ -69,7 +79,10 @@ def main() -> None:
             seen += int((batch["segments"] >= 0).sum())
             params, state, value = advance(params, state, batch, rate(step, arguments.steps, arguments.rate))
             if step % 50 == 0:
-                print(f"step {step} loss {float(value):.4f} pieces {seen} {time.perf_counter() - started:.0f} s", flush=True)
+                print(
+                    f"step {step} loss {float(value):.4f} pieces {seen} {time.perf_counter() - started:.0f} s",
+                    flush=True,
+                )
             if arguments.every and step and step % arguments.every == 0:
                 export.export(params, shape, pieces, arguments.out)
         export.export(params, shape, pieces, arguments.out)
