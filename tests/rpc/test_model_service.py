@@ -1,0 +1,86 @@
+"""Models and plugins as callers see them, with what this release cannot do told plainly."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import grpc
+import pytest
+from moltbot.v1 import model_pb2, plugin_pb2
+from moltbot_server.testing import RunningServer, Script, running_server
+from rpc_calls import Api, WatchedEngine, reason_of, refused, turn
+
+
+async def test_the_only_model_is_listed_as_the_default_with_what_it_can_do(api: Api) -> None:
+    answer = await api.models.ListModels(model_pb2.ListModelsRequest(), metadata=api.metadata)
+    one = await api.models.GetModel(model_pb2.GetModelRequest(name="models/scripted"), metadata=api.metadata)
+
+    assert [model.name for model in answer.models] == ["models/scripted"]
+    assert answer.models[0] == one.model
+    assert one.model.is_default
+    assert one.model.state == model_pb2.MODEL_STATE_READY
+    assert one.model.state_message == ""
+    assert one.model.capabilities.context_length == 8192
+    assert one.model.capabilities.streaming
+    assert not one.model.capabilities.image_input
+    assert one.model.load_time.seconds > 0
+
+
+@pytest.mark.parametrize(
+    ("name", "reason"), [("", "INVALID_FIELD"), ("x", "INVALID_FIELD"), ("models/x", "MODEL_NOT_FOUND")]
+)
+async def test_a_model_that_there_is_not_is_told(api: Api, name: str, reason: str) -> None:
+    request = model_pb2.GetModelRequest(name=name)
+
+    assert reason_of(await refused(api.models.GetModel(request, metadata=api.metadata))) == reason
+
+
+async def test_what_this_release_cannot_do_is_unimplemented_with_a_way_out(api: Api) -> None:
+    calls: list[Any] = [
+        api.models.LoadModel(model_pb2.LoadModelRequest(name="models/x", path="/x"), metadata=api.metadata),
+        api.models.SwitchModel(model_pb2.SwitchModelRequest(name="models/x"), metadata=api.metadata),
+        api.models.UnloadModel(model_pb2.UnloadModelRequest(name="models/x"), metadata=api.metadata),
+    ]
+    for call in calls:
+        error = await refused(call)
+        assert (error.code(), reason_of(error)) == (grpc.StatusCode.UNIMPLEMENTED, "UNIMPLEMENTED")
+        assert "MODEL_PATH" in (error.details() or "")
+
+
+async def test_a_model_that_has_failed_says_so_and_refuses_turns_until_it_is_back(
+    api: Api, engine: WatchedEngine
+) -> None:
+    engine.healthy = False
+    error = await refused(api.run(turn(request_id="one", session="sessions/s")))
+    request = model_pb2.GetModelRequest(name="models/scripted")
+    model = (await api.models.GetModel(request, metadata=api.metadata)).model
+
+    assert (error.code(), reason_of(error)) == (grpc.StatusCode.UNAVAILABLE, "MODEL_UNAVAILABLE")
+    assert model.state == model_pb2.MODEL_STATE_FAILED
+    assert model.state_message
+    engine.healthy = True
+    assert (await api.run(turn(request_id="one", session="sessions/s"))).turn == "sessions/s/turns/1"
+
+
+async def test_a_turn_names_its_model_with_or_without_being_the_default(tmp_path: Path) -> None:
+    async with running_server(tmp_path, engine=WatchedEngine(Script(id="org/some-model:8b"))) as server:
+        api = Api.of(server)
+        answer = await api.run(turn(model="models/org/some-model:8b"))
+        await api.channel.close()
+
+    assert answer.completed.model == "models/org/some-model:8b"
+
+
+async def test_there_are_no_plugins_yet(api: Api, core: RunningServer) -> None:
+    answer = await api.plugins.ListPlugins(plugin_pb2.ListPluginsRequest(), metadata=api.metadata)
+    calls: list[Any] = [
+        api.plugins.GetPlugin(plugin_pb2.GetPluginRequest(name="plugins/weather"), metadata=api.metadata),
+        api.plugins.CallPlugin(plugin_pb2.CallPluginRequest(name="plugins/weather"), metadata=api.metadata),
+    ]
+
+    assert list(answer.plugins) == []
+    for call in calls:
+        assert reason_of(await refused(call)) == "PLUGIN_NOT_FOUND"
+    bad = api.plugins.GetPlugin(plugin_pb2.GetPluginRequest(name="weather"), metadata=api.metadata)
+    assert reason_of(await refused(bad)) == "INVALID_FIELD"
