@@ -104,9 +104,9 @@ def _from_node(node: yaml.Node, path: Path, problems: list[Problem], depth: int)
         problems.append(Problem(where=where, text="nested too deeply"))
         return Given(value=None, where=where, folder=path.parent)
     value: str | tuple[Given, ...] | Mapping[str, Given] | None
-    if node.id == "mapping":
+    if isinstance(node, yaml.MappingNode):
         value = _mapping(node, path, problems, depth)
-    elif node.id == "sequence":
+    elif isinstance(node, yaml.SequenceNode):
         value = tuple(_from_node(item, path, problems, depth + 1) for item in node.value)
     else:
         value = None if node.tag == "tag:yaml.org,2002:null" else str(node.value)

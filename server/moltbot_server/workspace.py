@@ -194,7 +194,7 @@ class Workspace:
                 text = file.read(256).decode("ascii", "replace").strip()
         except FileNotFoundError:
             raise WorkspaceError(
-                f"there is no workspace in {self.folder}: make one with `moltbot init`, or name another with --workspace."
+                f"there is no workspace in {self.folder}: make one with `moltbot init`, or name one with --workspace."
             ) from None
         except OSError as error:
             raise WorkspaceError(f"the key {self.key_file} cannot be read: {error.strerror}.") from None
