@@ -104,9 +104,10 @@ def _from_node(node: yaml.Node, path: Path, problems: list[Problem], depth: int)
         problems.append(Problem(where=where, text="nested too deeply"))
         return Given(value=None, where=where, folder=path.parent)
     value: str | tuple[Given, ...] | Mapping[str, Given] | None
-    if isinstance(node, yaml.MappingNode):
+    kind: str = node.id  # type: ignore[attr-defined]  # each class of node has one, which the stubs do not know
+    if kind == "mapping":
         value = _mapping(node, path, problems, depth)
-    elif isinstance(node, yaml.SequenceNode):
+    elif kind == "sequence":
         value = tuple(_from_node(item, path, problems, depth + 1) for item in node.value)
     else:
         value = None if node.tag == "tag:yaml.org,2002:null" else str(node.value)
