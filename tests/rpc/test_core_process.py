@@ -1,0 +1,234 @@
+"""The core as a process: it starts or says why not, survives a crash with what it had, and leaves well."""
+
+from __future__ import annotations
+
+import asyncio
+import signal
+import socket
+import sqlite3
+import ssl
+import subprocess
+import sys
+import time
+import urllib.error
+import urllib.request
+from pathlib import Path
+
+import grpc
+import pytest
+from core_process import core_process
+from grpc import aio
+from grpc_health.v1 import health_pb2, health_pb2_grpc
+from moltbot_server.workspace import Workspace
+from rpc_calls import Api, drained, kinds, reason_of, refused, turn
+
+
+async def test_a_killed_core_keeps_its_sessions_and_tells_the_turn_that_it_cut(tmp_path: Path) -> None:
+    async with core_process(tmp_path) as core:
+        api = (await core.serving()).api()
+        await api.run(turn("before", session="sessions/s"))
+        call = api.stream(turn("#150 pace=0.01", session="sessions/s", request_id="cut"))
+        events = [(await call.read()).event for _ in range(5)]
+        waiting = api.stream(turn("waits", session="sessions/s", request_id="waiting"))
+        await waiting.read()
+        core.signal(signal.SIGKILL)
+        await core.end()
+        broken = await refused(call)
+        assert broken.code() is grpc.StatusCode.UNAVAILABLE
+        await api.channel.close()
+
+    async with core_process(tmp_path) as core:
+        api = (await core.serving()).api()
+        name = events[0].accepted.turn
+        assert await api.said("sessions/s") == ["before", "You said: before", "#150 pace=0.01", "waits"]
+        resumed = await api.resumed(name, events[-1].sequence)
+        assert kinds(resumed) == ["failed"]
+        failed = resumed[0].failed
+        assert (failed.code, failed.reason, failed.retryable) == (14, "TURN_INTERRUPTED", True)
+        assert kinds(await api.resumed(name)) == ["accepted", "failed"]
+
+        again = await api.events(turn("#150 pace=0.01", session="sessions/s", request_id="cut"), timeout=20)
+        assert kinds(again)[-1] == "completed"
+        assert len(again[-1].completed.text.split()) == 150
+        unary = await api.run(turn("waits", session="sessions/s", request_id="waiting"))
+        said = await api.said("sessions/s")
+        assert said[:2] == ["before", "You said: before"]
+        assert sorted(said[2:]) == sorted(["#150 pace=0.01", again[-1].completed.text, "waits", unary.completed.text])
+        assert kinds(await api.resumed(name))[-1] == "failed"
+        await api.channel.close()
+
+
+async def test_a_core_told_to_leave_ends_its_turns_and_leaves_with_zero(tmp_path: Path) -> None:
+    async with core_process(tmp_path) as core:
+        api = (await core.serving()).api()
+        call = api.stream(turn("#100 pace=0.01"))
+        await call.read()
+        health = health_pb2_grpc.HealthStub(api.channel).Watch(health_pb2.HealthCheckRequest())
+        assert (await health.read()).status == health_pb2.HealthCheckResponse.SERVING
+        core.signal(signal.SIGTERM)
+        assert (await health.read()).status == health_pb2.HealthCheckResponse.NOT_SERVING
+        error = await refused(api.run(turn("too late")))
+        assert (error.code(), reason_of(error)) == (grpc.StatusCode.UNAVAILABLE, "NOT_SERVING")
+
+        assert kinds(await drained(call))[-1] == "completed"
+        assert await core.end() == 0
+        await api.channel.close()
+    assert "Traceback" not in await core.whole_log()
+
+
+async def test_turns_that_outlast_the_grace_are_told_and_can_be_started_again(tmp_path: Path) -> None:
+    async with core_process(tmp_path, MOLTBOT_DRAIN_GRACE="0.5") as core:
+        api = (await core.serving()).api()
+        call = api.stream(turn("#1 wait=3", request_id="long"))
+        accepted = (await call.read()).event.accepted
+        told = time.monotonic()
+        core.signal(signal.SIGTERM)
+        last = (await drained(call))[-1]
+        assert await core.end() == 0
+        assert time.monotonic() - told < 4
+        await api.channel.close()
+    assert (last.failed.reason, last.failed.retryable) == ("TURN_INTERRUPTED", True)
+
+    async with core_process(tmp_path) as core:
+        api = (await core.serving()).api()
+        assert (await api.resumed(accepted.turn))[-1].failed.reason == "TURN_INTERRUPTED"
+        await api.channel.close()
+
+
+async def test_a_second_signal_does_not_wait(tmp_path: Path) -> None:
+    async with core_process(tmp_path) as core:
+        api = (await core.serving()).api()
+        call = api.stream(turn("#1 wait=30"))
+        await call.read()
+        core.signal(signal.SIGTERM)
+        await refused(api.run(turn("too late")))
+        core.signal(signal.SIGTERM)
+        assert await core.end(within=2) == 1
+        call.cancel()
+        await api.channel.close()
+    async with core_process(tmp_path) as core:
+        await core.serving()
+
+
+async def test_an_interrupt_from_the_keyboard_drains_too(tmp_path: Path) -> None:
+    async with core_process(tmp_path) as core:
+        await core.serving()
+        core.signal(signal.SIGINT)
+
+        assert await core.end() == 0
+
+
+@pytest.mark.parametrize("flag", ["--grpc-port", "--metrics-port"])
+async def test_a_port_that_is_taken_is_named(tmp_path: Path, flag: str) -> None:
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", 0))
+        taken.listen()
+        port = str(taken.getsockname()[1])
+        async with core_process(tmp_path, flag, port) as core:
+            assert await core.end() == 1
+            log = await core.whole_log()
+
+    assert f"127.0.0.1:{port}" in log
+    assert "Traceback" not in log
+
+
+@pytest.mark.parametrize(
+    ("environ", "told"),
+    [
+        ({"MOLTBOT_GRPC_HOST": "0.0.0.0"}, "tls_cert"),
+        ({"MOLTBOT_GRPC_HOST": "::"}, "tls_cert"),
+        ({"MOLTBOT_METRICS_HOST": "0.0.0.0"}, "metrics_host"),
+        ({"MODEL_TYPE": "no-such-model", "MODEL_PATH": "/nowhere"}, "/nowhere"),
+    ],
+)
+async def test_an_unsafe_or_impossible_configuration_refuses_to_start(
+    tmp_path: Path, environ: dict[str, str], told: str
+) -> None:
+    async with core_process(tmp_path, **environ) as core:
+        assert await core.end() == 78
+        log = await core.whole_log()
+
+    assert told in log
+    assert "Traceback" not in log
+
+
+def test_without_a_key_a_core_says_what_to_type(tmp_path: Path) -> None:
+    command = [sys.executable, "-m", "moltbot_server", "--workspace", str(tmp_path)]
+    refused_start = subprocess.run(command, capture_output=True, text=True, timeout=20, check=False)
+
+    assert refused_start.returncode == 78
+    assert "moltbot init" in refused_start.stderr
+    assert "Traceback" not in refused_start.stderr
+
+
+@pytest.fixture
+def certificate(tmp_path: Path) -> tuple[Path, Path]:
+    """A certificate for 127.0.0.1 and its key."""
+    certificate, key = tmp_path / "cert.pem", tmp_path / "key.pem"
+    command = ["openssl", "req", "-x509", "-newkey", "rsa:2048", "-nodes", "-days", "2", "-subj", "/CN=localhost"]
+    command += ["-addext", "subjectAltName=IP:127.0.0.1", "-keyout", str(key), "-out", str(certificate)]
+    try:
+        subprocess.run(command, capture_output=True, check=True)
+    except FileNotFoundError:
+        pytest.skip("openssl is not installed, so no certificate can be made")
+    return certificate, key
+
+
+async def test_a_core_with_a_certificate_speaks_tls_and_nothing_else(
+    tmp_path: Path, certificate: tuple[Path, Path]
+) -> None:
+    environ = {"MOLTBOT_TLS_CERT": str(certificate[0]), "MOLTBOT_TLS_KEY": str(certificate[1])}
+    async with core_process(tmp_path / "workspace", **environ) as core:
+        await core.serving()
+        credentials = grpc.ssl_channel_credentials(certificate[0].read_bytes())
+        api = Api(aio.secure_channel(core.address, credentials), core.metadata)
+        assert (await api.run(turn("hello"))).completed.text == "You said: hello"
+        await api.channel.close()
+
+        plain = core.api()
+        error = await refused(plain.run(turn("hello"), timeout=5))
+        assert error.code() in (grpc.StatusCode.UNAVAILABLE, grpc.StatusCode.DEADLINE_EXCEEDED)
+        await plain.channel.close()
+        host, _, port = core.address.rpartition(":")
+        with pytest.raises(ssl.SSLCertVerificationError), socket.create_connection((host, int(port))) as raw:
+            ssl.create_default_context().wrap_socket(raw, server_hostname="localhost")
+
+
+async def test_a_core_on_a_database_of_a_newer_release_refuses_to_start(tmp_path: Path) -> None:
+    Workspace(folder=tmp_path).create()
+    with sqlite3.connect(tmp_path / "moltbot.db") as connection:
+        connection.execute("PRAGMA user_version = 99")
+    connection.close()
+    async with core_process(tmp_path) as core:
+        assert await core.end() == 78
+        log = await core.whole_log()
+
+    assert "newer release" in log
+    assert "Traceback" not in log
+
+
+async def test_health_and_metrics_are_told_over_http(tmp_path: Path) -> None:
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    async with core_process(tmp_path, "--metrics-port", str(port)) as core:
+        api = (await core.serving()).api()
+        await api.run(turn("hello"))
+        await api.channel.close()
+
+        def page(path: str) -> tuple[int, str]:
+            try:
+                with urllib.request.urlopen(f"http://127.0.0.1:{port}{path}", timeout=5) as answer:
+                    return answer.status, answer.read().decode()
+            except urllib.error.HTTPError as error:
+                with error:
+                    return error.code, error.read().decode()
+
+        health = await asyncio.to_thread(page, "/health")
+        metrics = await asyncio.to_thread(page, "/metrics")
+        missing = await asyncio.to_thread(page, "/etc/passwd")
+
+    assert health[0] == 200
+    assert '"status": "ok"' in health[1]
+    assert 'moltbot_turns_total{outcome="stop"} 1.0' in metrics[1]
+    assert missing[0] == 404
