@@ -45,7 +45,13 @@ def configure_logging(level: str, *, as_json: bool) -> None:
     """Send all logs to standard error. Called once, before anything else runs."""
     handler = logging.StreamHandler(sys.stderr)
     handler.setFormatter(JsonFormatter() if as_json else PlainFormatter())
+    handler.addFilter(_no_foreign_bytes)
     logging.basicConfig(level=level.upper(), handlers=[handler], force=True)
+
+
+def _no_foreign_bytes(record: logging.LogRecord) -> bool:
+    """Leave out what grpcio logs of metadata that is no text: whatever a stranger sent, with a traceback each time."""
+    return not (record.name.startswith("grpc.") and str(record.msg).startswith("Invalid encoding on"))
 
 
 def _fields(record: logging.LogRecord) -> list[tuple[str, Any]]:
