@@ -99,6 +99,7 @@ class SqliteStore:
         self._path = path
         self._touched: dict[tuple[str, str], float] = {}
         self._touched_at = 0.0
+        self._closed = False
 
     async def open(self) -> None:
         """Open the file, bring its schema up to date, and close the turns that a crash left running."""
@@ -109,10 +110,14 @@ class SqliteStore:
 
     async def close(self) -> None:
         """Write what waits, then close the file."""
+        if self._closed:
+            return
         if self._touched:
-            await self._writer.submit(self._write_touched)
+            # A full disk cannot keep the store from closing; the next one to open it tells these times from the turns.
+            await asyncio.gather(self._writer.submit(self._write_touched), return_exceptions=True)
         await self._writer.close()
         await self._read(lambda connection: connection.close())
+        self._closed = True
         self._readers.shutdown()
 
     # --- writing -------------------------------------------------------------------------------------------------
@@ -264,6 +269,12 @@ class SqliteStore:
 
     def _connect(self) -> sqlite3.Connection:
         connection = sqlite3.connect(self._path, isolation_level=None, check_same_thread=False, timeout=5.0)
+        version = connection.execute("PRAGMA user_version").fetchone()[0]
+        if version > SCHEMA_VERSION:
+            connection.close()
+            raise StorageUnavailable(
+                f"the database was written by a newer release (schema {version}, this one reads {SCHEMA_VERSION})"
+            )
         connection.executescript(
             # Turns of many sessions touch pages all over the file; small pages halve what a commit writes.
             "PRAGMA page_size = 2048; PRAGMA journal_mode = WAL; PRAGMA synchronous = FULL; PRAGMA busy_timeout = 5000;"
@@ -274,22 +285,22 @@ class SqliteStore:
 
     def _prepare(self) -> None:
         try:
+            # SQLite gives the files beside the database its mode, so it has to be right before they are made.
+            self._path.touch(mode=0o600)
+            self._path.chmod(0o600)
             connection = self._reader = self._connect()
             self._writing = self._connect()
-            version = connection.execute("PRAGMA user_version").fetchone()[0]
-            if version > SCHEMA_VERSION:
-                raise StorageUnavailable(
-                    f"the database was written by a newer release (schema {version}, this one reads {SCHEMA_VERSION})"
-                )
-            if version == 0:
+            if connection.execute("PRAGMA user_version").fetchone()[0] == 0:
                 connection.executescript(f"BEGIN; {_SCHEMA} PRAGMA user_version = {SCHEMA_VERSION}; COMMIT;")
             connection.execute(_CATCH_UP)
             connection.execute("UPDATE turns SET state = 'failed', events = NULL WHERE state = 'running'")
-            self._path.chmod(0o600)
         except sqlite3.Error as error:
             raise storage_error(error) from error
 
     async def _read(self, query: Callable[[sqlite3.Connection], T]) -> T:
+        if self._closed:
+            raise StorageUnavailable("the store is closed")
+
         def guarded() -> T:
             try:
                 return query(self._reader)

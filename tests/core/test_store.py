@@ -1,0 +1,425 @@
+"""What every store promises, whichever keeps the sessions: see `moltbot_server.store.Store`."""
+
+from __future__ import annotations
+
+import asyncio
+import itertools
+from typing import Any
+
+import pytest
+from conftest import Reopen
+from moltbot_server.errors import StorageUnavailable
+from moltbot_server.store import EndedTurn, NewTurn, Store, StoredTurn
+from moltbot_server.turns import (
+    Accepted,
+    Completed,
+    Event,
+    Failed,
+    FinishReason,
+    Message,
+    Part,
+    SessionKey,
+    TextDelta,
+    TextPart,
+    Timings,
+    TurnKey,
+    TurnState,
+    Usage,
+)
+
+TIMES = itertools.count(1_000.0, 2.0)
+"""Moments of use, each later than the one before."""
+
+
+def said(text: str) -> tuple[Part, ...]:
+    return (TextPart(text=text),)
+
+
+def key(session: str = "s", workspace: str = "w") -> SessionKey:
+    return SessionKey(workspace=workspace, session=session)
+
+
+def new(ordinal: int = 1, session: str = "s", workspace: str = "w", text: str = "question", **fields: Any) -> NewTurn:
+    values: dict[str, Any] = {
+        "request_id": f"{session}-{ordinal}",
+        "digest": b"d",
+        "create_time": next(TIMES),
+        **fields,
+    }
+    return NewTurn(key=TurnKey(session=key(session, workspace), ordinal=ordinal), question=said(text), **values)
+
+
+def ended(turn: NewTurn, answer: str = "answer", state: TurnState = TurnState.COMPLETED, **last: Any) -> EndedTurn:
+    accepted = Accepted(session=turn.key.session.session, ordinal=turn.key.ordinal, request_id=turn.request_id)
+    kind: Completed | Failed
+    if state is TurnState.FAILED:
+        kind = Failed(**{"status": 14, "reason": "MODEL_UNAVAILABLE", "message": "no", "retryable": True, **last})
+    else:
+        kind = Completed(
+            text=answer,
+            finish_reason=FinishReason.STOP,
+            usage=Usage(output_tokens=2),
+            timings=Timings(total=0.5),
+            model="m",
+        )
+    events = tuple(
+        Event(sequence=number, at=turn.create_time + number, kind=kind)
+        for number, kind in enumerate((accepted, TextDelta(text=answer), kind), start=1)
+    )
+    failed = state is TurnState.FAILED
+    return EndedTurn(
+        key=turn.key,
+        state=state,
+        end_time=next(TIMES),
+        events=events,
+        answer=() if failed or not answer else said(answer),
+        model="m",
+    )
+
+
+async def keep(store: Store, turn: NewTurn, **end: Any) -> EndedTurn:
+    """Store a turn with its end."""
+    assert await store.accept(turn) is None
+    end_of_it = ended(turn, **end)
+    await store.finish(end_of_it)
+    return end_of_it
+
+
+async def texts(store: Store, session: str = "s") -> list[str]:
+    return [message.text for message in await store.list_messages(key(session), after=(0, 0), limit=100)]
+
+
+async def everything(store: Store) -> list[str]:
+    found = await store.list_sessions("w", user="", channel="", before=None, limit=100)
+    return [session.key.session for session in found]
+
+
+async def test_a_turn_is_found_as_it_ended(store: Store, reopen: Reopen) -> None:
+    turn = new()
+    end = await keep(store, turn)
+    expected = StoredTurn(
+        key=turn.key,
+        request_id=turn.request_id,
+        digest=turn.digest,
+        state=TurnState.COMPLETED,
+        create_time=turn.create_time,
+        end_time=end.end_time,
+        events=end.events,
+    )
+
+    assert await store.find_turn(turn.key) == expected
+    assert await (await reopen()).find_turn(turn.key) == expected
+
+
+async def test_an_unknown_turn_or_session_is_none(store: Store) -> None:
+    assert await store.find_turn(new().key) is None
+    assert await store.load_session(key(), 10) is None
+    assert await store.get_session(key()) is None
+    assert await store.list_messages(key(), after=(0, 0), limit=10) == []
+    assert await store.delete_session(key()) is False
+
+
+async def test_a_running_turn_has_no_events_and_its_question_is_listed(store: Store) -> None:
+    turn = new()
+    await store.accept(turn)
+
+    found = await store.find_turn(turn.key)
+    assert found is not None
+    assert (found.state, found.events, found.retryable, found.end_time) == (TurnState.RUNNING, (), False, 0.0)
+    assert await texts(store) == ["question"]
+
+
+async def test_a_turn_that_ran_when_the_store_was_last_used_has_failed_and_may_be_started_again(
+    store: Store, reopen: Reopen
+) -> None:
+    turn = new()
+    await store.accept(turn)
+    store = await reopen()
+
+    found = await store.find_turn(turn.key)
+    assert found is not None
+    assert (found.state, found.events, found.retryable) == (TurnState.FAILED, (), True)
+    assert await texts(store) == ["question"]
+
+
+async def test_a_request_id_belongs_to_one_turn_of_a_workspace(store: Store) -> None:
+    first, second = new(request_id="r"), new(2, request_id="r", digest=b"other")
+    end = await keep(store, first)
+
+    earlier = await store.accept(second)
+    assert earlier is not None
+    assert (earlier.key, earlier.digest, earlier.events) == (first.key, b"d", end.events)
+    assert await store.find_turn(second.key) is None
+    assert await store.accept(new(workspace="other", request_id="r")) is None
+    assert await texts(store) == ["question", "answer"]
+
+
+async def test_many_turns_of_one_request_id_at_once_are_one(store: Store) -> None:
+    turns = [new(ordinal, request_id="r") for ordinal in range(1, 201)]
+    answers = await asyncio.gather(*(store.accept(turn) for turn in turns))
+
+    assert answers.count(None) == 1
+    winner = turns[answers.index(None)].key
+    assert {answer.key for answer in answers if answer is not None} == {winner}
+    assert await texts(store) == ["question"]
+
+
+async def test_a_turn_that_is_accepted_twice_is_the_same_turn(store: Store) -> None:
+    turn = new()
+    await store.accept(turn)
+
+    assert await store.accept(turn) is None
+    assert await texts(store) == ["question"]
+
+
+@pytest.mark.parametrize("waits", [True, False], ids=["after it", "together with it"])
+async def test_an_end_may_be_stored_before_the_store_has_answered(store: Store, waits: bool) -> None:
+    turn = new()
+    accepted = store.accept(turn)
+    if waits:
+        await accepted
+    finished = store.finish(ended(turn))
+
+    assert await accepted is None
+    await finished
+    found = await store.find_turn(turn.key)
+    assert found is not None
+    assert found.state == TurnState.COMPLETED
+    assert await texts(store) == ["question", "answer"]
+
+
+async def test_the_end_of_a_turn_that_was_not_taken_changes_nothing(store: Store) -> None:
+    first = new(request_id="r")
+    end = await keep(store, first)
+    second = new(2, request_id="r")
+    accepted, finished = store.accept(second), store.finish(ended(second, answer="another"))
+
+    assert await accepted is not None
+    await finished
+    assert await store.find_turn(second.key) is None
+    found = await store.find_turn(first.key)
+    assert found is not None
+    assert found.events == end.events
+
+
+async def test_a_failed_turn_gives_its_request_id_and_its_question_to_the_next(store: Store, reopen: Reopen) -> None:
+    first, second = new(request_id="r"), new(2, request_id="r")
+    end = await keep(store, first, state=TurnState.FAILED)
+    earlier = await store.accept(second)
+    assert earlier is not None
+    assert earlier.retryable
+    assert await store.reaccept(second) is None
+    await store.finish(ended(second))
+
+    for again in (False, True):
+        current = await reopen() if again else store
+        assert await texts(current) == ["question", "answer"]
+        session = await current.get_session(key())
+        assert session is not None
+        assert session.message_count == 2
+        old = await current.find_turn(first.key)
+        assert old is not None
+        assert (old.request_id, old.events) == ("r", end.events)
+        answered = await current.accept(new(3, request_id="r"))
+        assert answered is not None
+        assert answered.key == second.key
+
+
+async def test_a_turn_is_started_again_as_often_as_it_fails(store: Store) -> None:
+    await keep(store, new(1, request_id="r"), state=TurnState.FAILED)
+    for ordinal in range(2, 6):
+        turn = new(ordinal, request_id="r")
+        assert await store.reaccept(turn) is None
+        await store.finish(ended(turn, state=TurnState.FAILED))
+
+    assert await texts(store) == ["question"]
+
+
+async def test_a_turn_that_ended_well_does_not_give_its_request_id_away(store: Store) -> None:
+    first, second = new(request_id="r"), new(2, request_id="r")
+    await keep(store, first)
+
+    earlier = await store.reaccept(second)
+    assert earlier is not None
+    assert earlier.key == first.key
+
+
+@pytest.mark.parametrize(("retryable", "expected"), [(True, True), (False, False)])
+async def test_a_failed_turn_is_retryable_if_its_last_event_says_so(
+    store: Store, retryable: bool, expected: bool
+) -> None:
+    turn = new()
+    await keep(store, turn, state=TurnState.FAILED, retryable=retryable)
+
+    found = await store.find_turn(turn.key)
+    assert found is not None
+    assert found.retryable is expected
+
+
+async def test_a_session_is_loaded_with_its_latest_answered_turns_oldest_first(store: Store) -> None:
+    for ordinal in range(1, 8):
+        state = TurnState.FAILED if ordinal == 4 else TurnState.CANCELLED if ordinal == 6 else TurnState.COMPLETED
+        await keep(store, new(ordinal, text=f"q{ordinal}"), answer=f"a{ordinal}", state=state)
+    await keep(store, new(8, text="q8"), answer="", state=TurnState.CANCELLED)
+    await store.accept(new(9, text="q9"))
+
+    loaded = await store.load_session(key(), 4)
+    assert loaded is not None
+    assert loaded.last_ordinal == 9
+    assert [message.text for message in loaded.messages] == ["q3", "a3", "q5", "a5", "q6", "a6", "q7", "a7"]
+
+
+async def test_messages_are_listed_after_any_place(store: Store) -> None:
+    for ordinal in (1, 2, 4):
+        await keep(store, new(ordinal, text=f"q{ordinal}"), answer=f"a{ordinal}")
+    await store.accept(new(7, text="q7"))
+    whole = list(await store.list_messages(key(), after=(0, 0), limit=100))
+
+    assert [message.id for message in whole] == ["1.0", "1.1", "2.0", "2.1", "4.0", "4.1", "7.0"]
+    for start, message in enumerate(whole, start=1):
+        place = (message.turn, int(message.id.partition(".")[2]))
+        for limit in (1, 2, 3, 10):
+            assert list(await store.list_messages(key(), after=place, limit=limit)) == whole[start : start + limit]
+    assert await store.list_messages(key(), after=(3, 1), limit=100) == whole[4:]
+    assert await store.list_messages(key(), after=(9, 0), limit=100) == []
+
+
+async def test_a_message_is_kept_whole(store: Store) -> None:
+    text = "\x00 \N{GRINNING FACE} 你好 \ud7ff\ue000" + "x" * 300_000
+    turn = new(text=text, title="a\x00b", user="\u202euser", channel="web")
+    end = await keep(store, turn, answer=text[::-1])
+
+    asked, answered = await store.list_messages(key(), after=(0, 0), limit=10)
+    assert asked == Message(role=asked.role, parts=said(text), id="1.0", turn=1, create_time=turn.create_time)
+    assert (answered.text, answered.model, answered.create_time) == (text[::-1], "m", end.end_time)
+    session = await store.get_session(key())
+    assert session is not None
+    assert (session.title, session.user, session.channel) == ("a\x00b", "\u202euser", "web")
+
+
+async def test_sessions_are_listed_last_used_first_and_in_pages(store: Store, reopen: Reopen) -> None:
+    for name in "abcdefg":
+        await keep(
+            store, new(session=name, title=name, user=f"u{ord(name) % 2}", channel="web" if name < "d" else "cli")
+        )
+    await keep(store, new(2, session="b", opens_session=False))
+
+    for again in (False, True):
+        current = await reopen() if again else store
+        whole = list(await current.list_sessions("w", user="", channel="", before=None, limit=100))
+        assert [session.key.session for session in whole] == list("bgfedca")
+        for place, session in enumerate(whole, start=1):
+            before = (session.update_time, session.key.session)
+            page = await current.list_sessions("w", user="", channel="", before=before, limit=2)
+            assert list(page) == whole[place : place + 2]
+        by_user = await current.list_sessions("w", user="u0", channel="web", before=None, limit=100)
+        assert [session.key.session for session in by_user] == ["b"]
+        assert list(await current.list_sessions("other", user="", channel="", before=None, limit=100)) == []
+
+
+async def test_the_order_of_sessions_survives_a_store_that_was_not_closed(store: Store, make_store: Any) -> None:
+    for number, name in enumerate("abc"):
+        turn = new(session=name, create_time=5000 + number * 0.01)
+        await store.accept(turn)
+    for ordinal, name in enumerate("ab", start=2):
+        await store.accept(new(ordinal, session=name, create_time=5000.1 + ordinal * 0.01))
+    crashed = make_store()
+    await crashed.open()
+
+    found = await crashed.list_sessions("w", user="", channel="", before=None, limit=10)
+    assert [session.key.session for session in found] == ["b", "a", "c"]
+    await crashed.close()
+
+
+async def test_a_session_keeps_its_first_title_user_and_channel(store: Store) -> None:
+    await keep(store, new(1, title="first", user="ada", channel="web"))
+    await keep(store, new(2, title="second", user="bob", channel="cli"))
+
+    session = await store.get_session(key())
+    assert session is not None
+    assert (session.title, session.user, session.channel, session.message_count) == ("first", "ada", "web", 4)
+
+
+async def test_a_session_that_is_not_listed_is_kept_until_it_is_pruned(store: Store) -> None:
+    turn = new(session="closed", ephemeral=True)
+    end = await keep(store, turn)
+    await keep(store, new(session="listed"))
+
+    assert await everything(store) == ["listed"]
+    assert await store.get_session(key("closed")) is None
+    assert await store.find_turn(turn.key) is not None
+    assert await store.prune(turn.create_time) == 0
+    assert await store.prune(end.end_time + 100) == 1
+    assert await store.find_turn(turn.key) is None
+    assert await store.prune(end.end_time + 100) == 0
+    assert await everything(store) == ["listed"]
+
+
+async def test_a_reset_session_goes_on_counting_without_what_was_said(store: Store, reopen: Reopen) -> None:
+    for ordinal in (1, 2, 3):
+        await keep(store, new(ordinal, title="first"))
+    await store.reset_session(key())
+
+    for again in (False, True):
+        current = await reopen() if again else store
+        loaded = await current.load_session(key(), 10)
+        assert loaded is not None
+        assert (loaded.last_ordinal, loaded.messages) == (3, ())
+        session = await current.get_session(key())
+        assert session is not None
+        assert (session.title, session.message_count) == ("", 0)
+    store = await reopen()
+    await store.reset_session(key())
+    await keep(store, new(4, title="second", request_id="s-1"))
+    session = await store.get_session(key())
+    assert session is not None
+    assert (session.title, session.message_count) == ("second", 2)
+
+
+async def test_a_deleted_session_is_gone_and_its_request_ids_are_free(store: Store, reopen: Reopen) -> None:
+    turn = new(request_id="r")
+    await keep(store, turn)
+    await keep(store, new(session="other"))
+
+    assert await store.delete_session(key()) is True
+    assert await store.delete_session(key()) is False
+    for again in (False, True):
+        current = await reopen() if again else store
+        assert await current.find_turn(turn.key) is None
+        assert await current.load_session(key(), 10) is None
+        assert await everything(current) == ["other"]
+    assert await (await reopen()).accept(new(request_id="r")) is None
+
+
+async def test_workspaces_share_nothing(store: Store) -> None:
+    for workspace in ("one", "two"):
+        turn = new(workspace=workspace, text=f"canary of {workspace}", request_id="r", title=workspace)
+        await keep(store, turn)
+
+    for workspace, other in (("one", "two"), ("two", "one")):
+        [session] = await store.list_sessions(workspace, user="", channel="", before=None, limit=10)
+        assert session.title == workspace
+        messages = await store.list_messages(key(workspace=workspace), after=(0, 0), limit=10)
+        assert f"canary of {other}" not in str(messages)
+    await store.delete_session(key(workspace="one"))
+    assert await store.get_session(key(workspace="two")) is not None
+
+
+async def test_what_was_answered_is_there_after_everything_was_written_at_once(store: Store, reopen: Reopen) -> None:
+    turns = [
+        new(ordinal, session=f"{number % 37}", request_id=f"{number}") for number, ordinal in enumerate(range(1, 1001))
+    ]
+    await asyncio.gather(*(store.accept(turn) for turn in turns), *(store.finish(ended(turn)) for turn in turns[::2]))
+    store = await reopen()
+
+    states = [(await store.find_turn(turn.key)).state for turn in turns]  # type: ignore[union-attr]
+    assert states[::2] == [TurnState.COMPLETED] * 500
+    assert states[1::2] == [TurnState.FAILED] * 500
+
+
+async def test_a_closed_store_refuses_instead_of_waiting(store: Store) -> None:
+    await store.close()
+    await store.close()
+    for call in (store.accept(new()), store.finish(ended(new())), store.find_turn(new().key), store.get_session(key())):
+        with pytest.raises(StorageUnavailable):
+            await call

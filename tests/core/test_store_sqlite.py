@@ -1,0 +1,264 @@
+"""The embedded store when things break: the disk, the file, another program, a write that cannot be."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import random
+import sqlite3
+import stat
+import subprocess
+import time
+from collections.abc import AsyncIterator, Iterator
+from pathlib import Path
+
+import pytest
+from moltbot_server.errors import StorageFull, StorageUnavailable
+from moltbot_server.store.sqlite import SCHEMA_VERSION, SqliteStore
+from test_store import ended, everything, keep, key, new, texts
+
+
+@pytest.fixture
+def path(tmp_path: Path) -> Path:
+    """Where the database lies."""
+    return tmp_path / "moltbot.db"
+
+
+@pytest.fixture
+async def store(path: Path) -> AsyncIterator[SqliteStore]:
+    """An open store."""
+    store = SqliteStore(path)
+    await store.open()
+    yield store
+    await store.close()
+
+
+async def test_what_is_answered_is_synced_and_only_its_owner_reads_it(store: SqliteStore, path: Path) -> None:
+    await keep(store, new())
+
+    mode, level = [store._writing.execute(f"PRAGMA {name}").fetchone()[0] for name in ("journal_mode", "synchronous")]
+    assert (mode, level) == ("wal", 2)
+    for file in path.parent.iterdir():
+        assert stat.S_IMODE(file.stat().st_mode) & 0o077 == 0, file.name
+
+
+async def test_a_bad_write_hurts_no_other_of_its_group(store: SqliteStore) -> None:
+    store._writer.submit(lambda _: time.sleep(0.1))
+    turns = [new(ordinal) for ordinal in range(1, 60)]
+    good = [store.accept(turn) for turn in turns[:30]]
+    bad_row = store.accept(new(1, request_id="other", text="the number 1 is taken"))
+    bad_write = store._writer.submit(lambda connection: connection.execute("INSERT INTO nowhere VALUES (1)"))
+    broken = store._writer.submit(lambda _: 1 // 0)
+    good += [store.accept(turn) for turn in turns[30:]]
+
+    for write in (bad_row, bad_write, broken):
+        with pytest.raises(StorageUnavailable):
+            await write
+    assert await asyncio.gather(*good) == [None] * 59
+    assert len(await texts(store)) == 59
+
+
+async def test_a_write_that_breaks_half_way_leaves_nothing(store: SqliteStore) -> None:
+    def half(connection: sqlite3.Connection) -> None:
+        connection.execute("INSERT INTO sessions VALUES ('w', 'half', '', '', '', 1, 1, 0, 0)")
+        raise ValueError("half way")
+
+    with pytest.raises(StorageUnavailable):
+        await store._writer.submit(half)
+    await keep(store, new())
+    assert await everything(store) == ["s"]
+
+
+async def test_a_locked_database_refuses_all_writes_in_the_time_of_one_and_recovers(
+    store: SqliteStore, path: Path
+) -> None:
+    await keep(store, new())
+    store._writing.execute("PRAGMA busy_timeout = 300")
+    other = sqlite3.connect(path, isolation_level=None)
+    other.execute("BEGIN IMMEDIATE")
+    began = time.monotonic()
+    outcomes = await asyncio.gather(*(store.accept(new(n)) for n in range(2, 102)), return_exceptions=True)
+
+    assert {type(outcome) for outcome in outcomes} == {StorageUnavailable}
+    assert all(outcome.retry_after for outcome in outcomes)  # type: ignore[union-attr]
+    assert time.monotonic() - began < 2
+    assert await texts(store) == ["question", "answer"]
+    other.execute("ROLLBACK")
+    other.close()
+    assert await store.accept(new(2)) is None
+
+
+async def test_readers_do_not_wait_for_a_writer(store: SqliteStore, path: Path) -> None:
+    await keep(store, new())
+    other = sqlite3.connect(path, isolation_level=None)
+    other.execute("BEGIN IMMEDIATE")
+
+    assert await asyncio.wait_for(texts(store), 1) == ["question", "answer"]
+    other.execute("ROLLBACK")
+    other.close()
+
+
+def opened(path: Path) -> None:
+    """Open a store and close it again."""
+
+    async def both() -> None:
+        store = SqliteStore(path)
+        await store.open()
+        await store.close()
+
+    asyncio.run(both())
+
+
+def test_a_database_of_a_newer_release_is_left_alone(path: Path) -> None:
+    connection = sqlite3.connect(path)
+    connection.execute(f"PRAGMA user_version = {SCHEMA_VERSION + 1}")
+    connection.close()
+    before = path.read_bytes()
+
+    with pytest.raises(StorageUnavailable, match="newer release"):
+        opened(path)
+    assert path.read_bytes() == before
+
+
+@pytest.mark.parametrize("content", [b"not a database at all" * 100, b"SQLite format 3\x00" + b"\xff" * 4000])
+def test_a_file_that_is_no_database_is_refused(path: Path, content: bytes) -> None:
+    path.write_bytes(content)
+
+    with pytest.raises(StorageUnavailable):
+        opened(path)
+
+
+async def test_a_folder_that_cannot_be_used_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("")
+
+    with pytest.raises((StorageUnavailable, OSError)):
+        await SqliteStore(tmp_path / "file" / "moltbot.db").open()
+    with pytest.raises(StorageUnavailable):
+        await SqliteStore(tmp_path).open()
+
+
+@pytest.fixture
+async def filled(path: Path) -> Path:
+    """A closed database of sixty sessions."""
+    store = SqliteStore(path)
+    await store.open()
+    for number in range(60):
+        question, answer = QUESTION.format(*[number] * 40), ANSWER.format(*[number] * 40)
+        await keep(store, new(1, session=f"s{number}", text=question), answer=answer)
+    await store.close()
+    return path
+
+
+def test_a_damaged_page_is_noticed_and_never_served(filled: Path) -> None:
+    whole = filled.read_bytes()
+    size = int.from_bytes(whole[16:18], "big")
+    chance = random.Random(3)
+    noticed = 0
+    for page in range(1, len(whole) // size, 3):
+        damaged = bytearray(whole)
+        damaged[page * size : page * size + size] = chance.randbytes(size)
+        filled.write_bytes(bytes(damaged))
+        noticed += asyncio.run(_damage(filled))
+
+    assert noticed > 0
+
+
+QUESTION, ANSWER = "question {} " * 40, "answer {} " * 40
+
+
+async def _damage(path: Path) -> int:
+    """Read everything there is; return 1 when the damage was noticed. What is read must be what was written."""
+    store = SqliteStore(path)
+    seen = 0
+    try:
+        await store.open()
+    except StorageUnavailable:
+        return 1
+    try:
+        for number in range(60):
+            try:
+                read = await texts(store, f"s{number}")
+            except StorageUnavailable:
+                seen = 1
+                continue
+            assert read in ([], [QUESTION.format(*[number] * 40), ANSWER.format(*[number] * 40)]), (
+                "damaged text was served"
+            )
+            seen = seen or int(read == [])
+    finally:
+        await store.close()
+    return seen
+
+
+async def test_a_damaged_row_is_refused_and_the_others_are_served(store: SqliteStore, path: Path) -> None:
+    damaged, whole = new(session="damaged"), new(session="whole")
+    for turn in (damaged, whole):
+        await keep(store, turn)
+    connection = sqlite3.connect(path)
+    connection.execute("UPDATE turns SET events = x'c1', answer = x'93ff' WHERE session = 'damaged'")
+    connection.commit()
+    connection.close()
+
+    for read in (store.find_turn(damaged.key), texts(store, "damaged"), store.load_session(key("damaged"), 10)):
+        with pytest.raises(StorageUnavailable):
+            await read
+    assert await store.find_turn(whole.key) is not None
+    assert await texts(store, "whole") == ["question", "answer"]
+
+
+@pytest.fixture
+def tiny_disk(tmp_path: Path) -> Iterator[Path]:
+    """A disk of one megabyte."""
+    folder = tmp_path / "disk"
+    folder.mkdir()
+    if os.geteuid() != 0:
+        pytest.skip("only root can mount a small disk")
+    command = ["mount", "-t", "tmpfs", "-o", "size=1m", "tmpfs", str(folder)]
+    if subprocess.run(command, capture_output=True, check=False).returncode:
+        pytest.skip("a small disk cannot be mounted here")
+    yield folder
+    subprocess.run(["umount", str(folder)], check=True)
+
+
+async def test_a_full_disk_refuses_writes_serves_reads_and_recovers_by_itself(tiny_disk: Path) -> None:
+    store = SqliteStore(tiny_disk / "moltbot.db")
+    await store.open()
+    stored = 0
+
+    async def fill() -> None:
+        nonlocal stored
+        for ordinal in range(1, 1000):
+            await keep(store, new(ordinal, text="x" * 4000))
+            stored = ordinal
+
+    with pytest.raises(StorageFull) as caught:
+        await fill()
+    assert caught.value.retry_after
+    assert stored > 10
+    assert len(await texts(store)) >= min(100, 2 * stored)
+    found = await store.find_turn(new(stored).key)
+    assert found is not None
+    assert found.events
+
+    subprocess.run(["mount", "-o", "remount,size=8m", str(tiny_disk)], check=True)  # noqa: ASYNC221 - a moment
+    turn = new(2000, text="there is room again")
+    assert await store.accept(turn) is None
+    await store.finish(ended(turn))
+    assert (await texts(store, "s"))[0].startswith("x")
+    await store.close()
+
+
+async def test_two_thousand_writes_share_their_syncs(store: SqliteStore) -> None:
+    groups = []
+    write = store._writer._write
+
+    def counted(connection: sqlite3.Connection, group: list[object]) -> object:
+        groups.append(len(group))
+        return write(connection, group)  # type: ignore[arg-type]
+
+    store._writer._write = counted  # type: ignore[method-assign,assignment]
+    await asyncio.gather(*(store.accept(new(ordinal)) for ordinal in range(1, 2001)))
+
+    assert sum(groups) == 2000
+    assert len(groups) < 200
+    assert max(groups) <= 512
