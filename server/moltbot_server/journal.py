@@ -142,12 +142,12 @@ class LiveTurn:
         position = after
         try:
             await self.wait_stored()
-            while True:
+            while not (self.refusal or self.duplicate_of):
                 if position < len(self.events):
                     batch = self.events[position:]
                     position = len(self.events)
                     yield _merged(batch) if merge and len(batch) > 2 else batch
-                elif self.ended or self.refusal or self.duplicate_of:
+                elif self.ended:
                     return
                 else:
                     await self._wait()
