@@ -255,6 +255,7 @@ class TurnPipeline:
         turn = live.input
         named = "the request names this model" if turn.model else "it is the workspace's default model"
         live.record(Routed(kind="model", name=engine.id, reason=named))
+        answer.model = engine.id
         answer.fitted = self._conversation(turn, session, engine)
         async with aclosing(engine.generate(answer.fitted.messages, turn.options)) as chunks:
             async for chunk in chunks:
@@ -367,13 +368,14 @@ _NOTHING_READ = Fitted([], 0, 0, 0)
 class _Answer:
     """What is known of an answer while it is being written."""
 
-    __slots__ = ("finished", "first_text", "fitted", "pieces", "started")
+    __slots__ = ("finished", "first_text", "fitted", "model", "pieces", "started")
 
     def __init__(self) -> None:
         self.pieces: list[str] = []
         self.started = 0.0
         self.first_text = 0.0
         self.finished: Finished | None = None
+        self.model = ""
         self.fitted = _NOTHING_READ
 
     def add(self, text: str) -> None:
@@ -408,6 +410,7 @@ class _Answer:
             finish_reason=FinishReason.CANCELLED,
             usage=self.usage(),
             timings=self.timings(live),
+            model=self.model if self.pieces else "",
             message=f"{live.key.ordinal}.1" if self.pieces else "",
         )
 
