@@ -141,6 +141,23 @@ async def test_calls_of_one_request_id_with_different_content_all_get_their_due(
     assert len(await api.messages("sessions/both")) == 2
 
 
+async def test_the_same_request_id_follows_the_same_turn_after_a_restart(tmp_path: Path) -> None:
+    spoken = turn("#8", request_id="one", session="sessions/s")
+    async with running_server(tmp_path) as server:
+        api = Api.of(server)
+        first = await api.events(spoken)
+        await api.channel.close()
+    async with running_server(tmp_path) as server:
+        api = Api.of(server)
+        second, unary = await api.events(spoken), await api.run(spoken)
+        assert (second[0], second[-1]) == (first[0], first[-1])
+        assert kinds(second).count("accepted") == kinds(second).count("completed") == 1
+        assert text_of(second) == first[-1].completed.text
+        assert (unary.turn, unary.completed) == (first[0].accepted.turn, first[-1].completed)
+        assert len(await api.messages("sessions/s")) == 2
+        await api.channel.close()
+
+
 async def test_a_turn_that_failed_for_now_is_started_again_without_a_second_question(api: Api) -> None:
     spoken = turn("#5 fail=2", request_id="again", session="sessions/s")
     first = await api.events(spoken)

@@ -1,0 +1,287 @@
+"""Turns under way: events in order, readers at their own pace, an end for everybody who waits."""
+
+from __future__ import annotations
+
+import asyncio
+import itertools
+from contextlib import aclosing
+from typing import Any
+
+import pytest
+from moltbot_server.errors import NotServing, RequestIdReused, TurnNotFound
+from moltbot_server.journal import Journal, LiveTurn, replay
+from moltbot_server.store import SEQUENCE_AFTER_CRASH, NewTurn, Store, StoredTurn
+from moltbot_server.turns import (
+    Accepted,
+    Completed,
+    Event,
+    Failed,
+    FinishReason,
+    Notice,
+    Principal,
+    SessionKey,
+    TextDelta,
+    TextPart,
+    Timings,
+    TurnInput,
+    TurnKey,
+    TurnState,
+    Usage,
+)
+
+CALLER = Principal(workspace="w", key_id="k", role="owner")
+END = Completed(text="", finish_reason=FinishReason.STOP, usage=Usage(), timings=Timings())
+
+
+def begun(*, interval: float = 0.0, ordinal: int = 1, stored: bool = True, **fields: Any) -> LiveTurn:
+    key = TurnKey(session=SessionKey(workspace="w", session="s"), ordinal=ordinal)
+    spoken = TurnInput(parts=(TextPart(text="x"),), **{"request_id": f"r{ordinal}", **fields})
+    live = LiveTurn(key=key, turn=spoken, principal=CALLER, digest=b"d", arrived=0.0, interval=interval)
+    live.record(Accepted(session="s", ordinal=ordinal, request_id=spoken.request_id))
+    if stored:
+        live.stored()
+    return live
+
+
+def finish(live: LiveTurn, kind: Completed | Failed = END) -> None:
+    live.end(live.close(kind)[-1])
+
+
+async def read(live: LiveTurn, after: int = 0) -> list[Event]:
+    async with aclosing(live.follow(after)) as batches:
+        return [event async for batch in batches for event in batch]
+
+
+def text(events: list[Event]) -> str:
+    return "".join(event.kind.text for event in events if isinstance(event.kind, TextDelta))
+
+
+async def test_every_reader_sees_everything_in_order_whenever_it_comes() -> None:
+    live = begun()
+    readers = [asyncio.create_task(read(live))]
+    for number in range(20):
+        live.say(f"{number} ")
+        await asyncio.sleep(0)
+        readers.append(asyncio.create_task(read(live)))
+    finish(live)
+    readers.append(asyncio.create_task(read(live)))
+
+    for events in await asyncio.gather(*readers):
+        assert events == live.events
+    assert [event.sequence for event in live.events] == list(range(1, 23))
+
+
+async def test_a_reader_from_any_place_sees_the_rest() -> None:
+    live = begun()
+    for number in range(10):
+        live.say(str(number))
+    finish(live)
+
+    for place in range(14):
+        assert await read(live, place) == live.events[place:]
+
+
+async def test_nobody_is_told_anything_before_the_turn_is_stored() -> None:
+    live = begun(stored=False)
+    reader = asyncio.create_task(read(live))
+    live.say("early")
+    finish(live)
+    await asyncio.sleep(0.01)
+    assert not reader.done()
+    live.stored()
+
+    assert text(await reader) == "early"
+
+
+async def test_a_turn_that_is_refused_lets_all_go_and_tells_them_why(store: Store) -> None:
+    journal, live = Journal(store), begun(stored=False)
+    journal.begin(live)
+    follower = asyncio.create_task(anext(journal.follow(live), None))
+    outcome = asyncio.create_task(journal.outcome(live))
+    await asyncio.sleep(0)
+    live.stored(refusal=NotServing("leaving"))
+
+    for waiting in (follower, outcome):
+        with pytest.raises(NotServing):
+            await asyncio.wait_for(waiting, 1)
+    journal.close(live)
+    assert len(journal) == 0
+
+
+async def test_text_is_gathered_within_the_interval_and_the_first_piece_goes_at_once() -> None:
+    live = begun(interval=0.05)
+    for piece in "abcdef":
+        live.say(piece)
+    assert [event.kind for event in live.events[1:]] == [TextDelta(text="a")]
+    await asyncio.sleep(0.1)
+    assert [event.kind for event in live.events[2:]] == [TextDelta(text="bcdef")]
+    live.say("g")
+    live.record(Notice(code="X", origin="", target="", reason=""))
+
+    assert [type(event.kind) for event in live.events[3:]] == [TextDelta, Notice]
+    assert live.text == "abcdefg"
+    finish(live)
+    assert text(await read(live)) == "abcdefg"
+
+
+async def test_text_that_waits_is_part_of_the_end() -> None:
+    live = begun(interval=10.0)
+    for piece in "abc":
+        live.say(piece)
+    events = live.close(END)
+
+    assert text(list(events)) == "abc"
+    assert isinstance(events[-1].kind, Completed)
+    sequences = [event.sequence for event in events]
+    assert all(one < other for one, other in itertools.pairwise(sequences))
+
+
+async def test_a_slow_reader_gets_what_waited_as_one_under_the_last_number() -> None:
+    live = begun(interval=0.001)
+    stream = live.follow()
+    first = await anext(stream)
+    for piece in "abcdefgh":
+        live.record(TextDelta(text=piece))
+    live.record(Notice(code="X", origin="", target="", reason=""))
+    live.record(TextDelta(text="i"))
+    late = await anext(stream)
+    await stream.aclose()
+
+    assert [event.sequence for event in (*first, *late)] == [1, 9, 10, 11]
+    assert [type(event.kind) for event in late] == [TextDelta, Notice, TextDelta]
+    assert text(late) == "abcdefghi"
+    assert [event.sequence for event in await _rest(live, 9)] == [10, 11, 12]
+
+
+async def _rest(live: LiveTurn, after: int) -> list[Event]:
+    finish(live)
+    return await read(live, after)
+
+
+async def test_each_delta_stays_an_event_when_no_interval_is_wanted() -> None:
+    live = begun(interval=0.0)
+    for piece in "abcd":
+        live.say(piece)
+    finish(live)
+
+    assert len(await read(live)) == 6
+
+
+async def test_the_last_follower_that_leaves_cancels_the_turn_if_that_was_asked_for() -> None:
+    for wanted in (True, False):
+        live = begun(cancel_on_disconnect=wanted)
+        one, other = live.follow(), live.follow()
+        await anext(one)
+        await anext(other)
+        await one.aclose()
+        assert not live.cancelling
+        await other.aclose()
+        assert live.cancelling is wanted
+
+
+async def test_followers_that_leave_at_the_end_cancel_nothing() -> None:
+    live = begun(cancel_on_disconnect=True)
+    finish(live)
+    await read(live)
+
+    assert not live.cancelling
+
+
+async def test_a_turn_that_is_ending_cannot_be_cancelled() -> None:
+    live = begun()
+    live.close(END)
+
+    assert live.cancel() is False
+
+
+async def test_the_outcome_is_the_last_event_for_all_who_wait() -> None:
+    live = begun()
+    waiting = [asyncio.create_task(live.outcome()) for _ in range(10)]
+    await asyncio.sleep(0)
+    finish(live)
+
+    assert await asyncio.gather(*waiting) == [END] * 10
+    assert await live.outcome() == END
+
+
+async def test_a_follower_that_is_cancelled_disturbs_no_other() -> None:
+    live = begun()
+    gone, stays = asyncio.create_task(read(live)), asyncio.create_task(read(live))
+    await asyncio.sleep(0)
+    gone.cancel()
+    await asyncio.wait({gone})
+    live.say("x")
+    finish(live)
+
+    assert text(await stays) == "x"
+
+
+async def test_a_request_id_is_known_while_its_turn_runs_and_after_its_end(store: Store) -> None:
+    journal, live = Journal(store), begun()
+    row = NewTurn(key=live.key, request_id="r1", digest=b"d", create_time=1.0, question=(TextPart(text="x"),))
+    await store.accept(row)
+    journal.begin(live)
+    assert await journal.repeated(CALLER, live.input, b"d") is live
+    with pytest.raises(RequestIdReused):
+        await journal.repeated(CALLER, live.input, b"other")
+    finish(live)
+    journal.close(live)
+
+    found = await journal.repeated(CALLER, live.input, b"d")
+    assert isinstance(found, StoredTurn)
+    with pytest.raises(RequestIdReused):
+        await journal.repeated(CALLER, live.input, b"other")
+    stranger = Principal(workspace="other", key_id="k", role="owner")
+    assert await journal.repeated(stranger, live.input, b"other") is None
+
+
+async def test_a_turn_that_may_be_started_again_is_forgotten_at_its_end(store: Store) -> None:
+    journal, live = Journal(store), begun()
+    journal.begin(live)
+    finish(live, Failed(status=14, reason="X", message="x", retryable=True))
+    journal.close(live)
+
+    assert await journal.repeated(CALLER, live.input, b"d") is None
+
+
+async def test_a_turn_that_stands_in_for_another_is_followed_while_it_runs_and_after(store: Store) -> None:
+    journal = Journal(store)
+    first, second = begun(), begun(ordinal=2, stored=False)
+    journal.begin(first)
+    journal.begin(second)
+    stands_in = StoredTurn(key=first.key, request_id="r1", digest=b"d", state=TurnState.RUNNING, create_time=1.0)
+    second.stored(duplicate_of=stands_in)
+    follower = asyncio.create_task(_all(journal, second))
+    outcome = asyncio.create_task(journal.outcome(second))
+    await asyncio.sleep(0)
+    first.say("hello")
+    finish(first)
+
+    assert text(await asyncio.wait_for(follower, 1)) == "hello"
+    assert await asyncio.wait_for(outcome, 1) == (first.key, first.events[-1].sequence, END)
+
+
+async def _all(journal: Journal, turn: LiveTurn | StoredTurn) -> list[Event]:
+    async with aclosing(journal.follow(turn)) as batches:
+        return [event async for batch in batches for event in batch]
+
+
+async def test_a_turn_that_a_crash_cut_is_told_with_an_end_beyond_all_that_was_seen(store: Store) -> None:
+    cut = StoredTurn(
+        key=TurnKey(session=SessionKey(workspace="w", session="s"), ordinal=3),
+        request_id="r",
+        digest=b"d",
+        state=TurnState.FAILED,
+        create_time=5.0,
+        retryable=True,
+    )
+    accepted, last = replay(cut)
+
+    assert accepted.kind == Accepted(session="s", ordinal=3, request_id="r")
+    assert isinstance(last.kind, Failed)
+    assert (last.sequence, last.kind.reason, last.kind.retryable) == (SEQUENCE_AFTER_CRASH, "TURN_INTERRUPTED", True)
+
+
+async def test_an_unknown_turn_is_not_found(store: Store) -> None:
+    with pytest.raises(TurnNotFound):
+        await Journal(store).find(TurnKey(session=SessionKey(workspace="w", session="s"), ordinal=1))

@@ -1,0 +1,93 @@
+"""A disk without room, a locked database: turns are refused with the reason, and it passes by itself."""
+
+from __future__ import annotations
+
+import os
+import sqlite3
+import subprocess
+from collections.abc import Iterator
+from pathlib import Path
+
+import grpc
+import pytest
+from grpc import aio
+from grpc_health.v1 import health_pb2, health_pb2_grpc
+from moltbot.v1 import chat_pb2
+from moltbot_server.testing import running_server
+from rpc_calls import Api, kinds, reason_of, refused, turn
+
+
+@pytest.fixture
+def tiny_disk(tmp_path: Path) -> Iterator[Path]:
+    """A disk of one megabyte."""
+    folder = tmp_path / "disk"
+    folder.mkdir()
+    if os.geteuid() != 0:
+        pytest.skip("only root can mount a small disk")
+    command = ["mount", "-t", "tmpfs", "-o", "size=1m", "tmpfs", str(folder)]
+    if subprocess.run(command, capture_output=True, check=False).returncode:
+        pytest.skip("a small disk cannot be mounted here")
+    yield folder
+    subprocess.run(["umount", str(folder)], check=True)
+
+
+async def filled(api: Api) -> tuple[chat_pb2.TurnInput, str]:
+    """Talk until the disk is full; return the turn that found no room and the reason that it was told."""
+    for number in range(1000):
+        spoken = turn("x" * 3000, session="sessions/s", request_id=str(number))
+        try:
+            last = (await api.events(spoken))[-1]
+        except aio.AioRpcError as error:
+            return spoken, reason_of(error)
+        if last.WhichOneof("kind") == "failed":
+            return spoken, last.failed.reason
+    raise AssertionError("the disk was never full")
+
+
+async def test_a_core_on_a_full_disk_refuses_new_turns_and_goes_on_when_there_is_room(tiny_disk: Path) -> None:
+    async with running_server(tiny_disk) as server:
+        api = Api.of(server)
+        spoken, reason = await filled(api)
+        assert reason == "STORAGE_FULL"
+        error = await refused(api.run(turn("y" * 60_000, request_id="big")))
+        assert (error.code(), reason_of(error)) == (grpc.StatusCode.RESOURCE_EXHAUSTED, "STORAGE_FULL")
+
+        assert (await api.messages("sessions/s"))[0].parts[0].text == "x" * 3000
+        assert (await api.session("sessions/s")).message_count >= 2
+        health = await health_pb2_grpc.HealthStub(api.channel).Check(health_pb2.HealthCheckRequest())
+        assert health.status == health_pb2.HealthCheckResponse.SERVING
+
+        subprocess.run(["mount", "-o", "remount,size=16m", str(tiny_disk)], check=True)  # noqa: ASYNC221 - a moment
+        again = await api.events(spoken)
+        assert kinds(again)[-1] == "completed"
+        assert kinds(await api.resumed(again[0].accepted.turn))[-1] == "completed"
+        said = await api.said("sessions/s")
+        assert said.count("x" * 3000) == len(said) // 2
+        await api.channel.close()
+
+
+async def test_a_turn_whose_end_could_not_be_stored_is_started_again(tmp_path: Path) -> None:
+    async with running_server(tmp_path) as server:
+        api = Api.of(server)
+        store = server.core.store
+        store._writing.execute("PRAGMA busy_timeout = 50")
+        call = api.stream(turn("#3 wait=0.3", request_id="one", session="sessions/s"))
+        accepted = (await call.read()).event.accepted
+        other = sqlite3.connect(tmp_path / "moltbot.db", isolation_level=None)
+        other.execute("BEGIN IMMEDIATE")
+        events = []
+        while (response := await call.read()) is not aio.EOF:
+            events.append(response.event)
+        assert (events[-1].failed.reason, events[-1].failed.retryable) == ("STORAGE_UNAVAILABLE", True)
+        error = await refused(api.run(turn("other")))
+        assert (error.code(), reason_of(error)) == (grpc.StatusCode.UNAVAILABLE, "STORAGE_UNAVAILABLE")
+        other.execute("ROLLBACK")
+        other.close()
+
+        cut = (await api.resumed(accepted.turn))[-1]
+        assert (cut.failed.reason, cut.failed.retryable) == ("TURN_INTERRUPTED", True)
+        again = await api.run(turn("#3 wait=0.3", request_id="one", session="sessions/s"))
+        assert again.completed.text == "one two three"
+        assert await api.said("sessions/s") == ["#3 wait=0.3", "one two three"]
+        assert (await api.resumed(again.turn))[-1].completed == again.completed
+        await api.channel.close()
