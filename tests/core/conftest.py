@@ -2,17 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator, Awaitable, Callable
+from collections.abc import AsyncIterator, Callable
 from pathlib import Path
 
 import pytest
+from kept_turns import Reopen
 from moltbot_server.store import Store
 from moltbot_server.store.sqlite import SqliteStore
 
 STORES: dict[str, Callable[[Path], Store]] = {"sqlite": lambda folder: SqliteStore(folder / "moltbot.db")}
 """A maker for each kind of store; what two of one kind make in one folder is the same store."""
-
-Reopen = Callable[[], Awaitable[Store]]
 
 
 @pytest.fixture(params=STORES.values(), ids=STORES)

@@ -13,9 +13,9 @@ from collections.abc import AsyncIterator, Iterator
 from pathlib import Path
 
 import pytest
+from kept_turns import ended, everything, keep, key, new, texts
 from moltbot_server.errors import StorageFull, StorageUnavailable
 from moltbot_server.store.sqlite import SCHEMA_VERSION, SqliteStore
-from test_store import ended, everything, keep, key, new, texts
 
 
 @pytest.fixture
