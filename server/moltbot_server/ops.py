@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import logging
 import socket
 import threading
 from collections.abc import Callable, Mapping
-from functools import partial
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from socketserver import TCPServer
 from typing import Any
 
 log = logging.getLogger(__name__)
@@ -25,15 +26,11 @@ class OpsServer:
         Raises:
             OSError: the address cannot be bound.
         """
-        kind = _Server6 if ":" in host else ThreadingHTTPServer
         try:
-            self._server = kind((host.strip("[]"), port), _handler(metrics, health))
+            self._server = (_Server6 if ":" in host else _Server)((host.strip("[]"), port), _handler(metrics, health))
         except OSError as error:
             raise OSError(f"{host}:{port} cannot be bound; another program may listen there") from error
-        self._server.daemon_threads = True
-        # It looks this often whether it is to end.
-        serve = partial(self._server.serve_forever, poll_interval=0.05)
-        self._thread = threading.Thread(target=serve, name="moltbot-ops", daemon=True)
+        self._thread = threading.Thread(target=self._server.serve, name="moltbot-ops", daemon=True)
         self._thread.start()
 
     @property
@@ -44,12 +41,33 @@ class OpsServer:
 
     def close(self) -> None:
         """Close the port and end the thread."""
-        self._server.shutdown()
+        self._server.closing = True
+        host, port = self._server.server_address[:2]
+        # The thread waits for a caller, however long; this one wakes it.
+        with contextlib.suppress(OSError), socket.create_connection((str(host), port), timeout=1.0):
+            self._thread.join(1.0)
         self._server.server_close()
-        self._thread.join()
 
 
-class _Server6(ThreadingHTTPServer):
+class _Server(ThreadingHTTPServer):
+    daemon_threads = True
+    closing = False
+
+    def server_bind(self) -> None:
+        """Bind without asking a name server what this machine is called, as `HTTPServer` does."""
+        TCPServer.server_bind(self)
+        self.server_name, self.server_port = str(self.server_address[0]), int(self.server_address[1])
+
+    def serve(self) -> None:
+        """Answer callers, each on a thread of its own, until the server is closing."""
+        while not self.closing:
+            self.handle_request()
+
+    def verify_request(self, request: Any, client_address: Any) -> bool:
+        return not self.closing
+
+
+class _Server6(_Server):
     address_family = socket.AF_INET6
 
 
