@@ -19,6 +19,7 @@ import pytest
 from core_process import core_process
 from grpc import aio
 from grpc_health.v1 import health_pb2, health_pb2_grpc
+from moltbot.v1 import chat_pb2, inference_pb2, message_pb2
 from moltbot_server.workspace import Workspace
 from rpc_calls import Api, drained, kinds, reason_of, refused, turn
 
@@ -232,3 +233,22 @@ async def test_health_and_metrics_are_told_over_http(tmp_path: Path) -> None:
     assert '"status": "ok"' in health[1]
     assert 'moltbot_turns_total{outcome="stop"} 1.0' in metrics[1]
     assert missing[0] == 404
+
+
+async def test_streams_that_are_open_when_a_core_leaves_are_unavailable_not_unknown(tmp_path: Path) -> None:
+    async with core_process(tmp_path) as core:
+        api = (await core.serving()).api()
+        talk = api.chat.Converse(metadata=api.metadata)
+        await talk.write(chat_pb2.ConverseRequest(ref="a", start=turn("hello")))
+        assert (await talk.read()).event.accepted.turn
+        said = message_pb2.Message(role=message_pb2.ROLE_USER, parts=[message_pb2.Part(text="#1000 pace=0.03")])
+        request = inference_pb2.GenerateRequest(prompt=inference_pb2.Prompt(messages=[said]))
+        generation = api.inference.Generate(request, metadata=api.metadata)
+        assert (await generation.read()).text
+        core.signal(signal.SIGTERM)
+        errors = [await refused(talk), await refused(generation)]
+
+        assert {error.code() for error in errors} == {grpc.StatusCode.UNAVAILABLE}
+        assert await core.end() == 0
+        await api.channel.close()
+    assert "Traceback" not in await core.whole_log()
