@@ -9,7 +9,7 @@ from __future__ import annotations
 import asyncio
 import time
 from collections import OrderedDict
-from collections.abc import AsyncGenerator
+from collections.abc import AsyncGenerator, Callable
 from contextlib import aclosing
 
 from moltbot_server.errors import MoltBotError, RequestIdReused, TurnNotFound
@@ -35,6 +35,7 @@ class LiveTurn:
     __slots__ = (
         "_again",
         "_coalescer",
+        "_end_waiters",
         "_followers",
         "_stopped",
         "_stored",
@@ -66,6 +67,7 @@ class LiveTurn:
         digest: bytes,
         arrived: float,
         interval: float = 0.0,
+        ticker: Ticker | None = None,
     ) -> None:
         """`arrived` is on `time.perf_counter`; text waits up to `interval` seconds to be recorded together."""
         self.key = key
@@ -82,7 +84,8 @@ class LiveTurn:
         self._stored = self._again = self._under_way = self._stopped = False
         self._followers = 0
         self._waiters: list[asyncio.Future[None]] = []
-        self._coalescer = _Coalescer(self, interval)
+        self._end_waiters: list[asyncio.Future[None]] = []
+        self._coalescer = _Coalescer(self, interval, ticker or Ticker())
         self._timer: asyncio.TimerHandle | None = None
 
     @property
@@ -112,6 +115,7 @@ class LiveTurn:
             self._timer.cancel()
         self.events.append(last)
         self._wake()
+        self._wake_at_end()
 
     def stored(
         self, *, refusal: MoltBotError | None = None, duplicate_of: StoredTurn | None = None, again: bool = False
@@ -123,6 +127,8 @@ class LiveTurn:
         self.refusal, self.duplicate_of = refusal, duplicate_of
         self._stored, self._again = True, again
         self._wake()
+        if refusal is not None or duplicate_of is not None:
+            self._wake_at_end()
 
     @property
     def is_stored(self) -> bool:
@@ -159,7 +165,9 @@ class LiveTurn:
         self._followers += 1
         try:
             while not (self.ended or self.refusal or self.duplicate_of):
-                await self._wait()
+                waiter: asyncio.Future[None] = asyncio.get_running_loop().create_future()
+                self._end_waiters.append(waiter)
+                await waiter
             last = self.events[-1].kind if self.ended else None
             return last if isinstance(last, Completed | Failed) else None
         finally:
@@ -215,38 +223,74 @@ class LiveTurn:
             if not waiter.done():
                 waiter.set_result(None)
 
+    def _wake_at_end(self) -> None:
+        for waiter in self._end_waiters:
+            if not waiter.done():
+                waiter.set_result(None)
+        self._end_waiters.clear()
+
     def _left(self) -> None:
         self._followers -= 1
         if self._followers == 0 and self.input.cancel_on_disconnect and not self.ended:
             self.cancel()
 
 
+class Ticker:
+    """Calls back within a time: one timer for any number of turns, armed only while somebody waits."""
+
+    def __init__(self) -> None:
+        self._due: dict[Callable[[], None], float] = {}
+        self._timer: asyncio.TimerHandle | None = None
+
+    def call_within(self, seconds: float, callback: Callable[[], None]) -> None:
+        """Call back once, when `seconds` have passed."""
+        loop = asyncio.get_running_loop()
+        self._due[callback] = loop.time() + seconds
+        if self._timer is None:
+            self._timer = loop.call_later(seconds, self._tick)
+        elif self._timer.when() > loop.time() + seconds:
+            self._timer.cancel()
+            self._timer = loop.call_later(seconds, self._tick)
+
+    def forget(self, callback: Callable[[], None]) -> None:
+        """Do not call back."""
+        self._due.pop(callback, None)
+
+    def _tick(self) -> None:
+        loop = asyncio.get_running_loop()
+        # What is due in a moment may as well come now, with the others.
+        now = loop.time() + 0.001
+        for callback in [callback for callback, due in self._due.items() if due <= now]:
+            del self._due[callback]
+            callback()
+        self._timer = loop.call_at(min(self._due.values()), self._tick) if self._due else None
+
+
 class _Coalescer:
     """Gathers text for up to an interval before it becomes an event; the first piece goes at once."""
 
-    __slots__ = ("_live", "_pieces", "_started", "_timer", "interval")
+    __slots__ = ("_live", "_pieces", "_started", "_ticker", "interval")
 
-    def __init__(self, live: LiveTurn, interval: float) -> None:
+    def __init__(self, live: LiveTurn, interval: float, ticker: Ticker) -> None:
         self.interval = interval
         self._live = live
+        self._ticker = ticker
         self._pieces: list[str] = []
         self._started = False
-        self._timer: asyncio.TimerHandle | None = None
 
     def add(self, text: str) -> None:
-        if self.interval <= 0 or not self._started:
+        if self._pieces:
+            self._pieces.append(text)
+        elif self.interval <= 0 or not self._started:
             self._started = True
             self._live._append(TextDelta(text=text))
-            return
-        self._pieces.append(text)
-        if self._timer is None:
-            self._timer = asyncio.get_running_loop().call_later(self.interval, self.flush)
+        else:
+            self._pieces.append(text)
+            self._ticker.call_within(self.interval, self.flush)
 
     def flush(self) -> None:
-        if self._timer is not None:
-            self._timer.cancel()
-            self._timer = None
         if self._pieces:
+            self._ticker.forget(self.flush)
             text = "".join(self._pieces)
             self._pieces.clear()
             self._live._append(TextDelta(text=text))
@@ -256,6 +300,7 @@ class Journal:
     """The turns of this node: those under way, and where to find the others."""
 
     def __init__(self, store: Store) -> None:
+        self.ticker = Ticker()
         self._store = store
         self._live: dict[TurnKey, LiveTurn] = {}
         self._recent: OrderedDict[tuple[str, str], LiveTurn | TurnKey] = OrderedDict()

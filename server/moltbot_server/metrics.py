@@ -1,12 +1,14 @@
 """What the core counts, for Prometheus. Labels are bounded: methods, statuses, reasons and models of this core only.
 
-Counting happens on the event loop's thread alone, many times in a turn, so the tallies are plain numbers without locks;
-prometheus-client turns them into its text when somebody asks.
+Counting happens on the event loop's thread, several times in each call, so what ended is only noted there; the notes
+are counted when there are many or when somebody asks, and prometheus-client turns the counts into its text.
 """
 
 from __future__ import annotations
 
+import threading
 from bisect import bisect_left
+from collections import deque
 from collections.abc import Callable, Iterable
 
 from prometheus_client import CollectorRegistry, generate_latest
@@ -17,6 +19,11 @@ from prometheus_client.platform_collector import PlatformCollector
 from prometheus_client.process_collector import ProcessCollector
 from prometheus_client.registry import Collector
 
+from moltbot_server.turns import Completed, Failed
+
+_Note = tuple[str, str, float] | tuple[Completed | Failed, str]
+
+_MOST_NOTES = 4096
 _SECONDS = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0, 60.0)
 
 
@@ -112,10 +119,52 @@ class Metrics:
         self.trimmed = Tally("moltbot_trimmed_messages", "Messages left out to fit the context.")
         self.turns_under_way = Measure("moltbot_turns_under_way", "Turns that run or wait.")
         self.sessions_at_hand = Measure("moltbot_sessions_at_hand", "Sessions kept in memory.")
+        self._notes: deque[_Note] = deque()
+        self._counting = threading.Lock()
         for own in vars(self).values():
             if isinstance(own, Tally | Spreads | Measure):
                 self.registry.register(own)
 
+    def call_ended(self, method: str, status: str, seconds: float) -> None:
+        """Note a call that ended."""
+        self._note((method, status, seconds))
+
+    def turn_ended(self, ending: Completed | Failed, model: str) -> None:
+        """Note a turn that ended."""
+        self._note((ending, model))
+
     def page(self) -> bytes:
         """Return the metrics in Prometheus' text format."""
+        self._count_notes()
         return generate_latest(self.registry)
+
+    def _note(self, note: _Note) -> None:
+        self._notes.append(note)
+        if len(self._notes) >= _MOST_NOTES:
+            self._count_notes()
+
+    def _count_notes(self) -> None:
+        with self._counting:
+            while self._notes:
+                note = self._notes.popleft()
+                if len(note) == 3:
+                    method, status, seconds = note
+                    self.calls.add(method, status)
+                    self.call_seconds.of(method).observe(seconds)
+                else:
+                    self._count_turn(*note)
+
+    def _count_turn(self, ending: Completed | Failed, model: str) -> None:
+        timings = ending.timings
+        self.turn_seconds.of().observe(timings.total)
+        if isinstance(ending, Failed):
+            self.turns.add("failed")
+            self.errors.add(ending.reason)
+            return
+        self.turns.add(ending.finish_reason.value)
+        self.queue_seconds.of().observe(timings.queue)
+        self.first_token_seconds.of().observe(timings.queue + timings.first_token)
+        self.tokens.add(model, "input", amount=ending.usage.input_tokens)
+        self.tokens.add(model, "output", amount=ending.usage.output_tokens)
+        if timings.trimmed_messages:
+            self.trimmed.add(amount=timings.trimmed_messages)

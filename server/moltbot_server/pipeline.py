@@ -129,6 +129,7 @@ class TurnPipeline:
             digest=digest,
             arrived=arrived,
             interval=self._flush_interval if turn.flush_interval is None else turn.flush_interval,
+            ticker=self._journal.ticker,
         )
         live.record(Accepted(session=key.session.session, ordinal=key.ordinal, request_id=turn.request_id))
         self._journal.begin(live)
@@ -313,7 +314,7 @@ class TurnPipeline:
             said = Message(role=Role.ASSISTANT, parts=answer, turn=live.key.ordinal, model=engine.id)
             session.history.extend((question, said))
         live.end(events[-1])
-        self._count(ending, engine)
+        self._metrics.turn_ended(ending, engine.id)
 
     async def _stored(self, live: LiveTurn, row: EndedTurn) -> MoltBotError | None:
         """Wait until a turn and its end are on the disk; both may go there together."""
@@ -334,21 +335,6 @@ class TurnPipeline:
         if not live.cancelling:
             return answer.failed(live, TurnInterrupted("the core stopped while the turn ran"))
         return answer.cancelled(live)
-
-    def _count(self, ending: Completed | Failed, engine: Engine) -> None:
-        metrics, timings = self._metrics, ending.timings
-        metrics.turn_seconds.of().observe(timings.total)
-        if isinstance(ending, Failed):
-            metrics.turns.add("failed")
-            metrics.errors.add(ending.reason)
-            return
-        metrics.turns.add(ending.finish_reason.value)
-        metrics.queue_seconds.of().observe(timings.queue)
-        metrics.first_token_seconds.of().observe(timings.queue + timings.first_token)
-        metrics.tokens.add(engine.id, "input", amount=ending.usage.input_tokens)
-        metrics.tokens.add(engine.id, "output", amount=ending.usage.output_tokens)
-        if timings.trimmed_messages:
-            metrics.trimmed.add(amount=timings.trimmed_messages)
 
     async def drain(self, grace: float) -> None:
         """Refuse new turns, let those under way end within `grace` seconds, then cut the rest; they are retryable."""

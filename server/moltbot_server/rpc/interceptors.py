@@ -79,50 +79,51 @@ class Guard:
     def _around(self, method: str, behaviour: Unary, *, one_request: bool) -> Unary:
         short = method.rpartition(".")[2]
         admit = self._authenticator.admit
-        seconds = self._metrics.call_seconds.of(short)
-        calls, errors = self._metrics.calls, self._metrics.errors
+        ended, errors = self._metrics.call_ended, self._metrics.errors
         foreign = not method.startswith("/moltbot.")
 
         async def guarded(request: Any, context: Any) -> Any:
             arrived = time.perf_counter()
+            status = "OK"
             try:
                 principal = admit(method, _authorization(context))
                 request = _well_formed(request) if one_request else _Requests(request)
-                answer = await behaviour(request, context if foreign else Call(context, principal, arrived))
-                calls.add(short, "OK")
-                return answer
+                return await behaviour(request, context if foreign else Call(context, principal, arrived))
             except asyncio.CancelledError:
                 # The peer left or the server stops; swallowing this leaks the call's buffers in grpcio.
-                calls.add(short, "CANCELLED")
+                status = "CANCELLED"
                 raise
             except aio.InternalError as error:
                 # The peer left while a write was under way; grpcio says so in this way.
-                calls.add(short, "CANCELLED")
+                status = "CANCELLED"
                 raise asyncio.CancelledError from error
             except MoltBotError as error:
                 errors.add(error.reason)
-                await self._refuse(short, context, error)
+                status = error.status.name
+                await _refuse(context, error)
             except TurnFailed as error:
-                await self._refuse(short, context, error)
+                status = error.status.name
+                await _refuse(context, error)
             except aio.AbortError:
-                calls.add(short, "ABORTED")
+                status = "ABORTED"
                 raise
             except Exception:
                 incident = secrets.token_hex(4)
                 log.exception("an RPC failed", extra={"incident": incident, "method": short})
                 errors.add(InternalError.reason)
-                await self._refuse(short, context, InternalError(f"something went wrong (incident {incident})"))
+                status = InternalError.status.name
+                await _refuse(context, InternalError(f"something went wrong (incident {incident})"))
             finally:
-                seconds.observe(time.perf_counter() - arrived)
+                ended(short, status, time.perf_counter() - arrived)
 
         return guarded
 
-    async def _refuse(self, method: str, context: Any, error: MoltBotError | TurnFailed) -> None:
-        self._metrics.calls.add(method, error.status.name)
-        trailers: list[tuple[str, str | bytes]] = [(_STATUS_KEY, status_of(error).SerializeToString())]
-        if error.retry_after is not None:
-            trailers.append(("grpc-retry-pushback-ms", str(int(error.retry_after * 1000))))
-        await context.abort(_CODES[int(error.status)], error.message, tuple(trailers))
+
+async def _refuse(context: Any, error: MoltBotError | TurnFailed) -> None:
+    trailers: list[tuple[str, str | bytes]] = [(_STATUS_KEY, status_of(error).SerializeToString())]
+    if error.retry_after is not None:
+        trailers.append(("grpc-retry-pushback-ms", str(int(error.retry_after * 1000))))
+    await context.abort(_CODES[int(error.status)], error.message, tuple(trailers))
 
 
 class _Malformed:
