@@ -24,7 +24,9 @@ from moltbot.v1 import chat_pb2, chat_pb2_grpc, message_pb2
 
 from moltbot_server.bench.echo import MESSAGES, SERVICE
 
-_QUESTION = "hello, whole core"
+_TURNS = itertools.count()
+_TURNS_IN_A_SESSION = 10
+_QUESTION = "hello"
 _MANY = f"#{MESSAGES}"  # the scripted engine's word for so many deltas
 
 OneCall = Callable[[int], Awaitable[int]]
@@ -32,7 +34,7 @@ OneCall = Callable[[int], Awaitable[int]]
 
 def _turn(worker: int, run: str, text: str, **fields: Any) -> chat_pb2.TurnInput:
     return chat_pb2.TurnInput(
-        session=f"sessions/bench-{run}-{worker}",
+        session=f"sessions/bench-{run}-{worker}-{next(_TURNS) // (_TURNS_IN_A_SESSION * 64)}",
         request_id=str(uuid.uuid4()),
         parts=[message_pb2.Part(text=text)],
         **fields,
@@ -47,7 +49,7 @@ def _echo_unary(channel: aio.Channel, metadata: Any, run: str) -> OneCall:
     )
 
     async def call(worker: int) -> int:
-        await method(StringValue(value="hello, bare server"))
+        await method(StringValue(value="hello"))
         return 1
 
     return call

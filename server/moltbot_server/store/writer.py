@@ -74,6 +74,9 @@ def _name(error: sqlite3.Error) -> str:
 class GroupWriter:
     """Runs writes on a thread of its own and answers each when the transaction that holds it is on the disk.
 
+    The event loop gathers writes while the thread is at work and hands them over at once when it is done: a thread that
+    is woken for each write takes the interpreter's lock from the loop each time.
+
     When a write raises, its group is undone and each of it is tried by itself, so a bad write hurts no other. The rows
     of a group are written together; a write by itself comes after all that were queued before it.
     """
@@ -82,7 +85,10 @@ class GroupWriter:
         """Take a connection over; it is closed with the writer."""
         self._connection = connection
         self._write_rows = write_rows
-        self._jobs: SimpleQueue[_Job | None] = SimpleQueue()
+        self._groups: SimpleQueue[list[_Job] | None] = SimpleQueue()
+        self._waiting: list[_Job] = []
+        self._at_work = self._handing_over = False
+        self._idle: asyncio.Event | None = None
         self._thread = threading.Thread(target=self._run, name="moltbot-writer", daemon=True)
         self._loop = asyncio.get_running_loop()
         self._closed = False
@@ -100,7 +106,10 @@ class GroupWriter:
         """Write what waits, then end the thread."""
         if not self._closed:
             self._closed = True
-            self._jobs.put(None)
+            if self._waiting or self._at_work:
+                self._idle = asyncio.Event()
+                await self._idle.wait()
+            self._groups.put(None)
             await asyncio.to_thread(self._thread.join)
 
     def _queue(self, write: Write | None, row: Any) -> _Future:
@@ -108,31 +117,43 @@ class GroupWriter:
         if self._closed:
             future.set_exception(StorageUnavailable("the store is closed"))
         else:
-            self._jobs.put(_Job(future, write, row))
+            self._waiting.append(_Job(future, write, row))
+            self._hand_over_soon()
         return future
+
+    def _hand_over_soon(self) -> None:
+        """Hand over what waits once the loop has gone through what it has at hand, which may bring more."""
+        if self._waiting and not self._at_work and not self._handing_over:
+            self._handing_over = True
+            self._loop.call_soon(self._hand_over)
+
+    def _hand_over(self) -> None:
+        self._handing_over, self._at_work = False, True
+        self._groups.put(self._waiting[:_LARGEST_GROUP])
+        del self._waiting[:_LARGEST_GROUP]
+
+    def _answer(self, outcomes: list[tuple[_Future, Any]]) -> None:
+        """Answer a group's futures and hand the next group over; runs on the loop's thread."""
+        self._at_work = False
+        for future, outcome in outcomes:
+            if future.done():
+                continue
+            if isinstance(outcome, BaseException):
+                future.set_exception(outcome)
+            else:
+                future.set_result(outcome)
+        self._hand_over_soon()
+        if self._idle is not None and not self._waiting:
+            self._idle.set()
 
     def _run(self) -> None:
         connection = self._connection
         try:
-            while (group := self._next_group()) is not None:
+            while (group := self._groups.get()) is not None:
                 outcomes = self._write(connection, group)
-                self._loop.call_soon_threadsafe(_answer, outcomes)
+                self._loop.call_soon_threadsafe(self._answer, outcomes)
         finally:
             connection.close()
-
-    def _next_group(self) -> list[_Job] | None:
-        """Return the jobs that wait, at least one, or None when the writer is to end."""
-        job = self._jobs.get()
-        if job is None:
-            return None
-        group = [job]
-        while len(group) < _LARGEST_GROUP and not self._jobs.empty():
-            job = self._jobs.get()
-            if job is None:
-                self._jobs.put(None)
-                break
-            group.append(job)
-        return group
 
     def _write(self, connection: sqlite3.Connection, group: list[_Job]) -> list[tuple[_Future, Any]]:
         try:
@@ -175,13 +196,3 @@ class GroupWriter:
                 outcomes.append((job.future, job.write(connection)))
         write_rows()
         return outcomes
-
-
-def _answer(outcomes: list[tuple[_Future, Any]]) -> None:
-    for future, outcome in outcomes:
-        if future.done():
-            continue
-        if isinstance(outcome, BaseException):
-            future.set_exception(outcome)
-        else:
-            future.set_result(outcome)
