@@ -84,11 +84,14 @@ class Speaker:
 
     def _leaning(self, language: Language, before: Turn | None) -> Turn:
         family = self._knowledge.topics[before.topic].family if before else ""
-        if self._rng.random() < (0.6 if family else 0.15):
+        if self._rng.random() < (0.5 if family else 0.12):
             return self._sibling(language, before, family)
         lead = self._knowledge.topics[before.topic].follow if before else {}
         kinds = self._kinds
-        if lead and self._rng.random() < 0.6:
+        draw = self._rng.random()
+        if before and draw < 0.35:  # saying an answer again, in either language, takes the most practice
+            kinds = [kind for kind in self._kinds if kind.id == "repeat" or kind.id in SWITCHES]
+        elif lead and draw < 0.8:
             kinds = [kind for kind in self._kinds if kind.id in lead]
         kind = self._rng.choice(kinds)
         text = grammar.draw(self._rng.choice(kind.sides[language].ask), self._rng)

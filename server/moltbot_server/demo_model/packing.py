@@ -11,7 +11,10 @@ from moltbot_server.demo_model import strangers, topics
 from moltbot_server.demo_model.dialogue import Speaker
 from moltbot_server.demo_model.tokenizer import Tokenizer
 
-SCORED = 0.7  # places for scored targets, as a share of all places in a batch
+SINGLE, SHORT, LONG = (56, 80), (24, 192), (4, 1024)
+"""Rows and places of the three kinds of batches: mostly single turns, a few turns, long conversations."""
+CLIP = {SINGLE[1]: 0.85, SHORT[1]: 0.5, LONG[1]: 0.0}
+SCORED = {SINGLE[1]: 0.5, SHORT[1]: 0.75, LONG[1]: 0.8}  # places for scored targets, as a share of all places
 
 
 @dataclass(frozen=True, slots=True)
@@ -32,11 +35,11 @@ class Packer:
         self._tokenizer = tokenizer
         self._rng = rng
 
-    def line(self, turns: int, room: int, clip: bool) -> Line:
+    def line(self, turns: int, room: int, clip: float) -> Line:
         """Encodes a conversation of at most `room` ids.
 
-        `clip` allows leaving off the end of the last answer: its first pieces, where the topic is decided, are what
-        takes the practice. Now and then positions jump ahead between turns, which stands in for a long history.
+        `clip` is how often the end of the last answer is left off: its first pieces, where the topic is decided, are
+        what takes the practice. Now and then positions jump ahead between turns, which stands in for a long history.
         """
         code, rng = self._tokenizer, self._rng
         ids, positions = [code.bos], [0]
@@ -59,8 +62,8 @@ class Packer:
                 text = " ".join(strangers.mash(rng) for _ in range(rng.randint(4, 25)))
             said = code.encode(text, self._dropout())
             answer = [*code.encode(self._knowledge.answer(turn.topic, turn.language)), code.end]
-            if clip and index == len(conversation) - 1 and rng.random() < 0.7:
-                answer = answer[: rng.randint(4, 10)]
+            if index == len(conversation) - 1 and rng.random() < clip:
+                answer = answer[: rng.randint(3, 7)]
             if len(ids) + len(said) + len(answer) + 2 > room:
                 break
             add([code.user, *said, code.bot])
@@ -78,12 +81,12 @@ class Packer:
         tokens = np.zeros((rows, time), dtype=np.int32)
         positions = np.zeros((rows, time), dtype=np.int32)
         segments = np.full((rows, time), -1, dtype=np.int32)
-        places = int(rows * time * SCORED)
+        places = int(rows * time * SCORED[time])
         pick, goal, weight = np.zeros(places, np.int32), np.zeros(places, np.int32), np.zeros(places, np.float32)
         used = [0] * rows
         scored = segment = misses = 0
         while misses < 6:
-            line = self.line(self._turns(time), time, clip=time < 512)
+            line = self.line(self._turns(time), time, clip=CLIP[time])
             free = [row for row in range(rows) if used[row] + len(line.ids) <= time]
             if not free or not line.scored:
                 misses += 1
@@ -111,6 +114,7 @@ class Packer:
         }
 
     def _turns(self, time: int) -> int:
-        if time >= 512:
+        if time == LONG[1]:
             return self._rng.randint(6, 24)
-        return self._rng.choices((1, 2, 3, 4), weights=(58, 28, 10, 4))[0]
+        weights = (90, 10) if time == SINGLE[1] else (25, 50, 17, 8)
+        return self._rng.choices(range(1, len(weights) + 1), weights=weights)[0]

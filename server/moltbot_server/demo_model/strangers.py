@@ -27,7 +27,7 @@ class Stranger:
 
 @cache
 def _templates(language: topics.Language, split: Split) -> tuple[tuple[str, tuple[grammar.Sequence, ...]], ...]:
-    content = topics.read(f"strangers_{language}.yaml")
+    content = topics.read_once(f"strangers_{language}.yaml")
     words = {name: tuple(lists[split].replace("\n", " ").split("|")) for name, lists in content["words"].items()}
     words = {name: tuple(word.strip() for word in alternatives) for name, alternatives in words.items()}
     return tuple(
@@ -38,9 +38,19 @@ def _templates(language: topics.Language, split: Split) -> tuple[tuple[str, tupl
 
 def draw(language: topics.Language, rng: random.Random) -> Stranger:
     """Makes one training question; kinds are weighted by the root of their number of templates."""
+    if rng.random() < 0.25:
+        return Stranger(text=_framed(language, rng), topic="unknown", language=language)
     kinds = _templates(language, "train")
     topic, templates = rng.choices(kinds, weights=[len(lines) ** 0.5 for _, lines in kinds])[0]
     return Stranger(text=grammar.draw(rng.choice(templates), rng), topic=topic, language=language)
+
+
+def _framed(language: topics.Language, rng: random.Random) -> str:
+    """Puts a foreign thing or chore into a frame that topics use, so that frames alone say nothing."""
+    lists = topics.read_once(f"strangers_{language}.yaml")["words"]
+    kind, names = rng.choice((("n", ("thing", "person", "country", "city", "dish", "work", "tech")), ("v", ("chore",))))
+    word = rng.choice(lists[rng.choice(names)]["train"].replace("\n", " ").split("|")).strip()
+    return rng.choice(topics.common_words(language)[f"frame_{kind}"]).replace("X", word)
 
 
 def mash(rng: random.Random) -> str:

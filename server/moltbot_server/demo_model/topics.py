@@ -18,6 +18,8 @@ from moltbot_server.demo_model import grammar
 Language = Literal["en", "zh"]
 LANGUAGES: tuple[Language, ...] = ("en", "zh")
 FOLDER = Path(__file__).parent / "data"
+FRAMED = 6
+"""Patterns made of a topic's further words, beside five to eight written out."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -88,20 +90,43 @@ def _lines(text: str | None) -> tuple[str, ...]:
     return tuple(line.strip() for line in (text or "").splitlines() if line.strip())
 
 
-def _side(entry: Mapping[str, Any], words: grammar.Words) -> Side:
+def _framed(keys: Mapping[str, str], words: grammar.Words) -> list[grammar.Sequence]:
+    """Makes patterns of a topic's further words: each kind of word stands in each of its frames.
+
+    Repeated patterns are drawn more often; about half of a topic's training questions come from here.
+    """
+    patterns = []
+    for kind, alternatives in keys.items():
+        options = tuple(grammar.parse(word, words) for word in alternatives.split("|"))
+        frames = tuple(
+            grammar.Sequence((before, grammar.Choice(options), after))
+            for before, _, after in (frame.partition("X") for frame in words[f"frame_{kind}"])
+        )
+        patterns.append(grammar.Sequence((grammar.Choice(frames),)))
+    return patterns * (FRAMED // len(patterns)) if patterns else []
+
+
+def _side(entry: Mapping[str, Any], keys: Mapping[str, str], words: grammar.Words) -> Side:
     return Side(
-        ask=tuple(grammar.parse(line, words) for line in _lines(entry.get("ask"))),
+        ask=(*(grammar.parse(line, words) for line in _lines(entry.get("ask"))), *_framed(keys, words)),
         dev=_lines(entry.get("dev")),
         test=_lines(entry.get("test")),
         say=str(entry.get("say", "")).strip(),
     )
 
 
-def _topic(entry: Mapping[str, Any], words: Mapping[Language, grammar.Words]) -> Topic:
+def _topic(
+    entry: Mapping[str, Any],
+    words: Mapping[Language, grammar.Words],
+    keys: Mapping[str, Mapping[str, str]] | None = None,
+) -> Topic:
     family, _, member = str(entry.get("family", "")).partition("/")
     return Topic(
         id=entry["id"],
-        sides={language: _side(entry.get(language, {}), words[language]) for language in LANGUAGES},
+        sides={
+            language: _side(entry.get(language, {}), (keys or {}).get(language, {}), words[language])
+            for language in LANGUAGES
+        },
         follow=dict(entry.get("follow", {})),
         family=family,
         member=member,
@@ -115,6 +140,12 @@ def read(name: str) -> Any:
 
 
 @cache
+def read_once(name: str) -> Any:
+    """Parses one YAML file of `data/` and keeps it; what it returns must not be changed."""
+    return read(name)
+
+
+@cache
 def common_words(language: Language) -> grammar.Words:
     """Reads the alternatives that all patterns of a language share, such as `{how}`."""
     return {name: tuple(str(alternatives).split("|")) for name, alternatives in read("words.yaml")[language].items()}
@@ -125,9 +156,10 @@ def load_knowledge() -> Knowledge:
     """Reads all topics; raises ValueError when an id appears twice or leads nowhere."""
     words: dict[Language, grammar.Words] = {language: common_words(language) for language in LANGUAGES}
     topics: dict[str, Topic] = {}
+    keys = {topic: entry for path in sorted(FOLDER.glob("keys_*.yaml")) for topic, entry in read(path.name).items()}
     for path in sorted(FOLDER.glob("topics_*.yaml")):
         for entry in read(path.name):
-            topic = _topic(entry, words)
+            topic = _topic(entry, words, keys.get(entry["id"]))
             if topic.id in topics:
                 raise ValueError(f"topic {topic.id} is written twice, again in {path.name}")
             topics[topic.id] = topic
@@ -138,6 +170,8 @@ def load_knowledge() -> Knowledge:
         )
         for name, entry in follow["members"].items()
     }
+    if unknown := sorted(keys.keys() - topics.keys()):
+        raise ValueError(f"there are further words for topics that are not written: {unknown}")
     ends = {end for topic in topics.values() for end in topic.follow.values()} | {m.default for m in members.values()}
     if missing := sorted(ends - topics.keys()):
         raise ValueError(f"these topics are led to but not written: {missing}")

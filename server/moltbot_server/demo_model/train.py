@@ -12,10 +12,10 @@ from pathlib import Path
 
 from moltbot_server.demo_model import ARTIFACT, export, grammar, network, strangers, topics
 from moltbot_server.demo_model.dialogue import Speaker
-from moltbot_server.demo_model.packing import Packer
+from moltbot_server.demo_model.packing import LONG, SHORT, SINGLE, Packer
 from moltbot_server.demo_model.tokenizer import Tokenizer, train
 
-SHORT, LONG = (24, 192), (4, 1024)  # rows and places of a batch; every tenth batch is long
+CYCLE = (SINGLE, SINGLE, SHORT, SINGLE, SINGLE, SHORT, SINGLE, SINGLE, SHORT, LONG)
 WARM_UP = 60
 
 
@@ -75,7 +75,7 @@ def main() -> None:
         packer = Packer(Speaker(knowledge, rng), knowledge, tokenizer, rng)
         started, seen, value = time.perf_counter(), 0, 0.0
         for step in range(arguments.steps):
-            batch = packer.batch(*(LONG if step % 10 == 9 else SHORT))
+            batch = packer.batch(*CYCLE[step % len(CYCLE)])
             seen += int((batch["segments"] >= 0).sum())
             params, state, value = advance(params, state, batch, rate(step, arguments.steps, arguments.rate))
             if step % 50 == 0:
