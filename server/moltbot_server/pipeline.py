@@ -418,7 +418,7 @@ class _Answer:
         started = self.started or now
         first = self.first_text or now
         return Timings(
-            accept=live.accepted_after or now - live.arrived,
+            accept=live.accepted_after,
             queue=started - live.arrived + waited,
             first_token=max(0.0, first - started - waited),
             generation=now - first,

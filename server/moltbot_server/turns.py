@@ -169,7 +169,10 @@ class TurnState(StrEnum):
 
 
 class Timings(Value, frozen=True, kw_only=True, array_like=True):
-    """Where a turn's time went, in seconds, and what its history was cut to, in messages."""
+    """Where a turn's time went, in seconds, and what its history was cut to, in messages.
+
+    `accept` is 0 when the answer was complete before the message was stored: both were stored together.
+    """
 
     accept: float = 0.0
     queue: float = 0.0

@@ -329,7 +329,7 @@ async def test_a_turn_tells_where_its_time_went(api: Api) -> None:
         for name in ("accept", "queue", "first_token", "generation", "total")
     }
     assert seconds["first_token"] >= 0.09
-    assert seconds["generation"] >= 0.08
+    assert seconds["first_token"] + seconds["generation"] >= 0.18
     assert seconds["total"] >= seconds["first_token"] + seconds["generation"] - 0.001
     assert 0 < seconds["accept"] <= seconds["total"]
     assert timings.attempts == 1

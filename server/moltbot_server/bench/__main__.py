@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import signal
 import sys
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -25,7 +26,9 @@ Everything runs on this machine, for a bounded time, in a folder that is removed
 
 def main(arguments: Sequence[str]) -> int:
     """Run a benchmark and print its figures; return the exit status."""
-    given = _parser().parse_args(arguments or ["--help"])
+    given = _parser().parse_args(arguments)
+    # Told to end, a benchmark ends its processes and removes its folder, as after Ctrl-C.
+    signal.signal(signal.SIGTERM, signal.default_int_handler)
     try:
         report = given.run(given)
     except RuntimeError as error:

@@ -101,9 +101,10 @@ class _Loads:
             "channels": 4,
         }
         self._children[kind] = [
-            self._stack.enter_context(Child("moltbot_server.bench.load", json.dumps(plan), cpus=self._cpus))
-            for _ in range(LOADERS)
+            self._stack.enter_context(Child("moltbot_server.bench.load", cpus=self._cpus)) for _ in range(LOADERS)
         ]
+        for child in self._children[kind]:
+            child.tell(json.dumps(plan))
         return self._children[kind]
 
 

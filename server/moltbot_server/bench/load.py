@@ -1,7 +1,8 @@
 """A process that makes load: a fixed number of calls in flight, for as long as each command on standard input says.
 
-Run as `python -m moltbot_server.bench.load '{"address": …, "kind": …, "key": …, "in_flight": 64, "channels": 4}'`. Each
-input line is a number of seconds; each is answered by a line of JSON: calls, messages, errors, seconds and latencies.
+Run as `python -m moltbot_server.bench.load`. The first input line is a plan: `{"address": …, "kind": …, "key": …,
+"in_flight": 64, "channels": 4}`. Each further one is a number of seconds and is answered by a line of JSON: calls,
+messages, errors, seconds and latencies.
 """
 
 from __future__ import annotations
@@ -169,8 +170,9 @@ def _percentile(latencies: list[float], share: float) -> float:
 
 
 async def _main() -> None:
-    load = Load(**json.loads(sys.argv[1]))
     loop = asyncio.get_running_loop()
+    # Not an argument: those can be read by everybody on the machine, and the plan holds a key.
+    load = Load(**json.loads(await loop.run_in_executor(None, sys.stdin.readline)))
     while line := await loop.run_in_executor(None, sys.stdin.readline):
         print(json.dumps(await load.run(float(line))), flush=True)
     await load.close()

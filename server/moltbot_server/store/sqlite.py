@@ -16,7 +16,7 @@ from typing import Any, TypeVar
 
 import msgspec
 
-from moltbot_server.errors import StorageUnavailable
+from moltbot_server.errors import MoltBotError, StorageUnavailable
 from moltbot_server.store import EndedTurn, NewTurn, StoredSession, StoredTurn
 from moltbot_server.store.writer import GroupWriter, Rows, storage_error
 from moltbot_server.turns import (
@@ -295,7 +295,7 @@ class SqliteStore:
             connection.execute(_CATCH_UP)
             connection.execute("UPDATE turns SET state = 'failed', events = NULL WHERE state = 'running'")
         except sqlite3.Error as error:
-            raise storage_error(error) from error
+            raise _unusable(self._path, error) from error
 
     async def _read(self, query: Callable[[sqlite3.Connection], T]) -> T:
         if self._closed:
@@ -404,6 +404,15 @@ def _session(
         update_time=update_time,
         message_count=message_count,
     )
+
+
+def _unusable(path: Path, error: sqlite3.Error) -> MoltBotError:
+    """Return why the store cannot be opened, for whoever starts the core: with the file and what to do about it."""
+    name = getattr(error, "sqlite_errorname", "") or type(error).__name__
+    if name in ("SQLITE_NOTADB", "SQLITE_CORRUPT"):
+        advice = "put a backup in its place, or move it away to begin with an empty one"
+        return StorageUnavailable(f"{path} is damaged, or no database ({name}): {advice}")
+    return StorageUnavailable(f"the database {path} cannot be opened ({name})")
 
 
 def _end(turn: EndedTurn | None) -> tuple[Any, ...]:

@@ -974,7 +974,9 @@ class Timings(_message.Message):
     """How many models were tried."""
     @_builtins.property
     def accept(self) -> _duration_pb2.Duration:
-        """From the call's arrival to the stored message."""
+        """From the call's arrival to the stored message. 0 when the answer was
+        complete before that: both were stored together.
+        """
 
     @_builtins.property
     def queue(self) -> _duration_pb2.Duration:
