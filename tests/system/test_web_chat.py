@@ -160,4 +160,4 @@ async def test_a_chat_is_deleted_for_good(visit: Visit) -> None:
     await visit.page.get_by_role("dialog").get_by_role("button", name="Delete", exact=True).click()
     await row.wait_for(state="detached")
     await visit.page.reload()
-    await visit.page.get_by_text("Your conversations will appear here.").wait_for()
+    await visit.page.get_by_text("Chats held on this page will appear here.").wait_for()

@@ -1,5 +1,5 @@
 # ruff: noqa: RUF001 (the Chinese questions are written as they are)
-"""Takes the pictures of the README from a real `moltbot start` with the built-in model.
+"""Takes the pictures of the README from a real `moltbot start` with the built-in model; every answer is its own.
 
 python tests/system/web/take_screenshots.py docs/images
 """
@@ -7,7 +7,6 @@ python tests/system/web/take_screenshots.py docs/images
 from __future__ import annotations
 
 import asyncio
-import os
 import re
 import sys
 import tempfile
@@ -18,12 +17,19 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 
 from cli_process import Home
 from playwright.async_api import Browser, StorageState
-from web.browser import DESKTOP, PHONE, answered, ask, chromium, visiting
+from web.browser import DESKTOP, PHONE, Visit, answered, ask, chromium, visiting
 
-ENGLISH = ("What can you do?", "How do I use the OpenAI client with MoltBot?", "show me an example")
-CHINESE = ("你能做什么？", "怎么用 OpenAI 客户端连接？", "举个例子")
+Chats = tuple[tuple[str, ...], ...]
+
+BUILT_IN = "moltbot-demo"
+WHAT = "What is MoltBot?"
+CLIENT = "How do I use the OpenAI client with MoltBot?"
+DINGTALK = "怎么接入钉钉？"
+# The questions of each chat; the last chat is the one in the picture, the others are in the list beside it.
+ENGLISH: Chats = ((DINGTALK,), (CLIENT,), (WHAT, CLIENT))
+CHINESE: Chats = ((CLIENT,), (WHAT,), (DINGTALK,))
 HANDHELD = {"viewport": PHONE, "device_scale_factor": 2, "is_mobile": True, "has_touch": True}
-PICTURES: dict[str, tuple[tuple[str, ...], dict[str, Any]]] = {
+PICTURES: dict[str, tuple[Chats, dict[str, Any]]] = {
     "chat-desktop": (ENGLISH, {"viewport": DESKTOP, "color_scheme": "light"}),
     "chat-desktop-dark": (ENGLISH, {"viewport": DESKTOP, "color_scheme": "dark"}),
     "chat-desktop-zh": (CHINESE, {"viewport": DESKTOP, "color_scheme": "light", "locale": "zh-CN"}),
@@ -32,33 +38,55 @@ PICTURES: dict[str, tuple[tuple[str, ...], dict[str, Any]]] = {
     "welcome-desktop": ((), {"viewport": DESKTOP, "color_scheme": "light"}),
     "welcome-phone": ((), {**HANDHELD, "color_scheme": "light"}),
 }
+CLEAR = """async () => {
+  const { sessions } = await (await fetch("/api/sessions")).json();
+  const ask = { method: "DELETE", headers: { "X-MoltBot": "1" } };
+  return Promise.all(sessions.map(async ({ id }) => (await fetch(`/api/sessions/${id}`, ask)).status));
+}"""
+
+
+async def converse(visit: Visit, questions: tuple[str, ...]) -> None:
+    """Has a chat of its own with the model. Raises `SystemExit` where an answer is missing."""
+    await visit.page.keyboard.press("Control+k")
+    await visit.page.wait_for_selector(".welcome")
+    for question in questions:
+        await ask(visit, question)
+        print(f"{question} -> {await answered(visit)!r}")
+    await visit.page.locator(".chat-row", has_text=questions[0]).first.wait_for(state="attached")
+    if await visit.page.locator(".problem").count():
+        raise SystemExit(f"no answer: {await visit.page.locator('.problem').first.inner_text()}")
 
 
 async def take(browser: Browser, origin: str, state: StorageState, target: Path) -> None:
-    """Has each conversation and takes its picture."""
-    for name, (questions, options) in PICTURES.items():
+    """Has the chats of each picture, takes it, and deletes them again, so that no title is listed twice."""
+    for name, (chats, options) in PICTURES.items():
         async with visiting(browser, origin, "/#/new", storage_state=state, **options) as visit:
             await visit.page.wait_for_selector(".card")
-            for question in questions:
-                await ask(visit, question)
-                print(f"{name}: {question} -> {await answered(visit)!r}")
-            if questions:
-                await visit.page.locator(".chat-row", has_text=questions[0]).first.wait_for(state="attached")
+            for questions in chats:
+                await converse(visit, questions)
             await visit.page.screenshot(path=target / f"{name}.png", animations="disabled")
+            if set(await visit.page.evaluate(CLEAR)) - {204}:
+                raise SystemExit("the chats of a picture could not be deleted")
 
 
 async def main(target: Path) -> None:
     """Starts MoltBot in a home of its own, signs in by the printed link, and takes the pictures."""
-    model = {name: os.environ[name] for name in ("MODEL_TYPE", "MODEL_PATH") if name in os.environ}
     with tempfile.TemporaryDirectory() as folder:
-        async with Home(Path(folder), model).started() as started, chromium() as browser:
+        async with Home(Path(folder), {}).started() as started, chromium() as browser:
             link = next(iter(re.findall(r"http://\S+/login\?code=\S+", started.said)))
             origin = link[: link.index("/login")]
             async with visiting(browser, origin, link.removeprefix(origin)) as visit:
                 await visit.page.wait_for_selector("#message")
+                model = await visit.page.evaluate(
+                    "fetch('/api/me').then(async (me) => (await me.json()).default_model.id)"
+                )
+                if model != BUILT_IN:
+                    raise SystemExit(f"the pictures show the built-in model, but {model} answers")
                 state = await visit.page.context.storage_state()
             await take(browser, origin, state, target)
 
 
 if __name__ == "__main__":
-    asyncio.run(main(Path(sys.argv[1])))
+    pictures = Path(sys.argv[1])
+    pictures.mkdir(parents=True, exist_ok=True)
+    asyncio.run(main(pictures))

@@ -214,6 +214,73 @@ async def test_a_refused_message_comes_back_for_editing(browser: Browser) -> Non
         assert await visit.page.input_value("#message") == "a very long text"
 
 
+REASONS = {
+    "CONTEXT_LENGTH_EXCEEDED": ("INVALID_ARGUMENT", "too long for the model", "超出了模型能读的长度"),
+    "CONTENT_TOO_LARGE": ("INVALID_ARGUMENT", "The message is too long.", "消息太长了"),
+    "EMPTY_MESSAGE": ("INVALID_ARGUMENT", "The message is empty.", "消息是空的"),
+    "QUEUE_FULL": ("RESOURCE_EXHAUSTED", "MoltBot is busy right now.", "现在很忙"),
+    "STORAGE_FULL": ("RESOURCE_EXHAUSTED", "disk is full", "磁盘已满"),
+    "MODEL_UNAVAILABLE": ("UNAVAILABLE", "The model cannot answer right now.", "模型暂时无法回答"),
+    "NOT_SERVING": ("UNAVAILABLE", "starting or stopping", "正在启动或停止"),
+    "DEADLINE_EXCEEDED": ("DEADLINE_EXCEEDED", "The answer took too long.", "回答用时过长"),
+    "UNAUTHENTICATED": ("UNAUTHENTICATED", "did not accept the access key", "不接受访问密钥"),
+}
+
+
+def failing(reason: str) -> Emit:
+    """The end of a turn that failed for a reason."""
+    data = {"code": REASONS[reason][0], "reason": reason, "message": "m", "retryable": False, "retry_after_ms": None}
+    return Emit(kind="failed", data={**data, "timings": {}})
+
+
+async def test_each_important_reason_has_words_of_its_own_in_both_languages(browser: Browser) -> None:
+    async with ScriptedSite(lambda text: [failing(text)]) as site, visiting(browser, site.origin, "/#/new") as visit:
+        for n, (reason, (_, english, chinese)) in enumerate(REASONS.items(), 1):
+            await ask(visit, reason)
+            problem = visit.page.locator(".problem")
+            await problem.nth(n - 1).wait_for()
+            assert english in await problem.last.inner_text(), reason
+            await visit.page.get_by_role("button", name="切换到中文").click()
+            assert chinese in await problem.last.inner_text(), reason
+            await visit.page.get_by_role("button", name="Switch to English").click()
+
+
+async def test_a_text_that_the_model_cannot_take_comes_back_and_never_over_another_draft(browser: Browser) -> None:
+    steps: list[Step] = [Hold(gate="typed"), failing("CONTEXT_LENGTH_EXCEEDED")]
+    async with ScriptedSite(lambda _: steps) as site, visiting(browser, site.origin, "/#/new") as visit:
+        site.gate("typed").set()
+        await ask(visit, "far too long")
+        await visit.page.locator(".problem").wait_for()
+        assert await visit.page.input_value("#message") == "far too long"
+        assert await visit.page.locator(".problem button").count() == 0
+        site.gate("typed").clear()
+        await visit.page.keyboard.press("Enter")
+        await visit.page.locator(".answer[aria-busy]").wait_for()
+        await visit.page.fill("#message", "another thought")
+        site.gate("typed").set()
+        edit = visit.page.get_by_role("button", name="Edit the message")
+        await edit.wait_for()
+        assert await visit.page.input_value("#message") == "another thought"
+        await edit.click()
+        await edit.click()
+        assert await visit.page.input_value("#message") == "far too long\n\nanother thought"
+        assert await visit.page.evaluate("document.activeElement.id") == "message"
+
+
+async def test_a_refused_text_of_a_past_chat_waits_for_its_button(browser: Browser) -> None:
+    async with ScriptedSite(lambda _: [failing("CONTENT_TOO_LARGE")]) as site:
+        async with visiting(browser, site.origin, "/#/new") as visit:
+            await ask(visit, "far too long")
+            await visit.page.locator(".problem").wait_for()
+            await visit.page.fill("#message", "")
+            await visit.page.reload()
+            edit = visit.page.get_by_role("button", name="Edit the message")
+            await edit.wait_for()
+            assert await visit.page.input_value("#message") == ""
+            await edit.click()
+            assert await visit.page.input_value("#message") == "far too long"
+
+
 async def test_a_busy_server_says_when_to_come_back(browser: Browser) -> None:
     async with ScriptedSite(lambda _: []) as site, visiting(browser, site.origin, "/#/new") as visit:
         site.refusals = [error(429, "Too many turns.", "busy", {"Retry-After": "7"}) for _ in range(3)]

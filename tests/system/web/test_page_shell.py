@@ -3,12 +3,13 @@
 
 from __future__ import annotations
 
+import base64
 import re
 from datetime import timedelta
 
 import pytest
 from browser import PHONE, Visit, answered, ask, shown, visiting
-from playwright.async_api import Browser
+from playwright.async_api import Browser, Locator
 from scripted_site import STATIC, Emit, Hold, Say, ScriptedSite, Step
 
 pytestmark = pytest.mark.asyncio(loop_scope="module")
@@ -47,6 +48,17 @@ CONTRAST = """() => {
     if (ratio < 4.5) poor.push(`${ratio.toFixed(2)} ${node.className || node.tagName}: ${walker.currentNode.data.trim().slice(0, 20)}`);
   }
   return poor;
+}"""
+
+SHADES = """async (picture) => {
+  const bytes = Uint8Array.from(atob(picture), (letter) => letter.charCodeAt(0));
+  const image = await createImageBitmap(new Blob([bytes], { type: "image/png" }));
+  const canvas = document.createElement("canvas").getContext("2d", { willReadFrequently: true });
+  canvas.canvas.width = image.width;
+  canvas.drawImage(image, 0, 0);
+  const light = (x) => canvas.getImageData(x, 6, 1, 1).data.slice(0, 3).reduce((sum, value) => sum + value, 0);
+  const plain = light(Math.round(image.width / 2));
+  return [plain - light(2) > 40, plain - light(image.width - 3) > 40];
 }"""
 
 UNNAMED = """() => [...document.querySelectorAll("button, a, input, select, textarea")]
@@ -136,7 +148,9 @@ async def test_signing_in_with_a_key_and_the_words_for_a_used_link(browser: Brow
         visiting(browser, site.origin, "/login?code=used") as visit,
     ):
         await visit.page.get_by_text("This link was already used or has expired.").wait_for()
-        assert "moltbot start” 打印的链接" in await visit.page.inner_text(".signin-also")
+        for told in ("“moltbot link”", "“.venv/bin/moltbot link”", "~/.moltbot/key"):
+            assert told in await visit.page.inner_text(".signin-also")
+            assert told in (await visit.page.inner_text(".signin-card")).split("最简单")[0]
         await visit.page.fill("#key", "wrong")
         await visit.page.get_by_role("button", name="Sign in").click()
         await visit.page.get_by_text("This key is not known here.").wait_for()
@@ -282,6 +296,47 @@ async def test_a_phone_scrolls_in_one_direction_only(browser: Browser) -> None:
             assert send["y"] + send["height"] <= PHONE["height"]
 
 
+@pytest.mark.parametrize("models", [("builtin",), ("builtin", "large")])
+async def test_the_title_on_a_phone_has_the_width_between_the_buttons_whatever_the_model_is_called(
+    browser: Browser, models: tuple[str, ...]
+) -> None:
+    names = tuple(f"{name} with a name that is far too long for any phone" for name in models)
+    async with ScriptedSite(lambda _: [], models=names) as site:
+        site.add_chat("怎么用 OpenAI 客户端连接 MoltBot", [("q", "a")])
+        options = {"viewport": PHONE, "is_mobile": True, "has_touch": True, "locale": "zh-CN"}
+        async with visiting(browser, site.origin, "/#/c/s1", **options) as visit:
+            await visit.page.locator(".chat-name", has_text="OpenAI").wait_for()
+            title = visit.page.locator(".chat-name")
+            assert await title.evaluate("node => node.scrollWidth <= node.clientWidth && node.clientWidth > 250")
+            boxes = [await visit.page.locator(one).bounding_box() for one in (".chat-name", ".head [class^=model-]")]
+            assert boxes[0] is not None
+            assert boxes[1] is not None
+            assert boxes[0]["y"] + boxes[0]["height"] <= boxes[1]["y"] + 1
+            assert boxes[1]["x"] + boxes[1]["width"] < PHONE["width"] - 40
+
+
+async def test_a_code_box_shows_on_which_side_it_goes_on(browser: Browser) -> None:
+    async with ScriptedSite(lambda _: [Say(text=f"```\n{'x' * 300}\n```\n\n```\nshort\n```\n")]) as site:
+        async with visiting(browser, site.origin, "/#/new", color_scheme="light") as visit:
+            await ask(visit, "hi")
+            await answered(visit)
+            long, short = visit.page.locator(".code pre").nth(0), visit.page.locator(".code pre").nth(1)
+            assert await edges(visit, short) == (False, False)
+            assert await edges(visit, long) == (False, True)
+            await long.evaluate("node => { node.scrollLeft = 200; }")
+            assert await edges(visit, long) == (True, True)
+            await long.evaluate("node => { node.scrollLeft = 9999; }")
+            assert await edges(visit, long) == (True, False)
+
+
+async def edges(visit: Visit, box: Locator) -> tuple[bool, bool]:
+    """Whether the box is darker at its left and right edge than near them, above its text."""
+    await visit.page.mouse.move(0, 0)
+    picture = base64.b64encode(await box.screenshot(animations="disabled")).decode()
+    left, right = await visit.page.evaluate(SHADES, picture)
+    return left, right
+
+
 async def test_the_drawer_of_a_phone_opens_closes_and_leads_to_a_chat(browser: Browser) -> None:
     async with ScriptedSite(lambda _: []) as site:
         site.add_chat("Past", [("q", "past answer")])
@@ -321,7 +376,7 @@ SOURCES = sorted(path for path in STATIC.rglob("*") if path.is_file())
 
 
 async def test_the_page_is_small_plain_and_builds_nodes_only_by_hand() -> None:
-    assert sum(path.stat().st_size for path in SOURCES) < 132 * 1024
+    assert sum(path.stat().st_size for path in SOURCES) < 136 * 1024
     forbidden = re.compile(
         r"innerHTML|outerHTML|insertAdjacentHTML|DOMParser|document\.write|createContextualFragment|setHTML|\beval\(|new Function|\.cssText|style=|<style|"
         r"setAttribute\(.style|createElement\(.script"

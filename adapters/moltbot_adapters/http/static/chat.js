@@ -6,10 +6,15 @@ import { store } from "./store.js";
 import { ConnectionLost, TurnFollower } from "./turn.js";
 import { attachmentName } from "./view/answer.js";
 
+/** Sentences by the core's reason, by its status, and by the HTTP code or status of a refusal: the most telling one is looked up first. */
 const WORDS = {
-  RESOURCE_EXHAUSTED: "error.busy.soon", UNAVAILABLE: "error.model", DEADLINE_EXCEEDED: "error.slow",
-  PERMISSION_DENIED: "error.forbidden", NOT_FOUND: "error.gone",
+  CONTEXT_LENGTH_EXCEEDED: "error.context", CONTENT_TOO_LARGE: "error.toolarge", EMPTY_MESSAGE: "error.blank", QUEUE_FULL: "error.busy",
+  MODEL_UNAVAILABLE: "error.model.away", STORAGE_FULL: "error.storage", NOT_SERVING: "error.serving", CORE_UNAVAILABLE: "error.serving",
+  UNAUTHENTICATED: "error.key", INVALID_API_KEY: "error.key", WORKSPACE_KEY_REFUSED: "error.key", DEADLINE_EXCEEDED: "error.slow",
+  RESOURCE_EXHAUSTED: "error.busy", UNAVAILABLE: "error.model", PERMISSION_DENIED: "error.forbidden", NOT_FOUND: "error.gone",
+  403: "error.forbidden", 404: "error.gone", 413: "error.toolarge", 429: "error.busy", 503: "error.model", 504: "error.slow", 507: "error.storage",
 };
+const REFUSED_TEXT = new Set(["CONTEXT_LENGTH_EXCEEDED", "CONTENT_TOO_LARGE", "EMPTY_MESSAGE"]); // other words may pass where these did not
 
 export class Chat {
   /** `hooks`: onSession(sid) when the open chat changes, onChange() when the list of chats is stale, onSignedOut(). */
@@ -148,12 +153,14 @@ export class Chat {
   }
 
   #failed(view, { code, message, reason, retryable, retry_after_ms: wait }, start) {
-    const busy = code === "RESOURCE_EXHAUSTED" && wait;
-    view.fail({
-      key: busy ? "error.busy" : (WORDS[code] ?? "error.other"), vars: busy ? { time: duration(wait) } : {},
-      detail: message || reason || code,
-      onAction: retryable && start.text ? () => this.#again(view, start, reason) : null,
-    });
+    const again = retryable && start.text ? { onAction: () => this.#again(view, start, reason) } : {};
+    view.fail({ ...sentence([reason, code], wait), detail: message || reason || code, ...(REFUSED_TEXT.has(reason) ? this.#giveBack(start) : again) });
+  }
+
+  /** Puts a refused text back into the box; where that would surprise (a chat of the past, another draft), a button does it. */
+  #giveBack({ request, text }) {
+    if (!text || (request && this.composer.restore(text))) return {};
+    return { action: "edit", onAction: () => this.composer.prepend(text) };
   }
 
   /** The turn itself failed: trying again is a new turn with the same words, or the same turn when a stop of the core cut it off. */
@@ -184,17 +191,20 @@ export class Chat {
       view.fail({ key, action: follower.accepted ? "resume" : "retry", onAction: again });
       return;
     }
-    const final = !error.passing;
-    if (final && !follower.accepted) {
-      store.pending = null;
-      this.composer.restore(start.text);
+    let wayOn = { onAction: again };
+    if (!error.passing) {
+      if (!follower.accepted) store.pending = null;
+      wayOn = follower.accepted ? {} : this.#giveBack(start);
     }
-    const wait = error.retryAfterMs;
-    const key = { 403: "error.forbidden", 404: "error.gone", 413: "error.toolarge", 429: wait ? "error.busy" : "error.busy.soon", 503: "error.model" };
-    view.fail({
-      key: key[error.status] ?? "error.other", vars: wait ? { time: duration(wait) } : {}, detail: error.message, onAction: final ? null : again,
-    });
+    view.fail({ ...sentence([error.code.toUpperCase(), error.status], error.retryAfterMs), detail: error.message, ...wayOn });
   }
+}
+
+/** The sentence for the first of `names` that has one, and when to come back where the server said it. */
+function sentence(names, wait) {
+  const key = WORDS[names.find((name) => Object.hasOwn(WORDS, name))] ?? "error.other";
+  if (key !== "error.busy") return { key };
+  return wait ? { key, vars: { time: duration(wait) } } : { key: "error.busy.soon" };
 }
 
 /** How a turn is joined: by a request that may start it, or by its name; with the words that asked for it. */

@@ -109,7 +109,7 @@ export class AnswerView {
     if (detail) lines.append(say(h("p", { class: "problem-detail" }), "error.detail", { vars: { detail } }));
     const bubble = h("div", { class: "problem", attrs: { role: "alert" } }, icon("alert"), lines);
     if (onAction) {
-      const button = h("button", { type: "button", class: "button" }, icon("retry"), say(h("span"), action));
+      const button = h("button", { type: "button", class: "button" }, icon(action === "edit" ? "edit" : "retry"), say(h("span"), action));
       button.addEventListener("click", onAction);
       bubble.append(button);
     }

@@ -55,9 +55,16 @@ export class Composer {
     label(this.stopButton, "stopping");
   }
 
-  /** Gives a text back for editing, unless something else was typed already. */
+  /** Gives a text back for editing, unless something else was typed already; answers whether the text is in the box now. */
   restore(text) {
     if (this.box.value.trim() === "") this.fill(text);
+    return this.box.value === text;
+  }
+
+  /** Puts a text before what was typed, at most once, and goes there. */
+  prepend(text) {
+    if (!this.box.value.startsWith(text)) this.fill([text, this.box.value].filter(Boolean).join("\n\n"));
+    this.focus();
   }
 
   fill(text) {
