@@ -202,6 +202,14 @@ class LiveTurn:
         if deadline is not None:
             self._timer = asyncio.get_running_loop().call_at(deadline, self._expire)
 
+    def allow_until(self, deadline: float | None) -> None:
+        """Let the turn go on until a later deadline, or without one: somebody with more time follows it too."""
+        if self._timer is None or (deadline is not None and deadline <= self._timer.when()):
+            return
+        self._timer.cancel()
+        self._timer = None
+        self.expire_at(deadline)
+
     def _expire(self) -> None:
         if not self.closing and not self.cancelling and self.task is not None:
             self.late = True

@@ -24,6 +24,7 @@ from moltbot_server.errors import (
     InvalidField,
     MoltBotError,
     NotServing,
+    QueueFull,
     TurnInterrupted,
 )
 from moltbot_server.journal import Journal, LiveTurn, same_content
@@ -56,6 +57,7 @@ from moltbot_server.turns import (
 log = logging.getLogger(__name__)
 
 _TITLE_LENGTH = 80
+_MOST_IN_A_SESSION = 128
 _NAME = re.compile(r"[A-Za-z0-9._~-]{1,128}\Z")
 _CHANNEL = re.compile(r"[a-z0-9_-]{0,32}\Z")
 
@@ -99,14 +101,25 @@ class TurnPipeline:
         self._check(turn)
         digest = _digest(turn)
         if turn.request_id:
-            earlier = await self._journal.repeated(principal, turn, digest)
-            if isinstance(earlier, LiveTurn) or (earlier is not None and not earlier.retryable):
+            earlier = await self._repeated(principal, turn, digest)
+            if isinstance(earlier, LiveTurn):
+                earlier.allow_until(deadline)
+                return earlier
+            if earlier is not None and not earlier.retryable:
                 return earlier
         else:
             turn = msgspec.structs.replace(turn, request_id=secrets.token_hex(16))
         if self._draining:
             raise NotServing("the core is leaving; repeat with the same request_id", retry_after=1.0)
         return await self._begin(principal, turn, digest, deadline, arrived)
+
+    async def _repeated(self, principal: Principal, turn: TurnInput, digest: bytes) -> LiveTurn | StoredTurn | None:
+        """Return the turn that the same request_id started; one that has run out of time is waited for first."""
+        while True:
+            earlier = await self._journal.repeated(principal, turn, digest)
+            if not isinstance(earlier, LiveTurn) or not earlier.late or earlier.task is None:
+                return earlier
+            await asyncio.wait({earlier.task})
 
     async def _begin(
         self, principal: Principal, turn: TurnInput, digest: bytes, deadline: float | None, arrived: float
@@ -120,7 +133,10 @@ class TurnPipeline:
         if (begun := self._journal.begun(principal, turn.request_id)) is not None:
             # The same call came twice, and the other one's session was read first.
             same_content(begun.digest, digest)
+            begun.allow_until(deadline)
             return begun
+        if session.claims >= _MOST_IN_A_SESSION:
+            raise QueueFull("too many turns wait in this session already", retry_after=1.0)
         key = TurnKey(session=session.key, ordinal=session.claim())
         live = LiveTurn(
             key=key,

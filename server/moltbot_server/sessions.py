@@ -6,6 +6,7 @@ import asyncio
 from collections import OrderedDict, deque
 from collections.abc import AsyncGenerator, Callable, Iterable, Sequence
 from contextlib import asynccontextmanager
+from itertools import islice
 from typing import Generic, Protocol, TypeVar
 
 from moltbot_server.errors import SessionBusy, SessionNotFound
@@ -15,6 +16,7 @@ from moltbot_server.turns import Message, Queued, SessionKey
 
 _SESSIONS_AT_HAND = 10_000
 _TURNS_LOADED = 200
+_TOLD_EACH_STEP = 32
 
 
 class History(Protocol):
@@ -101,8 +103,9 @@ class OpenSession(Generic[H]):
             raise
 
     def _tell_positions(self) -> None:
+        """Tell the turns that are nearly there; to tell all of a long queue each step would cost its square."""
         waiting = (live for live, place in self.waiting if not place.done())
-        for position, live in enumerate(waiting, start=1):
+        for position, live in enumerate(islice(waiting, _TOLD_EACH_STEP), start=1):
             live.record(Queued(position=position))
 
     def _tell_moved(self) -> None:

@@ -102,3 +102,19 @@ async def test_a_deadline_that_the_core_sees_pass_first_is_told_with_its_reason(
 async def test_a_flush_interval_is_bounded(api: Api) -> None:
     for bad in (duration_pb2.Duration(seconds=11), duration_pb2.Duration(seconds=-1), duration_pb2.Duration(nanos=-1)):
         assert reason_of(await refused(api.run(turn(flush_interval=bad)))) == "INVALID_FIELD"
+
+
+async def test_a_follower_with_more_time_keeps_a_turn_going(api: Api) -> None:
+    first = asyncio.ensure_future(refused(api.run(turn("#20 pace=0.05", request_id="shared"), timeout=0.4)))
+    await asyncio.sleep(0.1)
+    patient = await api.run(turn("#20 pace=0.05", request_id="shared"), timeout=10)
+
+    assert (await first).code() is grpc.StatusCode.DEADLINE_EXCEEDED
+    assert patient.completed.usage.output_tokens == 20
+
+
+async def test_a_repeat_at_once_after_the_deadline_gets_its_answer_each_time(api: Api) -> None:
+    for number in range(30):
+        again = turn("#8 pace=0.01", request_id=f"hasty-{number}")
+        await refused(api.run(again, timeout=0.03))
+        assert (await api.run(again, timeout=10)).completed.usage.output_tokens == 8

@@ -291,3 +291,20 @@ async def test_a_session_of_another_workspace_is_answered_like_one_that_does_not
     theirs = await other.run(turn("something else", session="sessions/s", request_id="one"))
     assert theirs.completed.text == "You said: something else"
     assert await api.said("sessions/s") == ["canary", "You said: canary"]
+
+
+async def test_a_page_of_long_messages_fits_a_client_that_takes_four_mebibytes(api: Api) -> None:
+    long = "word " * 60_000
+    for _ in range(6):
+        await refused(api.run(turn(long, session="sessions/long")))
+    seen, token = 0, ""
+    while True:
+        page = await api.sessions.ListMessages(
+            session_pb2.ListMessagesRequest(parent="sessions/long", page_token=token), metadata=api.metadata
+        )
+        assert page.ByteSize() < 2 << 20
+        seen += len(page.messages)
+        token = page.next_page_token
+        if not token:
+            break
+    assert seen == 6

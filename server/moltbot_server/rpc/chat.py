@@ -12,7 +12,7 @@ from typing import Any
 from grpc import aio
 from moltbot.v1 import chat_pb2, chat_pb2_grpc
 
-from moltbot_server.errors import InternalError, InvalidField, MoltBotError, Status, TurnFailed
+from moltbot_server.errors import InternalError, InvalidField, MoltBotError, QueueFull, Status, TurnFailed
 from moltbot_server.journal import Journal, LiveTurn
 from moltbot_server.pipeline import TurnPipeline
 from moltbot_server.rpc import convert, names
@@ -24,6 +24,7 @@ log = logging.getLogger(__name__)
 
 _LONGEST_REF = 128
 _COMMANDS_AT_ONCE = 64
+_COMMANDS_WAITING = 1024
 
 
 class ChatService(chat_pb2_grpc.ChatServiceServicer):
@@ -112,15 +113,21 @@ class _Conversation:
         self._writing = asyncio.Lock()
         self._free = asyncio.Semaphore(_COMMANDS_AT_ONCE)
         self._cancels = asyncio.Semaphore(_COMMANDS_AT_ONCE)
+        self._commands = 0
 
     async def take(self, request: chat_pb2.ConverseRequest, group: asyncio.TaskGroup) -> None:
-        """Begin a command; the next one is read when there is room for it."""
+        """Begin a command. It waits for its turn by itself: waiting here would keep the cancels behind it unread."""
+        if self._commands >= _COMMANDS_WAITING:
+            busy = QueueFull(f"{_COMMANDS_WAITING} commands are under way on this stream already", retry_after=1.0)
+            await self._write(request, "", error=_in_band(busy))
+            return
+        self._commands += 1
         # To cancel is what makes room, so it never waits for the turns.
         room = self._cancels if request.WhichOneof("command") == "cancel" else self._free
-        await room.acquire()
         group.create_task(self._carry_out(request, room))
 
     async def _carry_out(self, request: chat_pb2.ConverseRequest, room: asyncio.Semaphore) -> None:
+        await room.acquire()
         try:
             await self._answer(request)
         except MoltBotError as error:
@@ -134,6 +141,7 @@ class _Conversation:
             await self._write(request, "", error=_in_band(unforeseen))
         finally:
             room.release()
+            self._commands -= 1
 
     async def _answer(self, request: chat_pb2.ConverseRequest) -> None:
         service, call = self._service, self._call

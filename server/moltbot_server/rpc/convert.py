@@ -196,7 +196,7 @@ def _check_options(options: GenerationOptions, field: str) -> None:
     )
     for name, value, least, most in ranges:
         if value is not None and not least <= value <= most:
-            wanted = f"above 0, up to {most:g}" if least == 1e-9 else f"{least:g} to {most:g}"
+            wanted = f"above 0, up to {most:g}" if least == 1e-9 else f"{least:g} to {most:.0f}"
             raise InvalidField(f"{field}.{name}", f"use a value of {wanted}")
     if len(options.stop) > 8:
         raise InvalidField(f"{field}.stop", "use at most 8 texts")

@@ -12,6 +12,9 @@ from moltbot_server.sessions import Sessions
 from moltbot_server.store import Store
 from moltbot_server.turns import Session, SessionKey, TurnState
 
+# A client takes 4 MiB at most unless it says otherwise; one message alone may fill that.
+_LARGEST_PAGE = 1 << 20
+
 
 class SessionService(session_pb2_grpc.SessionServiceServicer):
     """Serves sessions."""
@@ -56,13 +59,18 @@ class SessionService(session_pb2_grpc.SessionServiceServicer):
         found = await self._store.list_messages(key, after=after, limit=size + 1)
         if not found:
             await self._session(key)
-        page = found[:size]
-        more = len(found) > size
-        index = int(page[-1].id.partition(".")[2]) if more else 0
-        return session_pb2.ListMessagesResponse(
-            messages=[convert.message(key.session, message) for message in page],
-            next_page_token=names.write_token(scope, (page[-1].turn, index)) if more else "",
-        )
+        response = session_pb2.ListMessagesResponse()
+        last, filled = None, 0
+        for message in found[:size]:
+            made = convert.message(key.session, message)
+            filled += made.ByteSize()
+            if last is not None and filled > _LARGEST_PAGE:
+                break
+            response.messages.append(made)
+            last = message
+        if last is not None and len(response.messages) < len(found):
+            response.next_page_token = names.write_token(scope, (last.turn, int(last.id.partition(".")[2])))
+        return response
 
     async def ResetSession(  # type: ignore[override]
         self, request: session_pb2.ResetSessionRequest, call: Call
