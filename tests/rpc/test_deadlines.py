@@ -88,17 +88,6 @@ async def test_the_deadline_of_a_bare_generation_frees_the_engine(api: Api, engi
         assert engine.let_go_at - asked < 0.3 + SLACK
 
 
-async def test_a_deadline_that_the_core_sees_pass_first_is_told_with_its_reason(
-    api: Api, engine: WatchedEngine
-) -> None:
-    first = asyncio.create_task(api.run(turn("#1 wait=30", request_id="both"), timeout=0.3))
-    await asyncio.wait_for(engine.began.wait(), 2)
-    error = await refused(api.run(turn("#1 wait=30", request_id="both"), timeout=10))
-    await refused(first)
-
-    assert (error.code(), reason_of(error)) == (grpc.StatusCode.DEADLINE_EXCEEDED, "DEADLINE_EXCEEDED")
-
-
 async def test_a_flush_interval_is_bounded(api: Api) -> None:
     for bad in (duration_pb2.Duration(seconds=11), duration_pb2.Duration(seconds=-1), duration_pb2.Duration(nanos=-1)):
         assert reason_of(await refused(api.run(turn(flush_interval=bad)))) == "INVALID_FIELD"
