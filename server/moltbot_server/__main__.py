@@ -31,13 +31,13 @@ def main() -> int:
     workspace = find_workspace(os.environ, flags.workspace)
     try:
         key = workspace.read_key()
-        overrides = {name: value for name, value in vars(flags).items() if name != "workspace"}
+        overrides = {name: value for name, value in vars(flags).items() if name not in ("workspace", "no_notices")}
         settings = load_settings(workspace.folder, os.environ, overrides)
     except (ConfigError, WorkspaceError) as error:
         print(f"moltbot: {error}", file=sys.stderr)
         return _BAD_CONFIGURATION
     configure_logging(settings.log_level, as_json=settings.log_json)
-    for notice in settings.notices:
+    for notice in () if flags.no_notices else settings.notices:
         log.warning("not used by this release", extra={"notice": notice})
     return uvloop.run(_serve(settings, key, workspace))
 
@@ -85,6 +85,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--grpc-port", type=int, metavar="PORT")
     parser.add_argument("--metrics-port", type=int, metavar="PORT")
     parser.add_argument("--log-level", choices=("debug", "info", "warning", "error"))
+    parser.add_argument("--no-notices", action="store_true", help="whoever starts it has told what is not used")
     return parser
 
 

@@ -7,7 +7,7 @@ names of `PLAIN_NAMES` only), `.env` of the workspace, the process environment, 
 from __future__ import annotations
 
 import ipaddress
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import MISSING, dataclass, field, fields
 from pathlib import Path
 from typing import Any
@@ -175,8 +175,10 @@ def _notices(settings: Settings) -> Iterator[str]:
         yield f"cache: this release keeps everything in the workspace; Redis at {cache.host} is not used yet."
     if settings.autoscaling is not None:
         yield "autoscaling: this release does not start or stop replicas by itself; the section is not used yet."
-    if settings.workers > 1:
-        yield f"workers: {settings.workers} processes serve HTTP; the core is one process in this release."
+
+
+# Yields a key among those given and what is wrong with it.
+Check = Callable[[Mapping[str, Any]], Iterable[tuple[str, str]]]
 
 
 def load_settings(
@@ -185,11 +187,13 @@ def load_settings(
     overrides: Mapping[str, object] | None = None,
     *,
     current: Path | None = None,
+    check: Check | None = None,
 ) -> Settings:
     """Return the settings of a workspace.
 
     `overrides` maps keys, such as `grpc_port`, to what command-line flags said; None is a flag that was not given.
-    `current` is the folder whose `.env` is read too; by default the working directory.
+    `current` is the folder whose `.env` is read too; by default the working directory. `check` looks at the values of
+    the keys that were given, for what only files can tell; what it finds is told with the rest.
 
     Raises:
         ConfigError: something is wrong; all of it is told, each with its place and what was expected.
@@ -209,6 +213,8 @@ def load_settings(
         else:
             problems.append(_unknown(key, flag.where, KEYS))
     values = _read(given, problems)
+    if check is not None:
+        problems += (Problem(where=given[key].where, text=text) for key, text in check(values))
     return _settings(workspace, values, {key: place.where for key, place in given.items()}, problems)
 
 
@@ -275,7 +281,9 @@ def _read(given: Mapping[str, Given], problems: list[Problem]) -> dict[str, Any]
             values[key] = kind.read(value)
         except ValueError:
             found = "a secret that does not fit" if key == "cache.password" else str(value)
-            problems.append(Problem(where=value.where, text=f"{key}: found {found}, expected {kind.expected}"))
+            # A flag is the key's own name already.
+            subject = "" if value.where.startswith("--") else f"{key}: "
+            problems.append(Problem(where=value.where, text=f"{subject}found {found}, expected {kind.expected}"))
     return values
 
 

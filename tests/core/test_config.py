@@ -117,7 +117,7 @@ def test_what_this_release_does_not_act_on_is_told_once_each(workspace: Path, el
     (workspace / "moltbot.yaml").write_text(MODELS + CACHE + AUTOSCALING + "workers: 4\n")
     notices = load_settings(workspace, {}, current=elsewhere).notices
     subjects = [notice.partition(":")[0] for notice in notices]
-    assert subjects == ["models.primary", "models.fallback", "cache", "autoscaling", "workers"]
+    assert subjects == ["models.primary", "models.fallback", "cache", "autoscaling"]
 
 
 def test_a_later_source_wins_over_an_earlier_one(workspace: Path, elsewhere: Path) -> None:
@@ -295,3 +295,21 @@ def test_sizes_durations_and_words_are_read_in_the_forms_that_people_write(works
     assert (settings.flush_interval, settings.drain_grace) == (0.05, 120.0)
     assert (settings.log_json, settings.log_level) == (True, "debug")
     assert settings.trusted_proxies == ("10.0.0.5/32", "192.168.0.0/16")
+
+
+def test_a_flag_is_named_once_in_what_is_wrong_with_it(workspace: Path, elsewhere: Path) -> None:
+    with pytest.raises(ConfigError) as caught:
+        load_settings(workspace, {}, {"port": 80000}, current=elsewhere)
+    assert str(caught.value) == "--port: found '80000', expected a port (0 takes any free one) from 0 to 65535"
+
+
+def test_what_a_check_of_files_finds_is_told_with_the_rest_at_its_place(workspace: Path, elsewhere: Path) -> None:
+    (workspace / ".env").write_text("WORKERS=many\nMODEL_PATH=/nope\n")
+    with pytest.raises(ConfigError) as caught:
+        load_settings(
+            workspace, {}, current=elsewhere, check=lambda values: [("model_path", f"{values['model_path']}?")]
+        )
+    assert [str(problem).replace(f"{workspace}/", "") for problem in caught.value.problems] == [
+        ".env:1: workers: found 'many', expected a whole number from 1 to 64",
+        ".env:2: /nope?",
+    ]

@@ -1,6 +1,7 @@
 """The short commands: what they print, how they end, and that each message says what to do next."""
 
 import os
+import shlex
 import socket
 import stat
 import subprocess
@@ -9,7 +10,7 @@ from importlib import metadata
 from pathlib import Path
 
 import pytest
-from cli_process import COMMAND, Home
+from cli_process import ANY_PORTS, COMMAND, Home
 
 
 @pytest.fixture
@@ -115,12 +116,37 @@ async def test_a_start_beyond_this_machine_without_encryption_is_refused(home: H
     assert "--host: host 0.0.0.0 can be reached from other machines" in ended.err
 
 
-async def test_a_model_that_is_not_there_ends_the_start_with_the_cores_own_words(home: Home) -> None:
-    home.variables = {"MODEL_TYPE": "llama2", "MODEL_PATH": "/nowhere/at/all"}
-    ended = await home.run("start", "--port", "0", "--grpc-port", "0", "--metrics-port", "0")
+@pytest.mark.parametrize("kind", ["", "MODEL_TYPE=llama2\n"])
+async def test_a_model_that_is_not_there_is_told_by_file_and_line_with_the_rest(home: Home, kind: str) -> None:
+    home.variables = {}
+    home.workspace.mkdir()
+    (home.workspace / ".env").write_text(f"{kind}WORKERS=many\nMODEL_PATH=/nowhere/at/all\n")
+    ended = await home.run("start", *ANY_PORTS)
+    line = 2 + bool(kind)
     assert ended.status == 78
-    assert "/nowhere/at/all" in ended.err
-    assert "MoltBot is ready" not in ended.out
+    assert f"{home.workspace}/.env:{line}: MODEL_PATH /nowhere/at/all: found nothing; expected the folder" in ended.err
+    assert f"{home.workspace}/.env:{line - 1}: workers: found 'many'" in ended.err
+    assert "level=" not in ended.err  # nothing had begun
+
+
+async def test_a_context_beyond_the_models_is_told_by_file_and_line_before_anything_starts(home: Home) -> None:
+    home.variables = {}
+    home.workspace.mkdir()
+    (home.workspace / "moltbot.yaml").write_text("log_level: info\ncontext_length: 1000000\n")
+    ended = await home.run("start", *ANY_PORTS)
+    assert ended.status == 78
+    assert f"{home.workspace}/moltbot.yaml:2: CONTEXT_LENGTH is 1000000; expected 16 to " in ended.err
+    assert "listening" not in ended.err
+
+
+async def test_a_family_that_is_not_known_is_told_at_the_line_of_the_model_type(home: Home) -> None:
+    home.variables = {}
+    home.workspace.mkdir()
+    (home.workspace / "model").mkdir()
+    (home.workspace / ".env").write_text("MODEL_PATH=model\nMODEL_TYPE=lama2\n")
+    ended = await home.run("start", *ANY_PORTS)
+    assert ended.status == 78
+    assert f"{home.workspace}/.env:2: MODEL_TYPE is 'lama2'" in ended.err
 
 
 async def test_a_port_in_use_is_named_with_a_command_that_works(home: Home) -> None:
@@ -131,4 +157,18 @@ async def test_a_port_in_use_is_named_with_a_command_that_works(home: Home) -> N
             ended = await home.run("start", *(word for pair in flags.items() for word in pair))
             assert ended.status == 69
             assert f"port {port} (" in ended.err
-            assert f"start {flag} " in ended.err
+            assert f"{flag} " in ended.err.partition(" start ")[2]
+
+
+async def test_all_ports_in_use_are_told_at_once_with_the_whole_command_that_works(home: Home) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as one, socket.create_server(("127.0.0.1", 0)) as two:
+        ports = [server.getsockname()[1] for server in (one, two)]
+        given = ("--port", str(ports[0]), "--grpc-port", str(ports[1]), "--metrics-port", "0", "--log-level", "error")
+        ended = await home.run("start", "--workspace", "my bot", *given)
+    assert ended.status == 69
+    assert all(f"port {port} (" in ended.err for port in ports)
+    words = shlex.split(ended.err.splitlines()[-1].partition(" start ")[2])
+    flags = dict(zip(words[::2], words[1::2], strict=True))
+    assert (flags["--workspace"], flags["--log-level"]) == ("~/my bot", "error")
+    assert {flags["--port"], flags["--grpc-port"]}.isdisjoint(map(str, ports))
+    assert flags["--port"] != flags["--grpc-port"]

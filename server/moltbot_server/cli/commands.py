@@ -144,8 +144,7 @@ def _init(given: argparse.Namespace) -> int:
         print(line[0].upper() + line[1:] + ".")
     if not done:
         print(f"The workspace {shown(place.folder)} is complete already; nothing was changed.")
-    flag = "" if place == find_workspace(os.environ) else f" --workspace {shown(place.folder)}"
-    print(f"Next: {command('start' + flag)}")
+    print(f"Next: {command('start', place)}")
     return Exit.OK
 
 
@@ -186,7 +185,7 @@ def _link(given: argparse.Namespace) -> int:
     if running is None:
         settings = load_settings(workspace.folder, os.environ)
         base = f"http://{joined(reachable(settings.host), settings.port)}"
-        print(f"moltbot: MoltBot is not running here; start it with `{command('start')}`.", file=sys.stderr)
+        print(f"moltbot: MoltBot is not running here; start it with `{command('start', workspace)}`.", file=sys.stderr)
     else:
         base = running.http
     print(f"{base}/login?code={workspace.mint_link(time.time())}")

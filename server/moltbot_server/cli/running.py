@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import errno
 import fcntl
 import json
 import os
-import socket
 import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -52,6 +50,18 @@ class Running:
         draft.replace(workspace.run / "start.json")
 
 
+def is_held(workspace: Workspace) -> bool:
+    """Return whether a `moltbot start` holds the workspace, ready or not."""
+    try:
+        with (workspace.run / "lock").open("rb") as lock:
+            fcntl.flock(lock, fcntl.LOCK_SH | fcntl.LOCK_NB)
+            return False
+    except FileNotFoundError:
+        return False
+    except BlockingIOError:
+        return True
+
+
 @contextmanager
 def only_one(workspace: Workspace) -> Iterator[None]:
     """Hold the workspace: a second `moltbot start` in it is refused. The kernel lets go when this process ends."""
@@ -59,7 +69,7 @@ def only_one(workspace: Workspace) -> Iterator[None]:
     try:
         if not _locked(descriptor):
             raise Failure(
-                f"MoltBot runs in {shown(workspace.folder)} already: see `{command('status')}`. "
+                f"MoltBot runs in {shown(workspace.folder)} already: see `{command('status', workspace)}`. "
                 "Stop it first, or start another one with --workspace DIR and other ports.",
                 Exit.UNAVAILABLE,
             )
@@ -81,43 +91,6 @@ def _locked(descriptor: int) -> bool:
         else:
             return True
     return False
-
-
-def take_port(host: str, port: int, flag: str, what: str) -> int:
-    """Return the port when it is free, or a free one for 0.
-
-    Raises:
-        Failure: something else has the port, or the host is none of this machine's.
-    """
-    family = socket.AF_INET6 if ":" in host else socket.AF_INET
-    with socket.socket(family, socket.SOCK_STREAM) as probe:
-        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-        try:
-            probe.bind((host, port))
-        except PermissionError:
-            raise Failure(f"port {port} ({what}) is reserved for root: choose one above 1023, {flag} 8000.") from None
-        except OverflowError:
-            raise Failure(f"{port} is not a port: choose one from 1 to 65535.", Exit.CONFIG) from None
-        except OSError as error:
-            if error.errno != errno.EADDRINUSE:
-                raise Failure(f"cannot listen on {host} for {what}: {error.strerror}.", Exit.CONFIG) from None
-            raise Failure(
-                f"port {port} ({what}) is in use by another program. Choose another one: "
-                f"{command(f'start {flag} {_near(family, host, port)}')}. To see who has it: lsof -i :{port}",
-                Exit.UNAVAILABLE,
-            ) from None
-        return int(probe.getsockname()[1])
-
-
-def _near(family: int, host: str, port: int) -> int:
-    for other in range(port + 1, min(port + 100, 65536)):
-        with socket.socket(family, socket.SOCK_STREAM) as probe:
-            try:
-                probe.bind((host, other))
-            except OSError:
-                continue
-            return other
-    return 0
 
 
 def reachable(host: str) -> str:

@@ -5,17 +5,20 @@ from __future__ import annotations
 import contextlib
 import json
 import os
+import shlex
 import socket
 import subprocess
 import sys
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from importlib import metadata
 from typing import Any
 
 from moltbot_server.cli.children import Child, Plan
-from moltbot_server.cli.running import Running, joined, only_one, reachable, take_port
+from moltbot_server.cli.model_check import model_problems
+from moltbot_server.cli.ports import Wanted, take_ports
+from moltbot_server.cli.running import Running, joined, only_one, reachable
 from moltbot_server.cli.supervisor import Supervisor, log
 from moltbot_server.cli.terminal import Exit, Failure, command, shown
 from moltbot_server.cli.watcher import Watcher
@@ -33,12 +36,17 @@ def start(workspace: Workspace, flags: Mapping[str, object], *, reload: bool, fi
     began = time.monotonic()
     for done in workspace.create():
         print(done[0].upper() + done[1:] + ".", flush=True)
-    settings = load_settings(workspace.folder, os.environ, flags)
+    settings = load_settings(workspace.folder, os.environ, flags, check=model_problems)
     configure_logging(settings.log_level, as_json=settings.log_json)
     for notice in misspelled(os.environ):
         log.warning("not used", extra={"notice": notice})
+    for notice in settings.notices:
+        log.warning("not used by this release", extra={"notice": notice})
+    if settings.workers > 1:
+        log.info("several processes serve HTTP, one process is the core", extra={"workers": settings.workers})
     with only_one(workspace):
-        settings = _with_ports(settings)
+        extra = ["--reload"] * reload + ["--first-question", first_question] * bool(first_question)
+        settings = _with_ports(settings, lambda others: _typed(workspace, {**flags, **others}, extra))
         site = _Site(workspace=workspace, settings=settings, flags=flags, began=began)
         site.ask_early(first_question)
         supervisor = Supervisor(
@@ -56,7 +64,13 @@ def start(workspace: Workspace, flags: Mapping[str, object], *, reload: bool, fi
             site.close()
 
 
-def _with_ports(settings: Settings) -> Settings:
+def _typed(workspace: Workspace, flags: Mapping[str, object], extra: Sequence[str]) -> str:
+    """Return the command line that starts with these flags."""
+    pairs = [("--" + name.replace("_", "-"), str(value)) for name, value in flags.items() if value is not None]
+    return command(shlex.join(["start", *(word for pair in pairs for word in pair), *extra]), workspace)
+
+
+def _with_ports(settings: Settings, again: Callable[[Mapping[str, object]], str]) -> Settings:
     """Return the settings with every port known and free: all processes can then start at the same time."""
     if settings.tls_cert is not None:
         raise Failure(
@@ -64,12 +78,13 @@ def _with_ports(settings: Settings) -> Settings:
             "`trusted_proxies`, or run the core by itself: python -m moltbot_server",
             Exit.CONFIG,
         )
-    return replace(
-        settings,
-        port=take_port(settings.host, settings.port, "--port", "web chat and HTTP API"),
-        grpc_port=take_port(settings.grpc_host, settings.grpc_port, "--grpc-port", "gRPC"),
-        metrics_port=take_port(settings.metrics_host, settings.metrics_port, "--metrics-port", "metrics"),
+    ports = (
+        Wanted(key="port", host=settings.host, port=settings.port, what="web chat and HTTP API"),
+        Wanted(key="grpc_port", host=settings.grpc_host, port=settings.grpc_port, what="gRPC"),
+        Wanted(key="metrics_port", host=settings.metrics_host, port=settings.metrics_port, what="metrics"),
     )
+    found = take_ports(ports, again)
+    return replace(settings, port=found["port"], grpc_port=found["grpc_port"], metrics_port=found["metrics_port"])
 
 
 # What cannot change under processes that run: addresses that were told to others, and how many processes there are.
@@ -94,7 +109,7 @@ class _Site:
 
     def _plans(self) -> list[Plan]:
         settings, folder = self._settings, self._workspace.folder
-        core = ["--workspace", str(folder), "--log-level", settings.log_level]
+        core = ["--no-notices", "--workspace", str(folder), "--log-level", settings.log_level]
         core += ["--grpc-port", str(settings.grpc_port), "--metrics-port", str(settings.metrics_port)]
         http = ["http", "--host", settings.host, "--port", str(settings.port), "--core", self.grpc]
         http += ["--key-file", str(self._workspace.key_file), "--state", str(self._workspace.http_state)]
@@ -112,7 +127,7 @@ class _Site:
         """Read the settings again and plan by them, on the ports as they are; False when something is wrong there."""
         was = self._settings
         try:
-            found = load_settings(self._workspace.folder, os.environ, self._flags)
+            found = load_settings(self._workspace.folder, os.environ, self._flags, check=model_problems)
         except ConfigError as error:
             log.error("the configuration is wrong, so nothing is started again", extra={"problems": str(error)})
             return False
@@ -143,12 +158,12 @@ class _Site:
             f"MoltBot is ready ({took:.1f} s). Model: {self._model or 'unknown'}.",
             "",
             f"  Web chat    http://{self.http}/login?code={code}",
-            f"              opens once, within {LINK_LIFE / 60:g} minutes; another link: {command('link')}",
+            f"              opens once, within {LINK_LIFE / 60:g} minutes; another link: {command('link', self._workspace)}",
             f"  OpenAI API  http://{self.http}/v1   (API key: the line in {key})",
             f"  gRPC        {self.grpc}",
             f"  Health      http://{self.http}/health   Metrics  http://{self.metrics}/metrics",
             "",
-            f"Talk in another terminal: {command('chat')}   Stop: Ctrl-C",
+            f"Talk in another terminal: {command('chat', self._workspace)}   Stop: Ctrl-C",
         ]
         print("\n".join(lines), flush=True)
         if self._asking and self._asking.stdin:

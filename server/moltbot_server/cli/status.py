@@ -24,7 +24,9 @@ def status(workspace: Workspace, *, as_json: bool) -> int:
         if as_json:
             print(json.dumps({"running": False, "workspace": str(workspace.folder)}))
         else:
-            print(f"MoltBot is not running in {shown(workspace.folder)}: start it with `{command('start')}`.")
+            print(
+                f"MoltBot is not running in {shown(workspace.folder)}: start it with `{command('start', workspace)}`."
+            )
         return int(Exit.UNAVAILABLE)
     found = state(workspace, running)
     print(json.dumps(found, ensure_ascii=False) if as_json else _in_words(found))

@@ -4,9 +4,12 @@ from __future__ import annotations
 
 import os
 import re
+import shlex
 import sys
 from enum import IntEnum
 from pathlib import Path
+
+from moltbot_server.workspace import Workspace, find_workspace
 
 # Model output and stored titles are data: escape sequences would let them recolour, retitle or type into a terminal.
 _CONTROLS = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f\u202a-\u202e\u2066-\u2069]")
@@ -38,8 +41,14 @@ def harmless(text: str) -> str:
     return _CONTROLS.sub("", text)
 
 
-def command(rest: str) -> str:
-    """Return how a person would type a `moltbot` command here: by path when it is in an environment not activated."""
+def command(rest: str, workspace: Workspace | None = None) -> str:
+    """Return how a person would type a `moltbot` command here: by path when it is in an environment not activated.
+
+    The workspace is named unless it is the one that every terminal would find in this folder.
+    """
+    if workspace is not None and {find_workspace(os.environ), find_workspace({})} != {workspace}:
+        name, _, more = rest.partition(" ")
+        rest = " ".join(filter(None, (name, "--workspace", typed(workspace.folder), more)))
     program = Path(sys.argv[0]).absolute()
     if program.name == "moltbot" and program.parent == Path(sys.prefix) / "bin":
         if os.environ.get("VIRTUAL_ENV") != sys.prefix:
@@ -47,6 +56,12 @@ def command(rest: str) -> str:
     elif program.name != "moltbot":
         return f"{Path(sys.executable).name} -m moltbot_server.cli {rest}"
     return f"moltbot {rest}"
+
+
+def typed(path: Path) -> str:
+    """Return a path as a word of a shell's command line."""
+    text = shown(path)
+    return f"~/{shlex.quote(text[2:])}" if text.startswith("~/") else shlex.quote(text)
 
 
 def shown(path: Path) -> str:

@@ -9,16 +9,12 @@ from collections.abc import Sequence
 from enum import StrEnum
 from pathlib import Path
 
-from moltbot_server.demo_model import ARTIFACT
 from moltbot_server.errors import ModelNotFound, ModelUnavailable, MoltBotError
 from moltbot_server.models.engine import Engine
 from moltbot_server.models.engines.local import MAX_WAITING, LocalEngine
 from moltbot_server.models.engines.scripted import ScriptedEngine, load_script
-from moltbot_server.models.folder import ModelFolder, families, read_folder, unknown_type
+from moltbot_server.models.folder import SCRIPTED, check_context, configured_folder
 
-BUILTIN = "builtin"
-BUILTIN_ID = "moltbot-demo"
-SCRIPTED = "scripted"
 _log = logging.getLogger(__name__)
 
 
@@ -155,30 +151,9 @@ def build_catalog(
     if kind == SCRIPTED:
         engine = ScriptedEngine(load_script(Path(model_path)) if model_path else None)
         if context_length is not None:
-            _check_context(context_length, engine.capabilities.context_length, engine.id)
+            check_context(context_length, engine.capabilities.context_length, engine.id)
         return Catalog([engine])
-    folder = _folder(kind, model_path)
+    folder = configured_folder(kind, model_path)
     if context_length is not None:
-        _check_context(context_length, folder.context_length, folder.id)
+        check_context(context_length, folder.context_length, folder.id)
     return Catalog([LocalEngine(folder, context_length=context_length or 0, threads=threads, max_waiting=queue_limit)])
-
-
-def _folder(kind: str, model_path: str) -> ModelFolder:
-    if kind == BUILTIN or (not kind and not model_path):
-        if model_path:
-            raise ModelUnavailable(
-                f"MODEL_TYPE is {BUILTIN} and MODEL_PATH is {model_path}; "
-                "leave MODEL_PATH empty for the built-in model, or MODEL_TYPE for what the folder says."
-            )
-        return read_folder(ARTIFACT, model_id=BUILTIN_ID)
-    if not model_path:
-        expected = sorted((*families(), BUILTIN, SCRIPTED))
-        if kind not in expected:
-            raise unknown_type(kind, expected)
-        raise ModelUnavailable(f"MODEL_TYPE is {kind} and MODEL_PATH is empty; expected the model's folder.")
-    return read_folder(Path(model_path).expanduser(), kind)
-
-
-def _check_context(asked: int, most: int, model: str) -> None:
-    if not 16 <= asked <= most:
-        raise ModelUnavailable(f"CONTEXT_LENGTH is {asked}; expected 16 to {most}, which is what {model} can read.")

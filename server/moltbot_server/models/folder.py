@@ -10,10 +10,15 @@ from typing import Any
 
 import msgspec
 
+from moltbot_server.demo_model import ARTIFACT
 from moltbot_server.errors import ModelUnavailable
 from moltbot_server.turns import Value
 
 DESCRIPTION = "moltbot.yaml"
+BUILTIN = "builtin"
+BUILTIN_ID = "moltbot-demo"
+BUILTIN_NAMES = frozenset({BUILTIN, "built-in", BUILTIN_ID})
+SCRIPTED = "scripted"
 _FAMILIES = Path(__file__).with_name("families.yaml")
 _TOKENIZERS = ("tokenizer.model", "sentencepiece.model", "sentencepiece.bpe.model")
 _FOREIGN = {
@@ -108,6 +113,37 @@ def read_folder(path: Path, model_type: str = "", *, model_id: str = "") -> Mode
         vocabulary=_vocabulary(path),
         eos_token=str(_json(path / "config.json", {}).get("eos_token") or "</s>"),
     )
+
+
+def configured_folder(kind: str, model_path: str) -> ModelFolder:
+    """Read the folder that a configuration means: `kind` is a lower-case model type or empty, as the path may be.
+
+    Raises:
+        ModelUnavailable: there is no such model; the text says what was found and what was expected.
+    """
+    if kind in BUILTIN_NAMES or (not kind and not model_path):
+        if model_path:
+            raise ModelUnavailable(
+                f"MODEL_TYPE is {kind} and MODEL_PATH is {model_path}; "
+                "leave MODEL_PATH empty for the built-in model, or MODEL_TYPE for what the folder says."
+            )
+        return read_folder(ARTIFACT, model_id=BUILTIN_ID)
+    if not model_path:
+        expected = sorted((*families(), BUILTIN, SCRIPTED))
+        if kind not in expected:
+            raise unknown_type(kind, expected)
+        raise ModelUnavailable(f"MODEL_TYPE is {kind} and MODEL_PATH is empty; expected the model's folder.")
+    return read_folder(Path(model_path).expanduser(), kind)
+
+
+def check_context(asked: int, most: int, model: str) -> None:
+    """Refuse a context length, in tokens, that a model cannot read.
+
+    Raises:
+        ModelUnavailable: it is under 16 or over what the model can read.
+    """
+    if not 16 <= asked <= most:
+        raise ModelUnavailable(f"CONTEXT_LENGTH is {asked}; expected 16 to {most}, which is what {model} can read.")
 
 
 def unknown_type(model_type: str, expected: list[str]) -> ModelUnavailable:
