@@ -55,10 +55,11 @@ async def test_the_deadline_passes_while_the_turn_waits_for_another(api: Api, en
     third = asyncio.create_task(api.events(turn("third", session="sessions/s")))
 
     assert error.code() is grpc.StatusCode.DEADLINE_EXCEEDED
+    # The core's clock may be a moment behind the client's.
+    assert (await api.resumed("sessions/s/turns/2"))[-1].failed.reason == "DEADLINE_EXCEEDED"
     assert await api.cancel("sessions/s/turns/1")
     assert kinds(await third)[-1] == "completed"
     assert [read[-1] for read in engine.read] == ["#200 pace=0.01", "third"]
-    assert (await api.resumed("sessions/s/turns/2"))[-1].failed.reason == "DEADLINE_EXCEEDED"
 
 
 async def test_a_turn_that_ran_out_of_time_is_started_again_with_the_same_request_id(api: Api) -> None:
