@@ -280,6 +280,7 @@ async def test_a_phone_scrolls_in_one_direction_only(browser: Browser) -> None:
     async with ScriptedSite(lambda _: [Say(text=wide)]) as site:
         options = {"viewport": PHONE, "is_mobile": True, "has_touch": True}
         async with visiting(browser, site.origin, "/#/new", **options) as visit:
+            await visit.page.wait_for_selector(".scroller")
             fits = "document.documentElement.scrollWidth <= innerWidth && document.querySelector('.scroller').scrollWidth <= innerWidth"
             assert await visit.page.evaluate(fits)
             await ask(visit, "W" * 200)
