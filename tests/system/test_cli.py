@@ -172,3 +172,23 @@ async def test_all_ports_in_use_are_told_at_once_with_the_whole_command_that_wor
     assert (flags["--workspace"], flags["--log-level"]) == ("~/my bot", "error")
     assert {flags["--port"], flags["--grpc-port"]}.isdisjoint(map(str, ports))
     assert flags["--port"] != flags["--grpc-port"]
+
+
+async def test_chat_as_json_tells_that_nothing_runs_as_json(home: Home) -> None:
+    await home.run("init")
+    ended = await home.run("chat", "--json", "Hi")
+    assert (ended.status, ended.err) == (69, "")
+    assert (ended.json["error"]["code"], ended.json["error"]["retryable"]) == ("UNAVAILABLE", True)
+    assert "MoltBot is not running" in ended.json["error"]["message"]
+
+
+@pytest.mark.parametrize("address", ["nonsense", "127.0.0.1:", "127.0.0.1:99999"])
+async def test_an_address_that_is_none_is_a_wrong_use(home: Home, address: str) -> None:
+    await home.run("init")
+    ended = await home.run("chat", "--address", address, "Hi")
+    assert ended.status == 2
+    assert f"{address!r} is no HOST:PORT" in ended.err
+
+
+async def test_a_port_beyond_all_ports_is_told_without_saying_its_name_twice(home: Home) -> None:
+    assert "--port: found '80000', expected a port" in (await home.run("start", "--port", "80000")).err

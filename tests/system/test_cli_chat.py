@@ -96,6 +96,23 @@ async def test_an_address_may_be_given_or_come_from_the_environment(home: Home) 
     assert "nothing answers at 127.0.0.1:1" in (await home.run("chat", "Hi")).err
 
 
+async def test_the_address_of_the_http_port_is_told_to_be_no_core(home: Home) -> None:
+    http = Started(home, None).told()["http"].removeprefix("http://")  # type: ignore[arg-type]  # only what it tells
+    ended = await home.run("chat", "--address", http, "Hi")
+    assert (ended.status, ended.out) == (69, "")
+    assert f"{http} speaks HTTP and not gRPC" in ended.err
+
+
+async def test_a_workspace_where_nothing_runs_does_not_speak_to_the_core_of_another(home: Home) -> None:
+    await home.run("init", "--workspace", "other")
+    port = Started(home, None).told()["grpc"].rpartition(":")[2]  # type: ignore[arg-type]  # only what it tells is read
+    (home.folder / "other" / ".env").write_text(f"MOLTBOT_GRPC_PORT={port}\n")
+    ended = await home.run("chat", "--workspace", "other", "Hi")
+    assert (ended.status, ended.out) == (69, "")
+    assert "MoltBot is not running in ~/other: start it with" in ended.err
+    assert "start --workspace ~/other`" in ended.err
+
+
 async def test_ctrl_c_cancels_the_turn_and_keeps_what_was_said(home: Home) -> None:
     process = await home.spawn("chat", "--session", "cut", "#1000 pace=0.02")
     assert process.stdout is not None

@@ -2,6 +2,7 @@
 
 import asyncio
 import http.client
+import json
 import re
 import signal
 import sys
@@ -79,6 +80,39 @@ async def test_a_killed_process_comes_back_and_sessions_are_kept(started: Starte
     reply = (await home.run("chat", "--session", "plan", "--json", "two")).json
     assert (reply["text"], reply["timings"]["history_messages"]) == ("You said: two", 2)
     assert (await home.run("status")).status == 0
+
+
+async def test_a_question_right_after_the_core_was_killed_waits_for_the_next_core(started: Started) -> None:
+    core = psutil.Process(started.told()["processes"]["core"])
+    core.kill()
+    assert await all_gone([core])
+    assert (await started.home.run("chat", "Hi")).out == "You said: Hi\n"
+
+
+async def test_a_core_that_stays_away_is_told_to_be_started_again(started: Started) -> None:
+    supervisor, core = psutil.Process(started.process.pid), psutil.Process(started.told()["processes"]["core"])
+    supervisor.suspend()  # so nobody starts it again
+    core.kill()
+    ended = await started.home.run("chat", "Hi")
+    supervisor.resume()
+    assert ended.status == 69
+    assert "is being started again" in ended.err
+
+
+async def test_hints_of_another_workspace_name_it_and_notices_are_told_once(home: Home) -> None:
+    home.variables |= {"WORKERS": "2", "MOLTBOT_MODELS_FALLBACK": "other"}
+    async with home.started("--workspace", "w2") as started:
+        assert "link --workspace ~/w2" in started.said
+        assert "chat --workspace ~/w2" in started.said
+        assert "several processes serve HTTP" in started.said
+        assert "workers:" not in started.said
+        if "the core serves" not in started.said:
+            await started.line("the core serves")
+        told = json.loads((home.folder / "w2" / "run" / "start.json").read_text())
+        psutil.Process(told["processes"]["core"]).kill()
+        await started.line("a process was started again")
+        await started.line("the core serves")
+        assert started.said.count("models.fallback:") == 1
 
 
 async def test_a_second_start_in_the_workspace_is_refused(started: Started) -> None:

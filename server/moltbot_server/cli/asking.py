@@ -5,7 +5,6 @@ from __future__ import annotations
 import asyncio
 import json
 import signal
-import socket
 import sys
 import time
 from collections.abc import AsyncIterator
@@ -18,7 +17,7 @@ from moltbot import MoltBot, MoltBotClientError
 from moltbot.errors import from_event
 from moltbot.v1 import chat_pb2, message_pb2
 
-from moltbot_server.cli.terminal import Exit, Failure, command, harmless
+from moltbot_server.cli.terminal import Exit, Failure, harmless
 
 CHANNEL = "cli"
 
@@ -31,20 +30,7 @@ class Place:
     key: str
 
     def connect(self) -> MoltBot:
-        """Return a client.
-
-        Raises:
-            Failure: nothing listens there.
-        """
-        host, _, port = self.address.rpartition(":")
-        try:
-            # Much faster than the channel's own tries, and certain: nobody is there.
-            socket.create_connection((host.strip("[]"), int(port)), timeout=5).close()
-        except (OSError, ValueError):
-            raise Failure(
-                f"MoltBot is not running (nothing answers at {self.address}): start it with `{command('start')}`.",
-                Exit.UNAVAILABLE,
-            ) from None
+        """Return a client."""
         return MoltBot(self.address, self.key)
 
 

@@ -19,7 +19,7 @@ from pathlib import Path
 from moltbot_server.cli.running import Running, joined, reachable
 from moltbot_server.cli.terminal import Exit, Failure, command, shown
 from moltbot_server.config import ConfigError, load_settings
-from moltbot_server.workspace import Workspace, WorkspaceError, find_workspace
+from moltbot_server.workspace import WorkspaceError, find_workspace
 
 _STATUSES = """\
 exit status: 0 done; 1 failed; 2 wrong usage; 69 not running, or a port is taken; 77 not allowed;
@@ -157,23 +157,53 @@ def _start(given: argparse.Namespace) -> int:
 
 
 def _chat(given: argparse.Namespace) -> int:
+    try:
+        return _talk_or_ask(given)
+    except (Failure, WorkspaceError) as failure:
+        if not (given.json or given.events):
+            raise
+        status = failure.status if isinstance(failure, Failure) else Exit.CONFIG
+        print(json.dumps({"error": _as_json(str(failure), status)}, ensure_ascii=False), flush=True)
+        return status
+
+
+def _as_json(message: str, status: Exit) -> dict[str, object]:
+    """Return a failure before any call in the shape of one that the core told."""
+    codes = {Exit.UNAVAILABLE: "UNAVAILABLE", Exit.USAGE: "INVALID_ARGUMENT", Exit.CONFIG: "FAILED_PRECONDITION"}
+    return {
+        "code": codes.get(status, "UNKNOWN"),
+        "reason": "",
+        "message": message,
+        "retryable": status == Exit.UNAVAILABLE,
+        "retry_after": None,
+        "fields": {},
+    }
+
+
+def _talk_or_ask(given: argparse.Namespace) -> int:
     import asyncio
 
-    from moltbot_server.cli.asking import Place, ask
+    from moltbot import MoltBotClientError
+
+    from moltbot_server.cli.asking import Place, ask, failure
+    from moltbot_server.cli.reaching import find_core
 
     workspace = find_workspace(os.environ, given.workspace)
     key = os.environ.get("MOLTBOT_KEY", "").strip() or workspace.read_key()
-    place = Place(address=_address(workspace, given.address), key=key)
+    place = Place(address=find_core(workspace, given.address), key=key)
     form = "events" if given.events else "json" if given.json else "text"
     text: str | None = given.text
     if text is None and sys.stdin.isatty() and form == "text":
         from moltbot_server.cli.talking import talk
 
-        return asyncio.run(talk(place, workspace, session=given.session, model=given.model))
+        try:
+            return asyncio.run(talk(place, workspace, session=given.session, model=given.model))
+        except MoltBotClientError as error:
+            raise failure(error) from None
     if text is None or text == "-":
         text = sys.stdin.buffer.read().decode("utf-8", "replace")
     if not text.strip():
-        example = command('chat "What can you do?"')
+        example = command('chat "What can you do?"', workspace)
         raise Failure(f"there is nothing to say; say something: {example}", Exit.USAGE)
     return asyncio.run(ask(place, text, session=given.session, model=given.model, form=form))
 
@@ -206,13 +236,3 @@ def _version(given: argparse.Namespace) -> int:
     else:
         print(f"moltbot {number} (Python {platform.python_version()})")
     return Exit.OK
-
-
-def _address(workspace: Workspace, given: str) -> str:
-    """Return where the core is: as told, as the environment tells, where it runs, or where it would run."""
-    if address := given or os.environ.get("MOLTBOT_ADDRESS", ""):
-        return address
-    if running := Running.read(workspace):
-        return running.grpc
-    settings = load_settings(workspace.folder, os.environ)
-    return joined(reachable(settings.grpc_host), settings.grpc_port)

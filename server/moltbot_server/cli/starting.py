@@ -154,16 +154,17 @@ class _Site:
         code = self._workspace.mint_link(time.time())
         took = time.monotonic() - self._began
         key = shown(self._workspace.key_file)
+        link, chat = command("link", self._workspace), command("chat", self._workspace)
         lines = [
             f"MoltBot is ready ({took:.1f} s). Model: {self._model or 'unknown'}.",
             "",
             f"  Web chat    http://{self.http}/login?code={code}",
-            f"              opens once, within {LINK_LIFE / 60:g} minutes; another link: {command('link', self._workspace)}",
+            f"              opens once, within {LINK_LIFE / 60:g} minutes; another link: {link}",
             f"  OpenAI API  http://{self.http}/v1   (API key: the line in {key})",
             f"  gRPC        {self.grpc}",
             f"  Health      http://{self.http}/health   Metrics  http://{self.metrics}/metrics",
             "",
-            f"Talk in another terminal: {command('chat', self._workspace)}   Stop: Ctrl-C",
+            f"Talk in another terminal: {chat}   Stop: Ctrl-C",
         ]
         print("\n".join(lines), flush=True)
         if self._asking and self._asking.stdin:

@@ -1,0 +1,81 @@
+"""Where the core of a workspace is, and whether somebody is there; asked before anything of gRPC is tried."""
+
+from __future__ import annotations
+
+import os
+import re
+import socket
+import time
+
+from moltbot_server.cli.running import Running, is_held
+from moltbot_server.cli.terminal import Exit, Failure, command, shown
+from moltbot_server.workspace import Workspace
+
+_PATIENCE = 3.0  # a killed core is there again within this, most often
+_LOOK = 0.05
+_PREFACE = b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n" + bytes(3) + b"\x04" + bytes(5)  # with an empty SETTINGS frame
+_ADDRESS = re.compile(r"(\[[0-9A-Fa-f:.%]+\]|[A-Za-z0-9._-]+):([0-9]{1,5})")
+
+
+def find_core(workspace: Workspace, given: str) -> str:
+    """Return the address of a core that answers: as told, as the environment tells, or the one of the workspace.
+
+    Without an address told, the key of a workspace goes to the core of that workspace alone, never to whoever else
+    listens where it would.
+
+    Raises:
+        Failure: nobody is there, it is no core, or what was told is no address.
+    """
+    if told := given or os.environ.get("MOLTBOT_ADDRESS", ""):
+        _look(told, workspace)
+        return told
+    deadline = time.monotonic() + _PATIENCE
+    while True:
+        running = Running.read(workspace)
+        if running is not None and _connects(running.grpc):
+            return running.grpc
+        place = shown(workspace.folder)
+        if not is_held(workspace):
+            start = command("start", workspace)
+            raise Failure(f"MoltBot is not running in {place}: start it with `{start}`.", Exit.UNAVAILABLE)
+        if time.monotonic() >= deadline:
+            how = "started" if running is None else "started again"
+            text = f"MoltBot in {place} is being {how} and does not answer yet: try again in a moment."
+            raise Failure(text, Exit.UNAVAILABLE)
+        time.sleep(_LOOK)  # another process's doing, of which nothing tells us
+
+
+def _split(address: str) -> tuple[str, int]:
+    host, _, port = address.rpartition(":")
+    return host.strip("[]"), int(port)
+
+
+def _connects(address: str) -> bool:
+    try:
+        socket.create_connection(_split(address), timeout=5).close()
+    except OSError:
+        return False
+    return True
+
+
+def _look(told: str, workspace: Workspace) -> None:
+    """Refuse an address that a person gave by mistake."""
+    match = _ADDRESS.fullmatch(told)
+    if match is None or not 0 < int(match[2]) < 65536:
+        raise Failure(f"{told!r} is no HOST:PORT, such as 127.0.0.1:50051.", Exit.USAGE)
+    try:
+        with socket.create_connection(_split(told), timeout=5) as connection:
+            connection.settimeout(0.5)
+            connection.sendall(_PREFACE)
+            try:
+                said = connection.recv(8)
+            except TimeoutError:  # a slow one: the channel will see
+                said = b""
+    except OSError:
+        start = command("start", workspace)
+        text = f"MoltBot is not running (nothing answers at {told}): start it with `{start}`."
+        raise Failure(text, Exit.UNAVAILABLE) from None
+    if said.startswith(b"HTTP/1"):
+        status = command("status", workspace)
+        text = f"{told} speaks HTTP and not gRPC: give the core's address, which `{status}` calls gRPC."
+        raise Failure(text, Exit.UNAVAILABLE)
