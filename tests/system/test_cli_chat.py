@@ -96,11 +96,12 @@ async def test_an_address_may_be_given_or_come_from_the_environment(home: Home) 
     assert "nothing answers at 127.0.0.1:1" in (await home.run("chat", "Hi")).err
 
 
-async def test_the_address_of_the_http_port_is_told_to_be_no_core(home: Home) -> None:
-    http = Started(home, None).told()["http"].removeprefix("http://")  # type: ignore[arg-type]  # only what it tells
+@pytest.mark.parametrize("name", ["http", "metrics"])
+async def test_the_address_of_an_http_port_is_told_to_be_no_core(home: Home, name: str) -> None:
+    http = Started(home, None).told()[name].removeprefix("http://")  # type: ignore[arg-type]  # only what it tells
     ended = await home.run("chat", "--address", http, "Hi")
     assert (ended.status, ended.out) == (69, "")
-    assert f"{http} speaks HTTP and not gRPC" in ended.err
+    assert f"{http} does not speak gRPC" in ended.err
 
 
 async def test_a_workspace_where_nothing_runs_does_not_speak_to_the_core_of_another(home: Home) -> None:

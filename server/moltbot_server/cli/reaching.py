@@ -13,7 +13,10 @@ from moltbot_server.workspace import Workspace
 
 _PATIENCE = 3.0  # a killed core is there again within this, most often
 _LOOK = 0.05
-_PREFACE = b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n" + bytes(3) + b"\x04" + bytes(5)  # with an empty SETTINGS frame
+_FRAME_TYPE, _SETTINGS = 3, 4
+_PREFACE = (
+    b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n" + bytes(3) + bytes([_SETTINGS]) + bytes(5)
+)  # with an empty SETTINGS frame
 _ADDRESS = re.compile(r"(\[[0-9A-Fa-f:.%]+\]|[A-Za-z0-9._-]+):([0-9]{1,5})")
 
 
@@ -75,7 +78,7 @@ def _look(told: str, workspace: Workspace) -> None:
         start = command("start", workspace)
         text = f"MoltBot is not running (nothing answers at {told}): start it with `{start}`."
         raise Failure(text, Exit.UNAVAILABLE) from None
-    if said.startswith(b"HTTP/1"):
+    if len(said) > _FRAME_TYPE and said[_FRAME_TYPE] != _SETTINGS:  # HTTP/2 begins with this frame, nothing else does
         status = command("status", workspace)
-        text = f"{told} speaks HTTP and not gRPC: give the core's address, which `{status}` calls gRPC."
+        text = f"{told} does not speak gRPC: give the core's address, which `{status}` calls gRPC."
         raise Failure(text, Exit.UNAVAILABLE)
