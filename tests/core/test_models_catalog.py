@@ -126,3 +126,8 @@ def test_a_containers_quota_counts_as_processors(tmp_path: Path) -> None:
     assert usable_cpus(tmp_path) == 1
     (tmp_path / "cpu" / "cpu.cfs_quota_us").write_text("-1\n")
     assert usable_cpus(tmp_path) == everything
+
+
+@pytest.mark.parametrize("name", ["builtin", "built-in", "moltbot-demo", "MoltBot-Demo"])
+def test_every_name_of_the_built_in_model_that_the_settings_accept_finds_it(name: str) -> None:
+    assert build_catalog(model_type=name).default == "moltbot-demo"
