@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+import re
 from dataclasses import dataclass
 
 from moltbot_server.demo_model import grammar, noise, strangers, topics
@@ -10,6 +11,12 @@ from moltbot_server.demo_model.topics import Language
 
 SWITCHES = {"in_en": "en", "in_zh": "zh"}
 """Follow-ups that ask for the previous answer in a language."""
+
+WRITTEN_OUT = 0.6
+"""How often a question comes from the phrasings written out one by one, rather than from a pattern."""
+
+BLURRED = 0.2
+"""How often an opening question loses or shuffles words, so that the answer comes to rest on its key words."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -31,6 +38,11 @@ def follow(knowledge: topics.Knowledge, kind: str, language: Language, before: T
     return knowledge.lead(kind, before.topic if before else None), language
 
 
+def folded(text: str) -> str:
+    """Reduces a question to its letters and digits, so that a copy is found whatever its case and punctuation."""
+    return re.sub(r"[\W_]+", "", text.casefold()) or text
+
+
 class Speaker:
     """Draws conversations from the training half of the material, reproducibly for a given generator."""
 
@@ -39,13 +51,25 @@ class Speaker:
         self._rng = rng
         self._asked = [t for t in knowledge.topics.values() if t.sides["en"].ask]
         self._kinds = list(knowledge.follow_ups.values())
+        self._held_out = {
+            folded(text)
+            for topic in (*knowledge.topics.values(), *knowledge.follow_ups.values())
+            for side in topic.sides.values()
+            for text in side.dev + side.test
+        }
         self._families: dict[str, list[topics.Topic]] = {}
         for topic in knowledge.topics.values():
             if topic.family:
                 self._families.setdefault(topic.family, []).append(topic)
 
-    def conversation(self, turns: int, fluent: bool = False) -> list[Turn]:
-        """Draws that many turns; `fluent` leaves out typing noise."""
+    def conversation(self, turns: int) -> list[Turn]:
+        """Draws that many turns, none of them a held-out question."""
+        while True:
+            result = self._conversation(turns)
+            if not any(folded(turn.text) in self._held_out for turn in result):
+                return result
+
+    def _conversation(self, turns: int) -> list[Turn]:
         language: Language = self._rng.choice(topics.LANGUAGES)
         result: list[Turn] = []
         for _ in range(turns):
@@ -54,7 +78,10 @@ class Speaker:
             before = result[-1] if result else None
             leaning = self._rng.random() < (0.5 if before else 0.06)
             turn = self._leaning(language, before) if leaning else self._opening(language, bool(before))
-            text = turn.text if fluent else noise.roughen(turn.text, language, self._rng)
+            text = turn.text
+            if not leaning and self._rng.random() < BLURRED:
+                text = noise.blur(text, language, self._rng)
+            text = noise.roughen(text, language, self._rng)
             result.append(Turn(text=text or turn.text, topic=turn.topic, language=turn.language))
         return result
 
@@ -78,20 +105,18 @@ class Speaker:
             if draw < 0.4:  # openings that a follow-up can lean on are met more often
                 pool = [t for t in self._asked if t.follow] if draw < 0.2 else [t for t in self._asked if t.family]
         topic = self._rng.choice(pool)
-        return Turn(
-            text=grammar.draw(self._rng.choice(topic.sides[language].ask), self._rng), topic=topic.id, language=language
-        )
+        side = topic.sides[language]
+        written = side.phrasings and self._rng.random() < WRITTEN_OUT
+        text = self._rng.choice(side.phrasings) if written else grammar.draw(self._rng.choice(side.ask), self._rng)
+        return Turn(text=text, topic=topic.id, language=language)
 
     def _leaning(self, language: Language, before: Turn | None) -> Turn:
         family = self._knowledge.topics[before.topic].family if before else ""
-        if self._rng.random() < (0.5 if family else 0.12):
+        if self._rng.random() < (0.6 if family else 0.15):
             return self._sibling(language, before, family)
         lead = self._knowledge.topics[before.topic].follow if before else {}
         kinds = self._kinds
-        draw = self._rng.random()
-        if before and draw < 0.35:  # saying an answer again, in either language, takes the most practice
-            kinds = [kind for kind in self._kinds if kind.id == "repeat" or kind.id in SWITCHES]
-        elif lead and draw < 0.8:
+        if lead and self._rng.random() < 0.6:
             kinds = [kind for kind in self._kinds if kind.id in lead]
         kind = self._rng.choice(kinds)
         text = grammar.draw(self._rng.choice(kind.sides[language].ask), self._rng)

@@ -3,16 +3,28 @@
 from __future__ import annotations
 
 import shutil
+import struct
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import yaml
 from ctranslate2.specs import common_spec, transformer_spec
 
-from moltbot_server.demo_model.network import EPSILON, Params, Shape
+from moltbot_server.demo_model.network import EPSILON, Params, Shape, as_arrays
 from moltbot_server.demo_model.tokenizer import BOT, END, SYSTEM, USER, Tokenizer
 
 CONTEXT_LENGTH = 1024
+PLACES = {
+    "attend_norm": "self_attention/layer_norm/gamma",
+    "qkv": "self_attention/linear_0/weight",
+    "out": "self_attention/linear_1/weight",
+    "feed_norm": "ffn/layer_norm/gamma",
+    "gate": "ffn/linear_0/weight",
+    "up": "ffn/linear_0_noact/weight",
+    "down": "ffn/linear_1/weight",
+}
+"""Where CTranslate2 keeps the weights of a layer."""
 
 
 def description(shape: Shape) -> dict[str, object]:
@@ -36,9 +48,51 @@ def description(shape: Shape) -> dict[str, object]:
         "licence": "Apache-2.0",
         "provenance": (
             "Trained from scratch by `python -m moltbot_server.demo_model.train` on the questions and answers in "
-            "moltbot_server/demo_model/data, all written for MoltBot; no other text, model or service went into it."
+            "moltbot_server/demo_model/data, all written for MoltBot; no other text and no other weights went into it."
         ),
     }
+
+
+def variables(path: Path) -> dict[str, np.ndarray]:
+    """Reads the weights in a `model.bin` by name, int8 ones scaled back to floats."""
+    content, at = path.read_bytes(), 0
+
+    def take(layout: str) -> Any:
+        nonlocal at
+        (value,) = struct.unpack_from(f"<{layout}", content, at)
+        at += struct.calcsize(layout)
+        return value
+
+    def text() -> str:
+        size = take("H")
+        return str(take(f"{size}s").rstrip(b"\0").decode())
+
+    take("I"), text(), take("I")  # version of the format, name of the architecture, its revision
+    found: dict[str, np.ndarray] = {}
+    for _ in range(take("I")):
+        name = text()
+        shape = [take("I") for _ in range(take("B"))]
+        kind = (np.float32, np.int8, np.int16, np.int32, np.float16)[take("B")]
+        size = take("I")
+        found[name] = np.frombuffer(content, kind, size // np.dtype(kind).itemsize, at).reshape(shape)
+        at += size
+    return {
+        name: value / found[f"{name}_scale"][:, None] if f"{name}_scale" in found else value
+        for name, value in found.items()
+    }
+
+
+def restore(folder: Path, shape: Shape) -> Params:
+    """Reads back the weights of an exported model, to train it further; rounding to int8 is all that is lost."""
+    found = variables(folder / "model.bin")
+
+    def layer(index: int) -> dict[str, np.ndarray]:
+        prefix = f"decoder/layer_{index}/"
+        return {name: found[prefix + place] for name, place in PLACES.items()}
+
+    params: Params = {"embed": found["decoder/embeddings/weight"], "norm": found["decoder/layer_norm/gamma"]}
+    params |= {f"layer{index}": layer(index) for index in range(shape.layers)}
+    return as_arrays(params)
 
 
 def export(params: Params, shape: Shape, tokenizer: Path, folder: Path) -> None:

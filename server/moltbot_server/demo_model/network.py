@@ -6,10 +6,14 @@ Only `train` and `export` import this module. JAX comes with the extra `train` a
 from __future__ import annotations
 
 import importlib
+import os
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
+
+DEVICES = 4
+os.environ.setdefault("XLA_FLAGS", f"--xla_force_host_platform_device_count={DEVICES}")  # a batch is shared out
 
 jax: Any = importlib.import_module("jax")  # by name: type checkers run where the extra `train` is not installed
 jnp: Any = importlib.import_module("jax.numpy")
@@ -23,20 +27,23 @@ class Shape:
     """Sizes of the decoder: vocabulary in pieces, width, layers, heads, and the width inside the feed-forward part."""
 
     vocabulary: int
-    width: int = 192
-    layers: int = 4
+    width: int = 160
+    layers: int = 3
     heads: int = 4
-    inner: int = 576
+    inner: int = 480
 
 
-def init(shape: Shape, seed: int) -> Params:
+def init(shape: Shape, embeddings: np.ndarray, seed: int) -> Params:
     """Draws fresh weights, each matrix as [out, in] so that CTranslate2 takes it as it is."""
     rng = np.random.default_rng(seed)
 
     def normal(*size: int, std: float = 0.02) -> Any:
         return jnp.asarray(rng.normal(0.0, std, size), dtype=jnp.float32)
 
-    params: Params = {"embed": normal(shape.vocabulary, shape.width), "norm": jnp.ones(shape.width)}
+    params: Params = {
+        "embed": jnp.asarray(embeddings, dtype=jnp.float32),
+        "norm": jnp.full(shape.width, 0.3),  # the embeddings are large for the output's taste
+    }
     narrow = 0.02 / (2 * shape.layers) ** 0.5  # what writes into the residual stream starts small
     for layer in range(shape.layers):
         params[f"layer{layer}"] = {
@@ -49,6 +56,11 @@ def init(shape: Shape, seed: int) -> Params:
             "down": normal(shape.width, shape.inner, std=narrow),
         }
     return params
+
+
+def as_arrays(params: Params) -> Params:
+    """Puts plain weights where JAX computes."""
+    return dict(jax.tree_util.tree_map(lambda value: jnp.asarray(value, dtype=jnp.float32), params))
 
 
 def _rms(x: Any, gamma: Any) -> Any:
@@ -65,10 +77,19 @@ def _rotate(x: Any, positions: Any) -> Any:
     return jnp.concatenate([a * cos - b * sin, b * cos + a * sin], axis=-1)
 
 
-def hidden(params: Params, shape: Shape, tokens: Any, positions: Any, segments: Any) -> Any:
+def _drop(x: Any, key: Any, share: float) -> Any:
+    """Silences a share of the values and makes up for it in the others."""
+    kept = jax.random.bits(key, x.shape, dtype=jnp.uint8) >= round(256 * share)
+    return jnp.where(kept, x / (1 - share), 0.0)
+
+
+def hidden(
+    params: Params, shape: Shape, tokens: Any, positions: Any, segments: Any, key: Any, dropout: float = 0.06
+) -> Any:
     """Runs the decoder over packed rows [batch, time]; a token sees earlier tokens of its own segment only."""
     batch, time = tokens.shape
-    x = params["embed"][tokens]
+    keys = jax.random.split(key, 2)
+    x = _drop(params["embed"][tokens], keys[0], dropout)
     causal = jnp.tril(jnp.ones((time, time), dtype=bool))
     mask = (causal & (segments[:, :, None] == segments[:, None, :]))[:, None]
     scale = (shape.width // shape.heads) ** -0.5
@@ -81,16 +102,16 @@ def hidden(params: Params, shape: Shape, tokens: Any, positions: Any, segments: 
         x = x + mixed.reshape(batch, time, shape.width) @ w["out"].T
         h = _rms(x, w["feed_norm"])
         x = x + (jax.nn.silu(h @ w["gate"].T) * (h @ w["up"].T)) @ w["down"].T
-    return _rms(x, params["norm"])
+    return _drop(_rms(x, params["norm"]), keys[1], dropout)
 
 
-def loss(params: Params, shape: Shape, batch: dict[str, Any]) -> Any:
+def loss(params: Params, shape: Shape, batch: dict[str, Any], key: Any) -> Any:
     """Mean cross-entropy over the weighted target positions.
 
     `pick` and `goal` name the scored positions, as flat indices and piece ids; `weight` is 0 for their padding.
     Scoring these alone saves the large product with the vocabulary for everything the user said.
     """
-    states = hidden(params, shape, batch["tokens"], batch["positions"], batch["segments"])
+    states = hidden(params, shape, batch["tokens"], batch["positions"], batch["segments"], key)
     states = states.reshape(-1, shape.width)[batch["pick"]]
     logits = states @ params["embed"].T
     nll = jax.nn.logsumexp(logits, axis=-1) - jnp.take_along_axis(logits, batch["goal"][:, None], axis=-1)[:, 0]
@@ -137,18 +158,34 @@ def _update(
     fix_m, fix_v = 1 - 0.9**step, 1 - 0.95**step
 
     def move(path: Any, p: Any, m_: Any, v_: Any) -> Any:
-        change = _direction(path[-1].key, m_ / fix_m, v_ / fix_v)
+        change = _direction(path[-1].key, m_ / fix_m, v_ / fix_v) * (0.4 if path[-1].key == "embed" else 1.0)
         return p - rate * (change + (decay * p if p.ndim > 1 else 0.0))
 
     return jax.tree_util.tree_map_with_path(move, params, m, v), {"m": m, "v": v, "step": step}
 
 
-def make_step(shape: Shape, decay: float = 0.1) -> Any:
-    """Compiles one training step: (params, state, batch, rate) to (params, state, loss)."""
+def key(seed: int, step: int) -> Any:
+    """Makes the source of chance for one training step."""
+    return jax.random.fold_in(jax.random.key(seed), step)
 
-    def step(params: Params, state: dict[str, Any], batch: dict[str, Any], rate: Any) -> Any:
-        value, grads = jax.value_and_grad(loss)(params, shape, batch)
-        params, state = _update(params, grads, state, rate, decay)
+
+def make_step(shape: Shape, decay: float = 0.1) -> Any:
+    """Compiles one training step: (params, state, batch, rate, key) to (params, state, loss).
+
+    The batch has a leading axis for the devices, of which a CPU shows as many as `XLA_FLAGS` says.
+    """
+
+    def lean(params: Params, batch: dict[str, Any], key: Any) -> Any:
+        key = jax.random.fold_in(key, jax.lax.axis_index("device"))
+        return jax.lax.pmean(jax.value_and_grad(loss)(params, shape, batch, key), "device")
+
+    leaning = jax.pmap(lean, axis_name="device", in_axes=(None, 0, None), out_axes=None)
+    update = jax.jit(lambda params, grads, state, rate: _update(params, grads, state, rate, decay))
+
+    def step(params: Params, state: dict[str, Any], batch: dict[str, Any], rate: Any, key: Any) -> Any:
+        value, grads = leaning(params, batch, key)
+        first = jax.local_devices()[0]
+        params, state = update(params, jax.device_put(grads, first), state, rate)
         return params, state, value
 
-    return jax.jit(step, donate_argnums=(0, 1))
+    return step

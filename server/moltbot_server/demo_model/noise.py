@@ -33,6 +33,30 @@ def roughen(text: str, language: topics.Language, rng: random.Random, strength: 
     return grammar.tidy(_recase(text, rng, strength))
 
 
+def blur(text: str, language: topics.Language, rng: random.Random) -> str:
+    """Drops or swaps words of a question; in Chinese, fillers, single characters, or the order of two halves."""
+    fillers = topics.common_words(language)["filler"]
+    if language == "en":
+        words = text.split()
+        few = [word for word in words if word.lower().strip("?,.!") not in fillers or rng.random() < 0.5]
+        few = [word for word in few if rng.random() > 0.06]
+        if rng.random() < 0.25 and len(few) > 2:
+            at = rng.randrange(1, len(few))
+            few = few[at:] + few[:at]
+        return " ".join(few or words)
+    for filler in fillers:
+        if filler in text and rng.random() < 0.4:
+            text = text.replace(filler, "", 1) if len(text) > len(filler) + 1 else text
+    if len(text) > 6 and rng.random() < 0.2:
+        at = rng.randrange(2, len(text) - 2)
+        if not (text[at - 1].isascii() and text[at].isascii()):
+            text = text[at:] + text[:at]
+    if len(text) > 6 and rng.random() < 0.15:
+        at = rng.randrange(len(text))
+        text = text[:at] + text[at + 1 :]
+    return text
+
+
 def _slip(text: str, rng: random.Random) -> str:
     """Loses, doubles, swaps or mistypes one character; Chinese characters are only ever lost or doubled."""
     if len(text) < 4:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+from collections import Counter
 from dataclasses import dataclass
 
 import numpy as np
@@ -10,20 +11,40 @@ import numpy as np
 from moltbot_server.demo_model import strangers, topics
 from moltbot_server.demo_model.dialogue import Speaker
 from moltbot_server.demo_model.tokenizer import Tokenizer
+from moltbot_server.demo_model.topics import Language
 
-SINGLE, SHORT, LONG = (56, 80), (24, 192), (4, 1024)
-"""Rows and places of the three kinds of batches: mostly single turns, a few turns, long conversations."""
-CLIP = {SINGLE[1]: 0.85, SHORT[1]: 0.5, LONG[1]: 0.0}
-SCORED = {SINGLE[1]: 0.5, SHORT[1]: 0.75, LONG[1]: 0.8}  # places for scored targets, as a share of all places
+RECITED = 0.15
+"""Weight of a piece that follows from the pieces before it, against 1 for those that decide which answer it is."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Format:
+    """A kind of batch: `rows` of `time` places, a share `scored` of them for targets, and weights of 1, 2, 3... turns.
+
+    `clip` is how often the last answer stops soon after it is decided; `brief` is how often earlier ones do.
+    """
+
+    rows: int
+    time: int
+    scored: float
+    turns: tuple[int, ...]
+    clip: float
+    brief: float
+
+
+FIRST = Format(rows=12, time=96, scored=0.45, turns=(93, 7), clip=0.97, brief=1.0)
+QUICK = Format(rows=12, time=96, scored=0.45, turns=(52, 48), clip=0.92, brief=1.0)
+WHOLE = Format(rows=5, time=256, scored=0.75, turns=(25, 50, 17, 8), clip=0.5, brief=0.15)
+LONG = Format(rows=1, time=1024, scored=0.85, turns=(0,) * 5 + (1,) * 18, clip=0.0, brief=0.0)
 
 
 @dataclass(frozen=True, slots=True)
 class Line:
-    """One encoded conversation: ids, positions, and the indices whose next id is scored."""
+    """One encoded conversation: ids, positions, and the indices whose next id is scored, with their weights."""
 
     ids: list[int]
     positions: list[int]
-    scored: list[int]
+    scored: dict[int, float]
 
 
 class Packer:
@@ -31,19 +52,28 @@ class Packer:
 
     def __init__(self, speaker: Speaker, knowledge: topics.Knowledge, tokenizer: Tokenizer, rng: random.Random) -> None:
         self._speaker = speaker
-        self._knowledge = knowledge
         self._tokenizer = tokenizer
         self._rng = rng
+        self._answers: dict[tuple[str, Language], list[int]] = {
+            (topic.id, language): [*tokenizer.encode(topic.sides[language].say), tokenizer.end]
+            for topic in knowledge.topics.values()
+            for language in topics.LANGUAGES
+        }
+        shared = Counter(tuple(ids[:n]) for ids in self._answers.values() for n in range(1, len(ids)))
+        self._decided = {
+            key: next((n for n in range(1, len(ids)) if shared[tuple(ids[:n])] == 1), len(ids))
+            for key, ids in self._answers.items()
+        }
 
-    def line(self, turns: int, room: int, clip: float) -> Line:
-        """Encodes a conversation of at most `room` ids.
+    def line(self, form: Format) -> Line:
+        """Encodes a conversation that fits into one row.
 
-        `clip` is how often the end of the last answer is left off: its first pieces, where the topic is decided, are
-        what takes the practice. Now and then positions jump ahead between turns, which stands in for a long history.
+        The first pieces of an answer, where it is decided, are what takes the practice. Now and then positions jump
+        ahead between turns, which stands in for a long history.
         """
         code, rng = self._tokenizer, self._rng
         ids, positions = [code.bos], [0]
-        scored: list[int] = []
+        scored: dict[int, float] = {}
         ahead = 0
 
         def add(pieces: list[int]) -> None:
@@ -51,42 +81,51 @@ class Packer:
                 ids.append(piece)
                 positions.append(len(ids) - 1 + ahead)
 
-        if rng.random() < 0.15:
+        if rng.random() < 0.12:
             add([code.system, *code.encode(self._speaker.rules(), self._dropout())])
+        turns = rng.choices(range(1, len(form.turns) + 1), weights=form.turns)[0]
         conversation = self._speaker.conversation(turns)
         for index, turn in enumerate(conversation):
-            if rng.random() < 0.12 and ahead < 600:
+            if rng.random() < 0.1 and ahead < 600:
                 ahead += rng.randint(20, 900 - len(ids) if len(ids) < 800 else 20)
             text = turn.text
-            if turn.topic == "unclear" and room > 400 and rng.random() < 0.5:
+            if turn.topic == "unclear" and form.time > 400 and rng.random() < 0.5:
                 text = " ".join(strangers.mash(rng) for _ in range(rng.randint(4, 25)))
             said = code.encode(text, self._dropout())
-            answer = [*code.encode(self._knowledge.answer(turn.topic, turn.language)), code.end]
-            if index == len(conversation) - 1 and rng.random() < clip:
-                answer = answer[: rng.randint(3, 7)]
-            if len(ids) + len(said) + len(answer) + 2 > room:
+            answer, decided = self._answers[turn.topic, turn.language], self._decided[turn.topic, turn.language]
+            last = index == len(conversation) - 1
+            if brief := rng.random() < (form.clip if last else form.brief):
+                answer = answer[: decided + rng.randint(1, 3)] if last else answer[: decided + rng.randint(3, 14)]
+            if len(ids) + len(said) + len(answer) + 3 > form.time:
                 break
             add([code.user, *said, code.bot])
-            scored += range(len(ids) - 1, len(ids) - 1 + len(answer))
+            for place in range(len(answer)):
+                scored[len(ids) - 1 + place] = 1.0 if place < decided else RECITED
             add(answer)
-        if scored:
-            scored = [place for place in scored if place + 1 < len(ids)]
-        return Line(ids, positions, scored)
+            if brief and not last and answer[-1] != code.end:  # cut short, yet over
+                add([code.end])
+        return Line(ids, positions, {place: weight for place, weight in scored.items() if place + 1 < len(ids)})
 
     def _dropout(self) -> float:
-        return 0.1 if self._rng.random() < 0.4 else 0.0
+        return 0.1 if self._rng.random() < 0.3 else 0.0
 
-    def batch(self, rows: int, time: int) -> dict[str, np.ndarray]:
+    def batches(self, form: Format, count: int) -> dict[str, np.ndarray]:
+        """Stacks that many batches, one for each device."""
+        parts = [self.batch(form) for _ in range(count)]
+        return {name: np.stack([part[name] for part in parts]) for name in parts[0]}
+
+    def batch(self, form: Format) -> dict[str, np.ndarray]:
         """Fills [rows, time] places; rows hold several conversations, kept apart by their segment numbers."""
+        rows, time = form.rows, form.time
         tokens = np.zeros((rows, time), dtype=np.int32)
         positions = np.zeros((rows, time), dtype=np.int32)
         segments = np.full((rows, time), -1, dtype=np.int32)
-        places = int(rows * time * SCORED[time])
+        places = int(rows * time * form.scored)
         pick, goal, weight = np.zeros(places, np.int32), np.zeros(places, np.int32), np.zeros(places, np.float32)
         used = [0] * rows
         scored = segment = misses = 0
         while misses < 6:
-            line = self.line(self._turns(time), time, clip=CLIP[time])
+            line = self.line(form)
             free = [row for row in range(rows) if used[row] + len(line.ids) <= time]
             if not free or not line.scored:
                 misses += 1
@@ -99,8 +138,9 @@ class Packer:
                 line.positions,
                 segment,
             )
-            for place in line.scored[: places - scored]:
-                pick[scored], goal[scored], weight[scored] = row * time + start + place, line.ids[place + 1], 1.0
+            for place, importance in [*line.scored.items()][: places - scored]:
+                pick[scored], goal[scored] = row * time + start + place, line.ids[place + 1]
+                weight[scored] = importance
                 scored += 1
             used[row] = end
             segment += 1
@@ -112,9 +152,3 @@ class Packer:
             "goal": goal,
             "weight": weight,
         }
-
-    def _turns(self, time: int) -> int:
-        if time == LONG[1]:
-            return self._rng.randint(6, 24)
-        weights = (90, 10) if time == SINGLE[1] else (25, 50, 17, 8)
-        return self._rng.choices(range(1, len(weights) + 1), weights=weights)[0]

@@ -14,6 +14,12 @@ from typing import Literal
 from moltbot_server.demo_model import grammar, topics
 
 Split = Literal["train", "test"]
+WRITTEN_OUT = 0.5
+"""How often a question comes from those written out one by one, rather than from a template."""
+FRAMED = 0.3
+"""How often a question that is not written out is a foreign word in a frame of the topics."""
+INVENTED = 0.15
+"""How often one word of a question is replaced by a made-up one."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -27,7 +33,7 @@ class Stranger:
 
 @cache
 def _templates(language: topics.Language, split: Split) -> tuple[tuple[str, tuple[grammar.Sequence, ...]], ...]:
-    content = topics.read_once(f"strangers_{language}.yaml")
+    content = topics.read(f"strangers_{language}.yaml")
     words = {name: tuple(lists[split].replace("\n", " ").split("|")) for name, lists in content["words"].items()}
     words = {name: tuple(word.strip() for word in alternatives) for name, alternatives in words.items()}
     return tuple(
@@ -36,21 +42,62 @@ def _templates(language: topics.Language, split: Split) -> tuple[tuple[str, tupl
     )
 
 
+@cache
+def written_out(language: topics.Language) -> tuple[tuple[str, tuple[str, ...]], ...]:
+    """Reads the training questions that are written one by one, by the refusal that suits them."""
+    lists = topics.read("more_strangers.yaml")
+    return tuple(
+        (topic, tuple(line.strip() for line in sides[language].splitlines() if line.strip()))
+        for topic, sides in lists.items()
+    )
+
+
 def draw(language: topics.Language, rng: random.Random) -> Stranger:
-    """Makes one training question; kinds are weighted by the root of their number of templates."""
-    if rng.random() < 0.25:
-        return Stranger(text=_framed(language, rng), topic="unknown", language=language)
+    """Makes one training question; kinds are weighted by the root of their number of templates or lines."""
+    if rng.random() < WRITTEN_OUT:
+        lists = written_out(language)
+        topic, lines = rng.choices(lists, weights=[len(lines) ** 0.5 for _, lines in lists])[0]
+        return Stranger(text=_invent(rng.choice(lines), language, rng), topic=topic, language=language)
+    if rng.random() < FRAMED:
+        return Stranger(text=_invent(_framed(language, rng), language, rng), topic="unknown", language=language)
     kinds = _templates(language, "train")
     topic, templates = rng.choices(kinds, weights=[len(lines) ** 0.5 for _, lines in kinds])[0]
-    return Stranger(text=grammar.draw(rng.choice(templates), rng), topic=topic, language=language)
+    text = _invent(grammar.draw(rng.choice(templates), rng), language, rng)
+    return Stranger(text=text, topic=topic, language=language)
+
+
+@cache
+def _words(language: topics.Language) -> dict[str, tuple[str, ...]]:
+    lists = topics.read(f"strangers_{language}.yaml")["words"]
+    return {
+        name: tuple(word.strip() for word in words["train"].replace("\n", " ").split("|") if word.strip())
+        for name, words in lists.items()
+    }
 
 
 def _framed(language: topics.Language, rng: random.Random) -> str:
     """Puts a foreign thing or chore into a frame that topics use, so that frames alone say nothing."""
-    lists = topics.read_once(f"strangers_{language}.yaml")["words"]
+    words = _words(language)
     kind, names = rng.choice((("n", ("thing", "person", "country", "city", "dish", "work", "tech")), ("v", ("chore",))))
-    word = rng.choice(lists[rng.choice(names)]["train"].replace("\n", " ").split("|")).strip()
+    word = rng.choice(words[rng.choice(names)])
     return rng.choice(topics.common_words(language)[f"frame_{kind}"]).replace("X", word)
+
+
+def _invent(text: str, language: topics.Language, rng: random.Random) -> str:
+    """Puts a made-up word in the place of one word now and then: what was never heard of is not known."""
+    if rng.random() >= INVENTED:
+        return text
+    if language == "zh" and len(text) > 5:
+        pool = "".join(rng.choice(lines) for _, lines in written_out("zh"))
+        length = rng.randint(1, 2)
+        at = rng.randrange(len(text) - length)
+        return text[:at] + "".join(rng.choices(pool, k=length)) + text[at + length :]
+    words = text.split()
+    at = rng.randrange(len(words))
+    if len(words[at]) > 3:
+        other = rng.choice([word for _, lines in written_out("en") for word in rng.choice(lines).split()])
+        words[at] = words[at][: rng.randint(0, 2)] + other[rng.randint(0, 2) :] if rng.random() < 0.7 else other[::-1]
+    return " ".join(words)
 
 
 def mash(rng: random.Random) -> str:

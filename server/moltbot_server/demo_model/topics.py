@@ -24,12 +24,13 @@ FRAMED = 6
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Side:
-    """One language of a topic: training patterns, two held-out lists of plain questions, and the answer.
+    """One language of a topic: training patterns and phrasings, two held-out lists of plain questions, and the answer.
 
     `dev` was looked at while the patterns were written; `test` was only ever counted.
     """
 
     ask: tuple[grammar.Sequence, ...]
+    phrasings: tuple[str, ...]
     dev: tuple[str, ...]
     test: tuple[str, ...]
     say: str
@@ -86,6 +87,14 @@ class Knowledge:
         return self.members[member].default
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Further:
+    """What other files add to a topic, by language: words that frames make questions of, and plain questions."""
+
+    keys: Mapping[str, Mapping[str, str]] = field(default_factory=dict)
+    phrasings: Mapping[str, str] = field(default_factory=dict)
+
+
 def _lines(text: str | None) -> tuple[str, ...]:
     return tuple(line.strip() for line in (text or "").splitlines() if line.strip())
 
@@ -106,32 +115,32 @@ def _framed(keys: Mapping[str, str], words: grammar.Words) -> list[grammar.Seque
     return patterns * (FRAMED // len(patterns)) if patterns else []
 
 
-def _side(entry: Mapping[str, Any], keys: Mapping[str, str], words: grammar.Words) -> Side:
+def _side(entry: Mapping[str, Any], more: Further, language: Language, words: grammar.Words) -> Side:
+    keys = more.keys.get(language, {})
     return Side(
         ask=(*(grammar.parse(line, words) for line in _lines(entry.get("ask"))), *_framed(keys, words)),
+        phrasings=_lines(more.phrasings.get(language)),
         dev=_lines(entry.get("dev")),
         test=_lines(entry.get("test")),
         say=str(entry.get("say", "")).strip(),
     )
 
 
-def _topic(
-    entry: Mapping[str, Any],
-    words: Mapping[Language, grammar.Words],
-    keys: Mapping[str, Mapping[str, str]] | None = None,
-) -> Topic:
+def _topic(entry: Mapping[str, Any], words: Mapping[Language, grammar.Words], more: Further) -> Topic:
     family, _, member = str(entry.get("family", "")).partition("/")
     return Topic(
         id=entry["id"],
-        sides={
-            language: _side(entry.get(language, {}), (keys or {}).get(language, {}), words[language])
-            for language in LANGUAGES
-        },
+        sides={language: _side(entry.get(language, {}), more, language, words[language]) for language in LANGUAGES},
         follow=dict(entry.get("follow", {})),
         family=family,
         member=member,
         refusal=bool(entry.get("refusal", False)),
     )
+
+
+def _member(entry: Mapping[str, str]) -> Member:
+    names = {language: tuple(entry[language].split("|")) for language in LANGUAGES}
+    return Member(names=names, default=entry["default"])
 
 
 def read(name: str) -> Any:
@@ -140,15 +149,13 @@ def read(name: str) -> Any:
 
 
 @cache
-def read_once(name: str) -> Any:
-    """Parses one YAML file of `data/` and keeps it; what it returns must not be changed."""
-    return read(name)
-
-
-@cache
 def common_words(language: Language) -> grammar.Words:
     """Reads the alternatives that all patterns of a language share, such as `{how}`."""
     return {name: tuple(str(alternatives).split("|")) for name, alternatives in read("words.yaml")[language].items()}
+
+
+def _gather(pattern: str) -> dict[str, Any]:
+    return {topic: entry for path in sorted(FOLDER.glob(pattern)) for topic, entry in read(path.name).items()}
 
 
 @cache
@@ -156,27 +163,25 @@ def load_knowledge() -> Knowledge:
     """Reads all topics; raises ValueError when an id appears twice or leads nowhere."""
     words: dict[Language, grammar.Words] = {language: common_words(language) for language in LANGUAGES}
     topics: dict[str, Topic] = {}
-    keys = {topic: entry for path in sorted(FOLDER.glob("keys_*.yaml")) for topic, entry in read(path.name).items()}
+    keys, phrasings = _gather("keys_*.yaml"), _gather("phrasings_*.yaml")
     for path in sorted(FOLDER.glob("topics_*.yaml")):
         for entry in read(path.name):
-            topic = _topic(entry, words, keys.get(entry["id"]))
+            more = Further(keys=keys.get(entry["id"], {}), phrasings=phrasings.get(entry["id"], {}))
+            topic = _topic(entry, words, more)
             if topic.id in topics:
                 raise ValueError(f"topic {topic.id} is written twice, again in {path.name}")
             topics[topic.id] = topic
     follow = read("follow_ups.yaml")
-    members = {
-        name: Member(
-            names={language: tuple(entry[language].split("|")) for language in LANGUAGES}, default=entry["default"]
-        )
-        for name, entry in follow["members"].items()
-    }
-    if unknown := sorted(keys.keys() - topics.keys()):
-        raise ValueError(f"there are further words for topics that are not written: {unknown}")
+    members = {name: _member(entry) for name, entry in follow["members"].items()}
+    if unknown := sorted((keys.keys() | phrasings.keys()) - topics.keys()):
+        raise ValueError(f"there are further phrasings for topics that are not written: {unknown}")
     ends = {end for topic in topics.values() for end in topic.follow.values()} | {m.default for m in members.values()}
     if missing := sorted(ends - topics.keys()):
         raise ValueError(f"these topics are led to but not written: {missing}")
     if strays := sorted({topic.member for topic in topics.values() if topic.family} - members.keys()):
         raise ValueError(f"these members of families are not written: {strays}")
     return Knowledge(
-        topics=topics, follow_ups={entry["id"]: _topic(entry, words) for entry in follow["kinds"]}, members=members
+        topics=topics,
+        follow_ups={entry["id"]: _topic(entry, words, Further()) for entry in follow["kinds"]},
+        members=members,
     )

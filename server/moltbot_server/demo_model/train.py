@@ -6,17 +6,21 @@ import argparse
 import json
 import math
 import random
+import shutil
 import tempfile
 import time
 from pathlib import Path
 
-from moltbot_server.demo_model import ARTIFACT, export, grammar, network, strangers, topics
+from moltbot_server.demo_model import ARTIFACT, export, grammar, meaning, network, strangers, topics
 from moltbot_server.demo_model.dialogue import Speaker
-from moltbot_server.demo_model.packing import LONG, SHORT, SINGLE, Packer
+from moltbot_server.demo_model.packing import FIRST, LONG, QUICK, WHOLE, Packer
 from moltbot_server.demo_model.tokenizer import Tokenizer, train
 
-CYCLE = (SINGLE, SINGLE, SHORT, SINGLE, SINGLE, SHORT, SINGLE, SINGLE, SHORT, LONG)
-WARM_UP = 60
+CYCLE = (QUICK, QUICK, WHOLE, QUICK, QUICK, QUICK, LONG, QUICK, QUICK, WHOLE, QUICK, QUICK, QUICK, WHOLE, LONG)
+STEPS = 1300
+WARM_UP = 40
+SINGLE_TURNS = 0.4
+"""Share of the training that goes almost wholly to single questions, which are short."""
 
 
 def vocabulary_lines(knowledge: topics.Knowledge, rng: random.Random) -> list[str]:
@@ -26,6 +30,7 @@ def vocabulary_lines(knowledge: topics.Knowledge, rng: random.Random) -> list[st
         for side in topic.sides.values():
             lines += 3 * side.say.splitlines()
             lines += [grammar.draw(pattern, rng) for pattern in side.ask for _ in range(4)]
+            lines += side.phrasings
     for language in topics.LANGUAGES:
         lines += [strangers.draw(language, rng).text for _ in range(6000)]
         lines += [
@@ -39,55 +44,66 @@ def vocabulary_lines(knowledge: topics.Knowledge, rng: random.Random) -> list[st
     return [line for line in lines if line.strip()]
 
 
-def rate(step: int, steps: int, peak: float) -> float:
+def rate(step: int, progress: float, peak: float) -> float:
     """Learning rate: a linear start, then a cosine down to a hundredth."""
-    progress = step / steps
     return peak * min(1.0, (step + 1) / WARM_UP) * (0.01 + 0.99 * 0.5 * (1 + math.cos(math.pi * progress)))
+
+
+def parse_arguments() -> argparse.Namespace:
+    """Reads the command line."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    add = parser.add_argument
+    add("--steps", type=int, default=STEPS, help="optimizer steps of about 4,500 pieces (default: %(default)s)")
+    add("--minutes", type=float, default=math.inf, help="end the schedule after this time at the latest")
+    add("--seed", type=int, default=1, help="seed of weights and of everything drawn (default: %(default)s)")
+    add("--vocabulary", type=int, default=4500, help="pieces (default: %(default)s)")
+    add("--rate", type=float, default=5e-3, help="peak learning rate (default: %(default)s)")
+    add("--out", type=Path, default=ARTIFACT, help="folder to write (default: the one in the package)")
+    add("--further", type=Path, metavar="FOLDER", help="train an exported model further instead of a new one")
+    add("--every", type=int, default=0, help="also export every so many steps (default: only at the end)")
+    return parser.parse_args()
 
 
 def main() -> None:
     """Trains, exports and prints what it cost."""
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument(
-        "--steps", type=int, default=1800, help="optimizer steps of about 4,500 pieces (default: %(default)s)"
-    )
-    parser.add_argument(
-        "--seed", type=int, default=1, help="seed of weights and of everything drawn (default: %(default)s)"
-    )
-    parser.add_argument("--vocabulary", type=int, default=5000, help="pieces (default: %(default)s)")
-    parser.add_argument("--rate", type=float, default=2e-3, help="peak learning rate (default: %(default)s)")
-    parser.add_argument("--out", type=Path, default=ARTIFACT, help="folder to write (default: the one in the package)")
-    parser.add_argument(
-        "--every", type=int, default=0, help="also export every so many steps (default: only at the end)"
-    )
-    arguments = parser.parse_args()
-
+    arguments = parse_arguments()
     rng = random.Random(arguments.seed)
     knowledge = topics.load_knowledge()
     with tempfile.TemporaryDirectory() as scratch:
         pieces = Path(scratch) / "tokenizer.model"
-        train(vocabulary_lines(knowledge, rng), pieces, arguments.vocabulary)
+        if arguments.further:
+            shutil.copyfile(arguments.further / pieces.name, pieces)
+        else:
+            train(vocabulary_lines(knowledge, rng), pieces, arguments.vocabulary)
         tokenizer = Tokenizer(pieces)
         shape = network.Shape(vocabulary=len(tokenizer))
-        params = network.init(shape, arguments.seed)
+        if arguments.further:
+            params = export.restore(arguments.further, shape)
+        else:
+            params = network.init(shape, meaning.embeddings(knowledge, tokenizer, shape.width, rng), arguments.seed)
         state = network.optimizer_state(params)
         advance = network.make_step(shape)
         packer = Packer(Speaker(knowledge, rng), knowledge, tokenizer, rng)
-        started, seen, value = time.perf_counter(), 0, 0.0
+        started, seen, value, progress = time.perf_counter(), 0, 0.0, 0.0
         for step in range(arguments.steps):
-            batch = packer.batch(*CYCLE[step % len(CYCLE)])
+            elapsed = time.perf_counter() - started
+            progress = max(progress, step / arguments.steps, elapsed / 60 / arguments.minutes)
+            if progress >= 1:
+                break
+            form = (
+                FIRST if progress < SINGLE_TURNS and not arguments.further and step % 10 else CYCLE[step % len(CYCLE)]
+            )
+            batch = packer.batches(form, network.DEVICES)
             seen += int((batch["segments"] >= 0).sum())
-            params, state, value = advance(params, state, batch, rate(step, arguments.steps, arguments.rate))
+            pace = rate(step, progress, arguments.rate)
+            params, state, value = advance(params, state, batch, pace, network.key(arguments.seed, step))
             if step % 50 == 0:
-                print(
-                    f"step {step} loss {float(value):.4f} pieces {seen} {time.perf_counter() - started:.0f} s",
-                    flush=True,
-                )
+                print(f"step {step} loss {float(value):.4f} pieces {seen} {elapsed:.0f} s", flush=True)
             if arguments.every and step and step % arguments.every == 0:
                 export.export(params, shape, pieces, arguments.out)
         export.export(params, shape, pieces, arguments.out)
     report = {
-        "steps": arguments.steps,
+        "steps": int(state["step"]),
         "pieces": seen,
         "seconds": round(time.perf_counter() - started),
         "loss": round(float(value), 4),
