@@ -12,11 +12,14 @@ from moltbot_server.demo_model.topics import Language
 SWITCHES = {"in_en": "en", "in_zh": "zh"}
 """Follow-ups that ask for the previous answer in a language."""
 
-WRITTEN_OUT = 0.6
+WRITTEN_OUT = 0.75
 """How often a question comes from the phrasings written out one by one, rather than from a pattern."""
 
-BLURRED = 0.2
+BLURRED = 0.15
 """How often an opening question loses or shuffles words, so that the answer comes to rest on its key words."""
+
+MIXED = 0.1
+"""How often an opening question is put together of parts of two that mean the same."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -70,14 +73,15 @@ class Speaker:
                 return result
 
     def _conversation(self, turns: int) -> list[Turn]:
-        language: Language = self._rng.choice(topics.LANGUAGES)
+        language: Language = "en" if self._rng.random() < 0.58 else "zh"
         result: list[Turn] = []
         for _ in range(turns):
             if self._rng.random() < 0.15:
                 language = "zh" if language == "en" else "en"
             before = result[-1] if result else None
-            leaning = self._rng.random() < (0.5 if before else 0.06)
-            turn = self._leaning(language, before) if leaning else self._opening(language, bool(before))
+            leaning = self._rng.random() < (0.7 if before else 0.06)
+            leads = len(result) + 1 < turns
+            turn = self._leaning(language, before) if leaning else self._opening(language, bool(before) or leads, leads)
             text = turn.text
             if not leaning and self._rng.random() < BLURRED:
                 text = noise.blur(text, language, self._rng)
@@ -90,8 +94,8 @@ class Speaker:
         words = topics.common_words(self._rng.choice(topics.LANGUAGES))
         return " ".join(self._rng.choice(words["rules"]) for _ in range(self._rng.randint(1, 3)))
 
-    def _opening(self, language: Language, later: bool) -> Turn:
-        draw = self._rng.random()
+    def _opening(self, language: Language, later: bool, leads: bool) -> Turn:
+        draw = self._rng.random() + (0.2 if leads else 0.0)  # what follows is learned from topics, not from refusals
         if draw < 0.3:
             stranger = strangers.draw(language, self._rng)
             return Turn(text=stranger.text, topic=stranger.topic, language=language)
@@ -102,21 +106,25 @@ class Speaker:
         pool = self._asked
         if later or draw < 0.5:
             draw = self._rng.random()
-            if draw < 0.4:  # openings that a follow-up can lean on are met more often
-                pool = [t for t in self._asked if t.follow] if draw < 0.2 else [t for t in self._asked if t.family]
+            if draw < 0.7:  # openings that a follow-up can lean on are met more often
+                pool = [t for t in self._asked if t.follow] if draw < 0.55 else [t for t in self._asked if t.family]
         topic = self._rng.choice(pool)
-        side = topic.sides[language]
-        written = side.phrasings and self._rng.random() < WRITTEN_OUT
-        text = self._rng.choice(side.phrasings) if written else grammar.draw(self._rng.choice(side.ask), self._rng)
+        text = self._question(topic.sides[language])
+        if self._rng.random() < MIXED:
+            text = noise.mix(text, self._question(topic.sides[language]), language, self._rng)
         return Turn(text=text, topic=topic.id, language=language)
+
+    def _question(self, side: topics.Side) -> str:
+        written = side.phrasings and self._rng.random() < WRITTEN_OUT
+        return self._rng.choice(side.phrasings) if written else grammar.draw(self._rng.choice(side.ask), self._rng)
 
     def _leaning(self, language: Language, before: Turn | None) -> Turn:
         family = self._knowledge.topics[before.topic].family if before else ""
-        if self._rng.random() < (0.6 if family else 0.15):
+        if self._rng.random() < (0.4 if family else 0.08):
             return self._sibling(language, before, family)
         lead = self._knowledge.topics[before.topic].follow if before else {}
         kinds = self._kinds
-        if lead and self._rng.random() < 0.6:
+        if lead and self._rng.random() < 0.7:
             kinds = [kind for kind in self._kinds if kind.id in lead]
         kind = self._rng.choice(kinds)
         text = grammar.draw(self._rng.choice(kind.sides[language].ask), self._rng)

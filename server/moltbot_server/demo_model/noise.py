@@ -57,6 +57,22 @@ def blur(text: str, language: topics.Language, rng: random.Random) -> str:
     return text
 
 
+def mix(first: str, second: str, language: topics.Language, rng: random.Random) -> str:
+    """Joins parts of two questions with one meaning: words in English, runs of two to four characters in Chinese."""
+    parts: list[str] = []
+    for text in (first, second):
+        if language == "en":
+            pieces = text.split()
+        else:
+            pieces, at = [], 0
+            while at < len(text):
+                size = rng.randint(2, 4)
+                pieces.append(text[at : at + size])
+                at += size
+        parts += [piece for piece in pieces if rng.random() < 0.6]
+    return (" " if language == "en" else "").join(parts) or first
+
+
 def _slip(text: str, rng: random.Random) -> str:
     """Loses, doubles, swaps or mistypes one character; Chinese characters are only ever lost or doubled."""
     if len(text) < 4:

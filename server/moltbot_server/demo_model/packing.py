@@ -107,7 +107,7 @@ class Packer:
         return Line(ids, positions, {place: weight for place, weight in scored.items() if place + 1 < len(ids)})
 
     def _dropout(self) -> float:
-        return 0.1 if self._rng.random() < 0.3 else 0.0
+        return 0.1 if self._rng.random() < 0.2 else 0.0
 
     def batches(self, form: Format, count: int) -> dict[str, np.ndarray]:
         """Stacks that many batches, one for each device."""

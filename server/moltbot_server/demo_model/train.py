@@ -16,8 +16,8 @@ from moltbot_server.demo_model.dialogue import Speaker
 from moltbot_server.demo_model.packing import FIRST, LONG, QUICK, WHOLE, Packer
 from moltbot_server.demo_model.tokenizer import Tokenizer, train
 
-CYCLE = (QUICK, QUICK, WHOLE, QUICK, QUICK, QUICK, LONG, QUICK, QUICK, WHOLE, QUICK, QUICK, QUICK, WHOLE, LONG)
-STEPS = 1300
+CYCLE = (QUICK, QUICK, WHOLE, QUICK, QUICK, QUICK, QUICK, WHOLE, QUICK, LONG)
+STEPS = 4000
 WARM_UP = 40
 SINGLE_TURNS = 0.4
 """Share of the training that goes almost wholly to single questions, which are short."""
