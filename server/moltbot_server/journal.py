@@ -33,14 +33,11 @@ class LiveTurn:
     """A turn under way. Belongs to the event loop's thread."""
 
     __slots__ = (
-        "_again",
         "_coalescer",
         "_end_waiters",
         "_followers",
-        "_stopped",
         "_stored",
         "_timer",
-        "_under_way",
         "_waiters",
         "accepted_after",
         "arrived",
@@ -50,12 +47,12 @@ class LiveTurn:
         "duplicate_of",
         "ended",
         "events",
+        "halt",
         "input",
         "key",
         "late",
         "principal",
         "refusal",
-        "task",
     )
 
     def __init__(
@@ -78,10 +75,10 @@ class LiveTurn:
         self.accepted_after = 0.0
         self.events: list[Event] = []
         self.ended = self.cancelling = self.closing = self.late = False
-        self.task: asyncio.Task[None] | None = None
+        self.halt: Callable[[], None] = _nobody_to_stop
         self.duplicate_of: StoredTurn | None = None
         self.refusal: MoltBotError | None = None
-        self._stored = self._again = self._under_way = self._stopped = False
+        self._stored = False
         self._followers = 0
         self._waiters: list[asyncio.Future[None]] = []
         self._end_waiters: list[asyncio.Future[None]] = []
@@ -117,15 +114,10 @@ class LiveTurn:
         self._wake()
         self._wake_at_end()
 
-    def stored(
-        self, *, refusal: MoltBotError | None = None, duplicate_of: StoredTurn | None = None, again: bool = False
-    ) -> None:
-        """Let followers go on: the turn is on the disk, or was refused, or another turn stands in its place.
-
-        `again` tells that it was stored at the second try, in the place of a turn that had failed.
-        """
+    def stored(self, *, refusal: MoltBotError | None = None, duplicate_of: StoredTurn | None = None) -> None:
+        """Let followers go on: the turn is on the disk, or was refused, or another turn stands in its place."""
         self.refusal, self.duplicate_of = refusal, duplicate_of
-        self._stored, self._again = True, again
+        self._stored = True
         self._wake()
         if refusal is not None or duplicate_of is not None:
             self._wake_at_end()
@@ -135,19 +127,14 @@ class LiveTurn:
         """True when the store has answered."""
         return self._stored
 
-    async def wait_stored(self) -> bool:
-        """Wait for the store's answer; return True when the turn was stored at the second try."""
-        while not self._stored:
-            await self._wait()
-        return self._again
-
     async def follow(self, after: int = 0) -> AsyncGenerator[list[Event], None]:
         """Yield the events after a sequence number in lists: those there are, then those that come."""
         self._followers += 1
         merge = self._coalescer.interval > 0
         position = after
         try:
-            await self.wait_stored()
+            while not self._stored:
+                await self._wait()
             while not (self.refusal or self.duplicate_of):
                 if position < len(self.events):
                     batch = self.events[position:]
@@ -181,25 +168,13 @@ class LiveTurn:
         self.stop()
         return True
 
-    def set_out(self) -> None:
-        """Note that the turn's task runs; from now on it can be interrupted.
-
-        Raises:
-            asyncio.CancelledError: it was told to stop before.
-        """
-        self._under_way = True
-        if self._stopped:
-            raise asyncio.CancelledError
-
     def stop(self) -> None:
-        """Interrupt the turn's task. A task that is cancelled before its first step would never tell its followers."""
-        self._stopped = True
-        if self.task is not None and self._under_way:
-            self.task.cancel()
+        """Interrupt the turn: whoever carries it out ends it now."""
+        self.halt()
 
     def expire_at(self, deadline: float | None) -> None:
         """End the turn at a time of the event loop's clock, if it has not ended by then."""
-        if deadline is not None:
+        if deadline is not None and not self.closing:
             self._timer = asyncio.get_running_loop().call_at(deadline, self._expire)
 
     def allow_until(self, deadline: float | None) -> None:
@@ -211,7 +186,7 @@ class LiveTurn:
         self.expire_at(deadline)
 
     def _expire(self) -> None:
-        if not self.closing and not self.cancelling and self.task is not None:
+        if not self.closing and not self.cancelling:
             self.late = True
             self.stop()
 
@@ -241,6 +216,10 @@ class LiveTurn:
         self._followers -= 1
         if self._followers == 0 and self.input.cancel_on_disconnect and not self.ended:
             self.cancel()
+
+
+def _nobody_to_stop() -> None:
+    """Stand in for whoever carries a turn out, before there is anybody."""
 
 
 class Ticker:
@@ -351,6 +330,10 @@ class Journal:
         """Return the turn under way that a request_id started, or None."""
         found = self._recent.get((principal.workspace, request_id))
         return found if isinstance(found, LiveTurn) else None
+
+    def knows(self, principal: Principal, request_id: str) -> bool:
+        """Tell whether a request_id started a turn lately."""
+        return (principal.workspace, request_id) in self._recent
 
     async def repeated(self, principal: Principal, turn: TurnInput, digest: bytes) -> LiveTurn | StoredTurn | None:
         """Return the turn that the same request_id started lately, or None.

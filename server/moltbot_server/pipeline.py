@@ -1,19 +1,21 @@
 """The walk of a turn, top to bottom: check, session, route, answer, journal.
 
-`start` accepts a turn and returns at once; a task of its own carries it to its end, whoever listens. The engine begins
-while the turn is being stored, but nobody is told anything before it is.
+`TurnPipeline.start` accepts a turn and returns at once; a `TurnRun` carries it to its end, whoever listens. The engine
+begins while the turn is being stored, but nobody is told anything before it is.
 """
 
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import hashlib
 import logging
 import re
 import secrets
 import time
 from asyncio import Future
-from contextlib import aclosing
+from collections.abc import Sequence
+from typing import Any
 
 import msgspec
 
@@ -31,7 +33,7 @@ from moltbot_server.journal import Journal, LiveTurn, same_content
 from moltbot_server.metrics import Metrics
 from moltbot_server.models.catalog import Catalog
 from moltbot_server.models.context import ContextWindow, Fitted
-from moltbot_server.models.engine import Chunk, Engine, Finished
+from moltbot_server.models.engine import Engine, Finished, Generation
 from moltbot_server.models.limits import check_content
 from moltbot_server.sessions import OpenSession, Sessions
 from moltbot_server.store import EndedTurn, NewTurn, Store, StoredTurn
@@ -76,15 +78,19 @@ class TurnPipeline:
         system_prompt: str,
         flush_interval: float,
     ) -> None:
-        self._store = store
-        self._journal = journal
+        self.store = store
+        self.journal = journal
+        self.metrics = metrics
         self._sessions = sessions
         self._catalog = catalog
-        self._metrics = metrics
-        self._system_prompt = system_prompt
+        self._rules = _system(system_prompt)
         self._flush_interval = flush_interval
-        self._tasks: set[asyncio.Task[None]] = set()
-        self._draining = False
+        self._runs: set[TurnRun] = set()
+        self._emptied: asyncio.Event | None = None
+
+    def __len__(self) -> int:
+        """How many turns are being carried out."""
+        return len(self._runs)
 
     # --- accept --------------------------------------------------------------------------------------------------
 
@@ -98,81 +104,157 @@ class TurnPipeline:
         Raises:
             MoltBotError: the turn is not accepted; nothing was stored.
         """
-        self._check(turn)
+        _check(turn)
         digest = _digest(turn)
-        if turn.request_id:
+        if not turn.request_id:
+            turn = msgspec.structs.replace(turn, request_id=secrets.token_hex(16))
+        elif self.journal.knows(principal, turn.request_id):
             earlier = await self._repeated(principal, turn, digest)
             if isinstance(earlier, LiveTurn):
                 earlier.allow_until(deadline)
                 return earlier
             if earlier is not None and not earlier.retryable:
                 return earlier
-        else:
-            turn = msgspec.structs.replace(turn, request_id=secrets.token_hex(16))
-        if self._draining:
+        if self._emptied is not None:
             raise NotServing("the core is leaving; repeat with the same request_id", retry_after=1.0)
-        return await self._begin(principal, turn, digest, deadline, arrived)
-
-    async def _repeated(self, principal: Principal, turn: TurnInput, digest: bytes) -> LiveTurn | StoredTurn | None:
-        """Return the turn that the same request_id started; one that has run out of time is waited for first."""
-        while True:
-            earlier = await self._journal.repeated(principal, turn, digest)
-            if not isinstance(earlier, LiveTurn) or not earlier.late or earlier.task is None:
-                return earlier
-            await asyncio.wait({earlier.task})
-
-    async def _begin(
-        self, principal: Principal, turn: TurnInput, digest: bytes, deadline: float | None, arrived: float
-    ) -> LiveTurn:
         engine = self._catalog.get(turn.model)
         engine.check(turn.options)
-        check_content(Message(role=Role.USER, parts=turn.parts), engine.capabilities)
+        check_content(turn.parts, engine.capabilities)
         for message in turn.transcript or ():
-            check_content(message, engine.capabilities)
+            check_content(message.parts, engine.capabilities)
         session = await self._session(principal, turn)
-        if (begun := self._journal.begun(principal, turn.request_id)) is not None:
+        if (begun := self.journal.begun(principal, turn.request_id)) is not None:
             # The same call came twice, and the other one's session was read first.
             same_content(begun.digest, digest)
             begun.allow_until(deadline)
             return begun
         if session.claims >= _MOST_IN_A_SESSION:
             raise QueueFull("too many turns wait in this session already", retry_after=1.0)
-        key = TurnKey(session=session.key, ordinal=session.claim())
         live = LiveTurn(
-            key=key,
+            key=TurnKey(session=session.key, ordinal=session.claim()),
             turn=turn,
             principal=principal,
             digest=digest,
             arrived=arrived,
             interval=self._flush_interval if turn.flush_interval is None else turn.flush_interval,
-            ticker=self._journal.ticker,
+            ticker=self.journal.ticker,
         )
-        live.record(Accepted(session=key.session.session, ordinal=key.ordinal, request_id=turn.request_id))
-        self._journal.begin(live)
-        self._accept(live, session)
-        live.task = task = asyncio.create_task(self._run(live, session, engine))
+        self.journal.begin(live)
+        run = TurnRun(self, live, session, engine)
+        self._runs.add(run)
+        run.begin()
         live.expire_at(deadline)
-        self._tasks.add(task)
-        task.add_done_callback(lambda task: self._ended(live, session, task))
         return live
 
-    def _ended(self, live: LiveTurn, session: OpenSession[ContextWindow], task: asyncio.Task[None]) -> None:
-        self._tasks.discard(task)
-        session.release()
-        if not task.cancelled() and (error := task.exception()) is not None:
-            log.error("a turn's task failed", exc_info=error)
-        if not live.ended and live.refusal is None and live.duplicate_of is None:
-            # Nobody may wait for an end that will not come.
-            live.stored(refusal=InternalError("something went wrong in the core; its log says what"))
-        self._journal.close(live)
+    async def _repeated(self, principal: Principal, turn: TurnInput, digest: bytes) -> LiveTurn | StoredTurn | None:
+        """Return the turn that the same request_id started; one that has run out of time is waited for first."""
+        while True:
+            earlier = await self.journal.repeated(principal, turn, digest)
+            if not isinstance(earlier, LiveTurn) or not earlier.late:
+                return earlier
+            await earlier.outcome()
 
     async def _session(self, principal: Principal, turn: TurnInput) -> OpenSession[ContextWindow]:
         if turn.session:
-            return await self._sessions.open(SessionKey(workspace=principal.workspace, session=turn.session))
+            key = SessionKey(workspace=principal.workspace, session=turn.session)
+            return self._sessions.ready(key) or await self._sessions.open(key)
         key = SessionKey(workspace=principal.workspace, session=secrets.token_hex(12))
         return self._sessions.create(key, keep=turn.transcript is None)
 
-    def _accept(self, live: LiveTurn, session: OpenSession[ContextWindow], *, again: bool = False) -> None:
+    # --- what a run asks for -------------------------------------------------------------------------------------
+
+    def conversation(self, turn: TurnInput, session: OpenSession[ContextWindow], engine: Engine) -> Fitted:
+        """Return what the model is to read, cut to its context.
+
+        Raises:
+            ContextLengthExceeded: the newest message leaves no room for an answer.
+        """
+        window = session.history
+        if turn.transcript is not None or engine.id != self._catalog.default:
+            # What the session keeps was counted by the default model.
+            history = session.history.messages if turn.transcript is None else turn.transcript
+            window = ContextWindow.of(history, engine.count, engine.capabilities.context_length)
+        rules = _system(turn.system_prompt) if turn.system_prompt else self._rules
+        return window.fit(Message(role=Role.USER, parts=turn.parts), turn.options, rules)
+
+    def over(self, run: TurnRun) -> None:
+        """Let a run go."""
+        self._runs.discard(run)
+        if self._emptied is not None and not self._runs:
+            self._emptied.set()
+
+    # --- leave ---------------------------------------------------------------------------------------------------
+
+    async def drain(self, grace: float) -> None:
+        """Refuse new turns, let those under way end within `grace` seconds, then cut the rest; they are retryable."""
+        self._emptied = asyncio.Event()
+        if not self._runs:
+            return
+        with contextlib.suppress(TimeoutError):
+            async with asyncio.timeout(grace):
+                await self._emptied.wait()
+        for run in tuple(self._runs):
+            run.stop()
+        if self._runs:
+            await self._emptied.wait()
+
+
+class TurnRun:
+    """One turn on its way from its acceptance to its end.
+
+    Nothing here waits: the store, the session and the engine call back. A task for each turn would cost more than all
+    that is done in it. The engine's listener is the run itself.
+    """
+
+    __slots__ = (
+        "_ending",
+        "_engine",
+        "_entered",
+        "_finished",
+        "_first_text",
+        "_fitted",
+        "_generation",
+        "_live",
+        "_over",
+        "_pieces",
+        "_pipeline",
+        "_row",
+        "_session",
+        "_started",
+        "_written",
+    )
+
+    def __init__(
+        self, pipeline: TurnPipeline, live: LiveTurn, session: OpenSession[ContextWindow], engine: Engine
+    ) -> None:
+        self._pipeline = pipeline
+        self._live = live
+        self._session = session
+        self._engine = engine
+        self._entered = self._over = False
+        self._started = self._first_text = 0.0
+        self._fitted = _NOTHING_READ
+        self._pieces: list[str] = []
+        self._generation: Generation | None = None
+        self._finished: Finished | None = None
+        self._ending: Completed | Failed | None = None
+        self._row: EndedTurn | None = None
+        self._written: Future[None] | None = None
+        live.halt = self.stop
+
+    # --- accept --------------------------------------------------------------------------------------------------
+
+    def begin(self) -> None:
+        """Have the turn stored, and set out as soon as the session is free."""
+        live, session = self._live, self._session
+        live.record(Accepted(session=session.key.session, ordinal=live.key.ordinal, request_id=live.input.request_id))
+        self._accept()
+        if session.enter(live, self._answer):
+            self._answer()
+
+    def _accept(self, *, again: bool = False) -> None:
+        """Store the turn; `again` in the place of a failed one with its request_id."""
+        live, session, store = self._live, self._session, self._pipeline.store
         turn = live.input
         row = NewTurn(
             key=live.key,
@@ -186,237 +268,190 @@ class TurnPipeline:
             channel=turn.channel,
             ephemeral=turn.transcript is not None,
         )
-        written = self._store.reaccept(row) if again else self._store.accept(row)
-        written.add_done_callback(lambda future: self._accepted(live, session, future, again))
-
-    def _accepted(
-        self, live: LiveTurn, session: OpenSession[ContextWindow], written: Future[StoredTurn | None], again: bool
-    ) -> None:
-        """Tell the followers what the store said; a turn that it did not take is stopped."""
-        live.accepted_after = time.perf_counter() - live.arrived
-        error = None if written.cancelled() else written.exception()
-        if error is not None or written.cancelled():
-            live.stored(refusal=error if isinstance(error, MoltBotError) else NotServing("the core is leaving"))
-        elif (earlier := written.result()) is None:
-            session.exists = True
-            live.stored(again=again)
-            return
-        elif self._may_start_again(earlier) and earlier.digest == live.digest and not again:
-            self._accept(live, session, again=True)
-            return
+        if again:
+            store.reaccept(row).add_done_callback(self._accepted_again)
         else:
-            live.stored(duplicate_of=earlier, refusal=_content_error(earlier, live))
-        live.stop()
+            store.accept(row).add_done_callback(self._accepted)
+
+    def _accepted(self, written: Future[StoredTurn | None], *, again: bool = False) -> None:
+        """Tell the followers what the store said; a turn that it did not take is dropped."""
+        live = self._live
+        live.accepted_after = time.perf_counter() - live.arrived
+        if (error := _error(written)) is not None:
+            self._drop(refusal=error)
+        elif (earlier := written.result()) is None:
+            self._session.exists = True
+            live.stored()
+            if again and self._row is not None:
+                # The first row gave way to an earlier turn's, and its end with it.
+                self._finish(self._row)
+        elif self._may_start_again(earlier) and earlier.digest == live.digest and not again:
+            self._accept(again=True)
+        else:
+            self._drop(refusal=_content_error(earlier, live), duplicate_of=earlier)
+
+    def _accepted_again(self, written: Future[StoredTurn | None]) -> None:
+        self._accepted(written, again=True)
 
     def _may_start_again(self, earlier: StoredTurn) -> bool:
         """Tell whether a turn is over without a good end; one whose end could not be stored runs in the store only."""
-        gone = earlier.state is TurnState.RUNNING and self._journal.live(earlier.key) is None
+        gone = earlier.state is TurnState.RUNNING and self._pipeline.journal.live(earlier.key) is None
         return earlier.retryable or gone
 
-    def _check(self, turn: TurnInput) -> None:
-        """Refuse what no model could answer."""
-        if not turn.parts:
-            raise EmptyMessage("turn.parts", "the message is empty; send at least one part")
-        if all(isinstance(part, TextPart) and not part.text.strip() for part in turn.parts):
-            raise EmptyMessage("turn.parts", "the message is blank; say something")
-        if turn.session and not _NAME.match(turn.session):
-            raise InvalidField("turn.session", "use `sessions/` and 1 to 128 characters of A-Z a-z 0-9 . _ ~ -")
-        if len(turn.request_id) > 128 or not turn.request_id.isprintable():
-            raise InvalidField("turn.request_id", "use at most 128 printable characters; a UUID is recommended")
-        if not _CHANNEL.match(turn.channel):
-            raise InvalidField("turn.channel", "use at most 32 characters of a-z 0-9 _ -")
-        if len(turn.user) > 256:
-            raise InvalidField("turn.user", "use at most 256 characters")
-        if turn.transcript is not None and turn.session:
-            raise InvalidField("turn.transcript", "leave turn.session empty: a transcript stands in for a session")
+    def _drop(self, *, refusal: MoltBotError | None = None, duplicate_of: StoredTurn | None = None) -> None:
+        """End without an end: the store has no such turn."""
+        self._fall_silent()
+        self._live.stored(refusal=refusal, duplicate_of=duplicate_of)
+        self._leave()
 
-    # --- run -----------------------------------------------------------------------------------------------------
+    # --- answer --------------------------------------------------------------------------------------------------
 
-    async def _run(self, live: LiveTurn, session: OpenSession[ContextWindow], engine: Engine) -> None:
-        """Carry a turn to its end: answer it, store how it ended, then tell."""
-        answer = _Answer()
-        try:
-            live.set_out()
-            await session.enter(live)
-        except asyncio.CancelledError:
-            # It was told to stop while it waited for its session.
-            await self._finish(live, session, engine, answer, self._stopped(live, answer))
-            return
-        try:
-            ending = await self._attempt(live, session, engine, answer)
-            await self._finish(live, session, engine, answer, ending)
-        finally:
-            session.leave()
-
-    async def _attempt(
-        self, live: LiveTurn, session: OpenSession[ContextWindow], engine: Engine, answer: _Answer
-    ) -> Completed | Failed:
-        """Answer a turn and return its last event; what goes wrong becomes that event."""
-        answer.started = time.perf_counter()
-        try:
-            await self._answer(live, session, engine, answer)
-            return answer.completed(live, engine)
-        except asyncio.CancelledError:
-            return self._stopped(live, answer)
-        except MoltBotError as error:
-            return answer.failed(live, error)
-        except Exception:
-            incident = secrets.token_hex(4)
-            log.exception("a turn failed", extra={"incident": incident})
-            return answer.failed(live, InternalError(f"something went wrong in the core (incident {incident})"))
-
-    async def _answer(
-        self, live: LiveTurn, session: OpenSession[ContextWindow], engine: Engine, answer: _Answer
-    ) -> None:
-        """Route a turn and record what answers it."""
+    def _answer(self) -> None:
+        """Route the turn and set the engine to work; the session is this turn's."""
+        if self._over or self._ending is not None:
+            return  # stopped in the moment that the session was given to it
+        self._entered = True
+        self._started = time.perf_counter()
+        live, engine = self._live, self._engine
         turn = live.input
         named = "the request names this model" if turn.model else "it is the workspace's default model"
         live.record(Routed(kind="model", name=engine.id, reason=named))
-        answer.model = engine.id
-        answer.fitted = self._conversation(turn, session, engine)
-        async with aclosing(engine.generate(answer.fitted.messages, turn.options)) as chunks:
-            async for chunk in chunks:
-                if isinstance(chunk, Chunk):
-                    answer.add(chunk.text)
-                    live.say(chunk.text)
-                else:
-                    answer.finished = chunk
+        try:
+            self._fitted = self._pipeline.conversation(turn, self._session, engine)
+            self._generation = engine.begin(self._fitted.messages, turn.options, self)
+        except Exception as error:
+            self.ended(error)
 
-    def _conversation(self, turn: TurnInput, session: OpenSession[ContextWindow], engine: Engine) -> Fitted:
-        """Return what the model is to read, cut to its context."""
-        rules = turn.system_prompt or self._system_prompt
-        system = [Message(role=Role.SYSTEM, parts=(TextPart(text=rules),))] if rules else []
-        window = session.history
-        if turn.transcript is not None or engine.id != self._catalog.default:
-            # What the session keeps was counted by the default model.
-            history = session.history.messages if turn.transcript is None else turn.transcript
-            window = ContextWindow.of(history, engine.count, engine.capabilities.context_length)
-        return window.fit(Message(role=Role.USER, parts=turn.parts), turn.options, system)
+    def wrote(self, text: str, tokens: int) -> None:
+        """Record another piece of the answer; the engine calls this."""
+        if not self._pieces:
+            self._first_text = time.perf_counter()
+        self._pieces.append(text)
+        self._live.say(text)
+
+    def ended(self, end: Finished | Exception) -> None:
+        """Conclude the turn; the engine calls this."""
+        try:
+            self._end(end)
+        except Exception:
+            self._break_off()
+
+    def _end(self, end: Finished | Exception) -> None:
+        if isinstance(end, Finished):
+            self._finished = end
+            self._conclude(self._completed(end.finish_reason))
+        elif isinstance(end, MoltBotError):
+            self._conclude(self._failed(end))
+        else:
+            incident = secrets.token_hex(4)
+            log.error("a turn failed", exc_info=end, extra={"incident": incident})
+            self._conclude(self._failed(InternalError(f"something went wrong in the core (incident {incident})")))
+
+    def stop(self) -> None:
+        """End the turn now: for a caller, because its deadline passed, or because the core leaves."""
+        if self._over or self._ending is not None:
+            return
+        self._fall_silent()
+        ending: Completed | Failed
+        if self._live.late:
+            ending = self._failed(DeadlineExceeded("the deadline passed before the answer was complete"))
+        elif not self._live.cancelling:
+            ending = self._failed(TurnInterrupted("the core stopped while the turn ran"))
+        else:
+            ending = self._completed(FinishReason.CANCELLED)
+        self._conclude(ending)
+
+    def _fall_silent(self) -> None:
+        """Free the engine, or give the place in the session's queue up."""
+        if self._generation is not None:
+            self._generation.stop()
+        elif not self._entered:
+            self._session.withdraw(self._live)
 
     # --- end -----------------------------------------------------------------------------------------------------
 
-    async def _finish(
-        self,
-        live: LiveTurn,
-        session: OpenSession[ContextWindow],
-        engine: Engine,
-        answered: _Answer,
-        ending: Completed | Failed,
-    ) -> None:
-        """Store how a turn ended, remember it in the session, then let the followers see it."""
+    def _conclude(self, ending: Completed | Failed) -> None:
+        """Have the end stored, before anybody sees it."""
+        self._ending = ending
+        events = self._live.close(ending)
         answer: tuple[TextPart, ...] = ()
         state = TurnState.FAILED
         if isinstance(ending, Completed):
             cancelled = ending.finish_reason is FinishReason.CANCELLED
             state = TurnState.CANCELLED if cancelled else TurnState.COMPLETED
             answer = (TextPart(text=ending.text),) if ending.text else ()
-        events = live.close(ending)
-        row = EndedTurn(
-            key=live.key,
-            state=state,
-            end_time=events[-1].at,
-            events=events,
-            answer=answer,
-            model=engine.id,
+        self._finish(
+            EndedTurn(
+                key=self._live.key,
+                state=state,
+                end_time=events[-1].at,
+                events=events,
+                answer=answer,
+                model=self._engine.id,
+            )
         )
-        error = await self._stored(live, row)
-        if live.refusal is not None or live.duplicate_of is not None:
-            return
-        if error is not None:
-            ending = answered.failed(live, error)
-            events = live.close(ending)
-        elif answer and live.input.transcript is None:
-            question = Message(role=Role.USER, parts=live.input.parts, turn=live.key.ordinal)
-            said = Message(role=Role.ASSISTANT, parts=answer, turn=live.key.ordinal, model=engine.id)
-            session.history.extend((question, said))
-        live.end(events[-1])
-        self._metrics.turn_ended(ending, engine.id)
 
-    async def _stored(self, live: LiveTurn, row: EndedTurn) -> MoltBotError | None:
-        """Wait until a turn and its end are on the disk; both may go there together."""
-        written = self._store.finish(row)
-        if await live.wait_stored():
-            # The first row gave way to an earlier turn's, and its end with it.
-            written = self._store.finish(row)
+    def _finish(self, row: EndedTurn) -> None:
+        self._row = row
+        self._written = self._pipeline.store.finish(row)
+        self._written.add_done_callback(self._stored)
+
+    def _stored(self, written: Future[None]) -> None:
         try:
-            await written
-        except MoltBotError as error:
-            return error
-        return None
+            self._settle(written)
+        except Exception:
+            self._break_off()
 
-    def _stopped(self, live: LiveTurn, answer: _Answer) -> Completed | Failed:
-        """Return the end of a turn whose task was cancelled: by a caller, its deadline, or because the core leaves."""
-        if live.late:
-            return answer.failed(live, DeadlineExceeded("the deadline passed before the answer was complete"))
-        if not live.cancelling:
-            return answer.failed(live, TurnInterrupted("the core stopped while the turn ran"))
-        return answer.cancelled(live)
+    def _settle(self, written: Future[None]) -> None:
+        """Remember the answer in the session, then let the followers see the end."""
+        live, row, ending = self._live, self._row, self._ending
+        if self._over or not live.is_stored or written is not self._written or row is None or ending is None:
+            return  # it was dropped, or is being stored again
+        last = row.events[-1]
+        if (error := _error(written)) is not None:
+            ending = self._failed(error)
+            last = live.close(ending)[-1]
+        elif row.answer and live.input.transcript is None:
+            ordinal = live.key.ordinal
+            question = Message(role=Role.USER, parts=live.input.parts, turn=ordinal)
+            said = Message(role=Role.ASSISTANT, parts=row.answer, turn=ordinal, model=row.model)
+            self._session.history.extend((question, said))
+        live.end(last)
+        self._pipeline.metrics.turn_ended(ending, row.model)
+        self._leave()
 
-    async def drain(self, grace: float) -> None:
-        """Refuse new turns, let those under way end within `grace` seconds, then cut the rest; they are retryable."""
-        self._draining = True
-        if self._tasks:
-            await asyncio.wait(set(self._tasks), timeout=grace)
-        for live in self._journal.under_way():
-            if not live.closing:
-                live.stop()
-        if self._tasks:
-            await asyncio.wait(set(self._tasks))
+    def _break_off(self) -> None:
+        """Let nobody wait for an end that will not come. Called while an exception is handled."""
+        log.exception("a turn could not be brought to its end")
+        self._drop(refusal=InternalError("something went wrong in the core; its log says what"))
 
+    def _leave(self) -> None:
+        """Make room for the next turn, once."""
+        if self._over:
+            return
+        self._over = True
+        if self._entered:
+            self._session.leave()
+        self._session.release()
+        self._pipeline.journal.close(self._live)
+        self._pipeline.over(self)
 
-_NOTHING_READ = Fitted([], 0, 0, 0)
+    # --- what is told --------------------------------------------------------------------------------------------
 
-
-class _Answer:
-    """What is known of an answer while it is being written."""
-
-    __slots__ = ("finished", "first_text", "fitted", "model", "pieces", "started")
-
-    def __init__(self) -> None:
-        self.pieces: list[str] = []
-        self.started = 0.0
-        self.first_text = 0.0
-        self.finished: Finished | None = None
-        self.model = ""
-        self.fitted = _NOTHING_READ
-
-    def add(self, text: str) -> None:
-        """Note another piece of the text."""
-        if not self.pieces:
-            self.first_text = time.perf_counter()
-        self.pieces.append(text)
-
-    def completed(self, live: LiveTurn, engine: Engine) -> Completed:
-        """Return the event of an answer that ended by itself."""
-        finished = self.finished
+    def _completed(self, reason: FinishReason) -> Completed:
+        """Return the event of an answer that ended by itself, or that a caller stopped: its text so far is kept."""
+        pieces, ordinal = self._pieces, self._live.key.ordinal
+        spoke = pieces or reason is not FinishReason.CANCELLED
         return Completed(
-            text="".join(self.pieces),
-            finish_reason=finished.finish_reason if finished else FinishReason.STOP,
-            usage=self.usage(),
-            timings=self.timings(live),
-            model=engine.id,
-            message=f"{live.key.ordinal}.1" if self.pieces else "",
+            text="".join(pieces),
+            finish_reason=reason,
+            usage=self._usage(),
+            timings=self._timings(),
+            model=self._engine.id if spoke else "",
+            message=f"{ordinal}.1" if pieces else "",
         )
 
-    def usage(self) -> Usage:
-        """Return the tokens read and written, as the engine counted them or, before its end, as they came."""
-        counted = self.finished.usage if self.finished else Usage(output_tokens=len(self.pieces))
-        if counted.input_tokens:
-            return counted
-        return msgspec.structs.replace(counted, input_tokens=self.fitted.tokens)
-
-    def cancelled(self, live: LiveTurn) -> Completed:
-        """Return the event of an answer that a caller stopped; its text so far is kept."""
-        return Completed(
-            text="".join(self.pieces),
-            finish_reason=FinishReason.CANCELLED,
-            usage=self.usage(),
-            timings=self.timings(live),
-            model=self.model if self.pieces else "",
-            message=f"{live.key.ordinal}.1" if self.pieces else "",
-        )
-
-    def failed(self, live: LiveTurn, error: MoltBotError) -> Failed:
+    def _failed(self, error: MoltBotError) -> Failed:
         """Return the event of an answer that an error ended."""
         return Failed(
             status=error.status,
@@ -424,25 +459,71 @@ class _Answer:
             message=error.message,
             retryable=error.retryable,
             retry_after=error.retry_after,
-            timings=self.timings(live),
+            timings=self._timings(),
         )
 
-    def timings(self, live: LiveTurn) -> Timings:
+    def _usage(self) -> Usage:
+        """Return the tokens read and written, as the engine counted them or, before its end, as they came."""
+        counted = self._finished.usage if self._finished else Usage(output_tokens=len(self._pieces))
+        if counted.input_tokens:
+            return counted
+        return msgspec.structs.replace(counted, input_tokens=self._fitted.tokens)
+
+    def _timings(self) -> Timings:
         """Return where the time went, up to now."""
         now = time.perf_counter()
-        waited = self.finished.queue if self.finished else 0.0
-        started = self.started or now
-        first = self.first_text or now
+        waited = self._finished.queue if self._finished else 0.0
+        started = self._started or now
+        first = self._first_text or now
+        arrived, fitted = self._live.arrived, self._fitted
         return Timings(
-            accept=live.accepted_after,
-            queue=started - live.arrived + waited,
+            accept=self._live.accepted_after,
+            queue=started - arrived + waited,
             first_token=max(0.0, first - started - waited),
             generation=now - first,
-            total=now - live.arrived,
-            trimmed_messages=self.fitted.trimmed_messages,
-            history_messages=self.fitted.history_messages,
-            attempts=1 if self.started else 0,
+            total=now - arrived,
+            trimmed_messages=fitted.trimmed_messages,
+            history_messages=fitted.history_messages,
+            attempts=1 if self._started else 0,
         )
+
+
+_NOTHING_READ = Fitted([], 0, 0, 0)
+
+
+def _check(turn: TurnInput) -> None:
+    """Refuse what no model could answer."""
+    parts = turn.parts
+    if not parts:
+        raise EmptyMessage("turn.parts", "the message is empty; send at least one part")
+    if all(isinstance(part, TextPart) and not part.text.strip() for part in parts):
+        raise EmptyMessage("turn.parts", "the message is blank; say something")
+    if turn.session:
+        if not _NAME.match(turn.session):
+            raise InvalidField("turn.session", "use `sessions/` and 1 to 128 characters of A-Z a-z 0-9 . _ ~ -")
+        if turn.transcript is not None:
+            raise InvalidField("turn.transcript", "leave turn.session empty: a transcript stands in for a session")
+    if len(turn.request_id) > 128 or not turn.request_id.isprintable():
+        raise InvalidField("turn.request_id", "use at most 128 printable characters; a UUID is recommended")
+    if turn.channel and not _CHANNEL.match(turn.channel):
+        raise InvalidField("turn.channel", "use at most 32 characters of a-z 0-9 _ -")
+    if len(turn.user) > 256:
+        raise InvalidField("turn.user", "use at most 256 characters")
+
+
+def _system(text: str) -> Sequence[Message]:
+    return (Message(role=Role.SYSTEM, parts=(TextPart(text=text),)),) if text else ()
+
+
+def _error(written: Future[Any]) -> MoltBotError | None:
+    """Return why the store did not take something, or None."""
+    if written.cancelled():
+        return NotServing("the core is leaving")
+    error = written.exception()
+    if error is None or isinstance(error, MoltBotError):
+        return error
+    log.error("the store failed", exc_info=error)
+    return InternalError("something went wrong in the core; its log says what")
 
 
 def _digest(turn: TurnInput) -> bytes:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from collections import OrderedDict, deque
+from collections import OrderedDict
 from collections.abc import AsyncGenerator, Callable, Iterable, Sequence
 from contextlib import asynccontextmanager
 from itertools import islice
@@ -44,7 +44,7 @@ class OpenSession(Generic[H]):
         self.exists = exists
         self.claims = 0
         self.running: LiveTurn | None = None
-        self.waiting: deque[tuple[LiveTurn, asyncio.Future[None]]] = deque()
+        self.waiting: dict[LiveTurn, Callable[[], None]] = {}
         self.moved: asyncio.Event | None = None
 
     def claim(self) -> int:
@@ -58,59 +58,51 @@ class OpenSession(Generic[H]):
         self.claims -= 1
         self._tell_moved()
 
-    async def enter(self, live: LiveTurn) -> None:
-        """Wait until the session is this turn's; those that came before go first, and the turn is told its position."""
+    def enter(self, live: LiveTurn, go: Callable[[], None]) -> bool:
+        """Tell whether the session is this turn's now; if not, `go` is called when it is.
+
+        Those that came before go first, and the turn is told its position.
+        """
+        self._tell_moved()
         if self.running is None and not self.waiting:
             self.running = live
-            self._tell_moved()
-        else:
-            await self._queue(live)
+            return True
+        self.waiting[live] = go
+        live.record(Queued(position=len(self.waiting)))
+        return False
 
     def leave(self) -> None:
         """Give the session to the turn that waits longest, and tell the others how far they have come."""
         self.running = None
-        while self.waiting:
-            live, place = self.waiting.popleft()
-            if not place.done():
-                self.running = live
-                place.set_result(None)
-                break
-        self._tell_positions()
+        if self.waiting:
+            self.running = live = next(iter(self.waiting))
+            asyncio.get_running_loop().call_soon(self.waiting.pop(live))
+            self._tell_positions()
+
+    def withdraw(self, live: LiveTurn) -> None:
+        """Take a turn out that waits, or that was given the session and has not set out."""
+        if self.running is live:
+            self.leave()
+        elif self.waiting.pop(live, None) is not None:
+            self._tell_positions()
 
     async def clear(self) -> None:
         """Cancel the turns that run or wait, and those that are about to; return when all have ended."""
         self.moved = asyncio.Event()
         while self.claims:
             self.moved.clear()
-            for live in ([self.running] if self.running else []) + [live for live, _ in self.waiting]:
+            for live in ([self.running] if self.running else []) + [*self.waiting]:
                 live.cancel()
             await self.moved.wait()
-
-    async def _queue(self, live: LiveTurn) -> None:
-        place: asyncio.Future[None] = asyncio.get_running_loop().create_future()
-        self.waiting.append((live, place))
-        live.record(Queued(position=len(self.waiting)))
-        self._tell_moved()
-        try:
-            await place
-        except asyncio.CancelledError:
-            if place.done() and not place.cancelled():
-                self.leave()
-            elif (live, place) in self.waiting:
-                # `leave` takes those out that it finds cancelled; this one it has not met.
-                self.waiting.remove((live, place))
-                self._tell_positions()
-            raise
-
-    def _tell_positions(self) -> None:
-        """Tell the turns that are nearly there; to tell all of a long queue each step would cost its square."""
-        waiting = (live for live, place in self.waiting if not place.done())
-        for position, live in enumerate(islice(waiting, _TOLD_EACH_STEP), start=1):
-            live.record(Queued(position=position))
 
     def _tell_moved(self) -> None:
         if self.moved is not None:
             self.moved.set()
+
+    def _tell_positions(self) -> None:
+        """Tell the turns that are nearly there; to tell all of a long queue each step would cost its square."""
+        for position, live in enumerate(islice(self.waiting, _TOLD_EACH_STEP), start=1):
+            live.record(Queued(position=position))
 
 
 class Sessions(Generic[H]):
@@ -131,6 +123,14 @@ class Sessions(Generic[H]):
     def at_hand(self, key: SessionKey) -> OpenSession[H] | None:
         """Return the session if it is at hand."""
         return self._open.get(key)
+
+    def ready(self, key: SessionKey) -> OpenSession[H] | None:
+        """Return a session that can be had without waiting, or None: see `open`."""
+        session = self._open.get(key)
+        if session is None or self._changes:
+            return None
+        self._open.move_to_end(key)
+        return session
 
     async def open(self, key: SessionKey) -> OpenSession[H]:
         """Return a session, read from the store when it is not at hand, or a new one.

@@ -14,8 +14,9 @@ import pytest
 import sentencepiece
 from moltbot_server.errors import ContextLengthExceeded, ModelUnavailable, QueueFull, UnsupportedOption
 from moltbot_server.models.engine import Chunk, Finished
+from moltbot_server.models.engine import stream as streamed
 from moltbot_server.models.engines.local import LocalEngine
-from moltbot_server.models.engines.rows import Row, Sampling
+from moltbot_server.models.engines.rows import GONE, Row, Sampling
 from moltbot_server.models.folder import read_folder
 from moltbot_server.models.tokenizer import Tokenizer
 from moltbot_server.turns import FinishReason, GenerationOptions, Message, Role, TextPart
@@ -50,7 +51,7 @@ async def running(folder: Path, **options: int) -> AsyncIterator[LocalEngine]:
 
 
 async def ask(engine: LocalEngine, text: str, options: GenerationOptions = ASK) -> tuple[list[Chunk], Finished]:
-    async with aclosing(engine.generate(user(text), options)) as stream:
+    async with aclosing(streamed(engine, user(text), options)) as stream:
         items = [item async for item in stream]
     finished = items.pop()
     assert isinstance(finished, Finished)
@@ -163,7 +164,7 @@ async def test_stop_texts_end_an_answer_wherever_tokens_are_cut(endless: Path) -
 
 async def test_closing_a_stream_frees_its_row_within_one_step(endless: Path) -> None:
     async with running(endless, threads=1) as engine:
-        stream = await opened(engine.generate(user("hello"), ASK))
+        stream = await opened(streamed(engine, user("hello"), ASK))
         (row,) = engine._running
         await stream.aclose()
         written = row.limit - row.left
@@ -176,9 +177,9 @@ async def test_a_cancelled_row_leaves_its_batch_mates_unharmed(endless: Path) ->
     limit = GenerationOptions(max_output_tokens=300)
     expected = {text: offline(endless, text, 300)[0] for text in ("aaa", "bbb", "ccc")}
     async with running(endless, threads=1) as engine:
-        first = await opened(engine.generate(user("hold the only replica"), ASK))
+        first = await opened(streamed(engine, user("hold the only replica"), ASK))
         mates = [asyncio.create_task(ask(engine, text, limit)) for text in expected]
-        leaving = engine.generate(user("ddd"), ASK)
+        leaving = streamed(engine, user("ddd"), ASK)
         begun = asyncio.create_task(anext(leaving))
         await until(lambda: engine.waiting == 4)
         rows = list(engine._waiting._rows)
@@ -193,7 +194,7 @@ async def test_a_cancelled_row_leaves_its_batch_mates_unharmed(endless: Path) ->
 
 async def test_a_stream_that_is_closed_while_it_waits_leaves_the_queue_at_once(endless: Path) -> None:
     async with running(endless, threads=1) as engine:
-        first = await opened(engine.generate(user("hold"), ASK))
+        first = await opened(streamed(engine, user("hold"), ASK))
         waiting = asyncio.create_task(ask(engine, "never"))
         await until(lambda: engine.waiting == 1)
         (row,) = engine._waiting._rows
@@ -207,7 +208,7 @@ async def test_a_stream_that_is_closed_while_it_waits_leaves_the_queue_at_once(e
 
 async def test_more_than_may_wait_is_refused_with_the_time_to_come_back(endless: Path) -> None:
     async with running(endless, threads=1, max_waiting=2) as engine:
-        first = await opened(engine.generate(user("hold"), ASK))
+        first = await opened(streamed(engine, user("hold"), ASK))
         waiting = [asyncio.create_task(ask(engine, "wait", GenerationOptions(max_output_tokens=2))) for _ in range(2)]
         await until(lambda: engine.waiting == 2)
         with pytest.raises(QueueFull) as caught:
@@ -221,7 +222,7 @@ async def test_more_than_may_wait_is_refused_with_the_time_to_come_back(endless:
 
 async def test_only_equal_options_and_similar_lengths_share_a_batch(endless: Path) -> None:
     async with running(endless, threads=1) as engine:
-        first = await opened(engine.generate(user("hold"), ASK))
+        first = await opened(streamed(engine, user("hold"), ASK))
         short = GenerationOptions(max_output_tokens=2)
         asked = [("a", short), ("b", short), ("1 " * 100, short), ("c", GenerationOptions(max_output_tokens=3))]
         asked.append(("d", GenerationOptions(max_output_tokens=2, temperature=1.0)))
@@ -255,7 +256,7 @@ async def test_closing_the_engine_ends_its_answers_and_all_its_threads(endless: 
     engine = LocalEngine(read_folder(endless), threads=3)
     await engine.start()
     assert (engine.healthy, threading.active_count() - before[0] >= 3) == (True, True)
-    streams = [await opened(engine.generate(user("go on"), ASK)) for _ in range(3)]
+    streams = [await opened(streamed(engine, user("go on"), ASK)) for _ in range(3)]
     queued = asyncio.create_task(ask(engine, "wait"))
     await until(lambda: engine.waiting == 1)
     async with asyncio.timeout(5):
@@ -278,11 +279,11 @@ async def test_a_batch_that_fails_hurts_no_other_and_the_thread_lives_on(
 ) -> None:
     async with running(tiny, threads=1) as engine:
         row = Row(["<s>", "<|user|>"], Sampling(topk=-5), 5)
+        told: asyncio.Future[list[int]] = asyncio.get_running_loop().create_future()
+        row.read = told.set_result
         engine._waiting.put(row)
         async with asyncio.timeout(5):
-            taken = await row.take()
-        with pytest.raises(ModelUnavailable, match="failed while it wrote"):
-            engine._reason(taken[-1])
+            assert await told == [GONE]
         assert "a batch failed" in caplog.text
         assert engine.healthy
         chunks, _ = await ask(engine, "hello", GenerationOptions(max_output_tokens=20))
@@ -293,7 +294,7 @@ async def test_trouble_in_the_callback_ends_one_row_only(
     endless: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     async with running(endless, threads=1) as engine:
-        first = await opened(engine.generate(user("hold"), ASK))
+        first = await opened(streamed(engine, user("hold"), ASK))
         options = GenerationOptions(max_output_tokens=20)
         tasks = [asyncio.create_task(ask(engine, text, options)) for text in ("aaa", "bbb", "ccc")]
         await until(lambda: engine.waiting == 3)
@@ -348,7 +349,7 @@ async def test_a_broken_weights_file_is_named(tmp_path: Path, spoil: str) -> Non
 
 async def test_a_thousand_cancelled_answers_leave_nothing_behind(endless: Path) -> None:
     async def cancelled(engine: LocalEngine, index: int) -> None:
-        async with aclosing(engine.generate(user(f"hello {index % 7}"), ASK)) as stream:
+        async with aclosing(streamed(engine, user(f"hello {index % 7}"), ASK)) as stream:
             async for _ in stream:
                 break
 

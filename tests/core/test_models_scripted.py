@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 from moltbot_server.errors import ContentTooLarge, ModelUnavailable, QueueFull
 from moltbot_server.models.engine import Chunk, Finished
+from moltbot_server.models.engine import stream as streamed
 from moltbot_server.models.engines.scripted import Failure, Rule, Script, ScriptedEngine, Tokens, load_script
 from moltbot_server.turns import FinishReason, GenerationOptions, Message, Role, TextPart, Usage
 
@@ -25,7 +26,7 @@ async def ask(
 ) -> tuple[list[str], Finished]:
     engine = ScriptedEngine(script)
     await engine.start()
-    async with aclosing(engine.generate([*before, said(text)], options)) as stream:
+    async with aclosing(streamed(engine, [*before, said(text)], options)) as stream:
         items = [item async for item in stream]
     finished = items.pop()
     assert isinstance(finished, Finished)
@@ -68,7 +69,7 @@ async def test_a_directive_sets_the_pace() -> None:
     await engine.start()
     loop = asyncio.get_running_loop()
     began = loop.time()
-    times = [loop.time() - began async for _ in engine.generate([said("#5 wait=0.2 pace=0.05")], ASK)]
+    times = [loop.time() - began async for _ in streamed(engine, [said("#5 wait=0.2 pace=0.05")], ASK)]
     due = [0.2, 0.25, 0.3, 0.35, 0.4]
     assert all(planned - 0.01 <= at < planned + 1 for at, planned in zip(times, due, strict=False))
 
@@ -85,7 +86,7 @@ async def test_without_pauses_it_never_gives_way_to_the_loop() -> None:
             await asyncio.sleep(0)
 
     task = asyncio.create_task(other())
-    assert len([item async for item in engine.generate([said("#1000")], ASK)]) == 1001
+    assert len([item async for item in streamed(engine, [said("#1000")], ASK)]) == 1001
     assert turns == 0
     task.cancel()
 
@@ -93,15 +94,15 @@ async def test_without_pauses_it_never_gives_way_to_the_loop() -> None:
 async def test_it_breaks_where_it_is_told_to() -> None:
     engine = ScriptedEngine(Script(rules=(Rule(match="full", deltas=("a",), fail=Failure(reason="QUEUE_FULL")),)))
     await engine.start()
-    async with aclosing(engine.generate([said("#9 fail=3")], ASK)) as stream:
+    async with aclosing(streamed(engine, [said("#9 fail=3")], ASK)) as stream:
         seen = [await anext(stream) for _ in range(3)]
         with pytest.raises(ModelUnavailable):
             await anext(stream)
     assert all(isinstance(item, Chunk) for item in seen)
     with pytest.raises(QueueFull):
-        await anext(engine.generate([said("full")], ASK))
+        await anext(streamed(engine, [said("full")], ASK))
     with pytest.raises(QueueFull):
-        await anext(engine.generate([said("#1 fail=0:QUEUE_FULL")], ASK))
+        await anext(streamed(engine, [said("#1 fail=0:QUEUE_FULL")], ASK))
 
 
 async def test_limits_and_stop_texts_are_kept() -> None:
@@ -116,12 +117,12 @@ async def test_limits_and_stop_texts_are_kept() -> None:
 async def test_it_answers_only_between_start_and_close() -> None:
     engine = ScriptedEngine()
     with pytest.raises(ModelUnavailable):
-        await anext(engine.generate([said("x")], ASK))
+        await anext(streamed(engine, [said("x")], ASK))
     await engine.start()
     await engine.close()
     assert not engine.healthy
     with pytest.raises(ModelUnavailable):
-        await anext(engine.generate([said("x")], ASK))
+        await anext(streamed(engine, [said("x")], ASK))
 
 
 def test_a_script_is_read_from_yaml(tmp_path: Path) -> None:

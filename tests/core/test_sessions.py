@@ -45,6 +45,17 @@ def spoken(session: OpenSession[Remembered]) -> LiveTurn:
     return LiveTurn(key=key, turn=said, principal=CALLER, digest=b"d", arrived=0.0)
 
 
+async def entered(session: OpenSession[Remembered], live: LiveTurn) -> None:
+    """Wait until the session is a turn's."""
+    place = asyncio.Event()
+    if not session.enter(live, place.set):
+        await place.wait()
+
+
+def never() -> None:
+    raise AssertionError("a turn that has the session is not called")
+
+
 def told(live: LiveTurn) -> list[int]:
     return [event.kind.position for event in live.events if isinstance(event.kind, Queued)]
 
@@ -55,7 +66,7 @@ async def test_turns_take_a_session_one_after_the_other_in_the_order_they_came(s
     done: list[int] = []
 
     async def turn(live: LiveTurn) -> None:
-        await session.enter(live)
+        await entered(session, live)
         running.append(live.key.ordinal)
         assert len(running) == 1
         await asyncio.sleep(0.001)
@@ -71,53 +82,37 @@ async def test_turns_take_a_session_one_after_the_other_in_the_order_they_came(s
     assert (session.running, session.claims, len(session.waiting)) == (None, 0, 0)
 
 
-async def test_a_waiting_turn_that_is_cancelled_leaves_the_queue_and_the_others_move_up(
+async def test_a_waiting_turn_that_withdraws_leaves_the_queue_and_the_others_move_up(
     sessions: Sessions[Remembered],
 ) -> None:
     session = await sessions.open(KEY)
     first, second, third = (spoken(session) for _ in range(3))
-    await session.enter(first)
-    waiting = [asyncio.create_task(session.enter(live)) for live in (second, third)]
-    await asyncio.sleep(0)
-    waiting[0].cancel()
-    await asyncio.wait({waiting[0]})
+    called = asyncio.Event()
+    assert session.enter(first, never)
+    assert not session.enter(second, never)
+    assert not session.enter(third, called.set)
+    session.withdraw(second)
     assert told(third) == [2, 1]
     session.leave()
 
-    await asyncio.wait_for(waiting[1], 1)
+    await asyncio.wait_for(called.wait(), 1)
     assert session.running is third
 
 
-async def test_a_waiting_turn_cancelled_in_the_moment_that_the_running_one_ends_is_cancelled_and_no_more(
+async def test_a_turn_that_withdraws_in_the_moment_that_it_gets_the_session_gives_it_on(
     sessions: Sessions[Remembered],
 ) -> None:
     session = await sessions.open(KEY)
     first, second, third = (spoken(session) for _ in range(3))
-    await session.enter(first)
-    waiting = [asyncio.create_task(session.enter(live)) for live in (second, third)]
-    await asyncio.sleep(0)
-    waiting[0].cancel()
+    called = asyncio.Event()
+    assert session.enter(first, never)
+    assert not session.enter(second, lambda: None)
+    assert not session.enter(third, called.set)
     session.leave()
-    results = await asyncio.wait_for(asyncio.gather(*waiting, return_exceptions=True), 1)
+    assert session.running is second
+    session.withdraw(second)
 
-    assert isinstance(results[0], asyncio.CancelledError)
-    assert results[1] is None
-    assert session.running is third
-
-
-async def test_a_turn_cancelled_in_the_moment_that_it_gets_the_session_gives_it_on(
-    sessions: Sessions[Remembered],
-) -> None:
-    session = await sessions.open(KEY)
-    first, second, third = (spoken(session) for _ in range(3))
-    await session.enter(first)
-    waiting = [asyncio.create_task(session.enter(live)) for live in (second, third)]
-    await asyncio.sleep(0)
-    session.leave()
-    waiting[0].cancel()
-    results = await asyncio.wait_for(asyncio.gather(*waiting, return_exceptions=True), 1)
-
-    assert isinstance(results[0], asyncio.CancelledError)
+    await asyncio.wait_for(called.wait(), 1)
     assert session.running is third
 
 
@@ -166,7 +161,7 @@ async def test_deleting_waits_for_a_turn_that_has_claimed_and_not_begun(
     deleting = asyncio.create_task(sessions.delete(KEY))
     await asyncio.sleep(0.01)
     assert not deleting.done()
-    await session.enter(live)
+    assert session.enter(live, never)
     await asyncio.sleep(0.01)
     assert live.cancelling
     session.leave()

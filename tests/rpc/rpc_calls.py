@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import AsyncGenerator, Callable, Sequence
-from contextlib import aclosing
+from collections.abc import Callable, Sequence
 from typing import Any
 
 from google.rpc import error_details_pb2, status_pb2
@@ -20,7 +19,7 @@ from moltbot.v1 import (
     session_pb2,
     session_pb2_grpc,
 )
-from moltbot_server.models.engine import Chunk, Finished
+from moltbot_server.models.engine import Finished, Generation, Listener
 from moltbot_server.testing import RunningServer, ScriptedEngine
 from moltbot_server.turns import GenerationOptions, Message
 
@@ -94,23 +93,51 @@ class WatchedEngine(ScriptedEngine):
         self.began = asyncio.Event()
         self.idle = asyncio.Event()
 
-    async def generate(
-        self, messages: Sequence[Message], options: GenerationOptions
-    ) -> AsyncGenerator[Chunk | Finished, None]:
+    def begin(self, messages: Sequence[Message], options: GenerationOptions, listener: Listener) -> Generation:
         """Answer from the script."""
         self.running += 1
         self.read.append([message.text for message in messages])
         self.idle.clear()
         self.began.set()
+        watched = _Watched(self, listener)
         try:
-            async with aclosing(super().generate(messages, options)) as chunks:
-                async for chunk in chunks:
-                    yield chunk
-        finally:
-            self.running -= 1
-            self.let_go_at = time.monotonic()
-            if not self.running:
-                self.idle.set()
+            watched.generation = super().begin(messages, options, watched)
+        except BaseException:
+            watched.let_go()
+            raise
+        return watched
+
+
+class _Watched:
+    """Stands between an engine and whoever listens to it, and notes when the answer is let go."""
+
+    generation: Generation | None = None
+    over = False
+
+    def __init__(self, engine: WatchedEngine, listener: Listener) -> None:
+        self.engine = engine
+        self.listener = listener
+
+    def wrote(self, text: str, tokens: int) -> None:
+        self.listener.wrote(text, tokens)
+
+    def ended(self, end: Finished | Exception) -> None:
+        self.let_go()
+        self.listener.ended(end)
+
+    def stop(self) -> None:
+        if self.generation is not None:
+            self.generation.stop()
+        self.let_go()
+
+    def let_go(self) -> None:
+        if self.over:
+            return
+        self.over = True
+        self.engine.running -= 1
+        self.engine.let_go_at = time.monotonic()
+        if not self.engine.running:
+            self.engine.idle.set()
 
 
 def turn(text: str = "hello", **fields: Any) -> chat_pb2.TurnInput:

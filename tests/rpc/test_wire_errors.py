@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import AsyncGenerator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 
 import grpc
@@ -12,7 +12,7 @@ import pytest
 from google.rpc import error_details_pb2
 from moltbot.v1 import message_pb2
 from moltbot_server.errors import MoltBotError, every_error
-from moltbot_server.models.engine import Capabilities, Chunk, Finished
+from moltbot_server.models.engine import Capabilities, Finished, Generation, Listener
 from moltbot_server.testing import ScriptedEngine, running_server
 from moltbot_server.turns import GenerationOptions, Message
 from rpc_calls import Api, WatchedEngine, details_of, info_of, reason_of, refused, turn
@@ -21,18 +21,27 @@ from rpc_calls import Api, WatchedEngine, details_of, info_of, reason_of, refuse
 class BrokenEngine(ScriptedEngine):
     """Raises what its message names: a meaning with all that it can carry, or a fault that nobody foresaw."""
 
-    async def generate(
-        self, messages: Sequence[Message], options: GenerationOptions
-    ) -> AsyncGenerator[Chunk | Finished, None]:
-        """Fail."""
-        yield Chunk(text="so far")
+    def begin(self, messages: Sequence[Message], options: GenerationOptions, listener: Listener) -> Generation:
+        """Fail: foreseen faults break the answer, others its beginning."""
+        listener.wrote("so far", 1)
         text = messages[-1].text
         for error in every_error():
             if error.reason == text:
                 failure = MoltBotError.__new__(error)
                 MoltBotError.__init__(failure, "told to the caller", retry_after=1.5, fields={"turn.parts": "is odd"})
-                raise failure
+                listener.ended(failure)
+                return super().begin(messages, options, Deaf())
         raise ZeroDivisionError("secret of the core: /etc/passwd")
+
+
+class Deaf:
+    """Hears nothing."""
+
+    def wrote(self, text: str, tokens: int) -> None:
+        pass
+
+    def ended(self, end: Finished | Exception) -> None:
+        pass
 
 
 @pytest.fixture

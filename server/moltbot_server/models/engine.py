@@ -1,7 +1,9 @@
-"""What an engine is: messages in, chunks of text out, stopped by closing the stream."""
+"""What an engine is: messages in, text out to a listener as it is written, or as a stream of chunks."""
 
 from __future__ import annotations
 
+import asyncio
+from collections import deque
 from collections.abc import AsyncGenerator, Sequence
 from typing import Protocol
 
@@ -44,6 +46,23 @@ class Finished(Value, frozen=True, kw_only=True):
     queue: float = 0.0
     first_token: float = 0.0
     generation: float = 0.0
+
+
+class Listener(Protocol):
+    """Who hears an answer as it is written, on the event loop's thread. Neither method may raise."""
+
+    def wrote(self, text: str, tokens: int) -> None:
+        """Hear of another piece: whole characters, and the tokens that they stand for."""
+
+    def ended(self, end: Finished | Exception) -> None:
+        """Hear of the end, once: a good one, or what broke the answer."""
+
+
+class Generation(Protocol):
+    """An answer being written."""
+
+    def stop(self) -> None:
+        """Free the engine within one step; the listener hears no more. Does nothing after the end."""
 
 
 class Engine(Protocol):
@@ -90,12 +109,59 @@ class Engine(Protocol):
     def count(self, message: Message) -> int:
         """Return how many tokens a message takes in a prompt, its role markers included."""
 
-    def generate(
-        self, messages: Sequence[Message], options: GenerationOptions
-    ) -> AsyncGenerator[Chunk | Finished, None]:
-        """Stream the answer to a conversation that fits the context. Closing the stream frees the engine in one step.
+    def begin(self, messages: Sequence[Message], options: GenerationOptions, listener: Listener) -> Generation:
+        """Begin the answer to a conversation that fits the context.
+
+        The listener may hear of it, to its end even, before this returns.
 
         Raises:
             QueueFull: too many generations wait already.
             ModelUnavailable: the model cannot answer now.
         """
+
+
+async def stream(
+    engine: Engine, messages: Sequence[Message], options: GenerationOptions
+) -> AsyncGenerator[Chunk | Finished, None]:
+    """Yield an answer in chunks, then its end. Closing the stream stops the answer.
+
+    Raises:
+        MoltBotError: as `Engine.begin` does, or because the answer broke.
+    """
+    inbox = _Inbox()
+    generation = engine.begin(messages, options, inbox)
+    try:
+        while True:
+            item = await inbox.take()
+            if isinstance(item, Exception):
+                raise item
+            yield item
+            if isinstance(item, Finished):
+                return
+    finally:
+        generation.stop()
+
+
+class _Inbox:
+    """A listener that keeps what it hears until it is asked."""
+
+    def __init__(self) -> None:
+        self._heard: deque[Chunk | Finished | Exception] = deque()
+        self._waiter: asyncio.Future[None] | None = None
+
+    def wrote(self, text: str, tokens: int) -> None:
+        self._put(Chunk(text=text, tokens=tokens))
+
+    def ended(self, end: Finished | Exception) -> None:
+        self._put(end)
+
+    def _put(self, item: Chunk | Finished | Exception) -> None:
+        self._heard.append(item)
+        if self._waiter is not None and not self._waiter.done():
+            self._waiter.set_result(None)
+
+    async def take(self) -> Chunk | Finished | Exception:
+        while not self._heard:
+            self._waiter = asyncio.get_running_loop().create_future()
+            await self._waiter
+        return self._heard.popleft()

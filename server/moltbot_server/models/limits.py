@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 from moltbot_server.errors import InvalidField, UnsupportedContent, UnsupportedOption
 from moltbot_server.models.engine import Capabilities
-from moltbot_server.turns import GenerationOptions, MediaPart, Message, TextPart
+from moltbot_server.turns import GenerationOptions, MediaPart, Part, TextPart
 
 MAX_STOPS = 8
 MAX_STOP_CHARACTERS = 64
@@ -33,13 +35,13 @@ def check_options(options: GenerationOptions, capabilities: Capabilities) -> Non
             raise UnsupportedOption(f"options.{name}", "this model cannot honour it; leave it out")
 
 
-def check_content(message: Message, capabilities: Capabilities) -> None:
+def check_content(parts: Sequence[Part], capabilities: Capabilities) -> None:
     """Refuse parts that a model with these capabilities cannot read.
 
     Raises:
         UnsupportedContent: a part is neither text nor named by the capabilities; the field is the part's index.
     """
-    for index, part in enumerate(message.parts):
+    for index, part in enumerate(parts):
         if isinstance(part, TextPart):
             continue
         if isinstance(part, MediaPart):

@@ -10,7 +10,7 @@ from moltbot.v1 import inference_pb2, inference_pb2_grpc
 
 from moltbot_server.errors import DeadlineExceeded, InvalidField
 from moltbot_server.models.catalog import Catalog
-from moltbot_server.models.engine import Chunk, Engine, Finished
+from moltbot_server.models.engine import Chunk, Engine, Finished, stream
 from moltbot_server.models.limits import check_content
 from moltbot_server.rpc import convert, names
 from moltbot_server.rpc.interceptors import Call
@@ -36,7 +36,7 @@ class InferenceService(inference_pb2_grpc.InferenceServiceServicer):
         if not messages or messages[-1].role not in (Role.USER, Role.TOOL):
             raise InvalidField("prompt.messages", "end with the message that is to be answered")
         for message in messages:
-            check_content(message, engine.capabilities)
+            check_content(message.parts, engine.capabilities)
         interval = _FLUSH_INTERVAL
         if request.HasField("flush_interval"):
             interval = convert.seconds(request.flush_interval, "flush_interval")
@@ -111,7 +111,7 @@ class _Generation:
         await self._end(None if reading.cancelled() else reading.result(), sum(map(self._engine.count, messages)))
 
     async def _read(self, messages: tuple[Message, ...], options: GenerationOptions) -> Finished | None:
-        async with aclosing(self._engine.generate(messages, options)) as chunks:
+        async with aclosing(stream(self._engine, messages, options)) as chunks:
             async for chunk in chunks:
                 if isinstance(chunk, Finished):
                     return chunk

@@ -11,7 +11,7 @@ import asyncio
 import logging
 import threading
 from collections import deque
-from collections.abc import AsyncGenerator, Callable, Sequence
+from collections.abc import Callable, Sequence
 from time import perf_counter
 
 import ctranslate2
@@ -19,7 +19,7 @@ import ctranslate2
 from moltbot_server.errors import ContextLengthExceeded, ModelUnavailable
 from moltbot_server.models.cpus import usable_cpus
 from moltbot_server.models.detokenizer import Detokenizer
-from moltbot_server.models.engine import Capabilities, Chunk, Finished
+from moltbot_server.models.engine import Capabilities, Finished, Generation, Listener, stream
 from moltbot_server.models.engines.rows import FULL, GONE, STOPPED, Row, Sampling, Waiting
 from moltbot_server.models.folder import ModelFolder
 from moltbot_server.models.limits import check_options
@@ -128,39 +128,10 @@ class LocalEngine:
         """Return how many tokens a message takes in a prompt, its role markers included."""
         return self._tokenizer.count(message)
 
-    async def generate(
-        self, messages: Sequence[Message], options: GenerationOptions
-    ) -> AsyncGenerator[Chunk | Finished, None]:
-        """Stream the answer to a conversation; see `Engine.generate`."""
+    def begin(self, messages: Sequence[Message], options: GenerationOptions, listener: Listener) -> Generation:
+        """Begin the answer to a conversation; see `Engine.begin`."""
         row = self._admit(messages, options)
-        text = Detokenizer(self._tokenizer.surfaces)
-        stops = StopTexts((*options.stop, *self._stop_texts))
-        used = silent = 0
-        reason: FinishReason | None = None
-        try:
-            while reason is None:
-                tokens = await row.take()
-                if tokens[-1] < 0:
-                    reason = self._reason(tokens.pop())
-                used += len(tokens)
-                silent += len(tokens)
-                fresh = stops.feed(text.feed(tokens))
-                if reason is not None and not stops.stopped:
-                    fresh += stops.feed(text.flush())
-                if stops.stopped:
-                    reason = FinishReason.STOP_TEXT
-                    row.cancelled = True
-                elif reason is not None:
-                    fresh += stops.flush()
-                if fresh:
-                    yield Chunk(text=fresh, tokens=silent)
-                    silent = 0
-            yield self._finished(row, reason, used)
-        finally:
-            row.cancelled = True
-            self._running.discard(row)
-            if not row.began:
-                self._waiting.remove(row)
+        return _Writing(self, row, StopTexts((*options.stop, *self._stop_texts)), listener)
 
     @property
     def _tokenizer(self) -> Tokenizer:
@@ -195,32 +166,27 @@ class LocalEngine:
             topk=topk, topp=options.top_p or 1.0, temperature=options.temperature, repetition_penalty=penalty
         )
 
-    def _reason(self, end: int) -> FinishReason:
-        if end == GONE:
-            raise ModelUnavailable(self._trouble or "The model failed while it wrote this answer; the log says why.")
-        return _REASONS[end]
-
-    def _finished(self, row: Row, reason: FinishReason, used: int) -> Finished:
-        first = row.first or perf_counter()
-        return Finished(
-            finish_reason=reason,
-            usage=Usage(input_tokens=len(row.prompt), output_tokens=used),
-            queue=row.began - row.arrived,
-            first_token=first - row.began,
-            generation=max(row.last - first, 0.0),
-        )
+    def _let_go(self, row: Row) -> None:
+        """Forget a row that nobody reads any more; its replica is free after the step."""
+        row.cancelled = True
+        self._running.discard(row)
+        if not row.began:
+            self._waiting.remove(row)
 
     def _fetch(self) -> None:
         """Hand what the threads noted to the rows. The flag falls first: what is noted from here on asks again."""
         self._armed = False
-        outbox = self._outbox
+        outbox, rows = self._outbox, []
         while outbox:
             row, token = outbox.popleft()
-            row.put(token)
+            if row.put(token):
+                rows.append(row)
+        for row in rows:
+            row.hand_over()
 
     async def _probe(self) -> None:
         messages = (Message(role=Role.USER, parts=(TextPart(text="Hello"),)),)
-        async for _ in self.generate(messages, GenerationOptions(max_output_tokens=8)):
+        async for _ in stream(self, messages, GenerationOptions(max_output_tokens=8)):
             pass
 
     # --- on the threads ----------------------------------------------------------------------------------------------
@@ -329,3 +295,74 @@ class LocalEngine:
     def _abandon(self) -> None:
         for row in self._waiting.close():
             self._note(row, GONE)
+
+
+class _Writing:
+    """One answer on its way from tokens to text, on the event loop."""
+
+    __slots__ = ("_engine", "_listener", "_over", "_row", "_silent", "_stops", "_text", "_used")
+
+    def __init__(self, engine: LocalEngine, row: Row, stops: StopTexts, listener: Listener) -> None:
+        self._engine = engine
+        self._row = row
+        self._text = Detokenizer(engine._tokenizer.surfaces)
+        self._stops = stops
+        self._listener = listener
+        self._used = self._silent = 0
+        self._over = False
+        row.read = self._read
+
+    def stop(self) -> None:
+        """Let the row go."""
+        if not self._over:
+            self._over = True
+            self._engine._let_go(self._row)
+
+    def _read(self, tokens: list[int]) -> None:
+        """Take what the model wrote since the last time: token ids, then perhaps what ended the row."""
+        if self._over:
+            return
+        try:
+            reason = self._reason(tokens.pop()) if tokens[-1] < 0 else None
+            fresh = self._fresh(tokens, last=reason is not None)
+        except Exception as problem:
+            self.stop()
+            self._listener.ended(problem)
+            return
+        if self._stops.stopped:
+            reason = FinishReason.STOP_TEXT
+        if fresh:
+            silent, self._silent = self._silent, 0
+            self._listener.wrote(fresh, silent)
+        if reason is not None and not self._over:
+            self.stop()
+            self._listener.ended(self._finished(reason))
+
+    def _fresh(self, tokens: list[int], *, last: bool) -> str:
+        """Return the text that may be shown now: not what could still become a character or a stop text."""
+        self._used += len(tokens)
+        self._silent += len(tokens)
+        stops = self._stops
+        fresh = stops.feed(self._text.feed(tokens))
+        if last and not stops.stopped:
+            fresh += stops.feed(self._text.flush())
+            if not stops.stopped:
+                fresh += stops.flush()
+        return fresh
+
+    def _reason(self, end: int) -> FinishReason:
+        if end == GONE:
+            trouble = self._engine._trouble
+            raise ModelUnavailable(trouble or "The model failed while it wrote this answer; the log says why.")
+        return _REASONS[end]
+
+    def _finished(self, reason: FinishReason) -> Finished:
+        row = self._row
+        first = row.first or perf_counter()
+        return Finished(
+            finish_reason=reason,
+            usage=Usage(input_tokens=len(row.prompt), output_tokens=self._used),
+            queue=row.began - row.arrived,
+            first_token=first - row.began,
+            generation=max(row.last - first, 0.0),
+        )

@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-import asyncio
 import threading
 from collections import deque
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from time import perf_counter
 from typing import NamedTuple
 
@@ -28,7 +27,7 @@ class Sampling(NamedTuple):
 
 
 class Row:
-    """One answer: its prompt, what was written of it, and who waits for it.
+    """One answer: its prompt, what was written of it, and who reads that.
 
     The native thread only reads `cancelled` and counts; all else belongs to the event loop. Times are `perf_counter`'s.
     """
@@ -44,8 +43,8 @@ class Row:
         "left",
         "limit",
         "prompt",
+        "read",
         "sampling",
-        "waiter",
     )
 
     def __init__(self, prompt: Sequence[str], sampling: Sampling, limit: int) -> None:
@@ -56,27 +55,26 @@ class Row:
         self.cancelled = False
         self.ended = False
         self.inbox: list[int] = []
-        self.waiter: asyncio.Future[None] | None = None
+        self.read: Callable[[list[int]], None] = _unread
         self.arrived = perf_counter()
         self.began = self.first = self.last = 0.0
 
-    def put(self, token: int) -> None:
-        """Add a token id or what ends the row; nothing comes after an end."""
+    def put(self, token: int) -> bool:
+        """Add a token id or what ends the row; nothing comes after an end. Tell whether it is the first to be read."""
         if self.ended:
-            return
+            return False
         self.ended = token < 0
         self.inbox.append(token)
-        if self.waiter is not None and not self.waiter.done():
-            self.waiter.set_result(None)
+        return len(self.inbox) == 1
 
-    async def take(self) -> list[int]:
-        """Return what has arrived since the last call, waiting for one entry at least."""
-        if not self.inbox:
-            self.waiter = asyncio.get_running_loop().create_future()
-            await self.waiter
-            self.waiter = None
+    def hand_over(self) -> None:
+        """Let the reader have what has arrived since the last time."""
         taken, self.inbox = self.inbox, []
-        return taken
+        self.read(taken)
+
+
+def _unread(tokens: list[int]) -> None:
+    """Stand in for the reader of a row that nobody reads."""
 
 
 class Waiting:

@@ -24,7 +24,7 @@ from time import perf_counter
 import msgspec
 
 from moltbot_server.errors import InvalidField, ModelUnavailable, MoltBotError, every_error
-from moltbot_server.models.engine import Capabilities, Chunk, Finished
+from moltbot_server.models.engine import Capabilities, Chunk, Finished, Generation, Listener
 from moltbot_server.models.limits import check_options
 from moltbot_server.models.stops import StopTexts
 from moltbot_server.turns import FinishReason, GenerationOptions, Message, Role, Usage, Value
@@ -162,32 +162,21 @@ class ScriptedEngine:
         """Count one token for every four characters begun, and one for the role."""
         return 1 + (len(message.text) + 3) // 4
 
-    async def generate(
-        self, messages: Sequence[Message], options: GenerationOptions
-    ) -> AsyncGenerator[Chunk | Finished, None]:
-        """Stream the scripted answer to the last user message."""
+    def begin(self, messages: Sequence[Message], options: GenerationOptions, listener: Listener) -> Generation:
+        """Tell the scripted answer to the last user message: at once, or at the pace of the script."""
         if not self.healthy:
             raise ModelUnavailable("The scripted model is not started.")
         text = messages[-1].text
         plan = self._plans.get(text) or self._plan(text, messages)
-        reason = plan.finish_reason
         if options.stop or options.max_output_tokens is not None:
             plan = _limited(plan, options)
-            reason = plan.finish_reason
-        began = perf_counter()
         if plan.pace or plan.first_delay or plan.fail:
-            async with aclosing(_paced(plan)) as chunks:
-                async for chunk in chunks:
-                    yield chunk
-        else:
-            for chunk in plan.chunks:
-                yield chunk
-        yield Finished(
-            finish_reason=reason,
-            usage=plan.usage or Usage(output_tokens=len(plan.chunks)),
-            first_token=plan.first_delay,
-            generation=perf_counter() - began - plan.first_delay,
-        )
+            return _Recital(plan, listener)
+        began = perf_counter()
+        for chunk in plan.chunks:
+            listener.wrote(chunk.text, chunk.tokens)
+        listener.ended(_finished(plan, began))
+        return _SAID
 
     def _plan(self, text: str, messages: Sequence[Message]) -> _Plan:
         if text.startswith("#") and (directive := _DIRECTIVE.fullmatch(text)):
@@ -221,6 +210,49 @@ class ScriptedEngine:
             finish_reason=rule.finish_reason,
         )
         return plan, same
+
+
+class _Said:
+    """An answer that was told at once: there is nothing left to stop."""
+
+    def stop(self) -> None:
+        """Do nothing."""
+
+
+_SAID = _Said()
+
+
+class _Recital:
+    """An answer that is told at its plan's pace."""
+
+    def __init__(self, plan: _Plan, listener: Listener) -> None:
+        self._plan = plan
+        self._listener = listener
+        self._task = asyncio.create_task(self._tell())
+
+    def stop(self) -> None:
+        """Fall silent."""
+        self._task.cancel()
+
+    async def _tell(self) -> None:
+        began = perf_counter()
+        try:
+            async with aclosing(_paced(self._plan)) as chunks:
+                async for chunk in chunks:
+                    self._listener.wrote(chunk.text, chunk.tokens)
+        except MoltBotError as error:
+            self._listener.ended(error)
+        else:
+            self._listener.ended(_finished(self._plan, began))
+
+
+def _finished(plan: _Plan, began: float) -> Finished:
+    return Finished(
+        finish_reason=plan.finish_reason,
+        usage=plan.usage or Usage(output_tokens=len(plan.chunks)),
+        first_token=plan.first_delay,
+        generation=perf_counter() - began - plan.first_delay,
+    )
 
 
 def _directed(directive: re.Match[str]) -> _Plan:
