@@ -33,10 +33,13 @@ class LiveTurn:
     """A turn under way. Belongs to the event loop's thread."""
 
     __slots__ = (
-        "_coalescer",
         "_end_waiters",
         "_followers",
+        "_held",
+        "_interval",
+        "_spoke",
         "_stored",
+        "_ticker",
         "_timer",
         "_waiters",
         "accepted_after",
@@ -82,7 +85,10 @@ class LiveTurn:
         self._followers = 0
         self._waiters: list[asyncio.Future[None]] = []
         self._end_waiters: list[asyncio.Future[None]] = []
-        self._coalescer = _Coalescer(self, interval, ticker or Ticker())
+        self._interval = interval
+        self._ticker = ticker or Ticker()
+        self._held: list[str] = []
+        self._spoke = False
         self._timer: asyncio.TimerHandle | None = None
 
     @property
@@ -91,17 +97,25 @@ class LiveTurn:
         return "".join(event.kind.text for event in self.events if isinstance(event.kind, TextDelta))
 
     def say(self, text: str) -> None:
-        """Record more text of the answer, now or together with what comes within the interval."""
-        self._coalescer.add(text)
+        """Record more text of the answer: the first at once, the rest together with what comes within the interval."""
+        if self._interval <= 0 or not self._spoke:
+            self._spoke = True
+            self._append(TextDelta(text=text))
+            return
+        if not self._held:
+            self._ticker.call_within(self._interval, self._flush)
+        self._held.append(text)
 
     def record(self, kind: Kind) -> None:
         """Record what happened as the next event, after the text that still waits."""
-        self._coalescer.flush()
+        if self._held:
+            self._flush()
         self._append(kind)
 
     def close(self, kind: Completed | Failed) -> tuple[Event, ...]:
         """Return all events with `kind` as the last one, not yet recorded: it is stored before it is seen."""
-        self._coalescer.flush()
+        if self._held:
+            self._flush()
         self.closing = True
         return (*self.events, Event(sequence=len(self.events) + 1, at=time.time(), kind=kind))
 
@@ -130,7 +144,7 @@ class LiveTurn:
     async def follow(self, after: int = 0) -> AsyncGenerator[list[Event], None]:
         """Yield the events after a sequence number in lists: those there are, then those that come."""
         self._followers += 1
-        merge = self._coalescer.interval > 0
+        merge = self._interval > 0
         position = after
         try:
             while not self._stored:
@@ -190,9 +204,16 @@ class LiveTurn:
             self.late = True
             self.stop()
 
+    def _flush(self) -> None:
+        """Record the text that was held back."""
+        self._ticker.forget(self._flush)
+        text = "".join(self._held)
+        self._held.clear()
+        self._append(TextDelta(text=text))
+
     def _append(self, kind: Kind) -> None:
         self.events.append(Event(sequence=len(self.events) + 1, at=time.time(), kind=kind))
-        if self._stored:
+        if self._stored and self._waiters:
             self._wake()
 
     def _wait(self) -> asyncio.Future[None]:
@@ -251,36 +272,6 @@ class Ticker:
             del self._due[callback]
             callback()
         self._timer = loop.call_at(min(self._due.values()), self._tick) if self._due else None
-
-
-class _Coalescer:
-    """Gathers text for up to an interval before it becomes an event; the first piece goes at once."""
-
-    __slots__ = ("_live", "_pieces", "_started", "_ticker", "interval")
-
-    def __init__(self, live: LiveTurn, interval: float, ticker: Ticker) -> None:
-        self.interval = interval
-        self._live = live
-        self._ticker = ticker
-        self._pieces: list[str] = []
-        self._started = False
-
-    def add(self, text: str) -> None:
-        if self._pieces:
-            self._pieces.append(text)
-        elif self.interval <= 0 or not self._started:
-            self._started = True
-            self._live._append(TextDelta(text=text))
-        else:
-            self._pieces.append(text)
-            self._ticker.call_within(self.interval, self.flush)
-
-    def flush(self) -> None:
-        if self._pieces:
-            self._ticker.forget(self.flush)
-            text = "".join(self._pieces)
-            self._pieces.clear()
-            self._live._append(TextDelta(text=text))
 
 
 class Journal:

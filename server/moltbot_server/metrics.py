@@ -1,14 +1,12 @@
 """What the core counts, for Prometheus. Labels are bounded: methods, statuses, reasons and models of this core only.
 
-Counting happens on the event loop's thread, several times in each call, so what ended is only noted there; the notes
-are counted when there are many or when somebody asks, and prometheus-client turns the counts into its text.
+Counting happens on the event loop's thread, several times in each call, so it takes no lock; prometheus-client turns
+the counts into its text when somebody asks.
 """
 
 from __future__ import annotations
 
-import threading
 from bisect import bisect_left
-from collections import deque
 from collections.abc import Callable, Iterable
 
 from prometheus_client import CollectorRegistry, generate_latest
@@ -21,9 +19,6 @@ from prometheus_client.registry import Collector
 
 from moltbot_server.turns import Completed, Failed
 
-_Note = tuple[str, str, float] | tuple[Completed | Failed, str]
-
-_MOST_NOTES = 4096
 _SECONDS = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0, 60.0)
 
 
@@ -70,7 +65,8 @@ class Spreads(Collector):
 
     def of(self, label: str = "") -> Spread:
         """Return the histogram of a label's value, to be kept by whoever observes often."""
-        return self._spreads.setdefault(label, Spread())
+        spread = self._spreads.get(label)
+        return self._spreads.setdefault(label, Spread()) if spread is None else spread
 
     def collect(self) -> Iterable[Metric]:
         """Yield the histogram for Prometheus."""
@@ -119,42 +115,17 @@ class Metrics:
         self.trimmed = Tally("moltbot_trimmed_messages", "Messages left out to fit the context.")
         self.turns_under_way = Measure("moltbot_turns_under_way", "Turns that run or wait.")
         self.sessions_at_hand = Measure("moltbot_sessions_at_hand", "Sessions kept in memory.")
-        self._notes: deque[_Note] = deque()
-        self._counting = threading.Lock()
         for own in vars(self).values():
             if isinstance(own, Tally | Spreads | Measure):
                 self.registry.register(own)
 
     def call_ended(self, method: str, status: str, seconds: float) -> None:
-        """Note a call that ended."""
-        self._note((method, status, seconds))
+        """Count a call that ended."""
+        self.calls.add(method, status)
+        self.call_seconds.of(method).observe(seconds)
 
     def turn_ended(self, ending: Completed | Failed, model: str) -> None:
-        """Note a turn that ended."""
-        self._note((ending, model))
-
-    def page(self) -> bytes:
-        """Return the metrics in Prometheus' text format."""
-        self._count_notes()
-        return generate_latest(self.registry)
-
-    def _note(self, note: _Note) -> None:
-        self._notes.append(note)
-        if len(self._notes) >= _MOST_NOTES:
-            self._count_notes()
-
-    def _count_notes(self) -> None:
-        with self._counting:
-            while self._notes:
-                note = self._notes.popleft()
-                if len(note) == 3:
-                    method, status, seconds = note
-                    self.calls.add(method, status)
-                    self.call_seconds.of(method).observe(seconds)
-                else:
-                    self._count_turn(*note)
-
-    def _count_turn(self, ending: Completed | Failed, model: str) -> None:
+        """Count a turn that ended."""
         timings = ending.timings
         self.turn_seconds.of().observe(timings.total)
         if isinstance(ending, Failed):
@@ -168,3 +139,7 @@ class Metrics:
         self.tokens.add(model, "output", amount=ending.usage.output_tokens)
         if timings.trimmed_messages:
             self.trimmed.add(amount=timings.trimmed_messages)
+
+    def page(self) -> bytes:
+        """Return the metrics in Prometheus' text format."""
+        return generate_latest(self.registry)

@@ -496,7 +496,10 @@ def _check(turn: TurnInput) -> None:
     parts = turn.parts
     if not parts:
         raise EmptyMessage("turn.parts", "the message is empty; send at least one part")
-    if all(isinstance(part, TextPart) and not part.text.strip() for part in parts):
+    for part in parts:
+        if not isinstance(part, TextPart) or (part.text and not part.text.isspace()):
+            break
+    else:
         raise EmptyMessage("turn.parts", "the message is blank; say something")
     if turn.session:
         if not _NAME.match(turn.session):

@@ -233,10 +233,10 @@ def duration(seconds: float) -> duration_pb2.Duration:
 
 
 def _set(into: duration_pb2.Duration, seconds: float) -> None:
-    whole = int(seconds)
-    if whole:
-        into.seconds = whole
-    into.nanos = int((seconds - whole) * 1e9)
+    if seconds >= 1:
+        into.seconds = whole = int(seconds)
+        seconds -= whole
+    into.nanos = int(seconds * 1e9)
 
 
 def timestamp(at: float) -> timestamp_pb2.Timestamp:
@@ -346,9 +346,11 @@ def completed(key: TurnKey, kind: Completed) -> chat_pb2.Completed:
         model=f"models/{kind.model}" if kind.model else "",
         message=names.message_name(key.session.session, kind.message) if kind.message else "",
     )
-    made.usage.input_tokens = kind.usage.input_tokens
-    made.usage.output_tokens = kind.usage.output_tokens
-    made.usage.cached_input_tokens = kind.usage.cached_input_tokens
+    used, counted = made.usage, kind.usage
+    used.input_tokens = counted.input_tokens
+    used.output_tokens = counted.output_tokens
+    if counted.cached_input_tokens:
+        used.cached_input_tokens = counted.cached_input_tokens
     _fill(made.timings, kind.timings)
     for entry in kind.attachments:
         made.attachments.append(part(entry))
@@ -388,8 +390,10 @@ def _fill(into: chat_pb2.Timings, value: Timings) -> None:
     _set(into.first_token, value.first_token)
     _set(into.generation, value.generation)
     _set(into.total, value.total)
-    into.trimmed_messages = value.trimmed_messages
-    into.history_messages = value.history_messages
+    if value.trimmed_messages:
+        into.trimmed_messages = value.trimmed_messages
+    if value.history_messages:
+        into.history_messages = value.history_messages
     into.attempts = value.attempts
 
 
