@@ -9,8 +9,7 @@ from __future__ import annotations
 import asyncio
 import time
 from collections import OrderedDict
-from collections.abc import AsyncGenerator, Callable
-from contextlib import aclosing
+from collections.abc import Callable
 
 from moltbot_server.errors import MoltBotError, RequestIdReused, TurnNotFound
 from moltbot_server.store import SEQUENCE_AFTER_CRASH, Store, StoredTurn
@@ -100,7 +99,10 @@ class LiveTurn:
         """Record more text of the answer: the first at once, the rest together with what comes within the interval."""
         if self._interval <= 0 or not self._spoke:
             self._spoke = True
-            self._append(TextDelta(text=text))
+            events = self.events
+            events.append(Event(sequence=len(events) + 1, at=time.time(), kind=TextDelta(text=text)))
+            if self._stored and self._waiters:
+                self._wake()
             return
         if not self._held:
             self._ticker.call_within(self._interval, self._flush)
@@ -140,26 +142,6 @@ class LiveTurn:
     def is_stored(self) -> bool:
         """True when the store has answered."""
         return self._stored
-
-    async def follow(self, after: int = 0) -> AsyncGenerator[list[Event], None]:
-        """Yield the events after a sequence number in lists: those there are, then those that come."""
-        self._followers += 1
-        merge = self._interval > 0
-        position = after
-        try:
-            while not self._stored:
-                await self._wait()
-            while not (self.refusal or self.duplicate_of):
-                if position < len(self.events):
-                    batch = self.events[position:]
-                    position = len(self.events)
-                    yield _merged(batch) if merge and len(batch) > 2 else batch
-                elif self.ended:
-                    return
-                else:
-                    await self._wait()
-        finally:
-            self._left()
 
     async def outcome(self) -> Completed | Failed | None:
         """Wait for the end and return the last event's kind; None when the turn was refused or is a duplicate."""
@@ -274,6 +256,79 @@ class Ticker:
         self._timer = loop.call_at(min(self._due.values()), self._tick) if self._due else None
 
 
+class Follower:
+    """Reads a turn's events at its own pace: an iterator of lists, first of those there are, then of those that come.
+
+    Close it, or leave its `with` block, to be counted among the followers no longer.
+    """
+
+    __slots__ = ("_after", "_journal", "_live", "_stored")
+
+    def __init__(self, journal: Journal, turn: LiveTurn | StoredTurn, after: int) -> None:
+        self._journal = journal
+        self._after = after
+        self._live: LiveTurn | None = None
+        self._stored: StoredTurn | None = None
+        if isinstance(turn, LiveTurn):
+            self._live = turn
+            turn._followers += 1
+        else:
+            self._stored = turn
+
+    def __enter__(self) -> Follower:
+        return self
+
+    def __exit__(self, *failed: object) -> None:
+        self.close()
+
+    def __aiter__(self) -> Follower:
+        return self
+
+    async def __anext__(self) -> list[Event]:
+        """Return the next events.
+
+        Raises:
+            MoltBotError: the turn was not accepted.
+            StopAsyncIteration: the turn has ended, and all was read.
+        """
+        while (live := self._live) is not None:
+            if not live.is_stored:
+                await live._wait()
+            elif live.refusal is not None:
+                raise live.refusal
+            elif live.duplicate_of is not None:
+                self._turn_to(live.duplicate_of)
+            elif self._after < len(live.events):
+                batch = live.events[self._after :]
+                self._after = len(live.events)
+                return _merged(batch) if live._interval > 0 and len(batch) > 2 else batch
+            elif live.ended:
+                raise StopAsyncIteration
+            else:
+                await live._wait()
+        stored, self._stored = self._stored, None
+        events = [event for event in replay(stored) if event.sequence > self._after] if stored is not None else []
+        if not events:
+            raise StopAsyncIteration
+        return events
+
+    def close(self) -> None:
+        """Follow no longer. A turn that was started so is cancelled when nobody follows it any more."""
+        live, self._live, self._stored = self._live, None, None
+        if live is not None:
+            live._left()
+
+    def _turn_to(self, turn: StoredTurn) -> None:
+        """Follow the turn in whose place the first one stands."""
+        running = self._journal.live(turn.key)
+        self.close()
+        if running is None:
+            self._stored = turn
+        else:
+            self._live = running
+            running._followers += 1
+
+
 class Journal:
     """The turns of this node: those under way, and where to find the others."""
 
@@ -351,32 +406,9 @@ class Journal:
             raise TurnNotFound("there is no such turn in this workspace; its session may have been reset or deleted")
         return self._live.get(key) or found
 
-    async def follow(self, turn: LiveTurn | StoredTurn, after: int = 0) -> AsyncGenerator[list[Event], None]:
-        """Yield a turn's events after a sequence number in lists, to its end.
-
-        Raises:
-            MoltBotError: the turn was not accepted.
-        """
-        if isinstance(turn, LiveTurn):
-            stream = turn.follow(after)
-            try:
-                async for batch in stream:
-                    yield batch
-            finally:
-                await stream.aclose()
-            if turn.refusal is not None:
-                raise turn.refusal
-            if turn.duplicate_of is None:
-                return
-            turn = turn.duplicate_of
-            if (running := self._live.get(turn.key)) is not None:
-                async with aclosing(self.follow(running, after)) as batches:
-                    async for batch in batches:
-                        yield batch
-                return
-        events = [event for event in replay(turn) if event.sequence > after]
-        if events:
-            yield events
+    def follow(self, turn: LiveTurn | StoredTurn, after: int = 0) -> Follower:
+        """Return the way to read a turn's events after a sequence number, to its end."""
+        return Follower(self, turn, after)
 
     async def outcome(self, turn: LiveTurn | StoredTurn) -> tuple[TurnKey, int, Completed | Failed]:
         """Wait for a turn's end; return its name, its last sequence number and how it ended.

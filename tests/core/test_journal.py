@@ -4,12 +4,11 @@ from __future__ import annotations
 
 import asyncio
 import itertools
-from contextlib import aclosing
-from typing import Any
+from typing import Any, cast
 
 import pytest
 from moltbot_server.errors import NotServing, RequestIdReused, TurnNotFound
-from moltbot_server.journal import Journal, LiveTurn, replay
+from moltbot_server.journal import Follower, Journal, LiveTurn, replay
 from moltbot_server.store import SEQUENCE_AFTER_CRASH, NewTurn, Store, StoredTurn
 from moltbot_server.turns import (
     Accepted,
@@ -47,8 +46,13 @@ def finish(live: LiveTurn, kind: Completed | Failed = END) -> None:
     live.end(live.close(kind)[-1])
 
 
+def follow(live: LiveTurn, after: int = 0) -> Follower:
+    """Follow a turn of a journal that never asks its store."""
+    return Journal(cast("Store", None)).follow(live, after)
+
+
 async def read(live: LiveTurn, after: int = 0) -> list[Event]:
-    async with aclosing(live.follow(after)) as batches:
+    with follow(live, after) as batches:
         return [event async for batch in batches for event in batch]
 
 
@@ -96,7 +100,7 @@ async def test_nobody_is_told_anything_before_the_turn_is_stored() -> None:
 async def test_a_turn_that_is_refused_lets_all_go_and_tells_them_why(store: Store) -> None:
     journal, live = Journal(store), begun(stored=False)
     journal.begin(live)
-    follower = asyncio.create_task(anext(journal.follow(live), None))
+    follower = asyncio.ensure_future(anext(journal.follow(live), None))
     outcome = asyncio.create_task(journal.outcome(live))
     await asyncio.sleep(0)
     live.stored(refusal=NotServing("leaving"))
@@ -138,14 +142,14 @@ async def test_text_that_waits_is_part_of_the_end() -> None:
 
 async def test_a_slow_reader_gets_what_waited_as_one_under_the_last_number() -> None:
     live = begun(interval=0.001)
-    stream = live.follow()
+    stream = follow(live)
     first = await anext(stream)
     for piece in "abcdefgh":
         live.record(TextDelta(text=piece))
     live.record(Notice(code="X", origin="", target="", reason=""))
     live.record(TextDelta(text="i"))
     late = await anext(stream)
-    await stream.aclose()
+    stream.close()
 
     assert [event.sequence for event in (*first, *late)] == [1, 9, 10, 11]
     assert [type(event.kind) for event in late] == [TextDelta, Notice, TextDelta]
@@ -170,12 +174,12 @@ async def test_each_delta_stays_an_event_when_no_interval_is_wanted() -> None:
 async def test_the_last_follower_that_leaves_cancels_the_turn_if_that_was_asked_for() -> None:
     for wanted in (True, False):
         live = begun(cancel_on_disconnect=wanted)
-        one, other = live.follow(), live.follow()
+        one, other = follow(live), follow(live)
         await anext(one)
         await anext(other)
-        await one.aclose()
+        one.close()
         assert not live.cancelling
-        await other.aclose()
+        other.close()
         assert live.cancelling is wanted
 
 
@@ -262,7 +266,7 @@ async def test_a_turn_that_stands_in_for_another_is_followed_while_it_runs_and_a
 
 
 async def _all(journal: Journal, turn: LiveTurn | StoredTurn) -> list[Event]:
-    async with aclosing(journal.follow(turn)) as batches:
+    with journal.follow(turn) as batches:
         return [event async for batch in batches for event in batch]
 
 

@@ -6,7 +6,6 @@ import asyncio
 import logging
 import secrets
 from collections.abc import AsyncIterator
-from contextlib import aclosing
 from typing import Any
 
 from grpc import aio
@@ -18,7 +17,7 @@ from moltbot_server.pipeline import TurnPipeline
 from moltbot_server.rpc import convert, names
 from moltbot_server.rpc.interceptors import Call
 from moltbot_server.store import StoredTurn
-from moltbot_server.turns import Failed, TurnKey
+from moltbot_server.turns import Failed, TextDelta, TurnKey
 
 log = logging.getLogger(__name__)
 
@@ -42,14 +41,7 @@ class ChatService(chat_pb2_grpc.ChatServiceServicer):
     async def StreamTurn(self, request: chat_pb2.StreamTurnRequest, call: Call) -> None:  # type: ignore[override]
         """Start a turn, or follow the one of the same request_id, and stream its events."""
         turn = await self._start(request.turn, call)
-        write = call.context.write
-        async with aclosing(self._journal.follow(turn)) as batches:
-            async for batch in batches:
-                key = _key(turn)
-                for recorded in batch:
-                    response = chat_pb2.StreamTurnResponse()
-                    convert.fill_event(response.event, key, recorded)
-                    await write(response)
+        await self._write_events(turn, 0, chat_pb2.StreamTurnResponse, call)
 
     async def RunTurn(self, request: chat_pb2.RunTurnRequest, call: Call) -> chat_pb2.RunTurnResponse:  # type: ignore[override]
         """Start a turn, or attach to the one of the same request_id, and answer when it has ended."""
@@ -66,14 +58,7 @@ class ChatService(chat_pb2_grpc.ChatServiceServicer):
     async def ResumeTurn(self, request: chat_pb2.ResumeTurnRequest, call: Call) -> None:  # type: ignore[override]
         """Stream the events of a turn that come after a sequence number."""
         key, after = self._resumed(request, call)
-        turn = await self._journal.find(key)
-        write = call.context.write
-        async with aclosing(self._journal.follow(turn, after)) as batches:
-            async for batch in batches:
-                for recorded in batch:
-                    response = chat_pb2.ResumeTurnResponse()
-                    convert.fill_event(response.event, key, recorded)
-                    await write(response)
+        await self._write_events(await self._journal.find(key), after, chat_pb2.ResumeTurnResponse, call)
 
     async def CancelTurn(self, request: chat_pb2.CancelTurnRequest, call: Call) -> chat_pb2.CancelTurnResponse:  # type: ignore[override]
         """End a running turn and keep its text."""
@@ -89,6 +74,30 @@ class ChatService(chat_pb2_grpc.ChatServiceServicer):
         except ExceptionGroup as failed:
             # What breaks the stream itself, such as a request that is no message; commands fail in-band.
             raise failed.exceptions[0] from None
+
+    async def _write_events(
+        self,
+        turn: LiveTurn | StoredTurn,
+        after: int,
+        make: type[chat_pb2.StreamTurnResponse] | type[chat_pb2.ResumeTurnResponse],
+        call: Call,
+    ) -> None:
+        """Write a turn's events after a sequence number. All text goes out in one message: `write` copies it."""
+        write = call.context.write
+        said = make()
+        event, delta = said.event, said.event.text_delta
+        with self._journal.follow(turn, after) as batches:
+            async for batch in batches:
+                for recorded in batch:
+                    kind = recorded.kind
+                    if isinstance(kind, TextDelta):
+                        event.sequence = recorded.sequence
+                        delta.text = kind.text
+                        await write(said)
+                    else:
+                        response = make()
+                        convert.fill_event(response.event, _key(turn), recorded)
+                        await write(response)
 
     def _resumed(self, request: chat_pb2.ResumeTurnRequest, call: Call) -> tuple[TurnKey, int]:
         if request.after_sequence < 0:
@@ -163,7 +172,7 @@ class _Conversation:
     async def _follow(
         self, request: chat_pb2.ConverseRequest, turn: LiveTurn | StoredTurn, key: TurnKey, after: int
     ) -> None:
-        async with aclosing(self._service._journal.follow(turn, after)) as batches:
+        with self._service._journal.follow(turn, after) as batches:
             async for batch in batches:
                 key = _key(turn)
                 name = names.turn_name(key.session.session, key.ordinal)
