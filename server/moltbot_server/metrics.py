@@ -115,6 +115,8 @@ class Metrics:
         self.trimmed = Tally("moltbot_trimmed_messages", "Messages left out to fit the context.")
         self.turns_under_way = Measure("moltbot_turns_under_way", "Turns that run or wait.")
         self.sessions_at_hand = Measure("moltbot_sessions_at_hand", "Sessions kept in memory.")
+        self._turns, self._queues = self.turn_seconds.of(), self.queue_seconds.of()
+        self._first_tokens = self.first_token_seconds.of()
         for own in vars(self).values():
             if isinstance(own, Tally | Spreads | Measure):
                 self.registry.register(own)
@@ -127,14 +129,14 @@ class Metrics:
     def turn_ended(self, ending: Completed | Failed, model: str) -> None:
         """Count a turn that ended."""
         timings = ending.timings
-        self.turn_seconds.of().observe(timings.total)
+        self._turns.observe(timings.total)
         if isinstance(ending, Failed):
             self.turns.add("failed")
             self.errors.add(ending.reason)
             return
         self.turns.add(ending.finish_reason.value)
-        self.queue_seconds.of().observe(timings.queue)
-        self.first_token_seconds.of().observe(timings.queue + timings.first_token)
+        self._queues.observe(timings.queue)
+        self._first_tokens.observe(timings.queue + timings.first_token)
         self.tokens.add(model, "input", amount=ending.usage.input_tokens)
         self.tokens.add(model, "output", amount=ending.usage.output_tokens)
         if timings.trimmed_messages:

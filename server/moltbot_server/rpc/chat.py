@@ -49,11 +49,10 @@ class ChatService(chat_pb2_grpc.ChatServiceServicer):
         key, last_sequence, ending = await self._journal.outcome(turn)
         if isinstance(ending, Failed):
             raise TurnFailed(Status(ending.status), ending.reason, ending.message, ending.retryable, ending.retry_after)
-        return chat_pb2.RunTurnResponse(
-            turn=names.turn_name(key.session.session, key.ordinal),
-            completed=convert.completed(key, ending),
-            last_sequence=last_sequence,
-        )
+        name = names.turn_name(key.session.session, key.ordinal)
+        response = chat_pb2.RunTurnResponse(turn=name, last_sequence=last_sequence)
+        convert.fill_completed(response.completed, key, ending)
+        return response
 
     async def ResumeTurn(self, request: chat_pb2.ResumeTurnRequest, call: Call) -> None:  # type: ignore[override]
         """Stream the events of a turn that come after a sequence number."""

@@ -260,6 +260,9 @@ def fill_event(into: chat_pb2.Event, key: TurnKey, recorded: Event) -> None:
         into.text_delta.text = kind.text
         return
     _stamp(into.create_time, recorded.at)
+    if isinstance(kind, Completed):
+        fill_completed(into.completed, key, kind)
+        return
     field, convert = _KINDS[type(kind)]
     getattr(into, field).CopyFrom(convert(key, kind))
 
@@ -338,23 +341,22 @@ def usage(value: Usage) -> message_pb2.Usage:
     )
 
 
-def completed(key: TurnKey, kind: Completed) -> chat_pb2.Completed:
-    """Return the good end of a turn as the contract's."""
-    made = chat_pb2.Completed(
-        text=kind.text,
-        finish_reason=_FINISH[kind.finish_reason],
-        model=f"models/{kind.model}" if kind.model else "",
-        message=names.message_name(key.session.session, kind.message) if kind.message else "",
-    )
-    used, counted = made.usage, kind.usage
+def fill_completed(into: chat_pb2.Completed, key: TurnKey, kind: Completed) -> None:
+    """Fill in the good end of a turn, in place."""
+    into.text = kind.text
+    into.finish_reason = _FINISH[kind.finish_reason]
+    if kind.model:
+        into.model = f"models/{kind.model}"
+    if kind.message:
+        into.message = names.message_name(key.session.session, kind.message)
+    used, counted = into.usage, kind.usage
     used.input_tokens = counted.input_tokens
     used.output_tokens = counted.output_tokens
     if counted.cached_input_tokens:
         used.cached_input_tokens = counted.cached_input_tokens
-    _fill(made.timings, kind.timings)
+    _fill(into.timings, kind.timings)
     for entry in kind.attachments:
-        made.attachments.append(part(entry))
-    return made
+        into.attachments.append(part(entry))
 
 
 def _accepted(key: TurnKey, kind: Accepted) -> chat_pb2.Accepted:
@@ -420,6 +422,5 @@ _KINDS: dict[type[Kind], tuple[str, Callable[[TurnKey, Any], Any]]] = {
         "notice",
         lambda _, kind: chat_pb2.Notice(code=kind.code, to=kind.target, reason=kind.reason, **{"from": kind.origin}),
     ),
-    Completed: ("completed", completed),
     Failed: ("failed", _failed),
 }

@@ -28,6 +28,10 @@ WriteRows = Callable[[sqlite3.Connection, Sequence[Any]], Sequence[Any]]
 
 _Future = asyncio.Future[Any]
 _LARGEST_GROUP = 512
+_FEW = 2
+"""Rows of one turn: a group of so few is followed by the next at once."""
+_DISTANCE = 0.005
+"""Seconds from one group to the next while many write."""
 _NOBODYS_FAULT = ("SQLITE_BUSY", "SQLITE_LOCKED", "SQLITE_IOERR", "SQLITE_READONLY", "SQLITE_CORRUPT", "SQLITE_NOTADB")
 _COUNTS = (64, 32, 16, 8, 4, 2, 1)
 
@@ -87,7 +91,8 @@ class GroupWriter:
         self._write_rows = write_rows
         self._groups: SimpleQueue[list[_Job] | None] = SimpleQueue()
         self._waiting: list[_Job] = []
-        self._at_work = self._handing_over = False
+        self._at_work = self._handing_over = self._many = False
+        self._handed_over = 0.0
         self._idle: asyncio.Event | None = None
         self._thread = threading.Thread(target=self._run, name="moltbot-writer", daemon=True)
         self._loop = asyncio.get_running_loop()
@@ -122,13 +127,21 @@ class GroupWriter:
         return future
 
     def _hand_over_soon(self) -> None:
-        """Hand over what waits once the loop has gone through what it has at hand, which may bring more."""
+        """Hand over what waits once the loop has gone through what it has at hand, which may bring more.
+
+        While many write, groups keep a distance: each one makes the thread and the loop wait for each other.
+        """
         if self._waiting and not self._at_work and not self._handing_over:
             self._handing_over = True
-            self._loop.call_soon(self._hand_over)
+            if self._many:
+                self._loop.call_at(self._handed_over + _DISTANCE, self._hand_over)
+            else:
+                self._loop.call_soon(self._hand_over)
 
     def _hand_over(self) -> None:
         self._handing_over, self._at_work = False, True
+        self._handed_over = self._loop.time()
+        self._many = len(self._waiting) > _FEW
         self._groups.put(self._waiting[:_LARGEST_GROUP])
         del self._waiting[:_LARGEST_GROUP]
 
