@@ -63,7 +63,7 @@ async def _serve(settings: Settings, key: str, workspace: Workspace) -> int:
     # What is alive now stays so: the collector need not look at it again, and a turn's values are no cycles.
     gc.collect()
     gc.freeze()
-    gc.set_threshold(100_000, 20, 50)
+    gc.set_threshold(20_000, 20, 50)
     await leave.wait()
     await core.stop(settings.drain_grace)
     return 0

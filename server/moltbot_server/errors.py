@@ -56,6 +56,11 @@ class InvalidField(MoltBotError):
 
     def __init__(self, field: str, problem: str) -> None:
         super().__init__(f"{field}: {problem}", fields={field: problem})
+        self._field, self._problem = field, problem
+
+    def under(self, parent: str) -> InvalidField:
+        """Return the same refusal, of a field inside `parent`."""
+        return type(self)(f"{parent}.{self._field}", self._problem)
 
 
 class EmptyMessage(InvalidField):

@@ -118,10 +118,7 @@ class TurnPipeline:
         if self._emptied is not None:
             raise NotServing("the core is leaving; repeat with the same request_id", retry_after=1.0)
         engine = self._catalog.get(turn.model)
-        engine.check(turn.options)
-        check_content(turn.parts, engine.capabilities)
-        for message in turn.transcript or ():
-            check_content(message.parts, engine.capabilities)
+        _check_model(turn, engine)
         session = await self._session(principal, turn)
         if (begun := self.journal.begun(principal, turn.request_id)) is not None:
             # The same call came twice, and the other one's session was read first.
@@ -512,6 +509,20 @@ def _check(turn: TurnInput) -> None:
         raise InvalidField("turn.channel", "use at most 32 characters of a-z 0-9 _ -")
     if len(turn.user) > 256:
         raise InvalidField("turn.user", "use at most 256 characters")
+
+
+def _check_model(turn: TurnInput, engine: Engine) -> None:
+    """Refuse what this model cannot read or honour."""
+    try:
+        engine.check(turn.options)
+        check_content(turn.parts, engine.capabilities)
+    except InvalidField as error:
+        raise error.under("turn") from None
+    for index, message in enumerate(turn.transcript or ()):
+        try:
+            check_content(message.parts, engine.capabilities)
+        except InvalidField as error:
+            raise error.under(f"turn.transcript.messages[{index}]") from None
 
 
 def _system(text: str) -> Sequence[Message]:

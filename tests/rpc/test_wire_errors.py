@@ -110,7 +110,9 @@ async def test_an_option_that_the_model_cannot_honour_is_named_as_the_caller_sen
         await api.channel.close()
 
     assert reason_of(error) == "UNSUPPORTED_OPTION"
-    assert f"options.{option}" in str(details_of(error))
+    violated = error_details_pb2.BadRequest()
+    assert any(detail.Unpack(violated) for detail in details_of(error))
+    assert [violation.field for violation in violated.field_violations] == [f"turn.options.{option}"]
 
 
 async def test_many_errors_at_once_each_get_their_own(api: Api) -> None:
