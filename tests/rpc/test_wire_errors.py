@@ -86,7 +86,7 @@ async def test_a_fault_that_nobody_foresaw_tells_an_id_and_nothing_else(
     assert (error.code(), reason_of(error)) == (grpc.StatusCode.INTERNAL, "INTERNAL")
     told = (error.details() or "") + str(details_of(error))
     assert not any(word in told for word in ("secret", "passwd", "ZeroDivision", "Traceback", ".py"))
-    record = next(record for record in caplog.records if record.name == "moltbot_server.pipeline")
+    record = next(record for record in caplog.records if record.name == "moltbot_server.turn_run")
     assert record.incident in (error.details() or "")  # type: ignore[attr-defined]
     assert "boom" not in record.getMessage()
 

@@ -1,0 +1,366 @@
+"""One turn on its way: stored, queued in its session, answered, ended. `pipeline` has its beginning."""
+
+from __future__ import annotations
+
+import logging
+import secrets
+import time
+from asyncio import Future
+from typing import Any, Protocol
+
+import msgspec
+
+from moltbot_server.errors import DeadlineExceeded, InternalError, MoltBotError, NotServing, TurnInterrupted
+from moltbot_server.journal import Journal, LiveTurn, same_content
+from moltbot_server.metrics import Metrics
+from moltbot_server.models.context import ContextWindow, Fitted
+from moltbot_server.models.engine import Engine, Finished, Generation
+from moltbot_server.sessions import OpenSession
+from moltbot_server.store import EndedTurn, NewTurn, Store, StoredTurn
+from moltbot_server.turns import (
+    Accepted,
+    Completed,
+    Failed,
+    FinishReason,
+    Message,
+    Role,
+    Routed,
+    TextPart,
+    Timings,
+    TurnInput,
+    TurnState,
+    Usage,
+)
+
+log = logging.getLogger(__name__)
+
+_TITLE_LENGTH = 80
+_NOTHING_READ = Fitted([], 0, 0, 0)
+
+
+class Surroundings(Protocol):
+    """What a run needs of the pipeline that it belongs to."""
+
+    store: Store
+    journal: Journal
+    metrics: Metrics
+
+    def conversation(self, turn: TurnInput, session: OpenSession[ContextWindow], engine: Engine) -> Fitted:
+        """Return what the model is to read, cut to its context."""
+
+    def over(self, run: TurnRun) -> None:
+        """Let a run go."""
+
+
+class TurnRun:
+    """One turn on its way from its acceptance to its end.
+
+    Nothing here waits: the store, the session and the engine call back. A task for each turn would cost more than all
+    that is done in it. The engine's listener is the run itself.
+    """
+
+    __slots__ = (
+        "_ending",
+        "_engine",
+        "_entered",
+        "_finished",
+        "_first_text",
+        "_fitted",
+        "_generation",
+        "_live",
+        "_over",
+        "_pieces",
+        "_pipeline",
+        "_row",
+        "_session",
+        "_started",
+        "_written",
+    )
+
+    def __init__(
+        self, pipeline: Surroundings, live: LiveTurn, session: OpenSession[ContextWindow], engine: Engine
+    ) -> None:
+        self._pipeline = pipeline
+        self._live = live
+        self._session = session
+        self._engine = engine
+        self._entered = self._over = False
+        self._started = self._first_text = 0.0
+        self._fitted = _NOTHING_READ
+        self._pieces: list[str] = []
+        self._generation: Generation | None = None
+        self._finished: Finished | None = None
+        self._ending: Completed | Failed | None = None
+        self._row: EndedTurn | None = None
+        self._written: Future[None] | None = None
+        live.halt = self.stop
+
+    # --- accept --------------------------------------------------------------------------------------------------
+
+    def begin(self) -> None:
+        """Have the turn stored, and set out as soon as the session is free."""
+        live, session = self._live, self._session
+        live.record(Accepted(session=session.key.session, ordinal=live.key.ordinal, request_id=live.input.request_id))
+        self._accept()
+        if session.enter(live, self._answer):
+            self._answer()
+
+    def _accept(self, *, again: bool = False) -> None:
+        """Store the turn; `again` in the place of a failed one with its request_id."""
+        live, session, store = self._live, self._session, self._pipeline.store
+        turn = live.input
+        row = NewTurn(
+            key=live.key,
+            request_id=turn.request_id,
+            digest=live.digest,
+            create_time=time.time(),
+            question=turn.parts,
+            opens_session=not session.exists,
+            title="" if session.exists else _title(turn),
+            user=turn.user,
+            channel=turn.channel,
+            ephemeral=turn.transcript is not None,
+        )
+        if again:
+            store.reaccept(row).add_done_callback(self._accepted_again)
+        else:
+            store.accept(row).add_done_callback(self._accepted)
+
+    def _accepted(self, written: Future[StoredTurn | None], *, again: bool = False) -> None:
+        """Tell the followers what the store said; a turn that it did not take is dropped."""
+        live = self._live
+        live.accepted_after = time.perf_counter() - live.arrived
+        if (error := _error(written)) is not None:
+            self._drop(refusal=error)
+        elif (earlier := written.result()) is None:
+            self._session.exists = True
+            live.stored()
+            if again and self._row is not None:
+                # The first row gave way to an earlier turn's, and its end with it.
+                self._finish(self._row)
+        elif self._may_start_again(earlier) and earlier.digest == live.digest and not again:
+            self._accept(again=True)
+        else:
+            self._drop(refusal=_content_error(earlier, live), duplicate_of=earlier)
+
+    def _accepted_again(self, written: Future[StoredTurn | None]) -> None:
+        self._accepted(written, again=True)
+
+    def _may_start_again(self, earlier: StoredTurn) -> bool:
+        """Tell whether a turn is over without a good end; one whose end could not be stored runs in the store only."""
+        gone = earlier.state is TurnState.RUNNING and self._pipeline.journal.live(earlier.key) is None
+        return earlier.retryable or gone
+
+    def _drop(self, *, refusal: MoltBotError | None = None, duplicate_of: StoredTurn | None = None) -> None:
+        """End without an end: the store has no such turn."""
+        self._fall_silent()
+        self._live.stored(refusal=refusal, duplicate_of=duplicate_of)
+        self._leave()
+
+    # --- answer --------------------------------------------------------------------------------------------------
+
+    def _answer(self) -> None:
+        """Route the turn and set the engine to work; the session is this turn's."""
+        if self._over or self._ending is not None:
+            return  # stopped in the moment that the session was given to it
+        self._entered = True
+        self._started = time.perf_counter()
+        live, engine = self._live, self._engine
+        turn = live.input
+        named = "the request names this model" if turn.model else "it is the workspace's default model"
+        live.record(Routed(kind="model", name=engine.id, reason=named))
+        try:
+            self._fitted = self._pipeline.conversation(turn, self._session, engine)
+            self._generation = engine.begin(self._fitted.messages, turn.options, self)
+        except Exception as error:
+            self.ended(error)
+
+    def wrote(self, text: str, tokens: int) -> None:
+        """Record another piece of the answer; the engine calls this."""
+        if not self._pieces:
+            self._first_text = time.perf_counter()
+        self._pieces.append(text)
+        self._live.say(text)
+
+    def ended(self, end: Finished | Exception) -> None:
+        """Conclude the turn; the engine calls this."""
+        try:
+            self._end(end)
+        except Exception:
+            self._break_off()
+
+    def _end(self, end: Finished | Exception) -> None:
+        if isinstance(end, Finished):
+            self._finished = end
+            self._conclude(self._completed(end.finish_reason))
+        elif isinstance(end, MoltBotError):
+            self._conclude(self._failed(end))
+        else:
+            incident = secrets.token_hex(4)
+            log.error("a turn failed", exc_info=end, extra={"incident": incident})
+            self._conclude(self._failed(InternalError(f"something went wrong in the core (incident {incident})")))
+
+    def stop(self) -> None:
+        """End the turn now: for a caller, because its deadline passed, or because the core leaves."""
+        if self._over or self._ending is not None:
+            return
+        self._fall_silent()
+        ending: Completed | Failed
+        if self._live.late:
+            ending = self._failed(DeadlineExceeded("the deadline passed before the answer was complete"))
+        elif not self._live.cancelling:
+            ending = self._failed(TurnInterrupted("the core stopped while the turn ran"))
+        else:
+            ending = self._completed(FinishReason.CANCELLED)
+        self._conclude(ending)
+
+    def _fall_silent(self) -> None:
+        """Free the engine, or give the place in the session's queue up."""
+        if self._generation is not None:
+            self._generation.stop()
+        elif not self._entered:
+            self._session.withdraw(self._live)
+
+    # --- end -----------------------------------------------------------------------------------------------------
+
+    def _conclude(self, ending: Completed | Failed) -> None:
+        """Have the end stored, before anybody sees it."""
+        self._ending = ending
+        events = self._live.close(ending)
+        answer: tuple[TextPart, ...] = ()
+        state = TurnState.FAILED
+        if isinstance(ending, Completed):
+            cancelled = ending.finish_reason is FinishReason.CANCELLED
+            state = TurnState.CANCELLED if cancelled else TurnState.COMPLETED
+            answer = (TextPart(text=ending.text),) if ending.text else ()
+        self._finish(
+            EndedTurn(
+                key=self._live.key,
+                state=state,
+                end_time=events[-1].at,
+                events=events,
+                answer=answer,
+                model=self._engine.id,
+            )
+        )
+
+    def _finish(self, row: EndedTurn) -> None:
+        self._row = row
+        self._written = self._pipeline.store.finish(row)
+        self._written.add_done_callback(self._stored)
+
+    def _stored(self, written: Future[None]) -> None:
+        try:
+            self._settle(written)
+        except Exception:
+            self._break_off()
+
+    def _settle(self, written: Future[None]) -> None:
+        """Remember the answer in the session, then let the followers see the end."""
+        live, row, ending = self._live, self._row, self._ending
+        if self._over or not live.is_stored or written is not self._written or row is None or ending is None:
+            return  # it was dropped, or is being stored again
+        last = row.events[-1]
+        if (error := _error(written)) is not None:
+            ending = self._failed(error)
+            last = live.close(ending)[-1]
+        elif row.answer and live.input.transcript is None:
+            ordinal = live.key.ordinal
+            question = Message(role=Role.USER, parts=live.input.parts, turn=ordinal)
+            said = Message(role=Role.ASSISTANT, parts=row.answer, turn=ordinal, model=row.model)
+            self._session.history.extend((question, said))
+        live.end(last)
+        self._pipeline.metrics.turn_ended(ending, row.model)
+        self._leave()
+
+    def _break_off(self) -> None:
+        """Let nobody wait for an end that will not come. Called while an exception is handled."""
+        log.exception("a turn could not be brought to its end")
+        self._drop(refusal=InternalError("something went wrong in the core; its log says what"))
+
+    def _leave(self) -> None:
+        """Make room for the next turn, once."""
+        if self._over:
+            return
+        self._over = True
+        if self._entered:
+            self._session.leave()
+        self._session.release()
+        self._pipeline.journal.close(self._live)
+        self._pipeline.over(self)
+
+    # --- what is told --------------------------------------------------------------------------------------------
+
+    def _completed(self, reason: FinishReason) -> Completed:
+        """Return the event of an answer that ended by itself, or that a caller stopped: its text so far is kept."""
+        pieces, ordinal = self._pieces, self._live.key.ordinal
+        spoke = pieces or reason is not FinishReason.CANCELLED
+        return Completed(
+            text="".join(pieces),
+            finish_reason=reason,
+            usage=self._usage(),
+            timings=self._timings(),
+            model=self._engine.id if spoke else "",
+            message=f"{ordinal}.1" if pieces else "",
+        )
+
+    def _failed(self, error: MoltBotError) -> Failed:
+        """Return the event of an answer that an error ended."""
+        return Failed(
+            status=error.status,
+            reason=error.reason,
+            message=error.message,
+            retryable=error.retryable,
+            retry_after=error.retry_after,
+            timings=self._timings(),
+        )
+
+    def _usage(self) -> Usage:
+        """Return the tokens read and written, as the engine counted them or, before its end, as they came."""
+        counted = self._finished.usage if self._finished else Usage(output_tokens=len(self._pieces))
+        if counted.input_tokens:
+            return counted
+        return msgspec.structs.replace(counted, input_tokens=self._fitted.tokens)
+
+    def _timings(self) -> Timings:
+        """Return where the time went, up to now."""
+        now = time.perf_counter()
+        waited = self._finished.queue if self._finished else 0.0
+        started = self._started or now
+        first = self._first_text or now
+        arrived, fitted = self._live.arrived, self._fitted
+        return Timings(
+            accept=self._live.accepted_after,
+            queue=started - arrived + waited,
+            first_token=max(0.0, first - started - waited),
+            generation=now - first,
+            total=now - arrived,
+            trimmed_messages=fitted.trimmed_messages,
+            history_messages=fitted.history_messages,
+            attempts=1 if self._started else 0,
+        )
+
+
+def _error(written: Future[Any]) -> MoltBotError | None:
+    """Return why the store did not take something, or None."""
+    if written.cancelled():
+        return NotServing("the core is leaving")
+    error = written.exception()
+    if error is None or isinstance(error, MoltBotError):
+        return error
+    log.error("the store failed", exc_info=error)
+    return InternalError("something went wrong in the core; its log says what")
+
+
+def _content_error(earlier: StoredTurn, live: LiveTurn) -> MoltBotError | None:
+    try:
+        same_content(earlier.digest, live.digest)
+    except MoltBotError as error:
+        return error
+    return None
+
+
+def _title(turn: TurnInput) -> str:
+    text = " ".join(part.text for part in turn.parts if isinstance(part, TextPart))
+    line = " ".join(text.split())
+    return line if len(line) <= _TITLE_LENGTH else line[: _TITLE_LENGTH - 1] + "…"
