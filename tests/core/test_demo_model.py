@@ -36,18 +36,19 @@ NOT_YET = pytest.mark.xfail(strict=True, reason="not learnt yet, see docs/demo-m
 
 # What the artefact reaches, rounded down; docs/demo-model.md says the same. A better artefact raises these.
 REACHED = {
-    "topics_en": 0.75,
-    "topics_zh": 0.85,
+    "topics_en": 0.82,
+    "topics_zh": 0.88,
     "refusals_en": 0.90,
-    "refusals_zh": 0.84,
-    "second_turns": 0.64,
-    "noisy": 0.78,
-    "system_prompt": 0.80,
-    "after_unrelated": 0.70,
+    "refusals_zh": 0.87,
+    "second_turns": 0.95,
+    "noisy": 0.83,
+    "system_prompt": 0.88,
+    "after_unrelated": 0.81,
+    "long_history": 0.85,
     "nonsense": 0.94,
 }
 # What it is to reach. A bar that is met is taken out of here, which the strict mark enforces.
-WANTED = {"topics_en": 0.90, "topics_zh": 0.90, "refusals_zh": 0.90, "second_turns": 0.85, "long_history": 0.80}
+WANTED = {"topics_en": 0.90, "topics_zh": 0.90, "refusals_zh": 0.90}
 
 
 @pytest.mark.parametrize("group", REACHED)
@@ -65,10 +66,8 @@ def test_the_artefact_reaches_its_bar(figures: dict[str, float], group: str) -> 
     ("said", "after"),
     [
         ("and discord?", {"connect_slack": "connect_discord", "slack_keys": "discord_keys", "bye": "connect_discord"}),
-        pytest.param(
-            "another one", {"joke": "joke_2", "fun_fact": "fun_fact_2", "cmd_start": "no_more"}, marks=NOT_YET
-        ),
-        pytest.param("why?", {"joke": "joke_why", "ports": "ports_why", "failover": "failover_why"}, marks=NOT_YET),
+        ("another one", {"joke": "joke_2", "fun_fact": "fun_fact_2", "cmd_start": "no_more"}),
+        ("why?", {"joke": "joke_why", "ports": "ports_why", "failover": "failover_why"}),
     ],
 )
 def test_the_same_second_message_is_answered_by_the_first(
@@ -85,7 +84,6 @@ def test_the_same_second_message_is_answered_by_the_first(
     assert dict(zip(after, reached, strict=True)) == after
 
 
-@NOT_YET
 def test_an_answer_is_said_again_in_the_other_language(model: evaluate.Model, knowledge: topics.Knowledge) -> None:
     english = ("tell me a joke", knowledge.answer("joke", "en"))
     chinese = ("讲个笑话", knowledge.answer("joke", "zh"))

@@ -9,16 +9,19 @@ from dataclasses import dataclass
 from moltbot_server.demo_model import grammar, noise, strangers, topics
 from moltbot_server.demo_model.topics import Language
 
+STRANGERS = 0.36
+"""Share of foreign questions among the openings."""
+
 SWITCHES = {"in_en": "en", "in_zh": "zh"}
 """Follow-ups that ask for the previous answer in a language."""
 
 WRITTEN_OUT = 0.75
 """How often a question comes from the phrasings written out one by one, rather than from a pattern."""
 
-BLURRED = 0.15
+BLURRED = 0.25
 """How often an opening question loses or shuffles words, so that the answer comes to rest on its key words."""
 
-MIXED = 0.1
+MIXED = 0.15
 """How often an opening question is put together of parts of two that mean the same."""
 
 
@@ -96,15 +99,15 @@ class Speaker:
 
     def _opening(self, language: Language, later: bool, leads: bool) -> Turn:
         draw = self._rng.random() + (0.2 if leads else 0.0)  # what follows is learned from topics, not from refusals
-        if draw < 0.3:
+        if draw < STRANGERS:
             stranger = strangers.draw(language, self._rng)
             return Turn(text=stranger.text, topic=stranger.topic, language=language)
-        if draw < 0.33:
+        if draw < STRANGERS + 0.03:
             return Turn(
                 text=strangers.mash(self._rng), topic="unclear", language="en" if self._rng.random() < 0.5 else "zh"
             )
         pool = self._asked
-        if later or draw < 0.5:
+        if later or draw < STRANGERS + 0.2:
             draw = self._rng.random()
             if draw < 0.7:  # openings that a follow-up can lean on are met more often
                 pool = [t for t in self._asked if t.follow] if draw < 0.55 else [t for t in self._asked if t.family]

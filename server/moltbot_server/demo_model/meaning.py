@@ -49,9 +49,13 @@ def embeddings(knowledge: topics.Knowledge, tokenizer: Tokenizer, width: int, rn
     expected = pieces * counts.sum(axis=0, keepdims=True) / counts.sum()
     trust = pieces / (pieces + 2)
     surprise = trust * np.log(np.maximum(counts, 1e-9) / np.maximum(expected, 1e-9))
-    left, values, _ = np.linalg.svd(np.maximum(surprise, 0), full_matrices=False)
+    left, values, right = np.linalg.svd(np.maximum(surprise, 0), full_matrices=False)
     known = min(int(width * (1 - FREE)), len(values))
     meaning = left[:, :known] * values[:known] ** 0.5
     meaning *= SIZE / np.sqrt((meaning**2).mean())
+    about = right[:known].T * values[:known] ** 0.5
+    for topic, row in zip(columns, about, strict=True):
+        if topic in knowledge.topics:
+            meaning[tokenizer.topic(topic)] = row * SIZE / np.sqrt((row**2).mean())
     free = np.random.default_rng(rng.randrange(2**32)).normal(0, SIZE, (len(tokenizer), width - known))
     return np.concatenate([meaning, free], axis=1)

@@ -84,7 +84,7 @@ def _drop(x: Any, key: Any, share: float) -> Any:
 
 
 def hidden(
-    params: Params, shape: Shape, tokens: Any, positions: Any, segments: Any, key: Any, dropout: float = 0.04
+    params: Params, shape: Shape, tokens: Any, positions: Any, segments: Any, key: Any, dropout: float = 0.08
 ) -> Any:
     """Runs the decoder over packed rows [batch, time]; a token sees earlier tokens of its own segment only."""
     batch, time = tokens.shape

@@ -13,15 +13,17 @@ from moltbot_server.demo_model.dialogue import Speaker
 from moltbot_server.demo_model.tokenizer import Tokenizer
 from moltbot_server.demo_model.topics import Language
 
-RECITED = 0.15
+RECITED = 0.5
 """Weight of a piece that follows from the pieces before it, against 1 for those that decide which answer it is."""
+OPENED = 2
+"""How many pieces of an answer, after its topic token, count fully: they decide its language."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Format:
     """A kind of batch: `rows` of `time` places, a share `scored` of them for targets, and weights of 1, 2, 3... turns.
 
-    `clip` is how often the last answer stops soon after it is decided; `brief` is how often earlier ones do.
+    `clip` is how often the last answer stops at its topic token; `brief` is how often earlier answers are cut short.
     """
 
     rows: int
@@ -32,19 +34,20 @@ class Format:
     brief: float
 
 
-FIRST = Format(rows=12, time=96, scored=0.45, turns=(93, 7), clip=0.97, brief=1.0)
-QUICK = Format(rows=12, time=96, scored=0.45, turns=(52, 48), clip=0.92, brief=1.0)
-WHOLE = Format(rows=5, time=256, scored=0.75, turns=(25, 50, 17, 8), clip=0.5, brief=0.15)
-LONG = Format(rows=1, time=1024, scored=0.85, turns=(0,) * 5 + (1,) * 18, clip=0.0, brief=0.0)
+FIRST = Format(rows=12, time=96, scored=0.3, turns=(1,), clip=0.9, brief=1.0)
+ALOUD = Format(rows=7, time=160, scored=0.85, turns=(1,), clip=0.0, brief=1.0)
+QUICK = Format(rows=12, time=96, scored=0.16, turns=(10, 90), clip=0.9, brief=1.0)
+WHOLE = Format(rows=5, time=256, scored=0.45, turns=(25, 50, 17, 8), clip=0.3, brief=0.15)
+LONG = Format(rows=1, time=1024, scored=0.25, turns=(0,) * 5 + (1,) * 18, clip=0.0, brief=0.0)
 
 
 @dataclass(frozen=True, slots=True)
 class Line:
-    """One encoded conversation: ids, positions, and the indices whose next id is scored, with their weights."""
+    """One encoded conversation: ids, positions, and by index what is to be said next, with its weight in the loss."""
 
     ids: list[int]
     positions: list[int]
-    scored: dict[int, float]
+    scored: dict[int, tuple[int, float]]
 
 
 class Packer:
@@ -68,12 +71,12 @@ class Packer:
     def line(self, form: Format) -> Line:
         """Encodes a conversation that fits into one row.
 
-        The first pieces of an answer, where it is decided, are what takes the practice. Now and then positions jump
-        ahead between turns, which stands in for a long history.
+        After `<|bot|>` comes the topic token, which takes most of the practice, then the answer. Now and then
+        positions jump ahead between turns, which stands in for a long history.
         """
         code, rng = self._tokenizer, self._rng
         ids, positions = [code.bos], [0]
-        scored: dict[int, float] = {}
+        scored: dict[int, tuple[int, float]] = {}
         ahead = 0
 
         def add(pieces: list[int]) -> None:
@@ -94,20 +97,23 @@ class Packer:
             said = code.encode(text, self._dropout())
             answer, decided = self._answers[turn.topic, turn.language], self._decided[turn.topic, turn.language]
             last = index == len(conversation) - 1
-            if brief := rng.random() < (form.clip if last else form.brief):
-                answer = answer[: decided + rng.randint(1, 3)] if last else answer[: decided + rng.randint(3, 14)]
-            if len(ids) + len(said) + len(answer) + 3 > form.time:
+            if not last and rng.random() < form.brief:
+                answer = [*answer[: decided + rng.randint(3, 14)], code.end]
+            if len(ids) + len(said) + len(answer) + 4 > form.time:
                 break
             add([code.user, *said, code.bot])
-            for place in range(len(answer)):
-                scored[len(ids) - 1 + place] = 1.0 if place < decided else RECITED
-            add(answer)
-            if brief and not last and answer[-1] != code.end:  # cut short, yet over
-                add([code.end])
-        return Line(ids, positions, {place: weight for place, weight in scored.items() if place + 1 < len(ids)})
+            scored[len(ids) - 1] = (code.topic(turn.topic), 1.0)
+            if last and rng.random() >= form.clip:
+                recited = [code.topic(turn.topic), *answer]
+                for place in range(1, len(recited)):
+                    scored[len(ids) + place - 1] = (recited[place], 1.0 if place <= OPENED else RECITED)
+                add(recited)
+            elif not last:
+                add(answer)  # without its topic token, as a caller who repeats the conversation sends it
+        return Line(ids, positions, scored)
 
     def _dropout(self) -> float:
-        return 0.1 if self._rng.random() < 0.2 else 0.0
+        return 0.1 if self._rng.random() < 0.3 else 0.0
 
     def batches(self, form: Format, count: int) -> dict[str, np.ndarray]:
         """Stacks that many batches, one for each device."""
@@ -138,8 +144,8 @@ class Packer:
                 line.positions,
                 segment,
             )
-            for place, importance in [*line.scored.items()][: places - scored]:
-                pick[scored], goal[scored] = row * time + start + place, line.ids[place + 1]
+            for place, (next_id, importance) in [*line.scored.items()][: places - scored]:
+                pick[scored], goal[scored] = row * time + start + place, next_id
                 weight[scored] = importance
                 scored += 1
             used[row] = end

@@ -45,7 +45,7 @@ def _templates(language: topics.Language, split: Split) -> tuple[tuple[str, tupl
 @cache
 def written_out(language: topics.Language) -> tuple[tuple[str, tuple[str, ...]], ...]:
     """Reads the training questions that are written one by one, by the refusal that suits them."""
-    lists = topics.read("more_strangers.yaml")
+    lists = topics.gather("more_strangers*.yaml")
     return tuple(
         (topic, tuple(line.strip() for line in sides[language].splitlines() if line.strip()))
         for topic, sides in lists.items()

@@ -12,11 +12,17 @@ SYSTEM, USER, BOT, END = "<|system|>", "<|user|>", "<|bot|>", "<|end|>"
 ROLES = (SYSTEM, USER, BOT, END)
 
 
-def train(lines: Iterable[str], path: Path, size: int) -> None:
+def topic_token(topic: str) -> str:
+    """Names the piece with which the model says to itself what it is going to talk about."""
+    return f"<|topic:{topic}|>"
+
+
+def train(lines: Iterable[str], path: Path, size: int, topics: Iterable[str] = ()) -> None:
     """Learns a byte-pair vocabulary of `size` pieces from the lines and writes it to `path`.
 
-    Role markers are control symbols: no text that a user sends can produce them. What the vocabulary lacks falls back
-    to bytes, so every text can be encoded; nothing is normalised, so every text comes back as it was.
+    Role markers and topic tokens are control symbols: no text that a user sends can produce them, and they decode to
+    nothing. What the vocabulary lacks falls back to bytes, so every text can be encoded; nothing is normalised, so
+    every text comes back as it was.
     """
     model = io.BytesIO()
     sentencepiece.SentencePieceTrainer.train(
@@ -24,7 +30,7 @@ def train(lines: Iterable[str], path: Path, size: int) -> None:
         model_writer=model,
         model_type="bpe",
         vocab_size=size,
-        control_symbols=list(ROLES),
+        control_symbols=[*ROLES, *map(topic_token, topics)],
         byte_fallback=True,
         character_coverage=0.9995,
         normalization_rule_name="identity",
@@ -48,6 +54,10 @@ class Tokenizer:
 
     def __len__(self) -> int:
         return int(self.pieces.vocab_size())
+
+    def topic(self, topic: str) -> int:
+        """Returns the id of a topic's token."""
+        return int(self.pieces.piece_to_id(topic_token(topic)))
 
     def vocabulary(self) -> list[str]:
         """Lists all pieces by id."""

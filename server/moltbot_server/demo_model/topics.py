@@ -154,8 +154,15 @@ def common_words(language: Language) -> grammar.Words:
     return {name: tuple(str(alternatives).split("|")) for name, alternatives in read("words.yaml")[language].items()}
 
 
-def _gather(pattern: str) -> dict[str, Any]:
-    return {topic: entry for path in sorted(FOLDER.glob(pattern)) for topic, entry in read(path.name).items()}
+def gather(pattern: str) -> dict[str, dict[str, str]]:
+    """Reads the lines of all files of a kind by topic and language; what several say of a topic is joined."""
+    found: dict[str, dict[str, str]] = {}
+    for path in sorted(FOLDER.glob(pattern)):
+        for topic, sides in read(path.name).items():
+            entry = found.setdefault(topic, {})
+            for language, lines in sides.items():
+                entry[language] = f"{entry.get(language, '')}{lines}\n"
+    return found
 
 
 @cache
@@ -163,7 +170,10 @@ def load_knowledge() -> Knowledge:
     """Reads all topics; raises ValueError when an id appears twice or leads nowhere."""
     words: dict[Language, grammar.Words] = {language: common_words(language) for language in LANGUAGES}
     topics: dict[str, Topic] = {}
-    keys, phrasings = _gather("keys_*.yaml"), _gather("phrasings_*.yaml")
+    phrasings = gather("phrasings_*.yaml")
+    keys: dict[str, Any] = {
+        topic: entry for path in sorted(FOLDER.glob("keys_*.yaml")) for topic, entry in read(path.name).items()
+    }
     for path in sorted(FOLDER.glob("topics_*.yaml")):
         for entry in read(path.name):
             more = Further(keys=keys.get(entry["id"], {}), phrasings=phrasings.get(entry["id"], {}))

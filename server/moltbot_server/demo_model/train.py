@@ -13,10 +13,12 @@ from pathlib import Path
 
 from moltbot_server.demo_model import ARTIFACT, export, grammar, meaning, network, strangers, topics
 from moltbot_server.demo_model.dialogue import Speaker
-from moltbot_server.demo_model.packing import FIRST, LONG, QUICK, WHOLE, Packer
+from moltbot_server.demo_model.packing import ALOUD, FIRST, LONG, QUICK, WHOLE, Packer
 from moltbot_server.demo_model.tokenizer import Tokenizer, train
 
-CYCLE = (QUICK, QUICK, WHOLE, QUICK, QUICK, QUICK, QUICK, WHOLE, QUICK, LONG)
+EARLY = (FIRST, FIRST, ALOUD, FIRST, FIRST, WHOLE)
+LATE = (FIRST, QUICK, FIRST, WHOLE, FIRST, ALOUD, FIRST, QUICK, FIRST, WHOLE)
+LATE = (*LATE, *LATE[:-1], LONG)
 STEPS = 4000
 WARM_UP = 40
 SINGLE_TURNS = 0.4
@@ -56,7 +58,7 @@ def parse_arguments() -> argparse.Namespace:
     add("--steps", type=int, default=STEPS, help="optimizer steps of about 4,500 pieces (default: %(default)s)")
     add("--minutes", type=float, default=math.inf, help="end the schedule after this time at the latest")
     add("--seed", type=int, default=1, help="seed of weights and of everything drawn (default: %(default)s)")
-    add("--vocabulary", type=int, default=4500, help="pieces (default: %(default)s)")
+    add("--vocabulary", type=int, default=7000, help="pieces (default: %(default)s)")
     add("--rate", type=float, default=5e-3, help="peak learning rate (default: %(default)s)")
     add("--out", type=Path, default=ARTIFACT, help="folder to write (default: the one in the package)")
     add("--further", type=Path, metavar="FOLDER", help="train an exported model further instead of a new one")
@@ -74,7 +76,7 @@ def main() -> None:
         if arguments.further:
             shutil.copyfile(arguments.further / pieces.name, pieces)
         else:
-            train(vocabulary_lines(knowledge, rng), pieces, arguments.vocabulary)
+            train(vocabulary_lines(knowledge, rng), pieces, arguments.vocabulary, knowledge.topics)
         tokenizer = Tokenizer(pieces)
         shape = network.Shape(vocabulary=len(tokenizer))
         if arguments.further:
@@ -90,9 +92,8 @@ def main() -> None:
             progress = max(progress, step / arguments.steps, elapsed / 60 / arguments.minutes)
             if progress >= 1:
                 break
-            form = (
-                FIRST if progress < SINGLE_TURNS and not arguments.further and step % 10 else CYCLE[step % len(CYCLE)]
-            )
+            forms = EARLY if progress < SINGLE_TURNS and not arguments.further else LATE
+            form = forms[step % len(forms)]
             batch = packer.batches(form, network.DEVICES)
             seen += int((batch["segments"] >= 0).sum())
             pace = rate(step, progress, arguments.rate)
