@@ -17,8 +17,8 @@ from moltbot_server.demo_model.packing import ALOUD, FIRST, LONG, QUICK, WHOLE, 
 from moltbot_server.demo_model.tokenizer import Tokenizer, train
 
 EARLY = (FIRST, FIRST, ALOUD, FIRST, FIRST, WHOLE)
-LATE = (FIRST, QUICK, FIRST, WHOLE, FIRST, ALOUD, FIRST, QUICK, FIRST, WHOLE)
-LATE = (*LATE, *LATE[:-1], LONG)
+_LATE = (FIRST, QUICK, FIRST, WHOLE, FIRST, ALOUD, FIRST, QUICK, FIRST, WHOLE)
+LATE = (*_LATE, *_LATE[:-1], LONG)
 STEPS = 4000
 WARM_UP = 40
 SINGLE_TURNS = 0.4
