@@ -168,6 +168,13 @@ class LiveTurn:
         """Interrupt the turn: whoever carries it out ends it now."""
         self.halt()
 
+    def let_go(self) -> None:
+        """Forget who carried the turn out, so that both are freed at once and not by the garbage collector."""
+        self.halt = _nobody_to_stop
+        if self._timer is not None:
+            self._timer.cancel()
+            self._timer = None
+
     def expire_at(self, deadline: float | None) -> None:
         """End the turn at a time of the event loop's clock, if it has not ended by then."""
         if deadline is not None and not self.closing:

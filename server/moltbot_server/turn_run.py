@@ -286,6 +286,8 @@ class TurnRun:
         if self._entered:
             self._session.leave()
         self._session.release()
+        self._generation = None
+        self._live.let_go()
         self._pipeline.journal.close(self._live)
         self._pipeline.over(self)
 

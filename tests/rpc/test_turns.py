@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import asyncio
+import gc
 import itertools
 from pathlib import Path
 
 import pytest
 from google.protobuf import duration_pb2
 from moltbot.v1 import chat_pb2, message_pb2, session_pb2
+from moltbot_server.journal import LiveTurn
 from moltbot_server.testing import RunningServer, Script, running_server
+from moltbot_server.turn_run import TurnRun
 from rpc_calls import Api, WatchedEngine, info_of, kinds, reason_of, refused, text_of, turn
 
 
@@ -347,3 +350,19 @@ async def test_the_core_counts_turns_tokens_and_failures(core: RunningServer, ap
     assert 'moltbot_errors_total{reason="EMPTY_MESSAGE"} 1.0' in page
     assert 'moltbot_tokens_total{direction="output",model="scripted"} 5.0' in page
     assert 'moltbot_grpc_calls_total{method="ChatService/StreamTurn",status="OK"} 2.0' in page
+
+
+async def test_ended_turns_are_freed_without_the_garbage_collector(tmp_path: Path) -> None:
+    async with running_server(tmp_path) as server:
+        api = Api.of(server)
+        await api.run(turn())
+        gc.collect()
+        gc.disable()
+        try:
+            for text in ("hello", "#5 pace=0.001", "#5 fail=2"):
+                await asyncio.gather(*(api.events(turn(text)) for _ in range(5)))
+            left = [type(entry).__name__ for entry in gc.get_objects() if isinstance(entry, LiveTurn | TurnRun)]
+        finally:
+            gc.enable()
+            await api.channel.close()
+    assert left == []

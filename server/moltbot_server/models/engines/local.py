@@ -20,7 +20,7 @@ from moltbot_server.errors import ContextLengthExceeded, ModelUnavailable
 from moltbot_server.models.cpus import usable_cpus
 from moltbot_server.models.detokenizer import Detokenizer
 from moltbot_server.models.engine import Capabilities, Finished, Generation, Listener, stream
-from moltbot_server.models.engines.rows import FULL, GONE, STOPPED, Row, Sampling, Waiting
+from moltbot_server.models.engines.rows import FULL, GONE, STOPPED, Row, Sampling, Waiting, unread
 from moltbot_server.models.folder import ModelFolder
 from moltbot_server.models.limits import check_options
 from moltbot_server.models.stops import StopTexts
@@ -316,6 +316,7 @@ class _Writing:
         """Let the row go."""
         if not self._over:
             self._over = True
+            self._row.read = unread  # no cycle is left behind for the garbage collector
             self._engine._let_go(self._row)
 
     def _read(self, tokens: list[int]) -> None:

@@ -55,7 +55,7 @@ class Row:
         self.cancelled = False
         self.ended = False
         self.inbox: list[int] = []
-        self.read: Callable[[list[int]], None] = _unread
+        self.read: Callable[[list[int]], None] = unread
         self.arrived = perf_counter()
         self.began = self.first = self.last = 0.0
 
@@ -73,7 +73,7 @@ class Row:
         self.read(taken)
 
 
-def _unread(tokens: list[int]) -> None:
+def unread(tokens: list[int]) -> None:
     """Stand in for the reader of a row that nobody reads."""
 
 
