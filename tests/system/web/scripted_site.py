@@ -19,6 +19,7 @@ CSP = (
     "connect-src 'self'; form-action 'self'; base-uri 'none'; frame-ancestors 'none'"
 )
 COOKIE = "moltbot_session"
+BUILT_IN = "moltbot-demo"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -108,8 +109,10 @@ class ScriptedSite:
         self.sessions: dict[str, ScriptedSession] = {}
         self.by_request: dict[str, ScriptedTurn] = {}
         self.calls: list[tuple[str, str, dict[str, Any] | None]] = []
+        self.user = "ada"
         self.refusals: list[web.Response | None] = []  # for the next starts of a turn; None breaks the line
         self.down = False
+        self.core_away = False  # the page's server is there, the core behind it is not
         self.slow_accept = False  # a turn says that it is accepted only when the gate "accept" is set
         self.overlap = 0  # events that a resumed stream tells again
         self.shred = 0  # bytes per write, to cut frames and characters in the middle
@@ -218,8 +221,11 @@ class ScriptedSite:
         return response
 
     async def _me(self, request: web.Request) -> web.StreamResponse:
-        models = [{"id": name, "display_name": name.capitalize()} for name in self.models]
-        return web.json_response({"user": "ada", "version": "0.1.0", "default_model": models[0], "models": models})
+        if self.core_away:
+            return error(503, "The core is not there.", "core_unavailable")
+        named = {BUILT_IN: "MoltBot built-in model"}
+        models = [{"id": name, "display_name": named.get(name, name.capitalize())} for name in self.models]
+        return web.json_response({"user": self.user, "version": "0.1.0", "default_model": models[0], "models": models})
 
     async def _list(self, request: web.Request) -> web.StreamResponse:
         chats = sorted(self.sessions.values(), key=lambda chat: chat.update_time, reverse=True)

@@ -1,4 +1,4 @@
-# ruff: noqa: E501, SIM117 (scripts for the browser, hostile texts and Chinese are written as they are)
+# ruff: noqa: E501, RUF001, SIM117 (scripts for the browser, hostile texts and Chinese are written as they are)
 """Everything around the conversation: the list of chats, signing in, keys, languages, themes, phones and what the files may hold."""
 
 from __future__ import annotations
@@ -10,7 +10,7 @@ from datetime import timedelta
 import pytest
 from browser import PHONE, Visit, answered, ask, shown, visiting
 from playwright.async_api import Browser, Locator
-from scripted_site import STATIC, Emit, Hold, Say, ScriptedSite, Step
+from scripted_site import BUILT_IN, STATIC, Emit, Hold, Say, ScriptedSite, Step
 
 pytestmark = pytest.mark.asyncio(loop_scope="module")
 
@@ -176,6 +176,24 @@ async def test_the_page_speaks_the_language_of_the_browser(browser: Browser, loc
         assert await visit.page.evaluate("document.documentElement.lang") == (
             "en" if locale.startswith("en") else "zh-CN"
         )
+
+
+@pytest.mark.parametrize("models", [(BUILT_IN,), (BUILT_IN, "large")])
+async def test_the_built_in_model_and_the_owner_are_named_in_the_language_of_the_page(
+    browser: Browser, models: tuple[str, ...]
+) -> None:
+    async with ScriptedSite(lambda _: [], models=models) as site:
+        site.user = "owner"
+        async with visiting(browser, site.origin, "/#/new", locale="zh-CN") as visit:
+            await visit.page.wait_for_selector(".card")
+            badge = visit.page.locator(".model-name, .model-choice option").first
+            assert await badge.text_content() == "MoltBot 内置模型"
+            assert await visit.page.inner_text(".welcome-sub") == "中文、英文都可以。回答者：MoltBot 内置模型。"
+            assert await visit.page.inner_text(".who") == "所有者"
+            await visit.page.get_by_role("button", name="Switch to English").click()
+            assert await badge.text_content() == "MoltBot built-in model"
+            assert "Answering: MoltBot built-in model." in await visit.page.inner_text(".welcome-sub")
+            assert await visit.page.inner_text(".who") == "owner"
 
 
 async def test_the_language_and_the_theme_are_remembered(browser: Browser) -> None:
@@ -377,7 +395,7 @@ SOURCES = sorted(path for path in STATIC.rglob("*") if path.is_file())
 
 
 async def test_the_page_is_small_plain_and_builds_nodes_only_by_hand() -> None:
-    assert sum(path.stat().st_size for path in SOURCES) < 136 * 1024
+    assert sum(path.stat().st_size for path in SOURCES) < 140 * 1024
     forbidden = re.compile(
         r"innerHTML|outerHTML|insertAdjacentHTML|DOMParser|document\.write|createContextualFragment|setHTML|\beval\(|new Function|\.cssText|style=|<style|"
         r"setAttribute\(.style|createElement\(.script"

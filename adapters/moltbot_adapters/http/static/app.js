@@ -3,7 +3,7 @@
 import { logOut, me } from "./api.js";
 import { Chat } from "./chat.js";
 import { h, icon } from "./dom.js";
-import { label, language, preferred, say, speak, t } from "./i18n.js";
+import { label, modelName, preferred, say, speak, t, userName } from "./i18n.js";
 import { store } from "./store.js";
 import { Composer } from "./view/composer.js";
 import { otherLanguage, Sidebar } from "./view/sidebar.js";
@@ -59,7 +59,7 @@ class Shell {
     this.sidebar = new Sidebar({
       onNew: () => this.newChat(), onClose: () => this.toggleSidebar(false), onDeleted: (sid) => this.#deleted(sid), controls: this.#controls(),
     });
-    this.thread.modelName = person.default_model?.display_name || person.default_model?.id || "MoltBot";
+    this.thread.modelName = () => modelName(person.default_model);
     this.chat = new Chat({
       thread: this.thread, composer: this.composer,
       hooks: { onSession: (sid) => this.#opened(sid), onChange: () => this.#listChanged(), onSignedOut: () => showSignIn("signin.ended") },
@@ -92,10 +92,10 @@ class Shell {
     const models = this.person.models ?? [];
     if (models.length < 2) {
       store.model = ""; // there is nothing to choose: the server's own default counts
-      return h("span", { class: "model-name", text: this.thread.modelName });
+      return say(h("span", { class: "model-name" }), "named", { vars: { name: this.thread.modelName } });
     }
     const select = say(h("select", { class: "model-choice" }), "model", { attr: "aria-label" });
-    for (const { id, display_name: name } of models) select.append(h("option", { value: id, text: name || id }));
+    for (const model of models) select.append(say(h("option", { value: model.id }), "named", { vars: { name: () => modelName(model) } }));
     select.value = models.some(({ id }) => id === store.model) ? store.model : this.person.default_model?.id;
     select.addEventListener("change", () => { store.model = select.value; });
     return select;
@@ -109,7 +109,8 @@ class Shell {
       store.pending = null;
       location.assign("/");
     });
-    const who = h("span", { class: "who", text: this.person.user, title: `MoltBot ${this.person.version ?? ""}`.trim() });
+    const who = h("span", { class: "who", title: `MoltBot ${this.person.version ?? ""}`.trim() });
+    say(who, "named", { vars: { name: () => userName(this.person.user) } });
     return h("div", { class: "sidebar-foot" }, who, languageSwitch(false), themeSwitch(), leave);
   }
 

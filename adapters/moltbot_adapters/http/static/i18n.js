@@ -27,6 +27,9 @@ const SENTENCES = {
   "theme.dark": ["dark", "深色"],
   "signout": ["Sign out", "退出登录"],
   "model": ["Model", "模型"],
+  "model.builtin": ["MoltBot built-in model", "MoltBot 内置模型"],
+  "named": ["{name}", "{name}"],
+  "user.owner": ["owner", "所有者"],
   "you": ["You said", "你说"],
   "bot": ["MoltBot answered", "MoltBot 回答"],
   "greeting": ["What can I help with?", "有什么可以帮你？"],
@@ -125,6 +128,7 @@ const SENTENCES = {
   "milliseconds": ["{n} ms", "{n} 毫秒"],
 };
 
+const BUILT_IN = "moltbot-demo";
 const LANGUAGES = ["en", "zh"];
 let current = "en";
 
@@ -140,7 +144,8 @@ export function preferred(tags) {
 }
 
 function fill(sentence, vars) {
-  return sentence.replace(/\{(\w+)\}/g, (whole, name) => (name in vars ? String(vars[name]) : whole));
+  const word = (value) => String(typeof value === "function" ? value() : value); // a function knows the word in the language of the moment
+  return sentence.replace(/\{(\w+)\}/g, (whole, name) => (name in vars ? word(vars[name]) : whole));
 }
 
 /** A sentence in the page's language, or in `inLanguage`. */
@@ -178,6 +183,14 @@ export function speak(name) {
     for (const [attr, { key, vars }] of node[marked] ?? []) write(node, attr, key, vars);
   }
 }
+
+/** What people call a model: the core's name for it; the built-in one has a Chinese name too. */
+export function modelName({ id = "", display_name: name = "" } = {}) {
+  return id === BUILT_IN && current === "zh" ? t("model.builtin") : name || id || "MoltBot";
+}
+
+/** What people call a user: the owner of the workspace is a role and no name. */
+export const userName = (user) => (user === "owner" ? t("user.owner") : user);
 
 /** A duration for people. */
 export function duration(ms) {

@@ -11,7 +11,7 @@ const SUGGESTIONS = [["chat", "try.1"], ["bolt", "try.2"], ["code", "try.3"], ["
 export class Thread {
   constructor({ onSuggestion }) {
     this.onSuggestion = onSuggestion;
-    this.modelName = "MoltBot";
+    this.modelName = () => "MoltBot";
     this.list = h("div", { class: "thread" });
     this.scroller = h("div", { class: "scroller", tabIndex: -1 }, this.list);
     const jump = h("button", { type: "button", class: "jump", hidden: true }, icon("down"), say(h("span"), "jump"));
