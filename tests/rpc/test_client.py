@@ -1,6 +1,7 @@
 """The Python client against a real core, and against a core whose connections break."""
 
 import asyncio
+import traceback
 from collections.abc import AsyncIterator
 from contextlib import aclosing, asynccontextmanager
 from pathlib import Path
@@ -155,8 +156,12 @@ async def test_an_address_where_nobody_is_fails_soon_and_says_unavailable() -> N
         with pytest.raises(MoltBotClientError) as caught:
             await bot.run_turn("Hi")
         assert (caught.value.code, caught.value.retryable) == (grpc.StatusCode.UNAVAILABLE, True)
-        with pytest.raises(MoltBotClientError):
+        assert "nobody answers at 127.0.0.1:1 (Connection refused): start MoltBot with `moltbot start`" in str(
+            caught.value
+        )
+        with pytest.raises(MoltBotClientError, match="nobody answers at") as caught:
             _ = [event async for event in bot.stream_turn("Hi")]
+    assert "AioRpcError" not in "".join(traceback.format_exception(caught.value))
 
 
 async def test_the_key_comes_from_the_environment_or_the_workspace(

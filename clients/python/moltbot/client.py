@@ -74,7 +74,8 @@ class MoltBot:
         credentials: grpc.ChannelCredentials | None = None,
     ) -> None:
         self._metadata = (("authorization", f"Bearer {key or find_key()}"),)
-        self._channel = open_channel(address or find_address(), credentials)
+        self._address = address or find_address()
+        self._channel = open_channel(self._address, credentials)
         self._chat = chat_pb2_grpc.ChatServiceStub(self._channel)
         self._sessions = session_pb2_grpc.SessionServiceStub(self._channel)
         self._models = model_pb2_grpc.ModelServiceStub(self._channel)
@@ -170,7 +171,7 @@ class MoltBot:
                 if response.event.sequence > last:
                     yield response.event
         except grpc.aio.AioRpcError as error:
-            raise from_status(error) from error
+            raise from_status(error, self._address) from None
         finally:
             call.cancel()
 
@@ -226,7 +227,7 @@ class MoltBot:
         try:
             return await method(request, timeout=within, metadata=self._metadata)
         except grpc.aio.AioRpcError as error:
-            raise from_status(error) from error
+            raise from_status(error, self._address) from None
 
 
 def _turn(

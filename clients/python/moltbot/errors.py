@@ -13,6 +13,8 @@ _CODES = {code.value[0]: code for code in grpc.StatusCode}
 _TRANSPORT = frozenset(
     {grpc.StatusCode.UNAVAILABLE, grpc.StatusCode.INTERNAL, grpc.StatusCode.UNKNOWN, grpc.StatusCode.CANCELLED}
 )
+# What gRPC says when no connection came about at all: nobody listens there, or nothing leads there.
+_NOBODY = "Failed to connect to remote host"
 # Reasons whose wait is worth its while although the core cannot say how long it takes.
 _RETRYABLE = frozenset(
     error_pb2.ErrorReason.Name(reason).removeprefix("ERROR_REASON_")
@@ -62,8 +64,11 @@ class MoltBotClientError(Exception):
         return self.reason == "NOT_SERVING" or (not self.reason and self.code in _TRANSPORT)
 
 
-def from_status(error: grpc.aio.AioRpcError) -> MoltBotClientError:
-    """Return the exception for a call that ended with an error status."""
+def from_status(error: grpc.aio.AioRpcError, address: str) -> MoltBotClientError:
+    """Return the exception for a call to an address that ended with an error status.
+
+    It says all that the status did, so that it need not be chained to the error of gRPC.
+    """
     reason, retry_after, fields = "", None, {}
     for key, value in error.trailing_metadata() or ():
         if key != _DETAILS_KEY or not isinstance(value, bytes):
@@ -78,9 +83,16 @@ def from_status(error: grpc.aio.AioRpcError) -> MoltBotClientError:
                 fields = {violation.field: violation.description for violation in violations}
     retryable = reason in _RETRYABLE or retry_after is not None or error.code() is grpc.StatusCode.UNAVAILABLE
     message = error.details() or "the core gave no reason"
+    if error.code() is grpc.StatusCode.UNAVAILABLE and not reason and _NOBODY in message:
+        message = f"nobody answers at {address} ({_why(message)}): start MoltBot with `moltbot start`"
     return MoltBotClientError(
         error.code(), message, reason=reason, retryable=retryable, retry_after=retry_after, fields=fields
     )
+
+
+def _why(details: str) -> str:
+    """Return the last cause that gRPC names, such as `Connection refused`."""
+    return details.rpartition(_NOBODY)[2].strip(": ") or "no connection"
 
 
 def from_event(failed: chat_pb2.Failed) -> MoltBotClientError:
