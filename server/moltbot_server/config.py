@@ -26,6 +26,7 @@ from moltbot_server.config_sources import (
 __all__ = ["Autoscaling", "Cache", "ConfigError", "ModelRoute", "Problem", "Settings", "is_loopback", "load_settings"]
 
 BUILT_IN_MODEL = "moltbot-demo"
+_LISTED = 8  # more names than these are not told in a message
 _NEED_NO_PATH = frozenset({"", "moltbot-demo", "builtin", "built-in", "scripted"})
 
 
@@ -258,6 +259,9 @@ def _nearest(name: str, known: Iterable[str]) -> str:
     """Return the known name that was probably meant, or nothing. The prefix of variables makes no likeness."""
     import difflib  # late: only a message about a mistake needs it
 
+    known = list(known)
+    if (prefixed := f"MOLTBOT_{name.upper()}") in known:
+        return prefixed
     prefix = "MOLTBOT_" if name.startswith("MOLTBOT_") else ""
     by_lower = {word.removeprefix(prefix).lower(): word for word in known if word.startswith(prefix)}
     wanted = name.removeprefix(prefix).lower().replace("-", "_")
@@ -268,7 +272,12 @@ def _nearest(name: str, known: Iterable[str]) -> str:
 def _unknown(name: str, where: str, known: Iterable[str], prefix: str = "") -> Problem:
     known = list(known)
     near = _nearest(name, known)
-    hint = f"did you mean `{near}`?" if near else f"known are {', '.join(sorted(known))}"
+    if near:
+        hint = f"did you mean `{near}`?"
+    elif len(known) > _LISTED:
+        hint = "docs/configuration.md has all that are known"
+    else:
+        hint = f"known are {', '.join(sorted(known))}"
     section = f" in `{prefix[:-1]}`" if prefix else ""
     return Problem(where=where, text=f"unknown key `{name}`{section}; {hint}")
 

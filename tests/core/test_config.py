@@ -184,6 +184,16 @@ def test_an_unknown_name_in_the_workspaces_environment_file_is_a_mistake(workspa
     assert problems(workspace, elsewhere, "") == [".env:2: unknown key `MODEL_PAHT`; did you mean `MODEL_PATH`?"]
 
 
+def test_an_unknown_name_is_told_the_one_with_the_prefix_or_the_page_that_has_them_all(
+    workspace: Path, elsewhere: Path
+) -> None:
+    (workspace / ".env").write_text("HOST=127.0.0.1\nQUUX=1\n")
+    assert problems(workspace, elsewhere, "") == [
+        ".env:1: unknown key `HOST`; did you mean `MOLTBOT_HOST`?",
+        ".env:2: unknown key `QUUX`; docs/configuration.md has all that are known",
+    ]
+
+
 @pytest.mark.parametrize(
     ("yaml", "told"),
     [
