@@ -40,7 +40,7 @@ async def test_models_are_found_by_id_and_the_first_is_the_default(tiny: Path) -
         ("scripted", ModelState.READY, ""),
     ]
     assert catalog.entry("").load_time > 1e9
-    with pytest.raises(ModelNotFound, match="There is no model 'gpt'; there are tiny, scripted"):
+    with pytest.raises(ModelNotFound, match=r"There is no model 'gpt'; available: tiny, scripted\."):
         catalog.get("gpt")
     await catalog.close()
     with pytest.raises(ModelUnavailable, match="stopped working"):

@@ -91,7 +91,7 @@ class Catalog:
         """
         entry = self._entries.get(model or self._default)
         if entry is None:
-            raise ModelNotFound(f"There is no model {model[:64]!r}; there are {', '.join(self._entries)}.")
+            raise ModelNotFound(f"There is no model {model[:64]!r}; available: {', '.join(self._entries)}.")
         return entry
 
     def get(self, model: str = "") -> Engine:
