@@ -4,6 +4,7 @@ import asyncio
 import http.client
 import json
 import re
+import shlex
 import signal
 import sys
 import time
@@ -15,6 +16,7 @@ import psutil
 import pytest
 from cli_process import ANY_PORTS, Home, Started, all_gone
 from moltbot_server.cli.children import Child, Plan
+from moltbot_server.cli.status import lasting
 
 
 @pytest.fixture
@@ -64,7 +66,17 @@ async def test_status_tells_what_runs_and_what_it_takes(started: Started) -> Non
     assert {item["pid"] for item in found["processes"].values()} == pids
     if sys.platform.startswith("linux"):
         assert found["processes"]["supervisor"]["memory"] < 45e6
-    assert "serving" in (await started.home.run("status")).out
+    words = (await started.home.run("status")).out
+    assert "serving" in words
+    assert re.search(r" runs in \S+ for \d+ s\.$", words.splitlines()[0])
+
+
+@pytest.mark.parametrize(
+    ("seconds", "told"),
+    [(0.4, "0 s"), (54.9, "54 s"), (125, "2 min 5 s"), (3600, "1 h"), (12000, "3 h 20 min"), (187205, "2 d 4 h")],
+)
+def test_a_time_is_told_in_its_two_largest_units(seconds: float, told: str) -> None:
+    assert lasting(seconds) == told
 
 
 @pytest.mark.parametrize("name", ["core", "http"])
@@ -119,6 +131,10 @@ async def test_a_second_start_in_the_workspace_is_refused(started: Started) -> N
     ended = await started.home.run("start", *ANY_PORTS)
     assert ended.status == 69
     assert "runs in ~/.moltbot already" in ended.err
+    assert f"Ctrl-C where it runs or with `kill {started.process.pid}`" in ended.err
+    beside = shlex.split(ended.err.splitlines()[-1].partition(" start ")[2].partition(" start ")[2])
+    flags = dict(zip(beside[::2], beside[1::2], strict=True))
+    assert flags == {"--workspace": "~/.moltbot-2", "--port": "0", "--grpc-port": "0", "--metrics-port": "0"}
     assert (await started.home.run("status")).status == 0
 
 

@@ -42,6 +42,16 @@ def take_ports(ports: Sequence[Wanted], again: Callable[[Mapping[str, object]], 
     return found
 
 
+def spare_ports(ports: Sequence[Wanted]) -> dict[str, object]:
+    """Return for each key a free port above the one wanted, for another MoltBot beside this one; 0 stays 0."""
+    found: dict[str, object] = {}
+    used = {wanted.port for wanted in ports}
+    for wanted in ports:
+        found[wanted.key] = near = _near(wanted, used) if wanted.port else 0
+        used.add(near)
+    return found
+
+
 def _take(wanted: Wanted) -> int:
     """Return the port, or 0 when somebody has it."""
     with _socket(wanted.host) as probe:

@@ -6,9 +6,10 @@ import fcntl
 import json
 import os
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
+from itertools import count
 from typing import Any, Self
 
 from moltbot_server.cli.terminal import Exit, Failure, command, shown
@@ -63,21 +64,36 @@ def is_held(workspace: Workspace) -> bool:
 
 
 @contextmanager
-def only_one(workspace: Workspace) -> Iterator[None]:
-    """Hold the workspace: a second `moltbot start` in it is refused. The kernel lets go when this process ends."""
+def only_one(workspace: Workspace, beside: Callable[[Workspace], str]) -> Iterator[None]:
+    """Hold the workspace: a second `moltbot start` in it is refused. The kernel lets go when this process ends.
+
+    `beside` returns the command line that starts another MoltBot in another workspace, for the message.
+    """
     descriptor = os.open(workspace.run / "lock", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
     try:
         if not _locked(descriptor):
-            raise Failure(
-                f"MoltBot runs in {shown(workspace.folder)} already: see `{command('status', workspace)}`. "
-                "Stop it first, or start another one with --workspace DIR and other ports.",
-                Exit.UNAVAILABLE,
-            )
+            raise Failure(_runs_already(workspace, beside(_free_folder(workspace))), Exit.UNAVAILABLE)
         (workspace.run / "start.json").unlink(missing_ok=True)
         yield
         (workspace.run / "start.json").unlink(missing_ok=True)
     finally:
         os.close(descriptor)
+
+
+def _runs_already(workspace: Workspace, beside: str) -> str:
+    running = Running.read(workspace)
+    kill = f" or with `kill {running.pid}`" if running else ""
+    return (
+        f"MoltBot runs in {shown(workspace.folder)} already: see `{command('status', workspace)}`. "
+        f"Stop it with Ctrl-C where it runs{kill}, or start another one beside it: {beside}"
+    )
+
+
+def _free_folder(workspace: Workspace) -> Workspace:
+    """Return a workspace beside this one that does not exist yet."""
+    folder = workspace.folder
+    names = (folder.with_name(f"{folder.name}-{number}") for number in count(2))
+    return Workspace(folder=next(name for name in names if not name.exists()))
 
 
 def _locked(descriptor: int) -> bool:

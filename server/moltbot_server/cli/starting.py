@@ -17,7 +17,7 @@ from typing import Any
 
 from moltbot_server.cli.children import Child, Plan
 from moltbot_server.cli.model_check import model_problems
-from moltbot_server.cli.ports import Wanted, take_ports
+from moltbot_server.cli.ports import Wanted, spare_ports, take_ports
 from moltbot_server.cli.running import Running, joined, only_one, reachable
 from moltbot_server.cli.supervisor import Supervisor, log
 from moltbot_server.cli.terminal import Exit, Failure, command, shown
@@ -44,8 +44,8 @@ def start(workspace: Workspace, flags: Mapping[str, object], *, reload: bool, fi
         log.warning("not used by this release", extra={"notice": notice})
     if settings.workers > 1:
         log.info("several processes serve HTTP, one process is the core", extra={"workers": settings.workers})
-    with only_one(workspace):
-        extra = ["--reload"] * reload + ["--first-question", first_question] * bool(first_question)
+    extra = ["--reload"] * reload + ["--first-question", first_question] * bool(first_question)
+    with only_one(workspace, lambda other: _typed(other, {**flags, **spare_ports(_wanted(settings))}, extra)):
         settings = _with_ports(settings, lambda others: _typed(workspace, {**flags, **others}, extra))
         site = _Site(workspace=workspace, settings=settings, flags=flags, began=began)
         site.ask_early(first_question)
@@ -78,13 +78,16 @@ def _with_ports(settings: Settings, again: Callable[[Mapping[str, object]], str]
             "`trusted_proxies`, or run the core by itself: python -m moltbot_server",
             Exit.CONFIG,
         )
-    ports = (
+    found = take_ports(_wanted(settings), again)
+    return replace(settings, port=found["port"], grpc_port=found["grpc_port"], metrics_port=found["metrics_port"])
+
+
+def _wanted(settings: Settings) -> tuple[Wanted, ...]:
+    return (
         Wanted(key="port", host=settings.host, port=settings.port, what="web chat and HTTP API"),
         Wanted(key="grpc_port", host=settings.grpc_host, port=settings.grpc_port, what="gRPC"),
         Wanted(key="metrics_port", host=settings.metrics_host, port=settings.metrics_port, what="metrics"),
     )
-    found = take_ports(ports, again)
-    return replace(settings, port=found["port"], grpc_port=found["grpc_port"], metrics_port=found["metrics_port"])
 
 
 # What cannot change under processes that run: addresses that were told to others, and how many processes there are.

@@ -52,6 +52,18 @@ def state(workspace: Workspace, running: Running) -> dict[str, Any]:
     }
 
 
+def lasting(seconds: float) -> str:
+    """Return a time as people say it, in its two largest units: `54 s`, `2 min 5 s`, `3 h 20 min`, `2 d 4 h`."""
+    rest, parts = int(seconds), []
+    for size, unit in ((86400, "d"), (3600, "h"), (60, "min"), (1, "s")):
+        count, rest = divmod(rest, size)
+        if count:
+            parts.append(f"{count} {unit}")
+        elif parts:
+            break
+    return " ".join(parts[:2]) or "0 s"
+
+
 def _answers(address: str) -> bool:
     parts = urlsplit(address)
     connection = http.client.HTTPConnection(parts.hostname or "", parts.port, timeout=2)
@@ -77,11 +89,9 @@ def _in_words(found: Mapping[str, Any]) -> str:
     def word(healthy: bool) -> str:
         return "serving" if healthy else "NOT SERVING"
 
-    minutes, seconds = divmod(int(found["uptime_s"]), 60)
-    hours, minutes = divmod(minutes, 60)
     memory, core = found["memory"] / 1e6, found["core"]
     lines = [
-        f"MoltBot {found['version']} runs in {found['workspace']} since {hours} h {minutes} min {seconds} s.",
+        f"MoltBot {found['version']} runs in {found['workspace']} for {lasting(found['uptime_s'])}.",
         f"  Core    {word(core['healthy']):12} gRPC {core['grpc']}   {core['metrics']}/metrics",
         f"  HTTP    {word(found['http']['healthy']):12} {found['http']['address']}",
         f"  Model   {found['model']}",
