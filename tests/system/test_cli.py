@@ -23,6 +23,7 @@ async def test_version_is_told_in_words_and_as_json(home: Home) -> None:
     number = metadata.version("moltbot")
     assert (await home.run("version")).out.startswith(f"moltbot {number} ")
     assert (await home.run("version", "--json")).json["moltbot"] == number
+    assert (await home.run("--version")).out == (await home.run("version")).out
 
 
 def test_version_takes_less_than_three_tenths_of_a_second(home: Home) -> None:
@@ -74,6 +75,14 @@ async def test_a_wrong_use_ends_with_status_2(home: Home, arguments: tuple[str, 
     ended = await home.run(*arguments)
     assert (ended.status, ended.out) == (2, "")
     assert "usage: moltbot" in ended.err
+
+
+async def test_a_mistyped_command_is_told_the_one_that_was_meant(home: Home) -> None:
+    meant = await home.run("strat")
+    assert (meant.status, meant.out) == (2, "")
+    assert "there is no command 'strat'; did you mean `" in meant.err
+    assert meant.err.endswith(" start`?\n")
+    assert "the commands are init, start, chat, link, status, version, bench" in (await home.run("qqq")).err
 
 
 async def test_what_needs_a_running_moltbot_says_how_to_start_it(home: Home) -> None:

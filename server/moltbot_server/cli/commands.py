@@ -12,7 +12,7 @@ import os
 import platform
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from importlib import metadata
 from pathlib import Path
 
@@ -32,8 +32,13 @@ def run(arguments: Sequence[str] | None = None) -> None:
     if words[:1] == ["bench"]:
         # It has options of its own, and what it loads is of no use to the other commands.
         os.execv(sys.executable, [sys.executable, "-m", "moltbot_server.bench", *words[1:]])
+    if words[:1] == ["--version"]:
+        words[0] = "version"
     try:
-        given = _parser().parse_args(words or ["--help"])
+        parser, names = _parser()
+        if words and not words[0].startswith("-") and words[0] not in names:
+            parser.error(_mistyped(words[0], names))
+        given = parser.parse_args(words or ["--help"])
         sys.exit(given.run(given))
     except Failure as failure:
         _leave(failure.message, failure.status)
@@ -55,7 +60,16 @@ def _leave(message: str, status: Exit) -> None:
     sys.exit(status)
 
 
-def _parser() -> argparse.ArgumentParser:
+def _mistyped(word: str, names: Collection[str]) -> str:
+    import difflib  # late: only this message needs it
+
+    near = difflib.get_close_matches(word, names, n=1)
+    hint = f"did you mean `{command(near[0])}`?" if near else f"the commands are {', '.join(names)}"
+    return f"there is no command {word!r}; {hint}"
+
+
+def _parser() -> tuple[argparse.ArgumentParser, Collection[str]]:
+    """Return the parser and the names of its commands."""
     parser = argparse.ArgumentParser(
         prog="moltbot",
         description="A chatbot core that speaks gRPC, with a web chat and an OpenAI-compatible API beside it.",
@@ -63,6 +77,7 @@ def _parser() -> argparse.ArgumentParser:
         formatter_class=argparse.RawDescriptionHelpFormatter,
         allow_abbrev=False,
     )
+    parser.add_argument("--version", action="store_true", help="the same as the command version")
     commands = parser.add_subparsers(metavar="COMMAND", title="commands", required=True)
 
     def add(name: str, run: Callable[[argparse.Namespace], int], what: str, *examples: str) -> argparse.ArgumentParser:
@@ -86,13 +101,13 @@ def _parser() -> argparse.ArgumentParser:
     _add_start(add)
     _add_chat(add)
     add("link", _link, "Print a fresh link that opens the web chat once, within 15 minutes.", "moltbot link")
-    status = add("status", _status, "Tell what runs, where, since when, and what memory it takes.",
+    status = add("status", _status, "Tell what runs, where, for how long, and what memory it takes.",
                  "moltbot status", "moltbot status --json")  # fmt: skip
     version = add("version", _version, "Print the version.", "moltbot version --json")
     for each in (status, version):
         each.add_argument("--json", action="store_true", help="print one JSON object, for scripts")
     commands.add_parser("bench", help="measure this machine (moltbot bench --help)", add_help=False)
-    return parser
+    return parser, commands.choices
 
 
 _Add = Callable[..., argparse.ArgumentParser]
