@@ -18,6 +18,7 @@ from pathlib import Path
 import pytest
 import pytest_asyncio
 from cli_process import COMMAND, Home, Started
+from moltbot import MoltBot
 
 RED = "\x1b[31m"
 
@@ -26,6 +27,9 @@ RED = "\x1b[31m"
 async def folder(tmp_path_factory: pytest.TempPathFactory) -> AsyncIterator[Path]:
     """A home folder with a MoltBot that runs, for all tests of this file."""
     home = Home(tmp_path_factory.mktemp("home"))
+    script = home.folder / "script.yaml"
+    script.write_text("rules: [{match: '^At length', template: 'On and on', finish_reason: length}]\n")
+    home.variables["MODEL_PATH"] = str(script)
     async with home.started():
         yield home.folder
 
@@ -50,6 +54,14 @@ async def test_nothing_to_say_is_a_wrong_use(home: Home) -> None:
     ended = await home.run("chat", text=" \n")
     assert (ended.status, ended.out) == (2, "")
     assert "there is nothing to say" in ended.err
+
+
+async def test_an_answer_that_is_empty_or_was_cut_is_told_beside_the_answer(home: Home) -> None:
+    ended = await home.run("chat", "#0")
+    assert (ended.status, ended.out.strip(), ended.err) == (0, "", "moltbot: the answer is empty\n")
+    ended = await home.run("chat", "At length")
+    assert (ended.out, ended.err) == ("On and on\n", "moltbot: the answer was cut at the limit of its length\n")
+    assert (await home.run("chat", "--json", "At length")).err == ""
 
 
 async def test_json_is_one_object_with_all_that_is_known(home: Home) -> None:
@@ -248,6 +260,23 @@ async def test_ctrl_c_stops_an_answer_and_the_conversation_goes_on(home: Home) -
         screen.type("/quit\r")
         async with asyncio.timeout(10):
             assert await screen.process.wait() == 0
+
+
+async def test_a_conversation_tells_of_a_cut_answer_a_wrong_number_and_a_list_that_is_cut_off(home: Home) -> None:
+    address = Started(home, None).told()["grpc"]  # type: ignore[arg-type]  # only what it tells is read
+    async with MoltBot(address, (home.workspace / "key").read_text().strip()) as bot:
+        for _ in range(20):
+            await bot.run_turn("Hi", channel="cli")
+    async with terminal(home) as screen:
+        place = await screen.until("Ctrl-D leaves")
+        screen.type("/sessions 999\r")
+        place = await screen.until("There is no number 999: the list goes from 1 to 20", after=place)
+        screen.type("At length\r")
+        place = await screen.until("! the answer was cut at the limit of its length", after=place)
+        screen.type("/sessions\r")
+        place = await screen.until("These are the 20 used last; there are older ones.", after=place)
+        screen.type("/sessions 1\r")
+        await screen.until("bot: On and on", after=place)
 
 
 async def test_a_refusal_in_a_conversation_is_told_and_the_conversation_goes_on(home: Home) -> None:

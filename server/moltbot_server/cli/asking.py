@@ -114,6 +114,8 @@ async def ask(place: Place, text: str, *, session: str, model: str, form: str) -
                         completed = event.completed
                     elif event.HasField("failed"):
                         raise from_event(event.failed)
+            if form == "text" and completed is not None and (what := remark(completed)):
+                print(f"moltbot: {what}", file=sys.stderr, flush=True)
         except MoltBotClientError as error:
             shown.end()
             if form == "text":
@@ -156,6 +158,15 @@ class _Shown:
         if text:
             print(self._clean(text), end="", flush=True)
             self._ends_line = text.endswith("\n")
+
+
+def remark(completed: chat_pb2.Completed) -> str:
+    """Return what a person should know of an answer that is not whole or has no text; empty when all is well."""
+    if completed.finish_reason == message_pb2.FINISH_REASON_CANCELLED:
+        return ""
+    if completed.finish_reason == message_pb2.FINISH_REASON_LENGTH:
+        return "the answer was cut at the limit of its length"
+    return "" if completed.text.strip() else "the answer is empty"
 
 
 def outcome(turn: str, completed: chat_pb2.Completed) -> dict[str, Any]:

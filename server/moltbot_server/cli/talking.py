@@ -15,7 +15,7 @@ from prompt_toolkit.completion import WordCompleter
 from prompt_toolkit.formatted_text import HTML
 from prompt_toolkit.history import FileHistory
 
-from moltbot_server.cli.asking import CHANNEL, Place, cancelling, failure, interrupts
+from moltbot_server.cli.asking import CHANNEL, Place, cancelling, failure, interrupts, remark
 from moltbot_server.cli.terminal import Exit, harmless
 from moltbot_server.workspace import Workspace
 
@@ -98,21 +98,39 @@ class Talk:
         print("A new conversation.")
 
     async def _sessions(self, rest: str) -> None:
-        if rest.isdecimal() and 0 < int(rest) <= len(self._listed):
-            chosen = self._listed[int(rest) - 1]
-            self._session = chosen.name
-            print(f"Going on with: {harmless(chosen.title)}")
-            await self._recall()
+        if rest:
+            await self._go_on(rest)
             return
-        self._listed = []
-        async for session in self._bot.sessions(channel=CHANNEL):
-            self._listed.append(session)
+        more = await self._list()
+        for number, session in enumerate(self._listed, 1):
             mark = "*" if session.name == self._session else " "
             when = session.update_time.ToDatetime().strftime("%Y-%m-%d %H:%M")
-            print(f"{mark}{len(self._listed):3}  {when}  {harmless(session.title) or session.name}")
-            if len(self._listed) == _LISTED:
-                break
+            print(f"{mark}{number:3}  {when}  {harmless(session.title) or session.name}")
+        if more:
+            print(f"These are the {_LISTED} used last; there are older ones.")
         print("/sessions NUMBER goes on with one." if self._listed else "No conversations yet.")
+
+    async def _list(self) -> bool:
+        """Keep the conversations used last; return whether there are older ones."""
+        self._listed = []
+        async for session in self._bot.sessions(channel=CHANNEL):
+            if len(self._listed) == _LISTED:
+                return True
+            self._listed.append(session)
+        return False
+
+    async def _go_on(self, number: str) -> None:
+        if not self._listed:
+            await self._list()
+        if not number.isdecimal() or not 0 < int(number) <= len(self._listed):
+            count = len(self._listed)
+            there = f"the list goes from 1 to {count}; /sessions shows it" if count else "no conversations yet"
+            print(f"There is no number {harmless(number)}: {there}.")
+            return
+        chosen = self._listed[int(number) - 1]
+        self._session = chosen.name
+        print(f"Going on with: {harmless(chosen.title)}")
+        await self._recall()
 
     async def _recall(self) -> None:
         messages = [message async for message in self._bot.messages(self._session)]
@@ -148,11 +166,10 @@ def _show(event: chat_pb2.Event) -> None:
     elif event.HasField("queued") and event.queued.position > 1:
         print(f"[{event.queued.position} are ahead]", flush=True)
     elif event.HasField("completed"):
-        cut = {
-            message_pb2.FINISH_REASON_CANCELLED: " [stopped]",
-            message_pb2.FINISH_REASON_LENGTH: " [the limit of length was reached]",
-        }
-        print(cut.get(event.completed.finish_reason, ""), flush=True)
+        stopped = event.completed.finish_reason == message_pb2.FINISH_REASON_CANCELLED
+        print(" [stopped]" if stopped else "", flush=True)
+        if what := remark(event.completed):
+            print(f"! {what}", file=sys.stderr, flush=True)
     elif event.HasField("failed"):
         print(flush=True)
         raise from_event(event.failed)
