@@ -74,6 +74,7 @@ lock: $(DEV) ## Resolves the dependencies of pyproject.toml into requirements/
 
 clean: ## Removes what the tasks made, environments and tools included
 	rm -rf build dist .tools .venv-proto $(VENV) .mypy_cache .pytest_cache .ruff_cache .import_linter_cache .hypothesis
+	find . -name .git -prune -o -type d -name __pycache__ -prune -exec rm -rf {} +
 
 $(RUN): requirements/run.txt pyproject.toml
 	@scripts/venv $(VENV) requirements/run.txt --editable
