@@ -8,10 +8,14 @@ from pathlib import Path
 
 import pytest
 from checkout import ROOT, tracked_files
+from moltbot_server.cli.model_check import model_problems
+from moltbot_server.config import ConfigError, load_settings
 from moltbot_server.errors import markdown
 
 LINK = re.compile(r"!?\[[^\]]*\]\(([^)\s]+)\)")
 FENCE = re.compile(r"^```(\w+)\n(.*?)^```$", re.MULTILINE | re.DOTALL)
+QUESTIONS = ("你能做什么\uff1f", "What can you do?")
+"""The question of the examples: each README asks in its own language."""
 DOCUMENTS = [path for path in tracked_files() if path.suffix == ".md"]
 
 
@@ -30,7 +34,31 @@ def test_the_page_of_errors_is_that_of_the_tree() -> None:
 def test_both_readmes_hold_the_same_commands() -> None:
     english, chinese = (FENCE.findall((ROOT / name).read_text("utf-8")) for name in ("README.md", "README.zh-CN.md"))
 
-    assert [block for block in english if block[0] != "text"] == [block for block in chinese if block[0] != "text"]
+    in_english = [(language, text.replace(*QUESTIONS)) for language, text in chinese]
+    assert [block for block in english if block[0] != "text"] == [block for block in in_english if block[0] != "text"]
+
+
+def test_the_readme_lists_the_folders_of_the_tests() -> None:
+    there = {path.relative_to(ROOT).parts[1] for path in tracked_files() if path.is_relative_to(ROOT / "tests")}
+    for name in ("README.md", "README.zh-CN.md"):
+        line = re.search(r"^tests/ .*[:\uff1a](.*)$", (ROOT / name).read_text("utf-8"), re.MULTILINE)
+        assert line is not None
+        assert set(re.findall(r"\w+", line[1], re.ASCII)) == there
+
+
+def test_the_settings_of_the_readme_can_be_pasted_as_they_are(tmp_path: Path) -> None:
+    (pasted,) = (text for language, text in FENCE.findall((ROOT / "README.md").read_text("utf-8")) if language == "ini")
+    (tmp_path / ".env").write_text(pasted)
+    assert load_settings(tmp_path, {}, check=model_problems).port == 8000
+    (tmp_path / ".env").write_text(pasted.replace("#", ""))
+    with pytest.raises(ConfigError, match=r"MODEL_PATH /path/to/model: found nothing"):
+        load_settings(tmp_path, {}, check=model_problems)
+
+
+def test_the_chinese_readme_says_which_pages_are_in_english() -> None:
+    text = FENCE.sub("", (ROOT / "README.zh-CN.md").read_text("utf-8"))
+    for page in re.findall(r"\]\((?!README)([^)]+\.md)\)", text):
+        assert f"]({page})\uff08英文\uff09" in text, page
 
 
 def test_both_readmes_have_the_same_parts() -> None:

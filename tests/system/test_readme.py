@@ -39,9 +39,10 @@ class Started:
 
 
 def blocks() -> list[tuple[str, str]]:
-    found = FENCE.findall((ROOT / "README.md").read_text("utf-8"))
-    assert found[0] == ("sh", STARTS), "the first thing to type starts MoltBot"
-    return [block for block in found if block[1] != STARTS]
+    told = [FENCE.findall((ROOT / name).read_text("utf-8")) for name in ("README.md", "README.zh-CN.md")]
+    for found in told:
+        assert found[0] == ("sh", STARTS), "the first thing to type starts MoltBot"
+    return [block for block in dict.fromkeys([*told[0], *told[1]]) if block[1] != STARTS]
 
 
 def free_ports(count: int) -> list[int]:
