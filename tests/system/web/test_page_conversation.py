@@ -4,7 +4,7 @@
 from __future__ import annotations
 
 import pytest
-from browser import Visit, answered, ask, shown, visiting
+from browser import PHONE, Visit, answered, ask, shown, visiting
 from playwright.async_api import Browser
 from scripted_site import Cut, Emit, Hold, Say, ScriptedSite, Step, error
 
@@ -34,6 +34,37 @@ async def test_an_answer_is_readable_while_it_is_still_being_written(browser: Br
         assert "/#/c/" in visit.page.url
         assert await visit.page.evaluate("document.activeElement.id") == "message"
         assert visit.problems == []
+
+
+ENDS = {
+    "empty": ("The model gave no answer. Ask in other words.", "模型没有给出回答，请换个说法再问。"),
+    "length": ("Length limit reached. Ask for less at once.", "回答达到了长度上限，请一次少问一些。"),
+}
+
+
+@pytest.mark.parametrize("end", ENDS)
+async def test_an_empty_or_a_cut_answer_says_so_in_one_line_with_a_next_step(browser: Browser, end: str) -> None:
+    cut = Emit(kind="completed", data={"text": "Some wor", "finish_reason": "length", "model": "builtin"})
+    steps: list[Step] = [Say(text="Some wor"), cut] if end == "length" else []
+    english, chinese = ENDS[end]
+    async with ScriptedSite(lambda _: steps) as site:
+        for locale, words in (("en-US", english), ("zh-CN", chinese)):
+            async with visiting(browser, site.origin, "/#/new", locale=locale, viewport=PHONE) as visit:
+                await ask(visit, "hi")
+                await answered(visit)
+                told = visit.page.locator(".chip.ending")
+                assert await told.inner_text() == words
+                box = await told.bounding_box()
+                assert box is not None
+                assert box["height"] < 34, "one line"
+
+
+async def test_an_empty_answer_of_a_past_chat_says_so_too(browser: Browser) -> None:
+    async with ScriptedSite(lambda _: []) as site:
+        site.add_chat("Past", [("q", ""), ("q", "words")])
+        async with visiting(browser, site.origin, "/#/c/s1") as visit:
+            await shown(visit, "words")
+            assert await visit.page.locator(".chip.ending").all_inner_texts() == [ENDS["empty"][0]]
 
 
 @pytest.mark.parametrize("way", ["Escape", "button"])

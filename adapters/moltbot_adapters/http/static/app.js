@@ -12,13 +12,13 @@ import { Thread } from "./view/thread.js";
 
 const THEMES = ["system", "light", "dark"];
 const THEME_ICONS = { system: "screen", light: "sun", dark: "moon" };
+const CHECK_MS = 4_000; // between two looks for a server that is away
 const PHONE = matchMedia("(max-width: 800px)");
 const root = document.getElementById("app");
 
-function languageSwitch(withName) {
-  const button = h("button", { type: "button", class: withName ? "quiet worded" : "quiet square" }, icon("globe"));
+function languageSwitch() {
   const name = h("span", { text: t("lang.name", {}, otherLanguage()) });
-  if (withName) button.append(name);
+  const button = h("button", { type: "button", class: "quiet worded" }, icon("globe"), name);
   label(button, "lang.switch");
   button.addEventListener("click", () => {
     store.language = otherLanguage();
@@ -30,13 +30,16 @@ function languageSwitch(withName) {
 }
 
 function themeSwitch() {
-  const button = h("button", { type: "button", class: "quiet square" }, icon("screen"));
+  const words = h("span");
+  const button = h("button", { type: "button", class: "quiet worded" }, icon("screen"), words);
   const show = () => {
     const name = store.theme || "system";
     if (name === "system") delete document.documentElement.dataset.theme;
     else document.documentElement.dataset.theme = name;
-    button.replaceChildren(icon(THEME_ICONS[name]));
-    label(button, "theme", { name: t(`theme.${name}`) });
+    button.replaceChild(icon(THEME_ICONS[name]), button.firstChild);
+    const vars = { name: () => t(`theme.${name}`) };
+    say(words, "theme", { vars });
+    label(button, "theme", vars);
     const paper = getComputedStyle(document.body).backgroundColor;
     document.querySelector('meta[name="theme-color"]').content = paper;
   };
@@ -65,6 +68,19 @@ class Shell {
       hooks: { onSession: (sid) => this.#opened(sid), onChange: () => this.#listChanged(), onSignedOut: () => showSignIn("signin.ended") },
     });
     this.#build();
+    for (const moment of ["focus", "online", "offline"]) addEventListener(moment, () => this.#check());
+    document.addEventListener("visibilitychange", () => this.#check());
+  }
+
+  /** Says above the message box that the server is away, before a message is lost on it, until it is back. */
+  async #check() {
+    if (document.hidden || this.checking || !this.node.isConnected) return;
+    clearTimeout(this.timer);
+    this.checking = true;
+    const up = await me().then(() => true, ({ status }) => status < 500); // a network error has no status
+    this.checking = false;
+    this.away.replaceChildren(...(up ? [] : [icon("alert"), say(h("span"), "boot.down")]));
+    if (!up) this.timer = setTimeout(() => this.#check(), CHECK_MS);
   }
 
   #build() {
@@ -74,6 +90,8 @@ class Shell {
     const fresh = label(h("button", { type: "button", class: "quiet square" }, icon("plus")), "chat.new");
     fresh.addEventListener("click", () => this.newChat());
     const head = h("header", { class: "head" }, this.opener, this.title, this.#models(), fresh);
+    this.away = h("p", { class: "away", attrs: { role: "status" } });
+    this.composer.node.prepend(this.away);
     this.main = h("main", { class: "main" }, head, this.thread.node, this.composer.node);
     const scrim = h("div", { class: "scrim", on: { click: () => this.toggleSidebar(false) } });
     const skip = say(h("a", { href: "#message", class: "skip" }), "skip");
@@ -102,7 +120,7 @@ class Shell {
   }
 
   #controls() {
-    const leave = label(h("button", { type: "button", class: "quiet square" }, icon("leave")), "signout");
+    const leave = h("button", { type: "button", class: "quiet worded" }, icon("leave"), say(h("span"), "signout"));
     leave.addEventListener("click", async () => {
       await logOut().catch(() => undefined); // not reachable: the page still forgets what it shows
       store.lastSession = "";
@@ -111,7 +129,7 @@ class Shell {
     });
     const who = h("span", { class: "who", title: `MoltBot ${this.person.version ?? ""}`.trim() });
     say(who, "named", { vars: { name: () => userName(this.person.user) } });
-    return h("div", { class: "sidebar-foot" }, who, languageSwitch(false), themeSwitch(), leave);
+    return h("div", { class: "sidebar-foot" }, languageSwitch(), themeSwitch(), who, leave);
   }
 
   async start() {
@@ -201,7 +219,7 @@ function showSignIn(reason) {
     history.replaceState(null, "", `/${location.hash}`); // the address loses ?error and keeps the chat
     location.reload();
   };
-  const view = signInView({ reason, onSignedIn, languageSwitch: languageSwitch(true) });
+  const view = signInView({ reason, onSignedIn, languageSwitch: languageSwitch() });
   root.replaceChildren(view);
   view.querySelector("input").focus();
   addEventListener("moltbot:language", () => { if (view.isConnected) showSignIn(reason); }, { once: true });

@@ -33,6 +33,7 @@ export class AnswerView {
     view.model = message.model ?? "";
     for (const part of message.attachments ?? []) view.chip("clip", "attachment", { name: attachmentName(part) });
     view.#draw(true);
+    if (view.text.trim() === "" && !message.attachments?.length) view.chipBelow("alert", "empty");
     view.#footer({ model: view.model });
     return view;
   }
