@@ -8,7 +8,7 @@ import re
 from datetime import timedelta
 
 import pytest
-from browser import PHONE, Visit, answered, ask, shown, visiting
+from browser import DESKTOP, PHONE, Visit, answered, ask, shown, visiting
 from playwright.async_api import Browser, Locator
 from scripted_site import BUILT_IN, STATIC, Emit, Hold, Say, ScriptedSite, Step
 
@@ -50,15 +50,20 @@ CONTRAST = """() => {
   return poor;
 }"""
 
-SHADES = """async (picture) => {
+INK = """async (picture) => {
   const bytes = Uint8Array.from(atob(picture), (letter) => letter.charCodeAt(0));
   const image = await createImageBitmap(new Blob([bytes], { type: "image/png" }));
   const canvas = document.createElement("canvas").getContext("2d", { willReadFrequently: true });
   canvas.canvas.width = image.width;
   canvas.drawImage(image, 0, 0);
-  const light = (x) => canvas.getImageData(x, 6, 1, 1).data.slice(0, 3).reduce((sum, value) => sum + value, 0);
-  const plain = light(Math.round(image.width / 2));
-  return [plain - light(2) > 40, plain - light(image.width - 3) > 40];
+  const lights = (x, width, top, height) => {
+    const data = canvas.getImageData(x, top, width, height).data;
+    return Array.from({ length: width * height }, (_, i) => data[4 * i] + data[4 * i + 1] + data[4 * i + 2]);
+  };
+  const ground = lights(Math.round(image.width / 2), 1, 6, 1)[0];
+  const ink = (x, width) => Math.max(...lights(x, width, 6, image.height - 36).map((light) => ground - light));
+  const stripe = Math.max(...lights(2, image.width - 4, 6, 1).map((light) => Math.abs(ground - light)));
+  return { left: ink(3, 6), right: ink(image.width - 14, 10), near: ink(image.width - 56, 16), first: ink(16, 12), stripe };
 }"""
 
 UNNAMED = """() => [...document.querySelectorAll("button, a, input, select, textarea")]
@@ -153,9 +158,16 @@ async def test_signing_in_with_a_key_and_the_words_for_a_used_link(browser: Brow
             assert told in (await visit.page.inner_text(".signin-card")).split("最简单")[0]
         await visit.page.fill("#key", "wrong")
         await visit.page.get_by_role("button", name="Sign in").click()
-        await visit.page.get_by_text("This key is not known here.").wait_for()
+        told = await visit.page.get_by_text("This key is not known here.").inner_text()
+        assert "file “key” of the workspace" in told
+        assert "“moltbot link”" in told
         await visit.page.get_by_role("button", name="切换到中文").click()
         await visit.page.get_by_text("登录 MoltBot").wait_for()
+        await visit.page.fill("#key", "wrong")
+        await visit.page.keyboard.press("Enter")
+        told = await visit.page.get_by_text("这里不认识这个密钥。").inner_text()
+        assert "工作区的 key 文件" in told
+        assert "“moltbot link”" in told
         assert await visit.page.evaluate(CONTRAST) == []
         await visit.page.fill("#key", "secret")
         await visit.page.keyboard.press("Enter")
@@ -334,26 +346,83 @@ async def test_the_title_on_a_phone_has_the_width_between_the_buttons_whatever_t
             assert boxes[1]["x"] + boxes[1]["width"] < PHONE["width"] - 40
 
 
-async def test_a_code_box_shows_on_which_side_it_goes_on(browser: Browser) -> None:
-    async with ScriptedSite(lambda _: [Say(text=f"```\n{'x' * 300}\n```\n\n```\nshort\n```\n")]) as site:
-        async with visiting(browser, site.origin, "/#/new", color_scheme="light") as visit:
+@pytest.mark.parametrize("viewport", [DESKTOP, PHONE])
+async def test_code_fades_into_its_box_on_the_side_where_it_goes_on(browser: Browser, viewport: dict[str, int]) -> None:
+    async with ScriptedSite(lambda _: [Say(text=f"```\n{'x' * 300}\n\n\n```\n")]) as site:
+        async with visiting(browser, site.origin, "/#/new", color_scheme="light", viewport=viewport) as visit:
             await ask(visit, "hi")
             await answered(visit)
-            long, short = visit.page.locator(".code pre").nth(0), visit.page.locator(".code pre").nth(1)
-            assert await edges(visit, short) == (False, False)
-            assert await edges(visit, long) == (False, True)
-            await long.evaluate("node => { node.scrollLeft = 200; }")
-            assert await edges(visit, long) == (True, True)
-            await long.evaluate("node => { node.scrollLeft = 9999; }")
-            assert await edges(visit, long) == (True, False)
+            box = visit.page.locator(".code pre")
+            full = (await ink(visit, box))["first"]
+            for scrolled, left, right in ((0, False, True), (200, True, True), (99_999, True, False)):
+                await box.evaluate("(node, to) => { node.scrollLeft = to; }", scrolled)
+                seen = await ink(visit, box)
+                assert (10 < seen["left"] < 0.8 * full) == left, seen
+                assert (10 < seen["right"] < 0.6 * full) == right, seen
+                assert seen["near"] > 0.8 * full, "the text is whole up to the fade, and its end is readable"
+                assert seen["stripe"] < 10, "nothing but the text fades"
 
 
-async def edges(visit: Visit, box: Locator) -> tuple[bool, bool]:
-    """Whether the box is darker at its left and right edge than near them, above its text."""
+async def ink(visit: Visit, box: Locator) -> dict[str, float]:
+    """How dark the text of a box is at its edges, at its first letter and near its right edge; and any stripe above it."""
     await visit.page.mouse.move(0, 0)
     picture = base64.b64encode(await box.screenshot(animations="disabled")).decode()
-    left, right = await visit.page.evaluate(SHADES, picture)
-    return left, right
+    seen: dict[str, float] = await visit.page.evaluate(INK, picture)
+    return seen
+
+
+async def test_no_dot_stands_at_either_end_of_a_line_of_facts(browser: Browser) -> None:
+    async with ScriptedSite(lambda _: [Say(text="hello")]) as site:
+        async with visiting(browser, site.origin, "/#/new", viewport=PHONE, is_mobile=True) as visit:
+            await ask(visit, "hi")
+            await answered(visit)
+            facts = """() => [...document.querySelectorAll(".meta span")].map((node) => {
+              const cut = parseFloat(getComputedStyle(node.parentElement).clipPath.split(" ").at(-1));
+              const dot = getComputedStyle(node, "::before");
+              const left = node.getBoundingClientRect().left - node.parentElement.getBoundingClientRect().left;
+              return { line: node.offsetTop, dot: dot.content.includes("·"), shown: left + parseFloat(dot.width) > cut + 1, after: getComputedStyle(node, "::after").content };
+            })"""
+            seen = await visit.page.evaluate(facts)
+            lines = [fact["line"] for fact in seen]
+            assert len(set(lines)) > 1
+            assert all(fact["dot"] and fact["after"] == "none" for fact in seen)
+            assert [fact["shown"] for fact in seen] == [n > 0 and line == lines[n - 1] for n, line in enumerate(lines)]
+
+
+@pytest.mark.parametrize("viewport", [DESKTOP, PHONE])
+@pytest.mark.parametrize(
+    ("locale", "words"),
+    [
+        ("en-US", ["中文", "Theme: system", "ada", "Sign out"]),
+        ("zh-CN", ["English", "主题：跟随系统", "ada", "退出登录"]),
+    ],
+)
+async def test_every_control_below_the_list_says_in_words_what_it_does(
+    browser: Browser, viewport: dict[str, int], locale: str, words: list[str]
+) -> None:
+    async with ScriptedSite(lambda _: []) as site:
+        async with visiting(browser, site.origin, "/#/new", viewport=viewport, locale=locale) as visit:
+            await visit.page.wait_for_selector(".card")
+            if viewport == PHONE:
+                await visit.page.click(".opener")
+            await visit.page.locator(".who").wait_for()
+            controls = visit.page.locator(".sidebar-foot > *")
+            assert [text.strip() for text in await controls.all_inner_texts()] == words
+            assert await controls.evaluate_all("nodes => nodes.every((node) => node.scrollWidth <= node.clientWidth)")
+
+
+async def test_a_server_that_goes_away_is_told_before_the_next_message(browser: Browser) -> None:
+    async with ScriptedSite(lambda _: []) as site, visiting(browser, site.origin, "/#/new") as visit:
+        await visit.page.wait_for_selector(".card")
+        banner = visit.page.locator(".away")
+        for away in ("down", "core_away"):
+            setattr(site, away, True)
+            await visit.page.evaluate("dispatchEvent(new Event('focus'))")
+            await banner.get_by_text("MoltBot cannot be reached.").wait_for()
+            assert await visit.page.evaluate(CONTRAST) == []
+            setattr(site, away, False)
+            await banner.get_by_text("MoltBot cannot be reached.").wait_for(state="detached")
+        assert await visit.page.locator(".welcome").is_visible()
 
 
 async def test_the_drawer_of_a_phone_opens_closes_and_leads_to_a_chat(browser: Browser) -> None:
