@@ -12,6 +12,12 @@ from moltbot_server.demo_model.topics import Language
 STRANGERS = 0.36
 """Share of foreign questions among the openings."""
 
+LEANING = 0.6
+"""How often a later question leans on the answer before it."""
+
+MANNERS = ("thanks", "bye", "laugh", "no_wrong")
+"""Topics that end or answer a turn; people say them after an answer."""
+
 SWITCHES = {"in_en": "en", "in_zh": "zh"}
 """Follow-ups that ask for the previous answer in a language."""
 
@@ -56,6 +62,7 @@ class Speaker:
         self._knowledge = knowledge
         self._rng = rng
         self._asked = [t for t in knowledge.topics.values() if t.sides["en"].ask]
+        self._manners = [knowledge.topics[topic] for topic in MANNERS]
         self._kinds = list(knowledge.follow_ups.values())
         self._held_out = {
             folded(text)
@@ -82,7 +89,7 @@ class Speaker:
             if self._rng.random() < 0.15:
                 language = "zh" if language == "en" else "en"
             before = result[-1] if result else None
-            leaning = self._rng.random() < (0.7 if before else 0.06)
+            leaning = self._rng.random() < (LEANING if before else 0.06)
             leads = len(result) + 1 < turns
             turn = self._leaning(language, before) if leaning else self._opening(language, bool(before) or leads, leads)
             text = turn.text
@@ -107,7 +114,9 @@ class Speaker:
                 text=strangers.mash(self._rng), topic="unclear", language="en" if self._rng.random() < 0.5 else "zh"
             )
         pool = self._asked
-        if later or draw < STRANGERS + 0.2:
+        if later and self._rng.random() < 0.15:
+            pool = self._manners
+        elif later or draw < STRANGERS + 0.2:
             draw = self._rng.random()
             if draw < 0.7:  # openings that a follow-up can lean on are met more often
                 pool = [t for t in self._asked if t.follow] if draw < 0.55 else [t for t in self._asked if t.family]

@@ -101,9 +101,14 @@ def _invent(text: str, language: topics.Language, rng: random.Random) -> str:
 
 
 def mash(rng: random.Random) -> str:
-    """Makes keyboard mash, digits, punctuation, emoji or a mixture: text that means nothing."""
+    """Makes keyboard mash, repetitions, digits, punctuation, emoji or a mixture: text that means nothing."""
     emoji = "😀😂🤣😊😍🤔👍🙏🎉🔥💡🚀🐱🐶🍕⚽❤️✨😭😡"
-    kind = rng.randrange(7)
+    kind = rng.randrange(9)
+    if kind == 8:
+        return rng.choice("abcdefghijklmnopqrstuvwxyzABCXYZ0123456789=-_.*#~!?啊哦长好的哈呵嗯了") * rng.randint(6, 160)
+    if kind == 7:
+        word = "".join(rng.choices("asdfghjklqwertyuiopzxcvbnm啊哦嗯", k=rng.randint(2, 4)))
+        return rng.choice(("", "", " ")).join([word] * rng.randint(6, 60))
     if kind == 0:
         return "".join(rng.choices("asdfghjklqwertyuiopzxcvbnm", k=rng.randint(5, 24)))
     if kind == 1:

@@ -18,7 +18,7 @@ from moltbot_server.demo_model.tokenizer import Tokenizer, train
 
 EARLY = (FIRST, FIRST, ALOUD, FIRST, FIRST, WHOLE)
 _LATE = (FIRST, QUICK, FIRST, WHOLE, FIRST, ALOUD, FIRST, QUICK, FIRST, WHOLE)
-LATE = (*_LATE, *_LATE[:-1], LONG)
+LATE = (*_LATE, LONG)
 STEPS = 4000
 WARM_UP = 40
 SINGLE_TURNS = 0.4
