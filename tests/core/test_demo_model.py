@@ -247,3 +247,13 @@ def test_the_figures_can_be_printed_as_json(
     report = json.loads(capsys.readouterr().out)
     assert set(report) == {"figures", "cases", "bytes", "seconds"}
     assert set(report["figures"]) == {"topics_en", "topics_zh"}
+
+
+def test_what_only_a_second_turn_leads_to_is_recited_as_often_as_the_rest(knowledge: topics.Knowledge) -> None:
+    speaker = Speaker(knowledge, random.Random(3))
+    recited = [speaker.recital() for _ in range(4000)]
+    ends = {turns[-1].topic for turns in recited}
+
+    assert {"openai_code", "joke_2"} & ends == {"openai_code", "joke_2"} & set(knowledge.topics)
+    assert len(ends) >= len(knowledge.topics) - 5
+    assert all(len(turns) == 2 for turns in recited if not knowledge.topics[turns[-1].topic].sides["en"].ask)

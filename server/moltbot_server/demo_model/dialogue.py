@@ -82,6 +82,27 @@ class Speaker:
             if not any(folded(turn.text) in self._held_out for turn in result):
                 return result
 
+    def recital(self) -> list[Turn]:
+        """Draws a topic, each as likely as any other, and what leads to its answer: a question, or two turns."""
+        language = self._rng.choice(topics.LANGUAGES)
+        topic = self._rng.choice(list(self._knowledge.topics.values()))
+        leads = [(lead, kind) for lead in self._asked for kind in self._kinds if lead.follow.get(kind.id) == topic.id]
+        if topic.sides[language].ask and not (leads and self._rng.random() < 0.3):
+            asked = [Turn(text=self._question(topic.sides[language]), topic=topic.id, language=language)]
+        elif leads:
+            lead, kind = self._rng.choice(leads)
+            asked = [
+                Turn(text=self._question(lead.sides[language]), topic=lead.id, language=language),
+                Turn(
+                    text=grammar.draw(self._rng.choice(kind.sides[language].ask), self._rng),
+                    topic=topic.id,
+                    language=language,
+                ),
+            ]
+        else:
+            return self.conversation(1)
+        return self.recital() if any(folded(turn.text) in self._held_out for turn in asked) else asked
+
     def _conversation(self, turns: int) -> list[Turn]:
         language: Language = "en" if self._rng.random() < 0.58 else "zh"
         result: list[Turn] = []

@@ -23,7 +23,8 @@ OPENED = 2
 class Format:
     """A kind of batch: `rows` of `time` places, a share `scored` of them for targets, and weights of 1, 2, 3... turns.
 
-    `clip` is how often the last answer stops at its topic token; `brief` is how often earlier answers are cut short.
+    Without turns, each topic is asked for as often as any other, in one turn or two. `clip` is how often the last
+    answer stops at its topic token; `brief` is how often earlier answers are cut short.
     """
 
     rows: int
@@ -35,7 +36,7 @@ class Format:
 
 
 FIRST = Format(rows=12, time=96, scored=0.3, turns=(1,), clip=0.9, brief=1.0)
-ALOUD = Format(rows=7, time=160, scored=0.85, turns=(1,), clip=0.0, brief=1.0)
+ALOUD = Format(rows=5, time=256, scored=0.85, turns=(), clip=0.0, brief=1.0)
 QUICK = Format(rows=12, time=96, scored=0.16, turns=(10, 90), clip=0.9, brief=1.0)
 WHOLE = Format(rows=5, time=256, scored=0.45, turns=(25, 50, 17, 8), clip=0.3, brief=0.15)
 LONG = Format(rows=1, time=1024, scored=0.25, turns=(0,) * 5 + (1,) * 18, clip=0.0, brief=0.0)
@@ -86,8 +87,11 @@ class Packer:
 
         if rng.random() < 0.12:
             add([code.system, *code.encode(self._speaker.rules(), self._dropout())])
-        turns = rng.choices(range(1, len(form.turns) + 1), weights=form.turns)[0]
-        conversation = self._speaker.conversation(turns)
+        if form.turns:
+            turns = rng.choices(range(1, len(form.turns) + 1), weights=form.turns)[0]
+            conversation = self._speaker.conversation(turns)
+        else:
+            conversation = self._speaker.recital()
         for index, turn in enumerate(conversation):
             if rng.random() < 0.1 and ahead < 600:
                 ahead += rng.randint(20, 900 - len(ids) if len(ids) < 800 else 20)

@@ -17,8 +17,7 @@ from moltbot_server.demo_model.packing import ALOUD, FIRST, LONG, QUICK, WHOLE, 
 from moltbot_server.demo_model.tokenizer import Tokenizer, train
 
 EARLY = (FIRST, FIRST, ALOUD, FIRST, FIRST, WHOLE)
-_LATE = (FIRST, QUICK, FIRST, WHOLE, FIRST, ALOUD, FIRST, QUICK, FIRST, WHOLE)
-LATE = (*_LATE, LONG)
+LATE = (FIRST, QUICK, FIRST, WHOLE, ALOUD, FIRST, FIRST, QUICK, ALOUD, FIRST, WHOLE, LONG)
 STEPS = 4000
 WARM_UP = 40
 SINGLE_TURNS = 0.4

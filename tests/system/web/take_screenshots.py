@@ -26,8 +26,8 @@ WHAT = "What is MoltBot?"
 CLIENT = "How do I use the OpenAI client with MoltBot?"
 DINGTALK = "怎么接入钉钉？"
 # The questions of each chat; the last chat is the one in the picture, the others are in the list beside it.
-ENGLISH: Chats = ((DINGTALK,), (CLIENT,), (WHAT, CLIENT))
-CHINESE: Chats = ((CLIENT,), (WHAT,), (DINGTALK,))
+ENGLISH: Chats = ((DINGTALK,), ("tell me a joke",), (CLIENT, "Show me an example"))
+CHINESE: Chats = ((WHAT,), (DINGTALK,), ("怎么用 OpenAI 客户端？", "举个例子"))
 HANDHELD = {"viewport": PHONE, "device_scale_factor": 2, "is_mobile": True, "has_touch": True}
 PICTURES: dict[str, tuple[Chats, dict[str, Any]]] = {
     "chat-desktop": (ENGLISH, {"viewport": DESKTOP, "color_scheme": "light"}),
