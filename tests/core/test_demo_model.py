@@ -254,6 +254,5 @@ def test_what_only_a_second_turn_leads_to_is_recited_as_often_as_the_rest(knowle
     recited = [speaker.recital() for _ in range(4000)]
     ends = {turns[-1].topic for turns in recited}
 
-    assert {"openai_code", "joke_2"} & ends == {"openai_code", "joke_2"} & set(knowledge.topics)
+    assert "joke_2" in ends
     assert len(ends) >= len(knowledge.topics) - 5
-    assert all(len(turns) == 2 for turns in recited if not knowledge.topics[turns[-1].topic].sides["en"].ask)
