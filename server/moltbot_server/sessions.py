@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import asyncio
 from collections import OrderedDict
-from collections.abc import AsyncGenerator, Callable, Iterable, Sequence
+from collections.abc import AsyncGenerator, Callable, Coroutine, Iterable, Sequence
 from contextlib import asynccontextmanager
 from itertools import islice
-from typing import Generic, Protocol, TypeVar
+from typing import Any, Generic, Protocol, TypeVar
 
 from moltbot_server.errors import SessionBusy, SessionNotFound
 from moltbot_server.journal import LiveTurn
@@ -115,6 +115,7 @@ class Sessions(Generic[H]):
         self._open: OrderedDict[SessionKey, OpenSession[H]] = OrderedDict()
         self._loading: dict[SessionKey, asyncio.Task[None]] = {}
         self._changes: dict[SessionKey, asyncio.Event] = {}
+        self._carried: set[asyncio.Task[None]] = set()
 
     def __len__(self) -> int:
         """How many sessions are at hand."""
@@ -158,6 +159,9 @@ class Sessions(Generic[H]):
             SessionNotFound: there is no such session.
             SessionBusy: a turn runs in it.
         """
+        await self._carry_through(self._reset(key))
+
+    async def _reset(self, key: SessionKey) -> None:
         async with self._change(key):
             session = self._open.get(key)
             if session is not None and session.claims:
@@ -173,6 +177,9 @@ class Sessions(Generic[H]):
         Raises:
             SessionNotFound: there is no such session.
         """
+        await self._carry_through(self._delete(key))
+
+    async def _delete(self, key: SessionKey) -> None:
         async with self._change(key):
             session = self._open.get(key)
             if session is not None:
@@ -180,6 +187,21 @@ class Sessions(Generic[H]):
             self._open.pop(key, None)
             if not await self._store.delete_session(key):
                 raise SessionNotFound("there is no such session in this workspace")
+
+    async def _carry_through(self, change: Coroutine[Any, Any, None]) -> None:
+        """Wait for a change that goes on when its caller leaves: the store carries it out in any case.
+
+        What is at hand would otherwise remember what the store has forgotten.
+        """
+        task = asyncio.create_task(change)
+        self._carried.add(task)
+        task.add_done_callback(self._carried_out)
+        await asyncio.shield(task)
+
+    def _carried_out(self, task: asyncio.Task[None]) -> None:
+        self._carried.discard(task)
+        if not task.cancelled():
+            task.exception()  # told to the caller, if it is still there
 
     @asynccontextmanager
     async def _change(self, key: SessionKey) -> AsyncGenerator[None, None]:

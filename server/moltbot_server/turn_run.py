@@ -129,6 +129,8 @@ class TurnRun:
     def _accepted(self, written: Future[StoredTurn | None], *, again: bool = False) -> None:
         """Tell the followers what the store said; a turn that it did not take is dropped."""
         live = self._live
+        if self._over:
+            return  # broken off meanwhile
         live.accepted_after = time.perf_counter() - live.arrived
         if (error := _error(written)) is not None:
             self._drop(refusal=error)

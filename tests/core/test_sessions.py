@@ -203,3 +203,23 @@ async def test_only_so_many_sessions_are_kept_at_hand_and_none_that_is_in_use(
 
     assert sessions.at_hand(KEY) is used
     assert len(sessions) <= 11
+
+
+@pytest.mark.parametrize("change", ["reset", "delete"])
+async def test_a_change_whose_caller_leaves_is_seen_by_store_and_memory_alike(
+    sessions: Sessions[Remembered], store: Store, change: str
+) -> None:
+    left = 0
+    for ticks in range(40):
+        await stored(store, ticks + 1)
+        session = await sessions.open(KEY)
+        asking = asyncio.create_task(getattr(sessions, change)(KEY))
+        for _ in range(ticks % 20):
+            await asyncio.sleep(0 if ticks < 20 else 0.0001)
+        asking.cancel()
+        await asyncio.wait({asking})
+        left += asking.cancelled()
+        remembered = await sessions.open(KEY) is session
+        known = await store.find_turn(TurnKey(session=KEY, ordinal=ticks + 1)) is not None
+        assert remembered == known
+    assert left

@@ -182,7 +182,11 @@ class LocalEngine:
             if row.put(token):
                 rows.append(row)
         for row in rows:
-            row.hand_over()
+            try:
+                row.hand_over()
+            except Exception:
+                _log.exception("a reader failed", extra={"model": self.id})
+                row.cancelled = True
 
     async def _probe(self) -> None:
         messages = (Message(role=Role.USER, parts=(TextPart(text="Hello"),)),)

@@ -240,7 +240,7 @@ class _Recital:
             async with aclosing(_paced(self._plan)) as chunks:
                 async for chunk in chunks:
                     self._listener.wrote(chunk.text, chunk.tokens)
-        except MoltBotError as error:
+        except Exception as error:
             self._listener.ended(error)
         else:
             self._listener.ended(_finished(self._plan, began))
