@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from moltbot_server.demo_model import grammar, noise, strangers, topics
 from moltbot_server.demo_model.topics import Language
 
-STRANGERS = 0.36
+STRANGERS = 0.46
 """Share of foreign questions among the openings."""
 
 LEANING = 0.6
