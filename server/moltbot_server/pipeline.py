@@ -25,7 +25,7 @@ from moltbot_server.journal import Journal, LiveTurn, same_content
 from moltbot_server.metrics import Metrics
 from moltbot_server.models.catalog import Catalog
 from moltbot_server.models.context import ContextWindow, Fitted
-from moltbot_server.models.engine import Engine
+from moltbot_server.models.engine import Asker, Engine
 from moltbot_server.models.limits import check_content
 from moltbot_server.sessions import OpenSession, Sessions
 from moltbot_server.store import Store, StoredTurn
@@ -101,6 +101,8 @@ class TurnPipeline:
             raise NotServing("the core is leaving; repeat with the same request_id", retry_after=1.0)
         engine = self._catalog.get(turn.model)
         _check_model(turn, engine)
+        asker = Asker(workspace=principal.workspace, session=turn.session, deadline=deadline)
+        engine.admit(asker)
         session = await self._session(principal, turn)
         if (begun := self.journal.begun(principal, turn.request_id)) is not None:
             # The same call came twice, and the other one's session was read first.
@@ -119,7 +121,7 @@ class TurnPipeline:
             ticker=self.journal.ticker,
         )
         self.journal.begin(live)
-        run = TurnRun(self, live, session, engine)
+        run = TurnRun(self, live, session, engine, asker)
         self._runs.add(run)
         run.begin()
         live.expire_at(deadline)

@@ -14,7 +14,7 @@ from moltbot_server.errors import DeadlineExceeded, InternalError, MoltBotError,
 from moltbot_server.journal import Journal, LiveTurn, same_content
 from moltbot_server.metrics import Metrics
 from moltbot_server.models.context import ContextWindow, Fitted
-from moltbot_server.models.engine import Engine, Finished, Generation
+from moltbot_server.models.engine import Asker, Engine, Finished, Generation
 from moltbot_server.sessions import OpenSession
 from moltbot_server.store import EndedTurn, NewTurn, Store, StoredTurn
 from moltbot_server.turns import (
@@ -23,6 +23,7 @@ from moltbot_server.turns import (
     Failed,
     FinishReason,
     Message,
+    Queued,
     Role,
     Routed,
     TextPart,
@@ -60,6 +61,7 @@ class TurnRun:
     """
 
     __slots__ = (
+        "_asker",
         "_ending",
         "_engine",
         "_entered",
@@ -78,12 +80,18 @@ class TurnRun:
     )
 
     def __init__(
-        self, pipeline: Surroundings, live: LiveTurn, session: OpenSession[ContextWindow], engine: Engine
+        self,
+        pipeline: Surroundings,
+        live: LiveTurn,
+        session: OpenSession[ContextWindow],
+        engine: Engine,
+        asker: Asker,
     ) -> None:
         self._pipeline = pipeline
         self._live = live
         self._session = session
         self._engine = engine
+        self._asker = asker
         self._entered = self._over = False
         self._started = self._first_text = 0.0
         self._fitted = _NOTHING_READ
@@ -173,9 +181,13 @@ class TurnRun:
         live.record(Routed(kind="model", name=engine.id, reason=named))
         try:
             self._fitted = self._pipeline.conversation(turn, self._session, engine)
-            self._generation = engine.begin(self._fitted.messages, turn.options, self)
+            self._generation = engine.begin(self._fitted.messages, turn.options, self, self._asker)
         except Exception as error:
             self.ended(error)
+
+    def queued(self, position: int) -> None:
+        """Tell the place in the queue before the engine; the engine calls this."""
+        self._live.record(Queued(position=position))
 
     def wrote(self, text: str, tokens: int) -> None:
         """Record another piece of the answer; the engine calls this."""
@@ -329,7 +341,8 @@ class TurnRun:
     def _timings(self) -> Timings:
         """Return where the time went, up to now."""
         now = time.perf_counter()
-        waited = self._finished.queue if self._finished else 0.0
+        finished = self._finished
+        waited, trimmed = (finished.queue, finished.trimmed_messages) if finished else (0.0, 0)
         started = self._started or now
         first = self._first_text or now
         arrived, fitted = self._live.arrived, self._fitted
@@ -339,8 +352,8 @@ class TurnRun:
             first_token=max(0.0, first - started - waited),
             generation=now - first,
             total=now - arrived,
-            trimmed_messages=fitted.trimmed_messages,
-            history_messages=fitted.history_messages,
+            trimmed_messages=fitted.trimmed_messages + trimmed,
+            history_messages=fitted.history_messages - trimmed,
             attempts=1 if self._started else 0,
         )
 

@@ -19,7 +19,7 @@ from moltbot.v1 import (
     session_pb2,
     session_pb2_grpc,
 )
-from moltbot_server.models.engine import Finished, Generation, Listener
+from moltbot_server.models.engine import NOBODY, Asker, Finished, Generation, Listener
 from moltbot_server.testing import RunningServer, ScriptedEngine
 from moltbot_server.turns import GenerationOptions, Message
 
@@ -93,7 +93,9 @@ class WatchedEngine(ScriptedEngine):
         self.began = asyncio.Event()
         self.idle = asyncio.Event()
 
-    def begin(self, messages: Sequence[Message], options: GenerationOptions, listener: Listener) -> Generation:
+    def begin(
+        self, messages: Sequence[Message], options: GenerationOptions, listener: Listener, asker: Asker = NOBODY
+    ) -> Generation:
         """Answer from the script."""
         self.running += 1
         self.read.append([message.text for message in messages])
@@ -101,7 +103,7 @@ class WatchedEngine(ScriptedEngine):
         self.began.set()
         watched = _Watched(self, listener)
         try:
-            watched.generation = super().begin(messages, options, watched)
+            watched.generation = super().begin(messages, options, watched, asker)
         except BaseException:
             watched.let_go()
             raise
@@ -117,6 +119,9 @@ class _Watched:
     def __init__(self, engine: WatchedEngine, listener: Listener) -> None:
         self.engine = engine
         self.listener = listener
+
+    def queued(self, position: int) -> None:
+        self.listener.queued(position)
 
     def wrote(self, text: str, tokens: int) -> None:
         self.listener.wrote(text, tokens)

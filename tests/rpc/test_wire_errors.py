@@ -12,7 +12,7 @@ import pytest
 from google.rpc import error_details_pb2
 from moltbot.v1 import message_pb2
 from moltbot_server.errors import MoltBotError, every_error
-from moltbot_server.models.engine import Capabilities, Finished, Generation, Listener
+from moltbot_server.models.engine import NOBODY, Asker, Capabilities, Finished, Generation, Listener
 from moltbot_server.testing import ScriptedEngine, running_server
 from moltbot_server.turns import GenerationOptions, Message
 from rpc_calls import Api, WatchedEngine, details_of, info_of, reason_of, refused, turn
@@ -21,7 +21,9 @@ from rpc_calls import Api, WatchedEngine, details_of, info_of, reason_of, refuse
 class BrokenEngine(ScriptedEngine):
     """Raises what its message names: a meaning with all that it can carry, or a fault that nobody foresaw."""
 
-    def begin(self, messages: Sequence[Message], options: GenerationOptions, listener: Listener) -> Generation:
+    def begin(
+        self, messages: Sequence[Message], options: GenerationOptions, listener: Listener, asker: Asker = NOBODY
+    ) -> Generation:
         """Fail: foreseen faults break the answer, others its beginning."""
         listener.wrote("so far", 1)
         text = messages[-1].text
@@ -36,6 +38,9 @@ class BrokenEngine(ScriptedEngine):
 
 class Deaf:
     """Hears nothing."""
+
+    def queued(self, position: int) -> None:
+        pass
 
     def wrote(self, text: str, tokens: int) -> None:
         pass

@@ -37,6 +37,7 @@ POLICY: Mapping[str, frozenset[str] | None] = MappingProxyType(
         "/moltbot.v1.InferenceService/Generate": _EVERYBODY,
         "/moltbot.v1.InferenceService/CountTokens": _EVERYBODY,
         "/moltbot.v1.InferenceService/Abort": _EVERYBODY,
+        "/moltbot.v1.InferenceService/Embed": _EVERYBODY,
         "/moltbot.v1.PluginService/GetPlugin": _EVERYBODY,
         "/moltbot.v1.PluginService/ListPlugins": _EVERYBODY,
         "/moltbot.v1.PluginService/CallPlugin": _EVERYBODY,

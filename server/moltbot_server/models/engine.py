@@ -24,6 +24,8 @@ class Capabilities(Value, frozen=True, kw_only=True):
     tools: bool = False
     token_counts: bool = False
     cancellation: bool = False
+    generation: bool = True
+    embeddings: bool = False
 
 
 class Chunk(Value, frozen=True, kw_only=True):
@@ -38,7 +40,7 @@ class Finished(Value, frozen=True, kw_only=True):
 
     An engine that leaves `usage.input_tokens` at 0 has not counted the prompt; the caller knows what it sent.
     `queue` is the wait for a free worker, `first_token` counts from there, `generation` from the first token to the
-    last.
+    last. `trimmed_messages` are those of the history that an engine left out although the caller did not.
     """
 
     finish_reason: FinishReason
@@ -46,10 +48,28 @@ class Finished(Value, frozen=True, kw_only=True):
     queue: float = 0.0
     first_token: float = 0.0
     generation: float = 0.0
+    trimmed_messages: int = 0
+
+
+class Asker(Value, frozen=True, kw_only=True):
+    """Who an answer is for, and until when it is of use: what a queue is fair between, and what it need not start.
+
+    `deadline` is on the event loop's clock, None for no hurry.
+    """
+
+    workspace: str = ""
+    session: str = ""
+    deadline: float | None = None
+
+
+NOBODY = Asker()
 
 
 class Listener(Protocol):
-    """Who hears an answer as it is written, on the event loop's thread. Neither method may raise."""
+    """Who hears an answer as it is written, on the event loop's thread. No method may raise."""
+
+    def queued(self, position: int) -> None:
+        """Hear of the place in the queue, 1 for the next to be served, when the answer cannot begin at once."""
 
     def wrote(self, text: str, tokens: int) -> None:
         """Hear of another piece: whole characters, and the tokens that they stand for."""
@@ -109,7 +129,17 @@ class Engine(Protocol):
     def count(self, message: Message) -> int:
         """Return how many tokens a message takes in a prompt, its role markers included."""
 
-    def begin(self, messages: Sequence[Message], options: GenerationOptions, listener: Listener) -> Generation:
+    def admit(self, asker: Asker) -> None:
+        """Refuse what could not begin before its deadline, before anything is kept of it. Costs next to nothing.
+
+        Raises:
+            QueueFull: too much waits already; `retry_after` says when there is room again.
+            ModelUnavailable: the model cannot answer now.
+        """
+
+    def begin(
+        self, messages: Sequence[Message], options: GenerationOptions, listener: Listener, asker: Asker = NOBODY
+    ) -> Generation:
         """Begin the answer to a conversation that fits the context.
 
         The listener may hear of it, to its end even, before this returns.
@@ -121,7 +151,7 @@ class Engine(Protocol):
 
 
 async def stream(
-    engine: Engine, messages: Sequence[Message], options: GenerationOptions
+    engine: Engine, messages: Sequence[Message], options: GenerationOptions, asker: Asker = NOBODY
 ) -> AsyncGenerator[Chunk | Finished, None]:
     """Yield an answer in chunks, then its end. Closing the stream stops the answer.
 
@@ -129,7 +159,7 @@ async def stream(
         MoltBotError: as `Engine.begin` does, or because the answer broke.
     """
     inbox = _Inbox()
-    generation = engine.begin(messages, options, inbox)
+    generation = engine.begin(messages, options, inbox, asker)
     try:
         while True:
             item = await inbox.take()
@@ -148,6 +178,9 @@ class _Inbox:
     def __init__(self) -> None:
         self._heard: deque[Chunk | Finished | Exception] = deque()
         self._waiter: asyncio.Future[None] | None = None
+
+    def queued(self, position: int) -> None:
+        pass  # a stream of chunks says nothing of the wait
 
     def wrote(self, text: str, tokens: int) -> None:
         self._put(Chunk(text=text, tokens=tokens))

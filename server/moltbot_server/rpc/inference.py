@@ -8,7 +8,7 @@ from contextlib import aclosing
 import msgspec
 from moltbot.v1 import inference_pb2, inference_pb2_grpc
 
-from moltbot_server.errors import DeadlineExceeded, InvalidField
+from moltbot_server.errors import DeadlineExceeded, InvalidField, Unimplemented
 from moltbot_server.models.catalog import Catalog
 from moltbot_server.models.engine import Chunk, Engine, Finished, stream
 from moltbot_server.models.limits import check_content
@@ -77,6 +77,11 @@ class InferenceService(inference_pb2_grpc.InferenceServiceServicer):
             return inference_pb2.AbortResponse(aborted=False)
         generation.abort()
         return inference_pb2.AbortResponse(aborted=True)
+
+    async def Embed(self, request: inference_pb2.EmbedRequest, call: Call) -> inference_pb2.EmbedResponse:  # type: ignore[override]
+        """Refuse: no model here embeds."""
+        engine = self._catalog.get(names.read_model(request.model, "model"))
+        raise Unimplemented(f"the model {engine.id} writes answers and embeds nothing")
 
 
 class _Generation:

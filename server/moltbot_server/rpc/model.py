@@ -70,6 +70,8 @@ class ModelService(model_pb2_grpc.ModelServiceServicer):
                 tools=can.tools,
                 token_counts=can.token_counts,
                 cancellation=can.cancellation,
+                generation=can.generation,
+                embeddings=can.embeddings,
             ),
             state_message=entry.message,
             load_time=convert.timestamp(entry.load_time) if entry.load_time else None,

@@ -53,6 +53,11 @@ class InferenceServiceStub(object):
                 request_serializer=moltbot_dot_v1_dot_inference__pb2.AbortRequest.SerializeToString,
                 response_deserializer=moltbot_dot_v1_dot_inference__pb2.AbortResponse.FromString,
                 _registered_method=True)
+        self.Embed = channel.unary_unary(
+                '/moltbot.v1.InferenceService/Embed',
+                request_serializer=moltbot_dot_v1_dot_inference__pb2.EmbedRequest.SerializeToString,
+                response_deserializer=moltbot_dot_v1_dot_inference__pb2.EmbedResponse.FromString,
+                _registered_method=True)
 
 
 class InferenceServiceServicer(object):
@@ -88,6 +93,14 @@ class InferenceServiceServicer(object):
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
+    def Embed(self, request, context):
+        """Turns texts into vectors whose distances tell how alike they are.
+        UNIMPLEMENTED for a model that writes and does not embed. Safe to repeat.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
 
 def add_InferenceServiceServicer_to_server(servicer, server):
     rpc_method_handlers = {
@@ -105,6 +118,11 @@ def add_InferenceServiceServicer_to_server(servicer, server):
                     servicer.Abort,
                     request_deserializer=moltbot_dot_v1_dot_inference__pb2.AbortRequest.FromString,
                     response_serializer=moltbot_dot_v1_dot_inference__pb2.AbortResponse.SerializeToString,
+            ),
+            'Embed': grpc.unary_unary_rpc_method_handler(
+                    servicer.Embed,
+                    request_deserializer=moltbot_dot_v1_dot_inference__pb2.EmbedRequest.FromString,
+                    response_serializer=moltbot_dot_v1_dot_inference__pb2.EmbedResponse.SerializeToString,
             ),
     }
     generic_handler = grpc.method_handlers_generic_handler(
@@ -192,6 +210,33 @@ class InferenceService(object):
             '/moltbot.v1.InferenceService/Abort',
             moltbot_dot_v1_dot_inference__pb2.AbortRequest.SerializeToString,
             moltbot_dot_v1_dot_inference__pb2.AbortResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def Embed(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/moltbot.v1.InferenceService/Embed',
+            moltbot_dot_v1_dot_inference__pb2.EmbedRequest.SerializeToString,
+            moltbot_dot_v1_dot_inference__pb2.EmbedResponse.FromString,
             options,
             channel_credentials,
             insecure,

@@ -66,6 +66,8 @@ class Model(_message.Message):
     CAPABILITIES_FIELD_NUMBER: _builtins.int
     STATE_MESSAGE_FIELD_NUMBER: _builtins.int
     LOAD_TIME_FIELD_NUMBER: _builtins.int
+    MEMORY_BYTES_FIELD_NUMBER: _builtins.int
+    PARALLEL_FIELD_NUMBER: _builtins.int
     name: _builtins.str
     """Resource name: `models/{model}`."""
     display_name: _builtins.str
@@ -78,6 +80,12 @@ class Model(_message.Message):
     """The family or provider, such as `moltbot-demo`, `llama2` or `openai`."""
     state_message: _builtins.str
     """Why it is not ready; empty when it is."""
+    memory_bytes: _builtins.int
+    """What its weights take in memory, in bytes. 0: not known."""
+    parallel: _builtins.int
+    """How many answers it writes at the same time before more have to wait. 0:
+    not known.
+    """
     @_builtins.property
     def capabilities(self) -> Global___ModelCapabilities:
         """What it can do. Never more than was tried."""
@@ -97,10 +105,12 @@ class Model(_message.Message):
         capabilities: Global___ModelCapabilities | None = ...,
         state_message: _builtins.str = ...,
         load_time: _timestamp_pb2.Timestamp | None = ...,
+        memory_bytes: _builtins.int = ...,
+        parallel: _builtins.int = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["capabilities", b"capabilities", "load_time", b"load_time"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["capabilities", b"capabilities", "display_name", b"display_name", "is_default", b"is_default", "load_time", b"load_time", "name", b"name", "state", b"state", "state_message", b"state_message", "type", b"type"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["capabilities", b"capabilities", "display_name", b"display_name", "is_default", b"is_default", "load_time", b"load_time", "memory_bytes", b"memory_bytes", "name", b"name", "parallel", b"parallel", "state", b"state", "state_message", b"state_message", "type", b"type"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -123,6 +133,8 @@ class ModelCapabilities(_message.Message):
     TOOLS_FIELD_NUMBER: _builtins.int
     TOKEN_COUNTS_FIELD_NUMBER: _builtins.int
     CANCELLATION_FIELD_NUMBER: _builtins.int
+    GENERATION_FIELD_NUMBER: _builtins.int
+    EMBEDDINGS_FIELD_NUMBER: _builtins.int
     context_length: _builtins.int
     """Tokens of prompt and answer together."""
     streaming: _builtins.bool
@@ -145,6 +157,10 @@ class ModelCapabilities(_message.Message):
     """Counts tokens exactly, without a guess."""
     cancellation: _builtins.bool
     """Stops within one step when a turn is cancelled."""
+    generation: _builtins.bool
+    """Writes answers. False for a model that only embeds."""
+    embeddings: _builtins.bool
+    """Turns texts into vectors."""
     def __init__(
         self,
         *,
@@ -159,10 +175,12 @@ class ModelCapabilities(_message.Message):
         tools: _builtins.bool = ...,
         token_counts: _builtins.bool = ...,
         cancellation: _builtins.bool = ...,
+        generation: _builtins.bool = ...,
+        embeddings: _builtins.bool = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["audio_input", b"audio_input", "cancellation", b"cancellation", "context_length", b"context_length", "image_input", b"image_input", "repetition_penalty", b"repetition_penalty", "sampling", b"sampling", "seed", b"seed", "stop", b"stop", "streaming", b"streaming", "token_counts", b"token_counts", "tools", b"tools"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["audio_input", b"audio_input", "cancellation", b"cancellation", "context_length", b"context_length", "embeddings", b"embeddings", "generation", b"generation", "image_input", b"image_input", "repetition_penalty", b"repetition_penalty", "sampling", b"sampling", "seed", b"seed", "stop", b"stop", "streaming", b"streaming", "token_counts", b"token_counts", "tools", b"tools"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

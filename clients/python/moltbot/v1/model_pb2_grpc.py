@@ -83,8 +83,10 @@ class ModelServiceServicer(object):
     def LoadModel(self, request, context):
         """Loads a model beside those that run, probes it with a real generation and
         streams how far it got. The model that answers by default stays the same.
-        A model that fails its probe is FAILED_PRECONDITION and leaves nothing
-        behind. UNIMPLEMENTED on a core that cannot load models while it runs.
+        A model that fails its probe, or that memory would not suffice for, is
+        FAILED_PRECONDITION and leaves nothing behind. ALREADY_EXISTS for a name
+        that another folder was loaded under. UNIMPLEMENTED on a core that cannot
+        load models while it runs.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')

@@ -40,8 +40,10 @@ class ModelServiceStub:
     LoadModel: _grpc.UnaryStreamMultiCallable[_model_pb2.LoadModelRequest, _model_pb2.LoadModelResponse]
     """Loads a model beside those that run, probes it with a real generation and
     streams how far it got. The model that answers by default stays the same.
-    A model that fails its probe is FAILED_PRECONDITION and leaves nothing
-    behind. UNIMPLEMENTED on a core that cannot load models while it runs.
+    A model that fails its probe, or that memory would not suffice for, is
+    FAILED_PRECONDITION and leaves nothing behind. ALREADY_EXISTS for a name
+    that another folder was loaded under. UNIMPLEMENTED on a core that cannot
+    load models while it runs.
     """
     SwitchModel: _grpc.UnaryUnaryMultiCallable[_model_pb2.SwitchModelRequest, _model_pb2.SwitchModelResponse]
     """Makes a loaded model the default, in one step: every turn is answered by
@@ -66,8 +68,10 @@ class ModelServiceAsyncStub(ModelServiceStub):
     LoadModel: _aio.UnaryStreamMultiCallable[_model_pb2.LoadModelRequest, _model_pb2.LoadModelResponse]  # type: ignore[assignment]
     """Loads a model beside those that run, probes it with a real generation and
     streams how far it got. The model that answers by default stays the same.
-    A model that fails its probe is FAILED_PRECONDITION and leaves nothing
-    behind. UNIMPLEMENTED on a core that cannot load models while it runs.
+    A model that fails its probe, or that memory would not suffice for, is
+    FAILED_PRECONDITION and leaves nothing behind. ALREADY_EXISTS for a name
+    that another folder was loaded under. UNIMPLEMENTED on a core that cannot
+    load models while it runs.
     """
     SwitchModel: _aio.UnaryUnaryMultiCallable[_model_pb2.SwitchModelRequest, _model_pb2.SwitchModelResponse]  # type: ignore[assignment]
     """Makes a loaded model the default, in one step: every turn is answered by
@@ -107,8 +111,10 @@ class ModelServiceServicer(metaclass=_abc_1.ABCMeta):
     ) -> _typing.Union[_abc.Iterator[_model_pb2.LoadModelResponse], _abc.AsyncIterator[_model_pb2.LoadModelResponse]]:
         """Loads a model beside those that run, probes it with a real generation and
         streams how far it got. The model that answers by default stays the same.
-        A model that fails its probe is FAILED_PRECONDITION and leaves nothing
-        behind. UNIMPLEMENTED on a core that cannot load models while it runs.
+        A model that fails its probe, or that memory would not suffice for, is
+        FAILED_PRECONDITION and leaves nothing behind. ALREADY_EXISTS for a name
+        that another folder was loaded under. UNIMPLEMENTED on a core that cannot
+        load models while it runs.
         """
 
     @_abc_1.abstractmethod

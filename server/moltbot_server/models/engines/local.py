@@ -19,7 +19,7 @@ import ctranslate2
 from moltbot_server.errors import ContextLengthExceeded, ModelUnavailable
 from moltbot_server.models.cpus import usable_cpus
 from moltbot_server.models.detokenizer import Detokenizer
-from moltbot_server.models.engine import Capabilities, Finished, Generation, Listener, stream
+from moltbot_server.models.engine import NOBODY, Asker, Capabilities, Finished, Generation, Listener, stream
 from moltbot_server.models.engines.rows import FULL, GONE, STOPPED, Row, Sampling, Waiting, unread
 from moltbot_server.models.folder import ModelFolder
 from moltbot_server.models.limits import check_options
@@ -128,7 +128,13 @@ class LocalEngine:
         """Return how many tokens a message takes in a prompt, its role markers included."""
         return self._tokenizer.count(message)
 
-    def begin(self, messages: Sequence[Message], options: GenerationOptions, listener: Listener) -> Generation:
+    def admit(self, asker: Asker) -> None:
+        """Refuse when as many answers wait as may."""
+        self._waiting.check()
+
+    def begin(
+        self, messages: Sequence[Message], options: GenerationOptions, listener: Listener, asker: Asker = NOBODY
+    ) -> Generation:
         """Begin the answer to a conversation; see `Engine.begin`."""
         row = self._admit(messages, options)
         return _Writing(self, row, StopTexts((*options.stop, *self._stop_texts)), listener)

@@ -92,21 +92,29 @@ class Waiting:
     def __len__(self) -> int:
         return len(self._rows)
 
-    def put(self, row: Row) -> None:
-        """Add a row at the end.
+    def check(self) -> None:
+        """Refuse when no row can be added.
 
         Raises:
             QueueFull: as many rows wait as may; `retry_after` is when half of them will have been answered.
             ModelUnavailable: the queue is closed.
         """
+        if self._closed:
+            raise ModelUnavailable("The model is not loaded.")
+        if len(self._rows) >= self._limit:
+            wait = self._seconds * len(self._rows) / self._threads / 2
+            raise QueueFull(
+                f"{len(self._rows)} answers wait already; come back later.", retry_after=min(max(wait, 0.05), 30.0)
+            )
+
+    def put(self, row: Row) -> None:
+        """Add a row at the end.
+
+        Raises:
+            QueueFull, ModelUnavailable: as `check` does.
+        """
         with self._changed:
-            if self._closed:
-                raise ModelUnavailable("The model is not loaded.")
-            if len(self._rows) >= self._limit:
-                wait = self._seconds * len(self._rows) / self._threads / 2
-                raise QueueFull(
-                    f"{len(self._rows)} answers wait already; come back later.", retry_after=min(max(wait, 0.05), 30.0)
-                )
+            self.check()
             self._rows.append(row)
             self._changed.notify()
 

@@ -24,7 +24,7 @@ from time import perf_counter
 import msgspec
 
 from moltbot_server.errors import InvalidField, ModelUnavailable, MoltBotError, every_error
-from moltbot_server.models.engine import Capabilities, Chunk, Finished, Generation, Listener
+from moltbot_server.models.engine import NOBODY, Asker, Capabilities, Chunk, Finished, Generation, Listener
 from moltbot_server.models.limits import check_options
 from moltbot_server.models.stops import StopTexts
 from moltbot_server.turns import FinishReason, GenerationOptions, Message, Role, Usage, Value
@@ -162,7 +162,12 @@ class ScriptedEngine:
         """Count one token for every four characters begun, and one for the role."""
         return 1 + (len(message.text) + 3) // 4
 
-    def begin(self, messages: Sequence[Message], options: GenerationOptions, listener: Listener) -> Generation:
+    def admit(self, asker: Asker) -> None:
+        """Take everything: nothing waits here."""
+
+    def begin(
+        self, messages: Sequence[Message], options: GenerationOptions, listener: Listener, asker: Asker = NOBODY
+    ) -> Generation:
         """Tell the scripted answer to the last user message: at once, or at the pace of the script."""
         if not self.healthy:
             raise ModelUnavailable("The scripted model is not started.")
