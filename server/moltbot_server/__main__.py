@@ -15,7 +15,7 @@ from pathlib import Path
 import uvloop
 
 from moltbot_server.app import Core
-from moltbot_server.config import ConfigError, Settings, load_settings
+from moltbot_server.config import ConfigError, Settings, load_settings, misspelled, overlooked
 from moltbot_server.errors import MoltBotError
 from moltbot_server.logs import configure_logging
 from moltbot_server.workspace import Workspace, WorkspaceError, find_workspace
@@ -37,8 +37,11 @@ def main() -> int:
         print(f"moltbot: {error}", file=sys.stderr)
         return _BAD_CONFIGURATION
     configure_logging(settings.log_level, as_json=settings.log_json)
-    for notice in () if flags.no_notices else settings.notices:
-        log.warning("not used by this release", extra={"notice": notice})
+    if not flags.no_notices:
+        for notice in (*misspelled(os.environ), *overlooked(workspace.folder, os.environ)):
+            log.warning("not used", extra={"notice": notice})
+        for notice in settings.notices:
+            log.warning("not used by this release", extra={"notice": notice})
     return uvloop.run(_serve(settings, key, workspace))
 
 

@@ -12,7 +12,7 @@ from dataclasses import MISSING, dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
-from moltbot_server.config_keys import ENV_NAMES, KEYS, OTHER_NAMES, PLAIN_NAMES, SECTIONS
+from moltbot_server.config_keys import ENV_NAMES, KEYS, OTHER_NAMES, OTHERS_NAMES, PLAIN_NAMES, SECTIONS
 from moltbot_server.config_sources import (
     ConfigError,
     Given,
@@ -225,6 +225,51 @@ def misspelled(environ: Mapping[str, str]) -> tuple[str, ...]:
     return tuple(
         f"environment variable {name} is not known and not used; did you mean {own}?" for name, own in near if own
     )
+
+
+def overlooked(workspace: Path, environ: Mapping[str, str], *, current: Path | None = None) -> tuple[str, ...]:
+    """Return a sentence for each line of the current folder's `.env` that was meant for MoltBot and is not used.
+
+    A warning and no mistake: the file belongs to other programs too. What the environment gives as well is used.
+
+    Raises:
+        ConfigError: the file cannot be read.
+    """
+    current = current or Path.cwd()
+    if current.resolve() == workspace.resolve():
+        return ()
+    lines = read_env_file(current / ".env", [])
+    told = ((place.where, _unused(name, workspace)) for name, place in lines.items() if name not in environ)
+    return tuple(f"{where}: {name_and_why}" for where, name_and_why in told if name_and_why)
+
+
+def _unused(name: str, workspace: Path) -> str:
+    """Say what became of a name in the current folder's `.env`; nothing when it is used, or none of ours."""
+    if name in PLAIN_NAMES or name in OTHERS_NAMES:
+        return ""
+    if name in ENV_NAMES or name in OTHER_NAMES:
+        place = "the environment" if name in OTHER_NAMES else str(workspace / ".env")
+        return f"{name} is not used: only {', '.join(PLAIN_NAMES)} are read from this file; put it into {place}"
+    if name.startswith("MOLTBOT_"):
+        near = _nearest(name, ENV_NAMES)
+        hint = f"did you mean {near}?" if near else "docs/configuration.md has all that are known"
+        return f"{name} is not known and not used; {hint}"
+    meant = next((own for own in PLAIN_NAMES if _slips(name.upper(), own) <= (2 if len(own) > 10 else 1)), "")
+    return f"{name} is not known and not used; did you mean {meant}?" if meant else ""
+
+
+def _slips(one: str, other: str) -> int:
+    """Return how many slips of the hand lie between two words: a letter more, less, another, or two exchanged."""
+    before: list[int] = []
+    row = list(range(len(other) + 1))
+    for at, letter in enumerate(one, 1):
+        earlier, before, row = before, row, [at]
+        for end, wanted in enumerate(other, 1):
+            fewest = min(before[end] + 1, row[-1] + 1, before[end - 1] + (letter != wanted))
+            if at > 1 and end > 1 and letter == other[end - 2] and one[at - 2] == wanted:
+                fewest = min(fewest, earlier[end - 2] + 1)
+            row.append(fewest)
+    return row[-1]
 
 
 def _known(name: str) -> bool:

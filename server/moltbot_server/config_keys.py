@@ -75,5 +75,8 @@ ENV_NAMES: Mapping[str, str] = {
     **{"MOLTBOT_" + key.upper().replace(".", "_"): key for key in KEYS if key != "autoscaling.metrics"},
 }
 
+# Names of other programs that are one slip away from a plain name of ours.
+OTHERS_NAMES = frozenset({"PORTS", "POST", "WORKER"})
+
 # Variables of MoltBot that are no settings of the server.
 OTHER_NAMES = frozenset({"MOLTBOT_WORKSPACE", "MOLTBOT_KEY", "MOLTBOT_ADDRESS"})

@@ -12,6 +12,7 @@ from moltbot_server.config import (
     is_loopback,
     load_settings,
     misspelled,
+    overlooked,
 )
 from moltbot_server.config_keys import ENV_NAMES, KEYS, SECTIONS
 
@@ -285,6 +286,58 @@ def test_a_misspelled_variable_of_ours_is_told_and_others_are_left_alone() -> No
     assert misspelled({"MOLTBOT_GRPC_PROT": "1", "MOLTBOT_WORKSPACE": "x", "MOLTBOT_ZZZ": "", "PATH": "/bin"}) == (
         "environment variable MOLTBOT_GRPC_PROT is not known and not used; did you mean MOLTBOT_GRPC_PORT?",
     )
+
+
+@pytest.mark.parametrize(
+    ("line", "meant"),
+    [
+        ("PROT=8000", "PORT"),
+        ("PRT=8000", "PORT"),
+        ("Port=8000", "PORT"),
+        ("WORKRES=2", "WORKERS"),
+        ("MODLE_PATH=", "MODEL_PATH"),
+        ("MODELPATH=/m", "MODEL_PATH"),
+        ("MODEL-TYPE=llama2", None),
+        ("CONTEXT_LENGHT=5", "CONTEXT_LENGTH"),
+        ("CONTXT_LENGHT=5", "CONTEXT_LENGTH"),
+        *((f"{name}=1", None) for name in ("HOST", "PORTS", "POST", "WORKER", "PATH", "ROOT", "MODEL", "MODEL_NAME")),
+        *((f"{name}=1", None) for name in ("MODEL_DATA", "DB_PORT", "PORT", "CONTEXT", "MAX_LENGTH", "LENGTH")),
+    ],
+)
+def test_a_slip_in_one_of_the_five_names_in_the_current_folder_is_told_and_names_of_others_are_not(
+    workspace: Path, elsewhere: Path, line: str, meant: str | None
+) -> None:
+    (elsewhere / ".env").write_text(f"A=1\n{line}\n")
+
+    told = overlooked(workspace, {}, current=elsewhere)
+
+    name = line.partition("=")[0]
+    wanted = (f"{elsewhere}/.env:2: {name} is not known and not used; did you mean {meant}?",)
+    assert told == (wanted if meant else ())
+
+
+def test_a_name_of_ours_in_the_current_folder_is_told_the_file_that_it_belongs_in(
+    workspace: Path, elsewhere: Path
+) -> None:
+    five = "only PORT, WORKERS, MODEL_TYPE, MODEL_PATH, CONTEXT_LENGTH are read from this file"
+    (elsewhere / ".env").write_text("MOLTBOT_GRPC_HOST=0.0.0.0\nMOLTBOT_KEY=x\nMOLTBOT_PROT=1\nMOLTBOT_ZZZ=1\n")
+
+    assert [notice.removeprefix(f"{elsewhere}/") for notice in overlooked(workspace, {}, current=elsewhere)] == [
+        f".env:1: MOLTBOT_GRPC_HOST is not used: {five}; put it into {workspace}/.env",
+        f".env:2: MOLTBOT_KEY is not used: {five}; put it into the environment",
+        ".env:3: MOLTBOT_PROT is not known and not used; did you mean MOLTBOT_PORT?",
+        ".env:4: MOLTBOT_ZZZ is not known and not used; docs/configuration.md has all that are known",
+    ]
+
+
+def test_nothing_is_overlooked_that_the_environment_gives_too_or_that_lies_in_the_workspace(
+    workspace: Path, elsewhere: Path
+) -> None:
+    (elsewhere / ".env").write_text("MOLTBOT_GRPC_PORT=5000\n")
+    assert overlooked(workspace, {"MOLTBOT_GRPC_PORT": "5000"}, current=elsewhere) == ()
+    (workspace / ".env").write_text("MOLTBOT_GRPC_PORT=5000\n")
+    assert overlooked(workspace, {}, current=workspace) == ()
+    assert overlooked(workspace, {}, current=elsewhere / "nowhere") == ()
 
 
 def test_every_key_is_documented_with_its_environment_name() -> None:

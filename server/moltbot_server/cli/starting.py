@@ -22,7 +22,7 @@ from moltbot_server.cli.running import Running, joined, only_one, reachable
 from moltbot_server.cli.supervisor import Supervisor, log
 from moltbot_server.cli.terminal import Exit, Failure, command, shown
 from moltbot_server.cli.watcher import Watcher
-from moltbot_server.config import ConfigError, Settings, load_settings, misspelled
+from moltbot_server.config import ConfigError, Settings, load_settings, misspelled, overlooked
 from moltbot_server.logs import configure_logging
 from moltbot_server.workspace import LINK_LIFE, Workspace
 
@@ -38,7 +38,7 @@ def start(workspace: Workspace, flags: Mapping[str, object], *, reload: bool, fi
         print(done[0].upper() + done[1:] + ".", flush=True)
     settings = load_settings(workspace.folder, os.environ, flags, check=model_problems)
     configure_logging(settings.log_level, as_json=settings.log_json)
-    for notice in misspelled(os.environ):
+    for notice in (*misspelled(os.environ), *overlooked(workspace.folder, os.environ)):
         log.warning("not used", extra={"notice": notice})
     for notice in settings.notices:
         log.warning("not used by this release", extra={"notice": notice})
