@@ -223,6 +223,27 @@ class InternalError(MoltBotError):
     reason = "INTERNAL"
 
 
+class ModelExists(MoltBotError):
+    """Another model has this name."""
+
+    status, reason = Status.ALREADY_EXISTS, "MODEL_EXISTS"
+    advice = "Choose another name, or unload the model that has it."
+
+
+class ModelNotLoadable(MoltBotError):
+    """The model cannot be loaded: its folder is not right, its probe failed, or memory would not suffice."""
+
+    status, reason = Status.FAILED_PRECONDITION, "MODEL_NOT_LOADABLE"
+    advice = "The message says what was found and what was expected; nothing was changed."
+
+
+class ModelInUse(MoltBotError):
+    """The model answers by default and cannot be taken away."""
+
+    status, reason = Status.FAILED_PRECONDITION, "MODEL_IN_USE"
+    advice = "Switch to another model first."
+
+
 class TurnFailed(Exception):
     """A turn that ended badly, told to a caller who waits for its outcome; what it says was counted when it ended."""
 

@@ -9,10 +9,12 @@ from collections.abc import Sequence
 from enum import StrEnum
 from pathlib import Path
 
-from moltbot_server.errors import ModelNotFound, ModelUnavailable, MoltBotError
+import msgspec
+
+from moltbot_server.errors import ModelInUse, ModelNotFound, ModelUnavailable, MoltBotError
 from moltbot_server.models.engine import Engine
 from moltbot_server.models.engines.local import MAX_WAITING, LocalEngine
-from moltbot_server.models.engines.scripted import ScriptedEngine, load_script
+from moltbot_server.models.engines.scripted import Script, ScriptedEngine, load_script
 from moltbot_server.models.folder import SCRIPTED, check_context, configured_folder
 
 _log = logging.getLogger(__name__)
@@ -23,17 +25,20 @@ class ModelState(StrEnum):
 
     LOADING = "loading"
     READY = "ready"
+    DRAINING = "draining"
     FAILED = "failed"
 
 
 class CatalogEntry:
-    """One model of a catalog: its engine, and how it is."""
+    """One model of a catalog: its engine, how it is, and how many turns it has still to answer."""
 
     def __init__(self, engine: Engine) -> None:
         self.engine = engine
         self.load_time = 0.0
         self._state = ModelState.LOADING
         self._message = "The model is being loaded."
+        self._turns = 0
+        self._idle: asyncio.Event | None = None
 
     @property
     def state(self) -> ModelState:
@@ -49,6 +54,11 @@ class CatalogEntry:
             return "The model stopped working; the log says why."
         return self._message
 
+    @property
+    def turns(self) -> int:
+        """How many turns it answers or will answer."""
+        return self._turns
+
     async def start(self) -> None:
         """Load the model and remember how that went; `load_time` is in Unix seconds."""
         try:
@@ -56,11 +66,33 @@ class CatalogEntry:
         except MoltBotError as problem:
             self._state, self._message = ModelState.FAILED, problem.message
             raise
+        self.loaded()
+
+    def loaded(self) -> None:
+        """Take note that the engine answers."""
         self._state, self._message, self.load_time = ModelState.READY, "", time.time()
+
+    def hold(self) -> Engine:
+        """Keep the model until `release`, for one turn, and return its engine."""
+        self._turns += 1
+        return self.engine
+
+    def release(self) -> None:
+        """Let go what `hold` kept."""
+        self._turns -= 1
+        if not self._turns and self._idle is not None:
+            self._idle.set()
+
+    async def drain(self) -> None:
+        """Take no more turns, and return when the last one was let go."""
+        self._state, self._message = ModelState.DRAINING, "The model ends its last turns."
+        if self._turns:
+            self._idle = asyncio.Event()
+            await self._idle.wait()
 
 
 class Catalog:
-    """The engines of a core by id. The first one is the default."""
+    """The engines of a core by id. The first one is the default, until another is chosen."""
 
     def __init__(self, engines: Sequence[Engine]) -> None:
         """Take the engines, none of them started.
@@ -94,12 +126,12 @@ class Catalog:
             raise ModelNotFound(f"There is no model {model[:64]!r}; available: {', '.join(self._entries)}.")
         return entry
 
-    def get(self, model: str = "") -> Engine:
-        """Return the engine of a model that can answer; the empty id is the default one.
+    def ready(self, model: str = "") -> CatalogEntry:
+        """Return a model that can answer; the empty id is the default one.
 
         Raises:
             ModelNotFound: no model has this id.
-            ModelUnavailable: the model is being loaded, or has failed.
+            ModelUnavailable: the model is being loaded, ends its last turns, or has failed.
         """
         entry = self.entry(model)
         if entry.state is not ModelState.READY:
@@ -107,6 +139,43 @@ class Catalog:
                 f"The model {entry.engine.id} cannot answer: {entry.message}",
                 retry_after=1.0 if entry.state is ModelState.LOADING else None,
             )
+        return entry
+
+    def get(self, model: str = "") -> Engine:
+        """Return the engine of a model that can answer; raises what `ready` does."""
+        return self.ready(model).engine
+
+    def add(self, engine: Engine) -> CatalogEntry:
+        """Take in a model that answers already.
+
+        Raises:
+            ValueError: a model has its id.
+        """
+        if engine.id in self._entries:
+            raise ValueError(f"there is a model {engine.id} already")
+        entry = self._entries[engine.id] = CatalogEntry(engine)
+        entry.loaded()
+        return entry
+
+    def choose(self, model: str) -> CatalogEntry:
+        """Make a model the default, in one step; raises what `ready` does."""
+        entry = self.ready(model)
+        self._default = entry.engine.id
+        return entry
+
+    async def drop(self, model: str) -> Engine:
+        """Take a model out once its last turn has ended, and return its engine, which is still to be closed.
+
+        Raises:
+            ModelNotFound: no model has this id.
+            ModelInUse: it is the default model.
+        """
+        entry = self.entry(model)
+        if entry.engine.id == self._default:
+            raise ModelInUse(f"The model {entry.engine.id} answers by default; switch to another one first.")
+        await entry.drain()
+        if self._entries.get(entry.engine.id) is entry:
+            del self._entries[entry.engine.id]
         return entry.engine
 
     async def start(self) -> None:
@@ -147,13 +216,42 @@ def build_catalog(
     Raises:
         ModelUnavailable: the configuration cannot be met; the text says what was found and what was expected.
     """
+    return Catalog(
+        [
+            build_engine(
+                model_type=model_type,
+                model_path=model_path,
+                context_length=context_length,
+                threads=threads,
+                queue_limit=queue_limit,
+            )
+        ]
+    )
+
+
+def build_engine(
+    *,
+    model_type: str = "",
+    model_path: str = "",
+    context_length: int | None = None,
+    threads: int = 0,
+    queue_limit: int = MAX_WAITING,
+    model_id: str = "",
+) -> Engine:
+    """Make an engine that is not started yet; the arguments and what is raised are those of `build_catalog`.
+
+    `model_id`: the id to give it; empty for what the folder says.
+    """
     kind = model_type.strip().lower()
     if kind == SCRIPTED:
-        engine = ScriptedEngine(load_script(Path(model_path)) if model_path else None)
+        script = load_script(Path(model_path)) if model_path else Script()
+        engine = ScriptedEngine(msgspec.structs.replace(script, id=model_id) if model_id else script)
         if context_length is not None:
             check_context(context_length, engine.capabilities.context_length, engine.id)
-        return Catalog([engine])
+        return engine
     folder = configured_folder(kind, model_path)
+    if model_id:
+        folder = msgspec.structs.replace(folder, id=model_id)
     if context_length is not None:
         check_context(context_length, folder.context_length, folder.id)
-    return Catalog([LocalEngine(folder, context_length=context_length or 0, threads=threads, max_waiting=queue_limit)])
+    return LocalEngine(folder, context_length=context_length or 0, threads=threads, max_waiting=queue_limit)

@@ -72,6 +72,14 @@ class _ErrorReasonEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[_ErrorReas
     """UNIMPLEMENTED: this core cannot do that."""
     ERROR_REASON_INTERNAL: _ErrorReason.ValueType  # 24
     """INTERNAL: a fault of the core; the log has the details under the same id."""
+    ERROR_REASON_MODEL_EXISTS: _ErrorReason.ValueType  # 25
+    """ALREADY_EXISTS: another model has this name."""
+    ERROR_REASON_MODEL_NOT_LOADABLE: _ErrorReason.ValueType  # 26
+    """FAILED_PRECONDITION: the model's folder is not right, its probe failed, or
+    memory would not suffice.
+    """
+    ERROR_REASON_MODEL_IN_USE: _ErrorReason.ValueType  # 27
+    """FAILED_PRECONDITION: the model answers by default."""
 
 class ErrorReason(_ErrorReason, metaclass=_ErrorReasonEnumTypeWrapper):
     """Why a call failed. Every error status carries `google.rpc.ErrorInfo` with
@@ -129,4 +137,12 @@ ERROR_REASON_UNIMPLEMENTED: ErrorReason.ValueType  # 23
 """UNIMPLEMENTED: this core cannot do that."""
 ERROR_REASON_INTERNAL: ErrorReason.ValueType  # 24
 """INTERNAL: a fault of the core; the log has the details under the same id."""
+ERROR_REASON_MODEL_EXISTS: ErrorReason.ValueType  # 25
+"""ALREADY_EXISTS: another model has this name."""
+ERROR_REASON_MODEL_NOT_LOADABLE: ErrorReason.ValueType  # 26
+"""FAILED_PRECONDITION: the model's folder is not right, its probe failed, or
+memory would not suffice.
+"""
+ERROR_REASON_MODEL_IN_USE: ErrorReason.ValueType  # 27
+"""FAILED_PRECONDITION: the model answers by default."""
 Global___ErrorReason: _TypeAlias = ErrorReason  # noqa: Y015
