@@ -56,11 +56,15 @@ class InvalidField(MoltBotError):
 
     def __init__(self, field: str, problem: str) -> None:
         super().__init__(f"{field}: {problem}", fields={field: problem})
-        self._field, self._problem = field, problem
+        self.field, self._problem = field, problem
 
     def under(self, parent: str) -> InvalidField:
         """Return the same refusal, of a field inside `parent`."""
-        return type(self)(f"{parent}.{self._field}", self._problem)
+        return self.at(f"{parent}.{self.field}")
+
+    def at(self, field: str) -> InvalidField:
+        """Return the same refusal, of the field in which the caller sent what is refused."""
+        return type(self)(field, self._problem)
 
 
 class EmptyMessage(InvalidField):
@@ -248,7 +252,13 @@ class TurnFailed(Exception):
     """A turn that ended badly, told to a caller who waits for its outcome; what it says was counted when it ended."""
 
     def __init__(
-        self, status: Status, reason: str, message: str, retryable: bool, retry_after: float | None = None
+        self,
+        status: Status,
+        reason: str,
+        message: str,
+        retryable: bool,
+        retry_after: float | None = None,
+        field: str = "",
     ) -> None:
         super().__init__(message)
         self.status = status
@@ -256,7 +266,7 @@ class TurnFailed(Exception):
         self.message = message
         self.retryable = retryable
         self.retry_after = retry_after
-        self.fields: dict[str, str] = {}
+        self.fields = {field: message.removeprefix(f"{field}: ")} if field else {}
 
 
 def every_error() -> Iterator[type[MoltBotError]]:

@@ -10,7 +10,15 @@ from typing import Any, Protocol
 
 import msgspec
 
-from moltbot_server.errors import DeadlineExceeded, InternalError, MoltBotError, NotServing, TurnInterrupted
+from moltbot_server.errors import (
+    ContextLengthExceeded,
+    DeadlineExceeded,
+    InternalError,
+    InvalidField,
+    MoltBotError,
+    NotServing,
+    TurnInterrupted,
+)
 from moltbot_server.journal import Journal, LiveTurn, same_content
 from moltbot_server.metrics import Metrics
 from moltbot_server.models.context import ContextWindow, Fitted
@@ -207,6 +215,9 @@ class TurnRun:
         if isinstance(end, Finished):
             self._finished = end
             self._conclude(self._completed(end.finish_reason))
+        elif isinstance(end, ContextLengthExceeded):
+            # The engine blames the conversation that it was given; the caller sent its newest message alone.
+            self._conclude(self._failed(end.at("turn.parts")))
         elif isinstance(end, MoltBotError):
             self._conclude(self._failed(end))
         else:
@@ -329,6 +340,7 @@ class TurnRun:
             retryable=error.retryable,
             retry_after=error.retry_after,
             timings=self._timings(),
+            field=error.field if isinstance(error, InvalidField) else "",
         )
 
     def _usage(self) -> Usage:

@@ -263,7 +263,10 @@ class Completed(Value, frozen=True, kw_only=True, array_like=True, tag="complete
 
 
 class Failed(Value, frozen=True, kw_only=True, array_like=True, tag="failed"):
-    """The turn ended badly. `status` is the canonical code; `retry_after` is in seconds."""
+    """The turn ended badly. `status` is the canonical code; `retry_after` is in seconds.
+
+    `field` is the path of the request's field that is to blame, if one is.
+    """
 
     status: int
     reason: str
@@ -271,6 +274,7 @@ class Failed(Value, frozen=True, kw_only=True, array_like=True, tag="failed"):
     retryable: bool
     retry_after: float | None = None
     timings: Timings = Timings()
+    field: str = ""
 
 
 Kind = (

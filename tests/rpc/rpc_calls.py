@@ -183,6 +183,14 @@ def info_of(error: aio.AioRpcError) -> Any:
     raise AssertionError(f"{error.code()} {error.details()!r} has no ErrorInfo")
 
 
+def fields_of(error: aio.AioRpcError) -> list[str]:
+    """Return the request's fields that an error status blames."""
+    violations = error_details_pb2.BadRequest()
+    for detail in details_of(error):
+        detail.Unpack(violations)
+    return [violation.field for violation in violations.field_violations]
+
+
 def details_of(error: aio.AioRpcError) -> list[Any]:
     """Return the packed details of an error status."""
     status = status_pb2.Status()

@@ -5,6 +5,8 @@ from __future__ import annotations
 import asyncio
 import logging
 import time
+from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 import grpc
@@ -12,8 +14,11 @@ import pytest
 from google.protobuf import duration_pb2
 from grpc import aio
 from moltbot.v1 import inference_pb2, message_pb2
-from moltbot_server.testing import Rule, RunningServer, Script
-from rpc_calls import Api, WatchedEngine, reason_of, refused, until
+from moltbot_server.errors import ContextLengthExceeded
+from moltbot_server.models.engine import NOBODY, Asker, Generation, Listener
+from moltbot_server.testing import Rule, RunningServer, Script, running_server
+from moltbot_server.turns import GenerationOptions, Message
+from rpc_calls import Api, WatchedEngine, fields_of, reason_of, refused, until
 
 EACH = duration_pb2.Duration()
 
@@ -69,6 +74,32 @@ async def test_no_piece_waits_longer_than_the_flush_interval(api: Api) -> None:
     assert [text for text, _ in times] == ["a", "b", "c", ""]
     assert times[0][1] < 0.25
     assert times[1][1] < 0.55
+
+
+class ShortEngine(WatchedEngine):
+    """Reads conversations of up to three messages."""
+
+    def begin(
+        self, messages: Sequence[Message], options: GenerationOptions, listener: Listener, asker: Asker = NOBODY
+    ) -> Generation:
+        """Refuse what is longer."""
+        if len(messages) > 3:
+            raise ContextLengthExceeded("messages", f"takes {len(messages)} of the model's 3 tokens")
+        return super().begin(messages, options, listener, asker)
+
+
+async def test_a_refused_prompt_is_blamed_by_the_field_that_the_caller_sent(tmp_path: Path) -> None:
+    async with running_server(tmp_path, engine=ShortEngine()) as server:
+        api = Api.of(server)
+        long = await refused(generated(api, asked("a", "b", "c", "d")))
+        picture = message_pb2.Part(image=message_pb2.Media(data=b"x", media_type="image/png"))
+        request = asked("a", "b")
+        request.prompt.messages[1].parts.append(picture)
+        unread = await refused(generated(api, request))
+        await api.channel.close()
+
+    assert (reason_of(long), fields_of(long)) == ("CONTEXT_LENGTH_EXCEEDED", ["prompt.messages"])
+    assert (reason_of(unread), fields_of(unread)) == ("UNSUPPORTED_CONTENT", ["prompt.messages[1].parts[1]"])
 
 
 async def test_a_generation_is_aborted_by_its_name(api: Api, engine: WatchedEngine) -> None:

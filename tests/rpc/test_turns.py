@@ -13,7 +13,7 @@ from moltbot.v1 import chat_pb2, message_pb2, session_pb2
 from moltbot_server.journal import LiveTurn
 from moltbot_server.testing import RunningServer, Script, running_server
 from moltbot_server.turn_run import TurnRun
-from rpc_calls import Api, WatchedEngine, info_of, kinds, reason_of, refused, text_of, turn
+from rpc_calls import Api, WatchedEngine, fields_of, info_of, kinds, reason_of, refused, text_of, turn
 
 
 async def test_a_turn_ends_with_exactly_one_last_event_whose_text_is_that_of_the_deltas(api: Api) -> None:
@@ -287,9 +287,13 @@ async def test_a_message_longer_than_the_context_fails_with_its_reason(tmp_path:
     async with running_server(tmp_path, engine=WatchedEngine(Script(context_length=64))) as server:
         api = Api.of(server)
         error = await refused(api.run(turn("x" * 1000)))
+        last = (await api.events(turn("x" * 1000)))[-1]
         await api.channel.close()
 
     assert (error.code().name, reason_of(error)) == ("INVALID_ARGUMENT", "CONTEXT_LENGTH_EXCEEDED")
+    assert (error.details() or "").startswith("turn.parts: takes ")
+    assert fields_of(error) == ["turn.parts"]
+    assert last.failed.message.startswith("turn.parts: takes ")
 
 
 async def test_a_session_goes_on_after_a_restart_with_its_history(tmp_path: Path) -> None:

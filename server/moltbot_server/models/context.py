@@ -101,7 +101,7 @@ class ContextWindow:
         room = self._context - reserve - min(MARGIN, self._context // 8) - fixed
         if room < 0:
             raise ContextLengthExceeded(
-                "message",
+                "messages",
                 f"takes {fixed} tokens with the system prompt; the model reads {self._context}, "
                 f"of which {reserve} are kept for the answer",
             )

@@ -48,7 +48,8 @@ class ChatService(chat_pb2_grpc.ChatServiceServicer):
         turn = await self._start(request.turn, call)
         key, last_sequence, ending = await self._journal.outcome(turn)
         if isinstance(ending, Failed):
-            raise TurnFailed(Status(ending.status), ending.reason, ending.message, ending.retryable, ending.retry_after)
+            status, after = Status(ending.status), ending.retry_after
+            raise TurnFailed(status, ending.reason, ending.message, ending.retryable, after, ending.field)
         name = names.turn_name(key.session.session, key.ordinal)
         response = chat_pb2.RunTurnResponse(turn=name, last_sequence=last_sequence)
         convert.fill_completed(response.completed, key, ending)

@@ -8,7 +8,7 @@ from contextlib import aclosing
 import msgspec
 from moltbot.v1 import inference_pb2, inference_pb2_grpc
 
-from moltbot_server.errors import DeadlineExceeded, InvalidField, Unimplemented
+from moltbot_server.errors import ContextLengthExceeded, DeadlineExceeded, InvalidField, Unimplemented
 from moltbot_server.models.catalog import Catalog
 from moltbot_server.models.engine import Chunk, Engine, Finished, stream
 from moltbot_server.models.limits import check_content
@@ -35,8 +35,11 @@ class InferenceService(inference_pb2_grpc.InferenceServiceServicer):
         messages = self._reader.messages(request.prompt.messages, "prompt.messages")
         if not messages or messages[-1].role not in (Role.USER, Role.TOOL):
             raise InvalidField("prompt.messages", "end with the message that is to be answered")
-        for message in messages:
-            check_content(message.parts, engine.capabilities)
+        for index, message in enumerate(messages):
+            try:
+                check_content(message.parts, engine.capabilities)
+            except InvalidField as error:
+                raise error.under(f"prompt.messages[{index}]") from None
         interval = _FLUSH_INTERVAL
         if request.HasField("flush_interval"):
             interval = convert.seconds(request.flush_interval, "flush_interval")
@@ -48,6 +51,8 @@ class InferenceService(inference_pb2_grpc.InferenceServiceServicer):
             self._under_way[key] = generation
         try:
             await generation.run(messages, options)
+        except ContextLengthExceeded as error:
+            raise error.at("prompt.messages") from None
         finally:
             if self._under_way.get(key) is generation:
                 del self._under_way[key]

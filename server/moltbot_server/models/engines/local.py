@@ -154,7 +154,7 @@ class LocalEngine:
         room = self.capabilities.context_length - len(prompt)
         if room < 1:
             raise ContextLengthExceeded(
-                "message", f"takes {len(prompt)} of the model's {self.capabilities.context_length} tokens"
+                "messages", f"takes {len(prompt)} of the model's {self.capabilities.context_length} tokens"
             )
         row = Row(prompt, self._sampling(options), min(options.max_output_tokens or room, room))
         self._waiting.put(row)
