@@ -210,6 +210,35 @@ class MoltBot:
         """Return one model."""
         return (await self._call(self._models.GetModel, model_pb2.GetModelRequest(name=_named("models", model)))).model
 
+    async def load_model(
+        self, model: str, path: str, *, type: str = "", context_length: int = 0, within: float | None = None
+    ) -> AsyncGenerator[model_pb2.LoadModelResponse, None]:
+        """Load a model beside those that run and yield how far it got; the last response has the model.
+
+        `path` is its folder on the core's machine. `type` is its family, empty for what the folder says, and
+        `context_length` in tokens, 0 for what the folder says. Closing the stream gives the load up.
+        """
+        request = model_pb2.LoadModelRequest(
+            name=_named("models", model), path=path, type=type, context_length=context_length
+        )
+        call = self._models.LoadModel(request, timeout=within, metadata=self._metadata)
+        try:
+            while isinstance(response := await call.read(), model_pb2.LoadModelResponse):
+                yield response
+        except grpc.aio.AioRpcError as error:
+            raise from_status(error, self._address) from None
+        finally:
+            call.cancel()
+
+    async def switch_model(self, model: str) -> model_pb2.SwitchModelResponse:
+        """Make a loaded model the one that answers by default, and return it and the one before."""
+        request = model_pb2.SwitchModelRequest(name=_named("models", model))
+        return await self._call(self._models.SwitchModel, request)
+
+    async def unload_model(self, model: str, *, within: float | None = None) -> None:
+        """Let a model end its turns and free its memory. The default model cannot be unloaded."""
+        await self._call(self._models.UnloadModel, model_pb2.UnloadModelRequest(name=_named("models", model)), within)
+
     async def _pages(
         self, method: Callable[..., Awaitable[_AnyPage]], request: Any, items: Callable[[_AnyPage], Sequence[_Answer]]
     ) -> AsyncGenerator[_Answer, None]:
