@@ -216,7 +216,7 @@ class MoltBot:
         """Load a model beside those that run and yield how far it got; the last response has the model.
 
         `path` is its folder on the core's machine. `type` is its family, empty for what the folder says, and
-        `context_length` in tokens, 0 for what the folder says. Closing the stream gives the load up.
+        `context_length` in tokens, 0 for what the folder says. A load goes on when the stream is closed.
         """
         request = model_pb2.LoadModelRequest(
             name=_named("models", model), path=path, type=type, context_length=context_length
