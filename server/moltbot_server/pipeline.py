@@ -45,6 +45,13 @@ _MOST_IN_A_SESSION = 128
 _NAME = re.compile(r"[A-Za-z0-9._~-]{1,128}\Z")
 _CHANNEL = re.compile(r"[a-z0-9_-]{0,32}\Z")
 
+# A text says something when anything of it can be seen: not blanks, controls, fillers, joiners, marks of direction,
+# byte order or variation (Unicode's Default_Ignorable_Code_Point, the blank Braille pattern and the format controls).
+_VISIBLE = re.compile(
+    "[^\\s\x00-\x1f\x7f-\x9f\xad\u034f\u061c\u115f\u1160\u17b4\u17b5\u180b-\u180f\u200b-\u200f\u202a-\u202e\u2060-\u206f"
+    "\u2800\u3164\ufe00-\ufe0f\ufeff\uffa0\ufff0-\ufffb\U0001bca0-\U0001bca3\U0001d173-\U0001d17a\U000e0000-\U000e0fff]"
+)
+
 
 class TurnPipeline:
     """Takes turns from their arrival to their end."""
@@ -186,7 +193,7 @@ def _check(turn: TurnInput) -> None:
     if not parts:
         raise EmptyMessage("turn.parts", "the message is empty; send at least one part")
     for part in parts:
-        if not isinstance(part, TextPart) or (part.text and not part.text.isspace()):
+        if not isinstance(part, TextPart) or _VISIBLE.search(part.text):
             break
     else:
         raise EmptyMessage("turn.parts", "the message is blank; say something")

@@ -7,10 +7,11 @@ from typing import Any
 
 import grpc
 import pytest
+from google.protobuf import duration_pb2
 from grpc import aio
-from moltbot.v1 import chat_pb2, message_pb2, session_pb2
+from moltbot.v1 import chat_pb2, inference_pb2, message_pb2, session_pb2
 from moltbot_server.testing import RunningServer
-from rpc_calls import Api, details_of, reason_of, refused, turn
+from rpc_calls import Api, details_of, fields_of, reason_of, refused, turn
 
 RUN = "/moltbot.v1.ChatService/RunTurn"
 SPEC = chat_pb2.RunTurnRequest(turn=turn("hello", session="sessions/s")).SerializeToString()
@@ -103,6 +104,10 @@ async def test_fields_and_numbers_of_tomorrow_are_no_error(api: Api) -> None:
         turn(""),
         turn("   \n\t\r "),
         turn("\u3000\u2003\u00a0"),
+        turn("\u200b\u200d\u2060\ufeff"),
+        turn("\x00\x07\x1b\x7f\x85"),
+        turn("\u00ad \u2800\u3164\ufe0f\U000e0041\n"),
+        turn("\u202e\u2066\u2069" * 100_000),
         chat_pb2.TurnInput(parts=[message_pb2.Part(text=" ")] * 5),
     ],
 )
@@ -159,6 +164,28 @@ async def test_a_field_out_of_bounds_is_refused_and_named(api: Api, fields: dict
     assert clear(error) == ("INVALID_ARGUMENT", "INVALID_FIELD")
     assert f"turn.{next(iter(fields))}" in str(details_of(error))
     assert len(error.details() or "") < 500
+
+
+@pytest.mark.parametrize("text", ["?", "\U0001f44b", "\u200b\u4f60", "\u3164x", "\u202e!", "\x00 0", "\u0301"])
+async def test_a_message_of_which_anything_can_be_seen_is_answered(api: Api, text: str) -> None:
+    assert (await api.run(turn(text))).completed.text.startswith("You said:")
+
+
+@pytest.mark.parametrize(
+    ("seconds", "nanos"), [(0, 10**9), (1, -1), (-1, 10**9 - 1), (0, -1), (10, 1), (-(2**63), 0), (2**63 - 1, 0)]
+)
+async def test_a_duration_that_is_none_or_too_long_is_refused_and_named(api: Api, seconds: int, nanos: int) -> None:
+    interval = duration_pb2.Duration(seconds=seconds, nanos=nanos)
+    error = await refused(api.run(turn(flush_interval=interval)))
+    assert (clear(error), fields_of(error)) == (("INVALID_ARGUMENT", "INVALID_FIELD"), ["turn.flush_interval"])
+    request = inference_pb2.GenerateRequest(
+        prompt=inference_pb2.Prompt(
+            messages=[message_pb2.Message(role=message_pb2.ROLE_USER, parts=[message_pb2.Part(text="hi")])]
+        ),
+        flush_interval=interval,
+    )
+    error = await refused(api.inference.Generate(request, metadata=api.metadata))
+    assert (clear(error), fields_of(error)) == (("INVALID_ARGUMENT", "INVALID_FIELD"), ["flush_interval"])
 
 
 async def test_a_message_over_the_limit_is_resource_exhausted(api: Api) -> None:

@@ -214,10 +214,10 @@ def seconds(value: duration_pb2.Duration, field: str) -> float:
     """Return a flush interval in seconds.
 
     Raises:
-        InvalidField: it is not 0 to 10 seconds.
+        InvalidField: it is not 0 to 10 seconds, or no Duration: nanos are below 10^9, with the sign of the seconds.
     """
     length = value.seconds + value.nanos / 1e9
-    if not 0 <= length <= 10:
+    if not 0 <= length <= 10 or not 0 <= value.nanos < 1_000_000_000:
         raise InvalidField(field, "use 0 to 10 seconds")
     return length
 
