@@ -7,10 +7,12 @@ import time
 
 import grpc
 from google.protobuf import duration_pb2
-from moltbot.v1 import inference_pb2, message_pb2
+from grpc import aio
+from moltbot.v1 import chat_pb2, inference_pb2, message_pb2
 from rpc_calls import Api, WatchedEngine, kinds, reason_of, refused, turn
 
-SLACK = 0.2
+# Seconds that a busy machine may take for what is due; an answer that is not cut goes on for ten.
+SLACK = 1.0
 
 
 async def test_the_deadline_of_a_unary_call_frees_the_engine_in_time(api: Api, engine: WatchedEngine) -> None:
@@ -27,11 +29,19 @@ async def test_the_deadline_of_a_unary_call_frees_the_engine_in_time(api: Api, e
 async def test_the_deadline_of_a_stream_frees_the_engine_and_the_turn_says_why_it_ended(
     api: Api, engine: WatchedEngine
 ) -> None:
-    call = api.stream(turn("#1000 pace=0.01"), timeout=0.4)
     asked = time.monotonic()
+    call = api.stream(turn("#1000 pace=0.01"), timeout=0.4)
     name = (await call.read()).event.accepted.turn
-    assert (await refused(call)).code() is grpc.StatusCode.DEADLINE_EXCEEDED
-    await asyncio.wait_for(engine.idle.wait(), 2)
+    told: list[chat_pb2.Event] = []
+    # Client and core each have a clock: whichever is first ends the stream, by the status or by the last event.
+    try:
+        while (response := await call.read()) is not aio.EOF:
+            told.append(response.event)
+    except aio.AioRpcError as error:
+        assert error.code() is grpc.StatusCode.DEADLINE_EXCEEDED  # noqa: PT017
+    else:
+        assert kinds(told)[-1] == "failed"
+    await asyncio.wait_for(engine.idle.wait(), 5)
 
     assert engine.let_go_at - asked < 0.4 + SLACK
     events = await api.resumed(name)
