@@ -20,7 +20,10 @@ const WIDE = /[\u2e80-\u9fff\uac00-\ud7af\uf900-\ufaff\uff00-\uffef]/; // script
 /** Puts `text` into `host`. While an answer is still `live`, an emphasis or a link that is not closed yet is shown as it will be. */
 export function renderInline(host, text, live = false) {
   const source = live ? text.replace(HALF_LINK, "$1") : text;
+  const { dir } = host;
+  host.dir = ""; // while it is "auto", each node that is put in costs a look at all those before it
   host.replaceChildren(resolve(scan(source, live), live));
+  host.dir = dir;
 }
 
 /** The address of a link, or null when it must not be one. */
@@ -84,24 +87,28 @@ function escaped(text, i) {
   return { text: "\\", next: i + 1 };
 }
 
-/** Where each length of backtick run occurs last, so that a run without a partner is known without a search. */
+/** Where runs of each length of backticks stand, the last one first, so that a partner is found without a search. */
 function tickRuns(text) {
-  const last = new Map();
-  for (const run of text.matchAll(/`+/g)) last.set(run[0].length, run.index);
-  return last;
+  const places = new Map();
+  for (const { 0: run, index } of text.matchAll(/`+/g)) {
+    if (!places.has(run.length)) places.set(run.length, []);
+    places.get(run.length).push(index);
+  }
+  for (const indexes of places.values()) indexes.reverse();
+  return places;
 }
 
 function code(text, i, { ticks, live }) {
   let end = i;
   while (text[end] === "`") end += 1;
   const mark = text.slice(i, end);
-  if (ticks.get(mark.length) > i) {
-    for (const run of text.slice(end).matchAll(/`+/g)) {
-      if (run[0].length !== mark.length) continue;
-      let value = text.slice(end, end + run.index).replace(/\n/g, " ");
-      if (/^ .* $/.test(value) && value.trim()) value = value.slice(1, -1);
-      return { piece: h("code", { text: value }), next: end + run.index + mark.length };
-    }
+  const places = ticks.get(mark.length) ?? [];
+  while (places.at(-1) < end) places.pop(); // the text is read once, from its start to its end
+  if (places.length) {
+    const partner = places.at(-1);
+    let value = text.slice(end, partner).replace(/\n/g, " ");
+    if (/^ .* $/.test(value) && value.trim()) value = value.slice(1, -1);
+    return { piece: h("code", { text: value }), next: partner + mark.length };
   }
   if (live && mark.length === 1 && end < text.length) return { piece: h("code", { text: text.slice(end) }), next: text.length };
   return { text: mark, next: end };
@@ -222,8 +229,18 @@ function resolve(pieces, live) {
   return result;
 }
 
+/** Puts nodes and words into a parent; words that follow each other are joined first, for text nodes are joined slowly. */
 function fill(parent, nodes) {
-  for (const node of nodes) parent.append(node);
+  let words = "";
+  for (const node of nodes) {
+    if (typeof node === "string") {
+      words += node;
+      continue;
+    }
+    parent.append(words, node);
+    words = "";
+  }
+  parent.append(words);
   return parent;
 }
 
