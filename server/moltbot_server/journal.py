@@ -7,6 +7,7 @@ wait until the turn is stored, and read at their own pace; text that waited for 
 from __future__ import annotations
 
 import asyncio
+import logging
 import time
 from collections import OrderedDict
 from collections.abc import Callable
@@ -24,6 +25,8 @@ from moltbot_server.turns import (
     TurnInput,
     TurnKey,
 )
+
+log = logging.getLogger(__name__)
 
 _RECENT_REQUESTS = 4096
 
@@ -258,8 +261,13 @@ class Ticker:
         # What is due in a moment may as well come now, with the others.
         now = loop.time() + 0.001
         for callback in [callback for callback, due in self._due.items() if due <= now]:
-            del self._due[callback]
-            callback()
+            if self._due.pop(callback, None) is None:
+                continue  # forgotten by one that came before it
+            try:
+                callback()
+            except Exception:
+                # The turn that it belongs to has its own ways to end; the others go on.
+                log.exception("a callback of the ticker failed")
         self._timer = loop.call_at(min(self._due.values()), self._tick) if self._due else None
 
 
