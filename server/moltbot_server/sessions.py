@@ -128,7 +128,7 @@ class Sessions(Generic[H]):
     def ready(self, key: SessionKey) -> OpenSession[H] | None:
         """Return a session that can be had without waiting, or None: see `open`."""
         session = self._open.get(key)
-        if session is None or self._changes:
+        if session is None or key in self._changes:
             return None
         self._open.move_to_end(key)
         return session

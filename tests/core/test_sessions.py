@@ -152,6 +152,22 @@ async def test_a_session_that_is_deleted_is_opened_only_afterwards_and_as_a_new_
     assert after[0].claim() == 1
 
 
+async def test_a_change_of_one_session_holds_no_other_back(sessions: Sessions[Remembered], store: Store) -> None:
+    await stored(store)
+    other = await sessions.open(SessionKey(workspace="w", session="other"))
+    changed = await sessions.open(KEY)
+    changed.claim()
+    deleting = asyncio.create_task(sessions.delete(KEY))  # waits for the turn that has claimed
+    while sessions.ready(KEY) is not None:
+        await asyncio.sleep(0)
+
+    assert sessions.ready(other.key) is other
+    changed.release()
+    await deleting
+    assert sessions.ready(KEY) is None
+    assert sessions.ready(other.key) is other
+
+
 async def test_deleting_waits_for_a_turn_that_has_claimed_and_not_begun(
     sessions: Sessions[Remembered], store: Store
 ) -> None:
