@@ -158,8 +158,9 @@ async def test_a_change_of_one_session_holds_no_other_back(sessions: Sessions[Re
     changed = await sessions.open(KEY)
     changed.claim()
     deleting = asyncio.create_task(sessions.delete(KEY))  # waits for the turn that has claimed
-    while sessions.ready(KEY) is not None:
-        await asyncio.sleep(0)
+    await asyncio.sleep(0)  # lets it begin
+    await asyncio.sleep(0)
+    assert sessions.ready(KEY) is None
 
     assert sessions.ready(other.key) is other
     changed.release()
