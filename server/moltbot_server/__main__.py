@@ -1,4 +1,4 @@
-"""The core as a process: `python -m moltbot_server --workspace DIR`."""
+"""The core or an engine as a process: `python -m moltbot_server [engine] --workspace DIR`."""
 
 from __future__ import annotations
 
@@ -10,66 +10,89 @@ import logging
 import os
 import signal
 import sys
+from collections.abc import Awaitable, Callable, Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import uvloop
 
-from moltbot_server.app import Core
-from moltbot_server.config import ConfigError, Settings, load_settings, misspelled, overlooked
+from moltbot_server.config import ConfigError, Settings, load_settings
 from moltbot_server.errors import MoltBotError
 from moltbot_server.logs import configure_logging
-from moltbot_server.workspace import Workspace, WorkspaceError, find_workspace
+from moltbot_server.workspace import WorkspaceError, find_workspace
 
 log = logging.getLogger("moltbot_server.core")
 
 _BAD_CONFIGURATION = 78  # EX_CONFIG of sysexits.h
+_OWN = ("role", "workspace", "no_notices", "listen")
+
+Leave = Callable[[], Awaitable[None]]
 
 
-def main() -> int:
-    """Run the core until it is told to leave; return the process' exit code."""
-    flags = _parser().parse_args()
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run the core or an engine until it is told to leave; return the process' exit code."""
+    flags = _parser().parse_args(arguments)
     workspace = find_workspace(os.environ, flags.workspace)
     try:
         key = workspace.read_key()
-        overrides = {name: value for name, value in vars(flags).items() if name not in ("workspace", "no_notices")}
+        overrides = {name: value for name, value in vars(flags).items() if name not in _OWN}
         settings = load_settings(workspace.folder, os.environ, overrides)
     except (ConfigError, WorkspaceError) as error:
         print(f"moltbot: {error}", file=sys.stderr)
         return _BAD_CONFIGURATION
     configure_logging(settings.log_level, as_json=settings.log_json)
-    if not flags.no_notices:
-        for notice in (*misspelled(os.environ), *overlooked(workspace.folder, os.environ)):
-            log.warning("not used", extra={"notice": notice})
-        for notice in settings.notices:
-            log.warning("not used by this release", extra={"notice": notice})
-    return uvloop.run(_serve(settings, key, workspace))
+    for notice in () if flags.no_notices else settings.notices:
+        log.warning("not used by this release", extra={"notice": notice})
+    if flags.role == "engine":
+        return uvloop.run(_run(lambda: _start_engine(settings, key, flags.listen or f"unix:{workspace.engine_socket}")))
+    return uvloop.run(_run(lambda: _start_core(settings, key)))
 
 
-async def _serve(settings: Settings, key: str, workspace: Workspace) -> int:
+async def _run(start: Callable[[], Awaitable[tuple[Mapping[str, Any], Leave]]]) -> int:
+    """Start, tell what is ready, and stay until a signal says to leave."""
     leave = asyncio.Event()
     loop = asyncio.get_running_loop()
     for number in (signal.SIGTERM, signal.SIGINT):
         loop.add_signal_handler(number, _told_to_leave, leave)
     try:
-        core = Core(settings, key=key)
-        await core.start()
+        ready, stop = await start()
     except (MoltBotError, OSError) as error:
         print(f"moltbot: {error}", file=sys.stderr)
         return _BAD_CONFIGURATION if isinstance(error, MoltBotError) else 1
-    ready = {
-        "ready": True,
-        "grpc": core.server.address,
-        "metrics": core.ops.address if core.ops else "",
-        "model": core.catalog.default,
-    }
     print(json.dumps(ready), flush=True)
     # What is alive now stays so: the collector need not look at it again, and a turn's values are no cycles.
     gc.collect()
     gc.freeze()
     gc.set_threshold(20_000, 20, 50)
     await leave.wait()
-    await core.stop(settings.drain_grace)
+    await stop()
     return 0
+
+
+# Each role imports late what only it needs: the core none of the models' native code, the engine no store.
+
+
+async def _start_core(settings: Settings, key: str) -> tuple[Mapping[str, Any], Leave]:
+    from moltbot_server.app import Core
+
+    core = Core(settings, key=key)
+    await core.start()
+    ready = {
+        "ready": True,
+        "grpc": core.server.address,
+        "metrics": core.ops.address if core.ops else "",
+        "model": core.catalog.default,
+    }
+    return ready, lambda: core.stop(settings.drain_grace)
+
+
+async def _start_engine(settings: Settings, key: str, listen: str) -> tuple[Mapping[str, Any], Leave]:
+    from moltbot_server.engine_role import EngineRole
+
+    engine = EngineRole(settings, key=key, listen=listen)
+    await engine.start()
+    ready = {"ready": True, "engine": engine.server.address, "model": engine.catalog.default}
+    return ready, lambda: engine.stop(settings.drain_grace)
 
 
 def _told_to_leave(leave: asyncio.Event) -> None:
@@ -80,13 +103,20 @@ def _told_to_leave(leave: asyncio.Event) -> None:
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(prog="python -m moltbot_server", description="The MoltBot core: gRPC only.")
+    parser = argparse.ArgumentParser(
+        prog="python -m moltbot_server", description="The MoltBot core, gRPC only; or, with `engine`, models for cores."
+    )
+    parser.add_argument("role", nargs="?", choices=("core", "engine"), default="core")
     parser.add_argument(
         "--workspace", type=Path, metavar="DIR", help="the workspace folder (default: MOLTBOT_WORKSPACE)"
     )
     parser.add_argument("--grpc-host", metavar="HOST")
     parser.add_argument("--grpc-port", type=int, metavar="PORT")
     parser.add_argument("--metrics-port", type=int, metavar="PORT")
+    parser.add_argument("--engine", metavar="ADDRESS", help="where the core finds its models (default: in itself)")
+    parser.add_argument(
+        "--listen", metavar="ADDRESS", help="where an engine listens (default: a socket of the workspace)"
+    )
     parser.add_argument("--log-level", choices=("debug", "info", "warning", "error"))
     parser.add_argument("--no-notices", action="store_true", help="whoever starts it has told what is not used")
     return parser

@@ -11,14 +11,16 @@ from typing import Any
 
 from moltbot_server.auth.keys import Authenticator
 from moltbot_server.auth.policy import OWNER
-from moltbot_server.config import Settings
+from moltbot_server.config import INLINE, Settings
 from moltbot_server.errors import MoltBotError
 from moltbot_server.journal import Journal
 from moltbot_server.metrics import Metrics
-from moltbot_server.models.catalog import Catalog, build_catalog
+from moltbot_server.models.catalog import Catalog
 from moltbot_server.models.context import ContextWindow
+from moltbot_server.models.manager import Loader, ModelManager
 from moltbot_server.ops import OpsServer
 from moltbot_server.pipeline import TurnPipeline
+from moltbot_server.rpc.remote_engine import EngineLink, RemoteEngine
 from moltbot_server.rpc.server import GrpcServer
 from moltbot_server.sessions import Sessions
 from moltbot_server.store.sqlite import SqliteStore
@@ -30,6 +32,7 @@ log = logging.getLogger(__name__)
 WORKSPACE = "default"
 _KEEP_EPHEMERAL = 24 * 3600.0
 _PRUNE_EVERY = 600.0
+_ENGINE_START = 60.0
 
 
 class Core:
@@ -41,7 +44,8 @@ class Core:
         self.metrics = Metrics()
         self.store = SqliteStore(Workspace(folder=settings.workspace).database)
         self.journal = Journal(self.store)
-        self.catalog = catalog or _catalog(settings)
+        self.catalog, self._link, loader = _models(settings, key, catalog)
+        self.models = ModelManager(self.catalog, loader)
         self.sessions = Sessions(self.store, self._window)
         self.pipeline = TurnPipeline(
             store=self.store,
@@ -77,8 +81,8 @@ class Core:
         async with contextlib.AsyncExitStack() as undo:
             await self.store.open()
             undo.push_async_callback(self.store.close)
-            await self.catalog.start()
-            undo.push_async_callback(self.catalog.close)
+            undo.push_async_callback(self._close_models)
+            await self._open_models()
             self.server.register(
                 authenticator=self.authenticator,
                 metrics=self.metrics,
@@ -87,6 +91,7 @@ class Core:
                 sessions=self.sessions,
                 store=self.store,
                 catalog=self.catalog,
+                manager=self.models,
                 max_inline_bytes=self.settings.max_inline_bytes,
             )
             self.metrics.turns_under_way.ask(lambda: len(self.journal))
@@ -111,7 +116,7 @@ class Core:
         await self.pipeline.drain(grace)
         # Streams deliver the last events of turns that have ended by now.
         await self.server.stop(1.0)
-        await self.catalog.close()
+        await self._close_models()
         await self.store.close()
         if self.ops is not None:
             await asyncio.to_thread(self.ops.close)
@@ -130,6 +135,20 @@ class Core:
             "turns_under_way": len(self.journal),
         }
 
+    async def _open_models(self) -> None:
+        """Load and prove the models, or connect to the engine that has done so."""
+        if self._link is None:
+            await self.catalog.start()
+            return
+        await self._link.open(_ENGINE_START)
+        for model in await self._link.models():
+            self.catalog.add(RemoteEngine(self._link, model, queue_limit=self.settings.queue_limit))
+
+    async def _close_models(self) -> None:
+        await self.catalog.close()
+        if self._link is not None:
+            await self._link.close()
+
     def _window(self, history: Sequence[Message]) -> ContextWindow:
         engine = self.catalog.entries[0].engine
         return ContextWindow.of(history, engine.count, engine.capabilities.context_length)
@@ -146,14 +165,23 @@ class Core:
             await asyncio.sleep(_PRUNE_EVERY)
 
 
-def _catalog(settings: Settings) -> Catalog:
-    return build_catalog(
+def _models(settings: Settings, key: str, given: Catalog | None) -> tuple[Catalog, EngineLink | None, Loader]:
+    """Return the catalog of models, the connection to their engine if that is another process, and what loads more."""
+    if given is None and settings.engine not in ("", INLINE):
+        link = EngineLink(settings.engine, key, ca=settings.engine_ca)
+        return Catalog(), link, link
+    # Late: the native code of models is loaded only where models are.
+    from moltbot_server.models.building import LocalLoader, build_catalog
+
+    threads = settings.threads or 0
+    catalog = given or build_catalog(
         model_type=settings.model_type,
         model_path=str(settings.model_path or ""),
         context_length=settings.context_length,
-        threads=settings.threads or 0,
+        threads=threads,
         queue_limit=settings.queue_limit,
     )
+    return catalog, None, LocalLoader(threads=threads, queue_limit=settings.queue_limit)
 
 
 def _tls(settings: Settings) -> tuple[bytes, bytes] | None:

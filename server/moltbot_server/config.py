@@ -7,6 +7,7 @@ names of `PLAIN_NAMES` only), `.env` of the workspace, the process environment, 
 from __future__ import annotations
 
 import ipaddress
+import re
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import MISSING, dataclass, field, fields
 from pathlib import Path
@@ -26,6 +27,10 @@ from moltbot_server.config_sources import (
 __all__ = ["Autoscaling", "Cache", "ConfigError", "ModelRoute", "Problem", "Settings", "is_loopback", "load_settings"]
 
 BUILT_IN_MODEL = "moltbot-demo"
+INLINE = "inline"
+"""The value of `engine` for models in the core's own process."""
+
+_ADDRESS = re.compile(r"unix:.+|(dns:///)?(\[[0-9A-Fa-f:.]+\]|[^:/\[\]\s]+):\d{1,5}")
 _LISTED = 8  # more names than these are not told in a message
 _NEED_NO_PATH = frozenset({"", "moltbot-demo", "builtin", "built-in", "scripted"})
 
@@ -65,6 +70,7 @@ class Settings:
     """The server's settings. Durations are seconds, sizes bytes; a port of 0 takes any free one.
 
     `origins` maps a key to the place that set it, such as `.env:4`, for messages about a value that turns out wrong.
+    `engine` is empty for models of MoltBot's own choosing, `inline`, or the address of an engine that runs elsewhere.
     `notices` tells what was asked for and is not acted on by this release, one sentence each.
 
     Raises:
@@ -83,6 +89,8 @@ class Settings:
     model_path: Path | None = None
     context_length: int | None = None
     threads: int | None = None
+    engine: str = ""
+    engine_ca: Path | None = None
     system_prompt: str = ""
     log_level: str = "info"
     log_json: bool = False
@@ -139,6 +147,11 @@ class Settings:
                 f"model_type is {self.model_type!r} and no model_path says where that model is; set MODEL_PATH, "
                 "or leave MODEL_TYPE out for the built-in model",
             )
+        if self.engine not in ("", INLINE) and not _ADDRESS.fullmatch(self.engine):
+            text = f"engine: found {self.engine!r}, expected inline, unix:PATH, HOST:PORT or dns:///HOST:PORT"
+            yield self._problem("engine", text)
+        if self.engine_ca is not None and not self.engine_ca.is_file():
+            yield self._problem("engine_ca", f"engine_ca: there is no file {self.engine_ca}")
         if self.max_inline_bytes >= self.max_message_bytes:
             yield self._problem("max_inline_bytes", "max_inline_bytes must be below max_message_bytes")
         scaling = self.autoscaling

@@ -34,6 +34,8 @@ KEYS: Mapping[str, Kind] = {
     "model_path": PATH,
     "context_length": whole(64, 10_000_000, "a number of tokens"),
     "threads": whole(1, 1024),
+    "engine": text(256),
+    "engine_ca": PATH,
     "system_prompt": text(32_000),
     "log_level": choice("debug", "info", "warning", "error"),
     "log_json": TRUTH,

@@ -64,7 +64,9 @@ class InvalidField(MoltBotError):
 
     def at(self, field: str) -> InvalidField:
         """Return the same refusal, of the field in which the caller sent what is refused."""
-        return type(self)(field, self._problem)
+        moved = type(self)(field, self._problem)
+        moved.retry_after = self.retry_after
+        return moved
 
 
 class EmptyMessage(InvalidField):

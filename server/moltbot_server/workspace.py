@@ -15,6 +15,7 @@ import os
 import re
 import secrets
 import stat
+import tempfile
 import zlib
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
@@ -38,6 +39,8 @@ _TEMPLATE = """\
 # model_path: /path/to/model
 # context_length: 2048
 """
+
+_LONGEST_SOCKET = 100  # bytes: what every system takes for the path of a Unix socket
 
 
 class WorkspaceError(Exception):
@@ -123,6 +126,17 @@ class Workspace:
     def run(self) -> Path:
         """What runs now: written by `moltbot start`, read by `moltbot status` and `moltbot chat`."""
         return self.folder / "run"
+
+    @property
+    def engine_socket(self) -> Path:
+        """Where the engine of `moltbot start` listens: in the workspace, or, where that path is too long, in a folder
+        of the system's for short-lived files.
+        """
+        path = self.run / "engine.sock"
+        if len(os.fsencode(path)) <= _LONGEST_SOCKET:
+            return path
+        name = hashlib.sha256(os.fsencode(path)).hexdigest()[:16]
+        return Path(tempfile.gettempdir()) / f"moltbot-{os.geteuid()}-{name}.sock"
 
     @property
     def history_file(self) -> Path:

@@ -6,7 +6,8 @@ from pathlib import Path
 
 import pytest
 from moltbot_server.errors import ModelNotFound, ModelUnavailable
-from moltbot_server.models.catalog import Catalog, ModelState, build_catalog
+from moltbot_server.models.building import build_catalog
+from moltbot_server.models.catalog import Catalog, ModelState
 from moltbot_server.models.cpus import usable_cpus
 from moltbot_server.models.engines.local import LocalEngine, default_threads
 from moltbot_server.models.engines.scripted import Script, ScriptedEngine
@@ -67,8 +68,8 @@ async def test_a_default_model_that_fails_to_load_is_an_error(tmp_path: Path) ->
 def test_ids_are_unique() -> None:
     with pytest.raises(ValueError, match="an id of its own"):
         Catalog([ScriptedEngine(), ScriptedEngine()])
-    with pytest.raises(ValueError, match="one engine at least"):
-        Catalog([])
+    with pytest.raises(ModelNotFound, match="available: none"):
+        Catalog().get()
     assert len(Catalog([ScriptedEngine(), ScriptedEngine(Script(id="other"))]).entries) == 2
 
 

@@ -1,4 +1,4 @@
-"""Models and plugins as callers see them, with what this release cannot do told plainly."""
+"""Models and plugins as callers see them, and models that change while turns run."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ from typing import Any
 import grpc
 import pytest
 from moltbot.v1 import model_pb2, plugin_pb2
+from moltbot_server.demo_model import ARTIFACT
 from moltbot_server.testing import RunningServer, Script, running_server
 from rpc_calls import Api, WatchedEngine, reason_of, refused, turn
 
@@ -36,16 +37,49 @@ async def test_a_model_that_there_is_not_is_told(api: Api, name: str, reason: st
     assert reason_of(await refused(api.models.GetModel(request, metadata=api.metadata))) == reason
 
 
-async def test_what_this_release_cannot_do_is_unimplemented_with_a_way_out(api: Api) -> None:
-    calls: list[Any] = [
-        api.models.LoadModel(model_pb2.LoadModelRequest(name="models/x", path="/x"), metadata=api.metadata),
-        api.models.SwitchModel(model_pb2.SwitchModelRequest(name="models/x"), metadata=api.metadata),
-        api.models.UnloadModel(model_pb2.UnloadModelRequest(name="models/x"), metadata=api.metadata),
-    ]
-    for call in calls:
-        error = await refused(call)
-        assert (error.code(), reason_of(error)) == (grpc.StatusCode.UNIMPLEMENTED, "UNIMPLEMENTED")
-        assert "MODEL_PATH" in (error.details() or "")
+async def test_a_model_is_loaded_while_turns_run_chosen_and_let_go(api: Api) -> None:
+    load = model_pb2.LoadModelRequest(name="models/demo", path=str(ARTIFACT))
+    steps = [step async for step in api.models.LoadModel(load, metadata=api.metadata)]
+    before = await api.run(turn("Who are you?", session="sessions/s"))
+    switched = await api.models.SwitchModel(model_pb2.SwitchModelRequest(name="models/demo"), metadata=api.metadata)
+    after = await api.run(turn("Who are you?", session="sessions/s"))
+    await api.models.UnloadModel(model_pb2.UnloadModelRequest(name="models/scripted"), metadata=api.metadata)
+    again = await refused(api.run(turn(model="models/scripted")))
+
+    assert [(step.stage, step.HasField("model")) for step in steps][-1] == ("ready", True)
+    assert [step.progress for step in steps] == sorted(step.progress for step in steps)
+    assert steps[-1].model.memory_bytes > 1_000_000
+    assert (before.completed.model, after.completed.model) == ("models/scripted", "models/demo")
+    assert (switched.model.name, switched.model.is_default, switched.previous) == (
+        "models/demo",
+        True,
+        "models/scripted",
+    )
+    assert reason_of(again) == "MODEL_NOT_FOUND"
+
+
+@pytest.mark.parametrize(
+    ("method", "request_", "reason"),
+    [
+        ("LoadModel", model_pb2.LoadModelRequest(name="models/x", path="/nowhere"), "MODEL_NOT_LOADABLE"),
+        ("LoadModel", model_pb2.LoadModelRequest(name="models/x"), "INVALID_FIELD"),
+        ("LoadModel", model_pb2.LoadModelRequest(path="/nowhere"), "INVALID_FIELD"),
+        ("LoadModel", model_pb2.LoadModelRequest(name="models/x", path="/", context_length=-1), "INVALID_FIELD"),
+        ("LoadModel", model_pb2.LoadModelRequest(name="models/scripted", path="/nowhere"), "MODEL_EXISTS"),
+        ("SwitchModel", model_pb2.SwitchModelRequest(name="models/x"), "MODEL_NOT_FOUND"),
+        ("SwitchModel", model_pb2.SwitchModelRequest(name="x"), "INVALID_FIELD"),
+        ("UnloadModel", model_pb2.UnloadModelRequest(name="models/x"), "MODEL_NOT_FOUND"),
+        ("UnloadModel", model_pb2.UnloadModelRequest(name="models/scripted"), "MODEL_IN_USE"),
+    ],
+)
+async def test_a_change_of_models_that_cannot_be_made_says_why(
+    api: Api, method: str, request_: Any, reason: str
+) -> None:
+    call = getattr(api.models, method)(request_, metadata=api.metadata)
+    problem = await refused(_last(call) if method == "LoadModel" else call)
+
+    assert reason_of(problem) == reason
+    assert (await api.run(turn("hello"))).completed.text == "You said: hello"
 
 
 async def test_a_model_that_has_failed_says_so_and_refuses_turns_until_it_is_back(
@@ -84,3 +118,7 @@ async def test_there_are_no_plugins_yet(api: Api, core: RunningServer) -> None:
         assert reason_of(await refused(call)) == "PLUGIN_NOT_FOUND"
     bad = api.plugins.GetPlugin(plugin_pb2.GetPluginRequest(name="weather"), metadata=api.metadata)
     assert reason_of(await refused(bad)) == "INVALID_FIELD"
+
+
+async def _last(call: Any) -> Any:
+    return [step async for step in call][-1]

@@ -61,7 +61,7 @@ async def test_status_tells_what_runs_and_what_it_takes(started: Started) -> Non
     ended = await started.home.run("status", "--json")
     found = ended.json
     assert (ended.status, found["healthy"], found["model"]) == (0, True, "scripted")
-    assert found["processes"].keys() == {"supervisor", "core", "http"}
+    assert found["processes"].keys() == {"supervisor", "engine", "core", "http"}
     pids = {process.pid for process in started.processes()}
     assert {item["pid"] for item in found["processes"].values()} == pids
     if sys.platform.startswith("linux"):
@@ -79,7 +79,7 @@ def test_a_time_is_told_in_its_two_largest_units(seconds: float, told: str) -> N
     assert lasting(seconds) == told
 
 
-@pytest.mark.parametrize("name", ["core", "http"])
+@pytest.mark.parametrize("name", ["engine", "core", "http"])
 async def test_a_killed_process_comes_back_and_sessions_are_kept(started: Started, name: str) -> None:
     home = started.home
     assert (await home.run("chat", "--session", "plan", "one")).status == 0
@@ -87,7 +87,7 @@ async def test_a_killed_process_comes_back_and_sessions_are_kept(started: Starte
     psutil.Process(killed).send_signal(signal.SIGKILL)
     assert "was killed by SIGKILL" in await started.line("a process ended and is started again")
     await started.line("a process was started again")
-    await started.line("the core serves" if name == "core" else "listening")
+    await started.line({"engine": "the engine is back", "core": "the core serves", "http": "listening"}[name])
     assert started.told()["processes"][name] != killed
     reply = (await home.run("chat", "--session", "plan", "--json", "two")).json
     assert (reply["text"], reply["timings"]["history_messages"]) == ("You said: two", 2)
@@ -232,7 +232,7 @@ async def test_several_workers_share_the_http_port(home: Home) -> None:
         while started.said.count("listening") < 2:
             await started.line("listening")
         told = started.told()
-        assert told["processes"].keys() == {"core", "http-1", "http-2"}
+        assert told["processes"].keys() == {"engine", "core", "http-1", "http-2"}
         listening = {
             process.pid
             for process in started.processes()

@@ -18,12 +18,16 @@ _PR_SET_PDEATHSIG = 1
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Plan:
-    """What to run: `python -m module arguments`. Those of a lower `stage` are stopped first."""
+    """What to run: `python -m module arguments`. Those of a lower `stage` are stopped first.
+
+    `pause` is how long to wait, in seconds, before one that died is started again; it doubles each time.
+    """
 
     name: str
     module: str
     arguments: tuple[str, ...]
     stage: int = 0
+    pause: float = FIRST_PAUSE
 
 
 @dataclass(slots=True, kw_only=True)
@@ -34,7 +38,7 @@ class Child:
     process: subprocess.Popen[bytes] | None = None
     since: float = 0.0
     due: float | None = None
-    pause: float = FIRST_PAUSE
+    pause: float = 0.0
 
     @property
     def pid(self) -> int:
@@ -64,9 +68,9 @@ class Child:
                 pipe.close()
         self.process = None
         if now - self.since >= HEALTHY_AFTER:
-            self.pause = FIRST_PAUSE
+            self.pause = 0.0
+        self.pause = min(self.pause * 2, LONGEST_PAUSE) or self.plan.pause
         self.due = now + self.pause
-        self.pause = min(self.pause * 2, LONGEST_PAUSE)
         return status
 
     def send(self, number: signal.Signals) -> None:

@@ -100,6 +100,7 @@ def _parser() -> tuple[argparse.ArgumentParser, Collection[str]]:
         "moltbot init", "moltbot init --workspace ./bot")  # fmt: skip
     _add_start(add)
     _add_chat(add)
+    _add_engine(add)
     add("link", _link, "Print a fresh link that opens the web chat once, within 15 minutes.", "moltbot link")
     status = add("status", _status, "Tell what runs, where, for how long, and what memory it takes.",
                  "moltbot status", "moltbot status --json")  # fmt: skip
@@ -150,6 +151,30 @@ def _add_chat(add: _Add) -> None:
     form.add_argument("--json", action="store_true", help="print the whole answer as one JSON object")
     form.add_argument("--events", action="store_true", help="print every event as a JSON line")
     chat.add_argument("--address", metavar="HOST:PORT", default="", help="the core (default: MOLTBOT_ADDRESS, or ours)")
+
+
+def _add_engine(add: _Add) -> None:
+    engine = add(
+        "engine",
+        _engine,
+        "Serve models to cores, in a process of its own: on this machine or on another one.\n"
+        "`moltbot start` runs one by itself; name another one to it with `engine:` in the configuration.\n"
+        "Cores open it with the key of its workspace.",
+        "moltbot engine",
+        "moltbot engine --listen 127.0.0.1:50061",
+    )
+    engine.add_argument("--listen", metavar="ADDRESS", help="unix:PATH or HOST:PORT (default: the workspace's socket)")
+    engine.add_argument("--log-level", metavar="LEVEL", help="debug, info, warning or error (default: info)")
+
+
+def _engine(given: argparse.Namespace) -> int:
+    place = find_workspace(os.environ, given.workspace)
+    place.create()
+    words = ["engine", "--workspace", str(place.folder)]
+    for flag, value in (("--listen", given.listen), ("--log-level", given.log_level)):
+        words += [flag, value] if value else []
+    # It becomes the engine: signals, output and exit status are the engine's own.
+    os.execv(sys.executable, [sys.executable, "-m", "moltbot_server", *words])
 
 
 def _init(given: argparse.Namespace) -> int:

@@ -91,7 +91,8 @@ def _wanted(settings: Settings) -> tuple[Wanted, ...]:
 
 
 # What cannot change under processes that run: addresses that were told to others, and how many processes there are.
-_FIXED = ("host", "port", "grpc_host", "grpc_port", "metrics_host", "metrics_port", "workers")
+_FIXED = ("host", "port", "grpc_host", "grpc_port", "metrics_host", "metrics_port", "workers", "engine")
+_ENGINE_PAUSE = 0.1
 
 
 class _Site:
@@ -114,6 +115,11 @@ class _Site:
         settings, folder = self._settings, self._workspace.folder
         core = ["--no-notices", "--workspace", str(folder), "--log-level", settings.log_level]
         core += ["--grpc-port", str(settings.grpc_port), "--metrics-port", str(settings.metrics_port)]
+        own = settings.engine == ""
+        address = f"unix:{self._workspace.engine_socket}"
+        engine = ["engine", "--no-notices", "--workspace", str(folder), "--log-level", settings.log_level]
+        engine += ["--listen", address]
+        core += ["--engine", address if own else settings.engine]
         http = ["http", "--host", settings.host, "--port", str(settings.port), "--core", self.grpc]
         http += ["--key-file", str(self._workspace.key_file), "--state", str(self._workspace.http_state)]
         http += ["--log-level", settings.log_level]
@@ -121,7 +127,10 @@ class _Site:
         http += ["--reuse-port"] if settings.workers > 1 else []
         http += ["--trusted-proxy", *settings.trusted_proxies] if settings.trusted_proxies else []
         names = [f"http-{number}" if settings.workers > 1 else "http" for number in range(1, settings.workers + 1)]
+        # Turns wait for an engine that died, so it is back as soon as can be.
+        models = [Plan(name="engine", module="moltbot_server", arguments=tuple(engine), stage=2, pause=_ENGINE_PAUSE)]
         return [
+            *(models if own else ()),
             Plan(name="core", module="moltbot_server", arguments=tuple(core), stage=1),
             *(Plan(name=name, module="moltbot_adapters", arguments=tuple(http)) for name in names),
         ]

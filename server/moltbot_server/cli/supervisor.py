@@ -207,7 +207,7 @@ class Supervisor:
                     child.send(signal.SIGKILL)
         self._bury_quietly()
         for child in self._children:
-            child.pause = 1.0
+            child.pause = 0.0
             self._start(child)
         if self._ready:
             self._on_change()

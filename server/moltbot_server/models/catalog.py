@@ -7,15 +7,9 @@ import logging
 import time
 from collections.abc import Sequence
 from enum import StrEnum
-from pathlib import Path
-
-import msgspec
 
 from moltbot_server.errors import ModelInUse, ModelNotFound, ModelUnavailable, MoltBotError
 from moltbot_server.models.engine import Engine
-from moltbot_server.models.engines.local import MAX_WAITING, LocalEngine
-from moltbot_server.models.engines.scripted import Script, ScriptedEngine, load_script
-from moltbot_server.models.folder import SCRIPTED, check_context, configured_folder
 
 _log = logging.getLogger(__name__)
 
@@ -94,16 +88,16 @@ class CatalogEntry:
 class Catalog:
     """The engines of a core by id. The first one is the default, until another is chosen."""
 
-    def __init__(self, engines: Sequence[Engine]) -> None:
-        """Take the engines, none of them started.
+    def __init__(self, engines: Sequence[Engine] = ()) -> None:
+        """Take engines that are not started yet; those that answer already are added later.
 
         Raises:
-            ValueError: there is no engine, or two have one id.
+            ValueError: two engines have one id.
         """
         self._entries = {engine.id: CatalogEntry(engine) for engine in engines}
-        if not engines or len(self._entries) < len(engines):
-            raise ValueError("a catalog needs one engine at least, each with an id of its own")
-        self._default = engines[0].id
+        if len(self._entries) < len(engines):
+            raise ValueError("each engine of a catalog needs an id of its own")
+        self._default = engines[0].id if engines else ""
 
     @property
     def default(self) -> str:
@@ -113,7 +107,7 @@ class Catalog:
     @property
     def entries(self) -> list[CatalogEntry]:
         """All models, the default one first."""
-        return [self._entries[self._default], *(e for id_, e in self._entries.items() if id_ != self._default)]
+        return sorted(self._entries.values(), key=lambda entry: entry.engine.id != self._default)
 
     def entry(self, model: str) -> CatalogEntry:
         """Return a model by id; the empty id is the default one.
@@ -123,7 +117,7 @@ class Catalog:
         """
         entry = self._entries.get(model or self._default)
         if entry is None:
-            raise ModelNotFound(f"There is no model {model[:64]!r}; available: {', '.join(self._entries)}.")
+            raise ModelNotFound(f"There is no model {model[:64]!r}; available: {', '.join(self._entries) or 'none'}.")
         return entry
 
     def ready(self, model: str = "") -> CatalogEntry:
@@ -155,6 +149,7 @@ class Catalog:
             raise ValueError(f"there is a model {engine.id} already")
         entry = self._entries[engine.id] = CatalogEntry(engine)
         entry.loaded()
+        self._default = self._default or engine.id
         return entry
 
     def choose(self, model: str) -> CatalogEntry:
@@ -196,62 +191,3 @@ class Catalog:
     async def close(self) -> None:
         """Stop what runs and free all models."""
         await asyncio.gather(*(entry.engine.close() for entry in self._entries.values()))
-
-
-def build_catalog(
-    *,
-    model_type: str = "",
-    model_path: str = "",
-    context_length: int | None = None,
-    threads: int = 0,
-    queue_limit: int = MAX_WAITING,
-) -> Catalog:
-    """Make the catalog of one model that the configuration names; nothing is loaded before `Catalog.start`.
-
-    `model_type`: empty for the built-in model or for what the folder says of itself; `builtin`, `scripted`, a family.
-    `model_path`: the model's folder; for `scripted` a YAML file, or nothing. `context_length` in tokens, at most the
-    model's own. `threads`: replicas of the model; 0 is what fits the machine. `queue_limit`: how many
-    turns may wait for a replica before more are refused.
-
-    Raises:
-        ModelUnavailable: the configuration cannot be met; the text says what was found and what was expected.
-    """
-    return Catalog(
-        [
-            build_engine(
-                model_type=model_type,
-                model_path=model_path,
-                context_length=context_length,
-                threads=threads,
-                queue_limit=queue_limit,
-            )
-        ]
-    )
-
-
-def build_engine(
-    *,
-    model_type: str = "",
-    model_path: str = "",
-    context_length: int | None = None,
-    threads: int = 0,
-    queue_limit: int = MAX_WAITING,
-    model_id: str = "",
-) -> Engine:
-    """Make an engine that is not started yet; the arguments and what is raised are those of `build_catalog`.
-
-    `model_id`: the id to give it; empty for what the folder says.
-    """
-    kind = model_type.strip().lower()
-    if kind == SCRIPTED:
-        script = load_script(Path(model_path)) if model_path else Script()
-        engine = ScriptedEngine(msgspec.structs.replace(script, id=model_id) if model_id else script)
-        if context_length is not None:
-            check_context(context_length, engine.capabilities.context_length, engine.id)
-        return engine
-    folder = configured_folder(kind, model_path)
-    if model_id:
-        folder = msgspec.structs.replace(folder, id=model_id)
-    if context_length is not None:
-        check_context(context_length, folder.context_length, folder.id)
-    return LocalEngine(folder, context_length=context_length or 0, threads=threads, max_waiting=queue_limit)

@@ -7,7 +7,7 @@ from collections import deque
 from collections.abc import AsyncGenerator, Sequence
 from typing import Protocol
 
-from moltbot_server.turns import FinishReason, GenerationOptions, Message, Usage, Value
+from moltbot_server.turns import FinishReason, GenerationOptions, Message, Role, TextPart, Usage, Value
 
 
 class Capabilities(Value, frozen=True, kw_only=True):
@@ -105,6 +105,14 @@ class Engine(Protocol):
         """What the model can do."""
 
     @property
+    def memory_bytes(self) -> int:
+        """What its weights take in memory, in bytes; 0 when that is not known."""
+
+    @property
+    def parallel(self) -> int:
+        """How many answers it writes at the same time before more have to wait; 0 when that is not known."""
+
+    @property
     def healthy(self) -> bool:
         """Whether the model can answer: started, not closed, nothing broken for good."""
 
@@ -127,7 +135,13 @@ class Engine(Protocol):
         """
 
     def count(self, message: Message) -> int:
-        """Return how many tokens a message takes in a prompt, its role markers included."""
+        """Return how many tokens a message takes in a prompt, its role markers included.
+
+        An engine that cannot count here returns the least that it can be, and cuts what is too long by itself.
+        """
+
+    async def tokens(self, content: str | Sequence[Message]) -> int:
+        """Return how many tokens a text takes by itself, or a conversation with its markers; counted, not guessed."""
 
     def admit(self, asker: Asker) -> None:
         """Refuse what could not begin before its deadline, before anything is kept of it. Costs next to nothing.
@@ -148,6 +162,14 @@ class Engine(Protocol):
             QueueFull: too many generations wait already.
             ModelUnavailable: the model cannot answer now.
         """
+
+
+def counted(engine: Engine, content: str | Sequence[Message]) -> int:
+    """Return what `Engine.tokens` does, by `Engine.count`, for engines that count here."""
+    if not isinstance(content, str):
+        return sum(map(engine.count, content))
+    said, silent = (Message(role=Role.USER, parts=(TextPart(text=text),)) for text in (content, ""))
+    return engine.count(said) - engine.count(silent)
 
 
 async def stream(

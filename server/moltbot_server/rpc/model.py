@@ -1,30 +1,30 @@
-"""ModelService: the models that can answer. Loading and switching while the core runs come with a later release."""
+"""ModelService: the models that can answer, loaded and switched while turns run."""
 
 from __future__ import annotations
 
+import asyncio
+
 from moltbot.v1 import model_pb2, model_pb2_grpc
 
-from moltbot_server.errors import InvalidField, Unimplemented
+from moltbot_server.errors import InvalidField
 from moltbot_server.models.catalog import Catalog, CatalogEntry
+from moltbot_server.models.manager import ModelManager
 from moltbot_server.rpc import convert, names
 from moltbot_server.rpc.interceptors import Call
 
-_LATER = "this release answers with the model it was started with; set MODEL_PATH and start again"
 _LIST = ("models",)
 
 
 class ModelService(model_pb2_grpc.ModelServiceServicer):
     """Serves models."""
 
-    def __init__(self, catalog: Catalog) -> None:
+    def __init__(self, catalog: Catalog, manager: ModelManager) -> None:
         self._catalog = catalog
+        self._manager = manager
 
     async def GetModel(self, request: model_pb2.GetModelRequest, call: Call) -> model_pb2.GetModelResponse:  # type: ignore[override]
         """Answer one model."""
-        model = names.read_model(request.name, "name")
-        if not model:
-            raise InvalidField("name", "use `models/{model}`")
-        return model_pb2.GetModelResponse(model=self._as_message(self._catalog.entry(model)))
+        return model_pb2.GetModelResponse(model=self._as_message(self._catalog.entry(_named(request.name))))
 
     async def ListModels(self, request: model_pb2.ListModelsRequest, call: Call) -> model_pb2.ListModelsResponse:  # type: ignore[override]
         """Answer the models, the default one first."""
@@ -38,16 +38,43 @@ class ModelService(model_pb2_grpc.ModelServiceServicer):
         )
 
     async def LoadModel(self, request: model_pb2.LoadModelRequest, call: Call) -> None:  # type: ignore[override]
-        """Refuse: this release cannot load while it runs."""
-        raise Unimplemented(_LATER)
+        """Load a model beside the others and stream how far it got."""
+        name = _named(request.name)
+        if not request.path and not request.type:
+            raise InvalidField("path", "name the model's folder on the core's machine")
+        if not request.context_length >= 0:
+            raise InvalidField("context_length", "must be a number of tokens, or 0 for what the folder says")
+        steps: asyncio.Queue[tuple[str, float]] = asyncio.Queue()
+        loading = asyncio.ensure_future(
+            self._manager.load_model(
+                name,
+                request.path,
+                type=request.type,
+                context_length=request.context_length or None,
+                progress=lambda stage, share: steps.put_nowait((stage, share)),
+            )
+        )
+        loading.add_done_callback(lambda _: steps.put_nowait(("", 1.0)))
+        try:
+            while (step := await steps.get())[0]:
+                await call.context.write(model_pb2.LoadModelResponse(stage=step[0], progress=step[1]))
+        finally:
+            if not loading.done():
+                loading.cancel()  # the load itself goes on; nobody waits for it here any more
+        entry = await loading
+        await call.context.write(
+            model_pb2.LoadModelResponse(stage="ready", progress=1.0, model=self._as_message(entry))
+        )
 
     async def SwitchModel(self, request: model_pb2.SwitchModelRequest, call: Call) -> model_pb2.SwitchModelResponse:  # type: ignore[override]
-        """Refuse: this release cannot switch while it runs."""
-        raise Unimplemented(_LATER)
+        """Make a loaded model the default."""
+        entry, previous = await self._manager.switch_model(_named(request.name))
+        return model_pb2.SwitchModelResponse(model=self._as_message(entry), previous=f"models/{previous}")
 
     async def UnloadModel(self, request: model_pb2.UnloadModelRequest, call: Call) -> model_pb2.UnloadModelResponse:  # type: ignore[override]
-        """Refuse: this release cannot unload while it runs."""
-        raise Unimplemented(_LATER)
+        """Free a model once its last turn has ended."""
+        await self._manager.unload_model(_named(request.name))
+        return model_pb2.UnloadModelResponse()
 
     def _as_message(self, entry: CatalogEntry) -> model_pb2.Model:
         engine, can = entry.engine, entry.engine.capabilities
@@ -75,4 +102,13 @@ class ModelService(model_pb2_grpc.ModelServiceServicer):
             ),
             state_message=entry.message,
             load_time=convert.timestamp(entry.load_time) if entry.load_time else None,
+            memory_bytes=engine.memory_bytes,
+            parallel=engine.parallel,
         )
+
+
+def _named(name: str) -> str:
+    model = names.read_model(name, "name")
+    if not model:
+        raise InvalidField("name", "use `models/{model}`")
+    return model

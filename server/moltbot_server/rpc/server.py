@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import logging
+import socket
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 import grpc
@@ -29,6 +31,7 @@ from moltbot_server.journal import Journal
 from moltbot_server.metrics import Metrics
 from moltbot_server.models.catalog import Catalog
 from moltbot_server.models.context import ContextWindow
+from moltbot_server.models.manager import ModelManager
 from moltbot_server.pipeline import TurnPipeline
 from moltbot_server.rpc import convert
 from moltbot_server.rpc.chat import ChatService
@@ -56,11 +59,23 @@ SERVICES = tuple(
 
 
 class GrpcServer:
-    """The core's gRPC server on one address. `methods` names every RPC that it serves."""
+    """A gRPC server of ours on one address. `methods` names every RPC that it serves."""
 
-    def __init__(self, *, host: str, port: int, max_message_bytes: int, tls: tuple[bytes, bytes] | None = None) -> None:
-        """`tls` is a certificate chain and its private key, PEM. Port 0 takes any free one."""
-        self._host, self._port = host, port
+    def __init__(
+        self,
+        *,
+        host: str = "",
+        port: int = 0,
+        path: Path | None = None,
+        max_message_bytes: int,
+        tls: tuple[bytes, bytes] | None = None,
+    ) -> None:
+        """`path` is a Unix socket in place of host and port. `tls` is a certificate chain and its private key, PEM.
+
+        Port 0 takes any free one.
+        """
+        self._host, self._port, self._socket = host, port, path
+        self._served: Sequence[str] = SERVICES
         self._tls = tls
         self._server = aio.server(options=_options(max_message_bytes))
         self._health = health.aio.HealthServicer()
@@ -69,7 +84,9 @@ class GrpcServer:
 
     @property
     def address(self) -> str:
-        """The address to dial, such as `127.0.0.1:50051`."""
+        """The address to dial, such as `127.0.0.1:50051` or `unix:/run/engine.sock`."""
+        if self._socket is not None:
+            return f"unix:{self._socket}"
         return f"[{self._host}]:{self.port}" if ":" in self._host else f"{self._host}:{self.port}"
 
     def register(
@@ -82,22 +99,41 @@ class GrpcServer:
         sessions: Sessions[ContextWindow],
         store: Store,
         catalog: Catalog,
+        manager: ModelManager,
         max_inline_bytes: int,
     ) -> None:
-        """Add all services, each method behind the guard."""
+        """Add all services of a core, each method behind the guard."""
         guarded: Any = GuardedServer(self._server, Guard(authenticator, metrics))
         reader = convert.Reader(max_inline_bytes=max_inline_bytes)
         chat_pb2_grpc.add_ChatServiceServicer_to_server(ChatService(pipeline, journal, reader), guarded)
         session_pb2_grpc.add_SessionServiceServicer_to_server(SessionService(store, sessions), guarded)
-        model_pb2_grpc.add_ModelServiceServicer_to_server(ModelService(catalog), guarded)
+        model_pb2_grpc.add_ModelServiceServicer_to_server(ModelService(catalog, manager), guarded)
         inference_pb2_grpc.add_InferenceServiceServicer_to_server(InferenceService(catalog, reader), guarded)
         plugin_pb2_grpc.add_PluginServiceServicer_to_server(PluginService(), guarded)
         health_pb2_grpc.add_HealthServicer_to_server(self._health, guarded)
-        if is_loopback(self._host):
-            # Who can reach the port learns the contract: fine on one's own machine, not beyond it.
-            names = (*SERVICES, health.SERVICE_NAME, SERVICE_NAME)
-            reflection_pb2_grpc.add_ServerReflectionServicer_to_server(ReflectionService(names), guarded)
+        self._reflect(guarded)
         self.methods = tuple(guarded.methods)
+
+    def register_engine(
+        self, *, authenticator: Authenticator, metrics: Metrics, catalog: Catalog, manager: ModelManager
+    ) -> None:
+        """Add the services of the engine role, each method behind the guard."""
+        guarded: Any = GuardedServer(self._server, Guard(authenticator, metrics))
+        # Who calls is a core, which has read all of it within its own limits.
+        reader = convert.Reader(max_inline_bytes=1 << 30)
+        self._served = tuple(name for name in SERVICES if name.endswith((".InferenceService", ".ModelService")))
+        service = InferenceService(catalog, reader, trusted=True)
+        inference_pb2_grpc.add_InferenceServiceServicer_to_server(service, guarded)
+        model_pb2_grpc.add_ModelServiceServicer_to_server(ModelService(catalog, manager), guarded)
+        health_pb2_grpc.add_HealthServicer_to_server(self._health, guarded)
+        self._reflect(guarded)
+        self.methods = tuple(guarded.methods)
+
+    def _reflect(self, guarded: Any) -> None:
+        if self._socket is not None or is_loopback(self._host):
+            # Who can reach the port learns the contract: fine on one's own machine, not beyond it.
+            names = (*self._served, health.SERVICE_NAME, SERVICE_NAME)
+            reflection_pb2_grpc.add_ServerReflectionServicer_to_server(ReflectionService(names), guarded)
 
     async def start(self) -> None:
         """Listen and serve.
@@ -106,6 +142,9 @@ class GrpcServer:
             OSError: the address cannot be bound.
         """
         wanted = f"[{self._host}]:{self._port}" if ":" in self._host else f"{self._host}:{self._port}"
+        if self._socket is not None:
+            wanted = self.address
+            _clear(self._socket)
         try:
             if self._tls is None:
                 self.port = self._server.add_insecure_port(wanted)
@@ -115,7 +154,7 @@ class GrpcServer:
         except RuntimeError as error:
             raise OSError(f"{wanted} cannot be bound; another program may listen there") from error
         await self._server.start()
-        for service in ("", *SERVICES):
+        for service in ("", *self._served):
             await self._health.set(service, health_pb2.HealthCheckResponse.SERVING)
 
     async def retire(self) -> None:
@@ -125,6 +164,23 @@ class GrpcServer:
     async def stop(self, grace: float) -> None:
         """End the calls under way within `grace` seconds and close the port."""
         await self._server.stop(grace)
+
+
+def _clear(path: Path) -> None:
+    """Remove a socket that a killed process left behind.
+
+    Raises:
+        OSError: somebody listens there.
+    """
+    with socket.socket(socket.AF_UNIX) as probe:
+        try:
+            probe.connect(str(path))
+        except FileNotFoundError:
+            return
+        except ConnectionRefusedError:
+            path.unlink(missing_ok=True)
+            return
+    raise OSError(f"{path} cannot be bound; another engine listens there")
 
 
 def _options(max_message_bytes: int) -> list[tuple[str, int]]:

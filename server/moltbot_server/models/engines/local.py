@@ -19,8 +19,8 @@ import ctranslate2
 from moltbot_server.errors import ContextLengthExceeded, ModelUnavailable
 from moltbot_server.models.cpus import usable_cpus
 from moltbot_server.models.detokenizer import Detokenizer
-from moltbot_server.models.engine import NOBODY, Asker, Capabilities, Finished, Generation, Listener, stream
-from moltbot_server.models.engines.rows import FULL, GONE, STOPPED, Row, Sampling, Waiting, unread
+from moltbot_server.models.engine import NOBODY, Asker, Capabilities, Finished, Generation, Listener, counted, stream
+from moltbot_server.models.engines.rows import BATCH, FULL, GONE, STOPPED, Row, Sampling, Waiting, unread
 from moltbot_server.models.folder import ModelFolder
 from moltbot_server.models.limits import check_options
 from moltbot_server.models.stops import StopTexts
@@ -66,6 +66,8 @@ class LocalEngine:
             cancellation=True,
         )
         self.threads = threads or default_threads()
+        self.parallel = self.threads * BATCH
+        self.memory_bytes = (folder.path / "model.bin").stat().st_size
         self._folder = folder
         self._loaded: Tokenizer | None = None
         self._ends: frozenset[int] = frozenset()
@@ -127,6 +129,10 @@ class LocalEngine:
     def count(self, message: Message) -> int:
         """Return how many tokens a message takes in a prompt, its role markers included."""
         return self._tokenizer.count(message)
+
+    async def tokens(self, content: str | Sequence[Message]) -> int:
+        """Return how many tokens a text or a conversation takes; see `Engine.tokens`."""
+        return counted(self, content)
 
     def admit(self, asker: Asker) -> None:
         """Refuse when as many answers wait as may."""

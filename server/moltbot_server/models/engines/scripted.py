@@ -24,7 +24,7 @@ from time import perf_counter
 import msgspec
 
 from moltbot_server.errors import InvalidField, ModelUnavailable, MoltBotError, every_error
-from moltbot_server.models.engine import NOBODY, Asker, Capabilities, Chunk, Finished, Generation, Listener
+from moltbot_server.models.engine import NOBODY, Asker, Capabilities, Chunk, Finished, Generation, Listener, counted
 from moltbot_server.models.limits import check_options
 from moltbot_server.models.stops import StopTexts
 from moltbot_server.turns import FinishReason, GenerationOptions, Message, Role, Usage, Value
@@ -128,6 +128,7 @@ class ScriptedEngine:
     """Answers from a script. Stop texts and the token limit are honoured; a fixed answer fits any sampling option."""
 
     type = "scripted"
+    memory_bytes = parallel = 0
 
     def __init__(self, script: Script | None = None, *, capabilities: Capabilities | None = None) -> None:
         script = script or Script()
@@ -161,6 +162,10 @@ class ScriptedEngine:
     def count(self, message: Message) -> int:
         """Count one token for every four characters begun, and one for the role."""
         return 1 + (len(message.text) + 3) // 4
+
+    async def tokens(self, content: str | Sequence[Message]) -> int:
+        """Return how many tokens a text or a conversation takes; see `Engine.tokens`."""
+        return counted(self, content)
 
     def admit(self, asker: Asker) -> None:
         """Take everything: nothing waits here."""

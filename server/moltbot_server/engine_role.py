@@ -1,0 +1,92 @@
+"""The engine role's composition root: models behind InferenceService and ModelService, without sessions or a store."""
+
+from __future__ import annotations
+
+import logging
+import time
+from pathlib import Path
+
+from moltbot_server.auth.keys import Authenticator
+from moltbot_server.auth.policy import OWNER
+from moltbot_server.config import ConfigError, Problem, Settings, is_loopback
+from moltbot_server.metrics import Metrics
+from moltbot_server.models.building import LocalLoader, build_catalog
+from moltbot_server.models.catalog import Catalog
+from moltbot_server.models.manager import ModelManager
+from moltbot_server.rpc.server import GrpcServer
+from moltbot_server.turns import Principal
+
+log = logging.getLogger(__name__)
+
+
+class EngineRole:
+    """A running engine: its models and the server before them."""
+
+    def __init__(self, settings: Settings, *, key: str, listen: str, catalog: Catalog | None = None) -> None:
+        """`key` opens it: who has it is a core, and is believed whom an answer is for.
+
+        `catalog` stands in for the configured model. `listen` is `unix:PATH` or `HOST:PORT`; port 0 takes any free one.
+
+        Raises:
+            ModelUnavailable: the configured model cannot be found.
+            ConfigError: the address is wrong, or others could listen to what passes there.
+        """
+        threads = settings.threads or 0
+        self.catalog = catalog or build_catalog(
+            model_type=settings.model_type,
+            model_path=str(settings.model_path or ""),
+            context_length=settings.context_length,
+            threads=threads,
+            queue_limit=settings.queue_limit,
+        )
+        self.models = ModelManager(self.catalog, LocalLoader(threads=threads, queue_limit=settings.queue_limit))
+        self.metrics = Metrics()
+        self.server = _server(settings, listen)
+        self._authenticator = Authenticator({key: Principal(workspace="", key_id="", role=OWNER)})
+
+    async def start(self) -> None:
+        """Load and prove the model, then serve.
+
+        Raises:
+            ModelUnavailable: the model cannot be loaded.
+            OSError: the address cannot be bound.
+        """
+        started = time.perf_counter()
+        await self.catalog.start()
+        try:
+            self.server.register_engine(
+                authenticator=self._authenticator, metrics=self.metrics, catalog=self.catalog, manager=self.models
+            )
+            await self.server.start()
+        except BaseException:
+            await self.catalog.close()
+            raise
+        seconds = round(time.perf_counter() - started, 3)
+        log.info("the engine serves", extra={"address": self.server.address, "seconds": seconds})
+
+    async def stop(self, grace: float) -> None:
+        """Leave well: answers under way end within `grace` seconds."""
+        await self.server.retire()
+        await self.server.stop(grace)
+        await self.catalog.close()
+        log.info("the engine has left")
+
+
+def _server(settings: Settings, listen: str) -> GrpcServer:
+    if listen.startswith("unix:"):
+        return GrpcServer(path=Path(listen.removeprefix("unix:")), max_message_bytes=_LARGEST)
+    host, _, port = listen.rpartition(":")
+    host = host.strip("[]")
+    if not host or not port.isdecimal():
+        raise ConfigError(Problem(where="--listen", text=f"found {listen!r}, expected unix:PATH or HOST:PORT"))
+    tls = None
+    if settings.tls_cert is not None and settings.tls_key is not None:
+        tls = settings.tls_cert.read_bytes(), settings.tls_key.read_bytes()
+    if tls is None and not is_loopback(host) and not settings.trusted_proxies:
+        text = f"{host} can be reached from other machines and nothing would encrypt what passes"
+        text += "; set `tls_cert` and `tls_key`, or use 127.0.0.1 or a Unix socket"
+        raise ConfigError(Problem(where="--listen", text=text))
+    return GrpcServer(host=host, port=int(port), max_message_bytes=_LARGEST, tls=tls)
+
+
+_LARGEST = 64 << 20

@@ -1,0 +1,371 @@
+"""The core's side of the engine role: models that another process serves, on this machine or on others.
+
+An `EngineLink` is the connection to an address, which may stand for several machines; a `RemoteEngine` is one model
+behind it. What has not begun to stream when the connection breaks is asked again, unseen, until `PATIENCE` is over.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import json
+import logging
+import time
+from collections.abc import Sequence
+from pathlib import Path
+
+import grpc
+from grpc import aio
+from moltbot.v1 import inference_pb2, inference_pb2_grpc, model_pb2, model_pb2_grpc
+
+from moltbot_server.config import is_loopback
+from moltbot_server.errors import ModelNotFound, ModelNotLoadable, ModelUnavailable, MoltBotError, QueueFull
+from moltbot_server.models.engine import NOBODY, Asker, Engine, Finished, Generation, Listener
+from moltbot_server.models.limits import check_options
+from moltbot_server.models.manager import ModelSpec, Progress
+from moltbot_server.rpc import remote_convert
+from moltbot_server.rpc.remote_errors import error_of, was_lost
+from moltbot_server.turns import GenerationOptions, Message
+
+log = logging.getLogger(__name__)
+
+PATIENCE = 10.0
+"""How long an engine may be away before those who wait for it are told, in seconds."""
+
+_FLUSH = 0.005
+_LONGEST_TOKEN = 12  # characters; a guess on the safe side, the engine counts exactly
+_SERVICE_CONFIG = json.dumps({"loadBalancingConfig": [{"round_robin": {}}], "healthCheckConfig": {"serviceName": ""}})
+_OPTIONS = (
+    ("grpc.service_config", _SERVICE_CONFIG),
+    ("grpc.initial_reconnect_backoff_ms", 50),
+    ("grpc.min_reconnect_backoff_ms", 50),
+    ("grpc.max_reconnect_backoff_ms", 500),
+    ("grpc.max_receive_message_length", -1),
+    ("grpc.max_send_message_length", -1),
+    ("grpc.keepalive_time_ms", 20_000),
+    ("grpc.keepalive_timeout_ms", 5_000),
+    ("grpc.enable_retries", 0),  # who asks again, and when, is decided here
+)
+
+
+class EngineLink:
+    """A connection to the engine role at an address: `unix:PATH`, `HOST:PORT` or `dns:///HOST:PORT`."""
+
+    def __init__(self, address: str, key: str, *, ca: Path | None = None) -> None:
+        """`key` opens the engine. Beyond this machine the connection is encrypted.
+
+        `ca` holds the certificates that the engine's own is proved by; without it the system's do.
+        """
+        self.address = address
+        self._metadata = (("authorization", f"Bearer {key}"),)
+        self._channel = _channel(address, ca)
+        self.inference = inference_pb2_grpc.InferenceServiceStub(self._channel)
+        self._models = model_pb2_grpc.ModelServiceStub(self._channel)
+        self._watch: asyncio.Task[None] | None = None
+        self._lost_at = 0.0
+        self._engines: dict[str, RemoteEngine] = {}
+
+    @property
+    def lost_for(self) -> float:
+        """Seconds since the connection was lost; 0 while there is one."""
+        return time.monotonic() - self._lost_at if self._lost_at else 0.0
+
+    @property
+    def metadata(self) -> tuple[tuple[str, str], ...]:
+        """What every call carries."""
+        return self._metadata
+
+    async def open(self, within: float) -> None:
+        """Connect, and keep watch over the connection from then on.
+
+        Raises:
+            ModelUnavailable: nothing that serves models answered within `within` seconds.
+        """
+        try:
+            async with asyncio.timeout(within):
+                await self._channel.channel_ready()
+        except TimeoutError:
+            raise ModelUnavailable(
+                f"The engine at {self.address} did not answer within {within:g} s; start it with `moltbot engine`, "
+                "or correct `engine` in the configuration."
+            ) from None
+        self._watch = asyncio.create_task(self._keep_watch())
+
+    async def close(self) -> None:
+        """Leave; what still waits for an answer is cancelled."""
+        if self._watch is not None:
+            self._watch.cancel()
+            await asyncio.wait({self._watch})
+        await self._channel.close()
+
+    async def ready(self, until: float) -> bool:
+        """Wait for a connection until a time of the event loop's clock; tell whether there is one."""
+        with contextlib.suppress(TimeoutError):
+            async with asyncio.timeout_at(until):
+                await self._channel.channel_ready()
+                return True
+        return False
+
+    async def models(self) -> list[model_pb2.Model]:
+        """Return the models over there, its default one first.
+
+        Raises:
+            MoltBotError: the engine cannot be asked.
+        """
+        try:
+            found = await self._models.ListModels(
+                model_pb2.ListModelsRequest(page_size=200), metadata=self._metadata, timeout=PATIENCE
+            )
+        except aio.AioRpcError as problem:
+            raise error_of(problem, "the engine") from None
+        return list(found.models)
+
+    # --- a `Loader` of models ----------------------------------------------------------------------------------------
+
+    async def load(self, spec: ModelSpec, progress: Progress) -> RemoteEngine:
+        """Have a model loaded over there and return it; see `Loader.load`."""
+        engine = RemoteEngine(self, await self._load(spec, progress), spec)
+        self._engines[engine.id] = engine
+        return engine
+
+    async def prefer(self, engine: Engine) -> None:
+        """Tell the engine which model answers by default; see `Loader.prefer`."""
+        request = model_pb2.SwitchModelRequest(name=f"models/{engine.id}")
+        try:
+            await self._models.SwitchModel(request, metadata=self._metadata, timeout=PATIENCE)
+        except aio.AioRpcError as problem:
+            raise error_of(problem, "the engine") from None
+
+    async def unload(self, engine: Engine) -> None:
+        """Have a model's memory freed over there; see `Loader.unload`."""
+        self._engines.pop(engine.id, None)
+        request = model_pb2.UnloadModelRequest(name=f"models/{engine.id}")
+        try:
+            await self._models.UnloadModel(request, metadata=self._metadata)
+        except aio.AioRpcError as problem:
+            error = error_of(problem, "the engine")
+            if not isinstance(error, ModelNotFound):  # it is gone, which is what was wanted
+                raise error from None
+
+    async def restore(self, spec: ModelSpec) -> None:
+        """Have a model loaded again that an engine lost when it was started anew.
+
+        Raises:
+            MoltBotError: it cannot be loaded any more.
+        """
+        await self._load(spec, lambda stage, share: None)
+
+    async def _load(self, spec: ModelSpec, progress: Progress) -> model_pb2.Model:
+        request = model_pb2.LoadModelRequest(
+            name=f"models/{spec.name}", path=spec.path, type=spec.type, context_length=spec.context_length or 0
+        )
+        try:
+            async for step in self._models.LoadModel(request, metadata=self._metadata):
+                progress(step.stage, step.progress)
+                if step.HasField("model"):
+                    return step.model
+        except aio.AioRpcError as problem:
+            raise error_of(problem, "the engine") from None
+        raise ModelNotLoadable("the engine ended the load without a word")
+
+    async def _keep_watch(self) -> None:
+        """Note when the connection is lost, and after it came back have loaded again what is missing there."""
+        while True:
+            state = self._channel.get_state(try_to_connect=True)
+            if state is grpc.ChannelConnectivity.READY:
+                if self._lost_at:
+                    log.info("the engine is back", extra={"seconds": round(self.lost_for, 3)})
+                    self._lost_at = 0.0
+                    await self._restore_all()
+            elif not self._lost_at:
+                self._lost_at = time.monotonic()
+                log.warning("the engine cannot be reached", extra={"address": self.address})
+            await self._channel.wait_for_state_change(state)
+
+    async def _restore_all(self) -> None:
+        for engine in tuple(self._engines.values()):
+            try:
+                if engine.spec is not None:
+                    await self.restore(engine.spec)
+            except MoltBotError as problem:
+                log.error("a model is missing", extra={"model": engine.id, "problem": problem.message})
+
+
+class RemoteEngine:
+    """One model that the engine role serves. Everything is counted and cut to the context over there."""
+
+    def __init__(
+        self, link: EngineLink, model: model_pb2.Model, spec: ModelSpec | None = None, *, queue_limit: int = 256
+    ) -> None:
+        """`spec` is what it was loaded by, for a model that has to be loaded again after its engine was lost."""
+        self._link = link
+        self.spec = spec
+        self.id = model.name.removeprefix("models/")
+        self.display_name = model.display_name
+        self.type = model.type
+        self.memory_bytes = model.memory_bytes
+        self.parallel = model.parallel
+        self.capabilities = remote_convert.capabilities(model.capabilities)
+        self.under_way = 0
+        self._limit = queue_limit
+        self._gap = 0.0  # seconds between two answers that end while others wait
+        self._last_end = 0.0
+
+    @property
+    def healthy(self) -> bool:
+        """Whether its engine answers, or has been away for a short while only."""
+        return self._link.lost_for < PATIENCE
+
+    async def start(self) -> None:
+        """Do nothing: the engine loaded the model and proved it before it told of it."""
+
+    async def close(self) -> None:
+        """Do nothing: the model belongs to its engine."""
+
+    def check(self, options: GenerationOptions) -> None:
+        """Refuse options that are out of range or that the model would not honour."""
+        check_options(options, self.capabilities)
+
+    def count(self, message: Message) -> int:
+        """Return the least that a message can take: what is sent too much of a history is cut over there."""
+        return len(message.text) // _LONGEST_TOKEN
+
+    async def tokens(self, content: str | Sequence[Message]) -> int:
+        """Return how many tokens a text or a conversation takes, counted by the engine."""
+        request = inference_pb2.CountTokensRequest(model=f"models/{self.id}")
+        if isinstance(content, str):
+            request.text = content
+        else:
+            request.prompt.messages.extend(map(remote_convert.message, content))
+        try:
+            counted = await self._link.inference.CountTokens(request, metadata=self._link.metadata, timeout=PATIENCE)
+        except aio.AioRpcError as problem:
+            raise error_of(problem, "the engine") from None
+        return int(counted.token_count)
+
+    def admit(self, asker: Asker) -> None:
+        """Refuse what, by the pace of the latest answers, could not begin before its deadline."""
+        if not self.healthy:
+            raise ModelUnavailable(f"The engine of {self.id} has been away for {self._link.lost_for:.0f} s.")
+        ahead = self.under_way - self.parallel
+        if ahead < 0 or not self.parallel:
+            return
+        wait = (ahead + 1) * self._gap
+        late = asker.deadline is not None and asyncio.get_running_loop().time() + wait > asker.deadline
+        if late or ahead >= self._limit:
+            raise QueueFull(
+                f"{ahead} answers wait already; come back later.", retry_after=min(max(wait / 2, 0.05), 30.0)
+            )
+
+    def begin(
+        self, messages: Sequence[Message], options: GenerationOptions, listener: Listener, asker: Asker = NOBODY
+    ) -> Generation:
+        """Begin the answer to a conversation over there; see `Engine.begin`."""
+        if not self.healthy:
+            raise ModelUnavailable(f"The engine of {self.id} has been away for {self._link.lost_for:.0f} s.")
+        request = inference_pb2.GenerateRequest(
+            model=f"models/{self.id}",
+            prompt=inference_pb2.Prompt(messages=map(remote_convert.message, messages), trim=True),
+            asker=inference_pb2.Asker(workspace=asker.workspace, session=asker.session),
+        )
+        request.flush_interval.FromNanoseconds(int(_FLUSH * 1e9))
+        if options != _NOTHING_ASKED:
+            request.options.CopyFrom(remote_convert.options(options))
+        return _RemoteGeneration(self, self._link, request, listener, asker.deadline)
+
+    def left(self) -> None:
+        """Take note that an answer is over, for the pace."""
+        now = time.monotonic()
+        if self.under_way > self.parallel:
+            gap = now - self._last_end
+            # An answer that ended before the queue formed tells nothing of the pace.
+            if self._last_end and gap < PATIENCE:
+                self._gap += 0.05 * (gap - self._gap) if self._gap else gap
+        self.under_way -= 1
+        self._last_end = now
+
+
+class _RemoteGeneration:
+    """An answer that another process writes: one task that reads what comes and tells the listener."""
+
+    def __init__(
+        self,
+        engine: RemoteEngine,
+        link: EngineLink,
+        request: inference_pb2.GenerateRequest,
+        listener: Listener,
+        deadline: float | None,
+    ) -> None:
+        self._engine = engine
+        self._link = link
+        self._request = request
+        self._listener = listener
+        self._deadline = deadline
+        self._spoke = False
+        engine.under_way += 1
+        self._task = asyncio.get_running_loop().create_task(self._run())
+        self._task.add_done_callback(self._over)
+
+    def stop(self) -> None:
+        """Have it stopped over there, within one step of the model."""
+        self._task.cancel()
+
+    def _over(self, task: asyncio.Task[None]) -> None:
+        self._engine.left()
+        if not task.cancelled() and (problem := task.exception()) is not None:
+            log.error("a listener failed", exc_info=problem, extra={"model": self._engine.id})
+
+    async def _run(self) -> None:
+        try:
+            end: Finished | Exception = await self._answer()
+        except (MoltBotError, aio.UsageError) as problem:
+            end = problem
+        self._listener.ended(end)
+
+    async def _answer(self) -> Finished:
+        """Read one answer to its end; ask again when it was lost before anything of it was told."""
+        loop = asyncio.get_running_loop()
+        restored = False
+        while True:
+            begun = loop.time()
+            try:
+                return await self._read(None if self._deadline is None else max(0.0, self._deadline - begun))
+            except aio.AioRpcError as problem:
+                error = error_of(problem, "the engine")
+                if self._spoke:
+                    if was_lost(problem):
+                        raise ModelUnavailable("the engine was lost while it wrote this answer") from None
+                    raise error from None
+                if was_lost(problem):
+                    until = begun + PATIENCE if self._deadline is None else min(begun + PATIENCE, self._deadline)
+                    if not await self._link.ready(until):
+                        raise error from None
+                elif isinstance(error, ModelNotFound) and self._engine.spec is not None and not restored:
+                    restored = True
+                    await self._link.restore(self._engine.spec)
+                else:
+                    raise error from None
+
+    async def _read(self, seconds: float | None) -> Finished:
+        call = self._link.inference.Generate(self._request, metadata=self._link.metadata, timeout=seconds)
+        listener = self._listener
+        async for response in call:
+            if response.text:
+                self._spoke = True
+                listener.wrote(response.text, response.token_count)
+            elif response.queue_position:
+                listener.queued(response.queue_position)
+            if response.HasField("finished"):
+                return remote_convert.finished(response.finished)
+        raise ModelUnavailable("the engine ended an answer without saying how")
+
+
+def _channel(address: str, ca: Path | None) -> aio.Channel:
+    host = address.rpartition("/")[2].rpartition(":")[0]
+    if address.startswith("unix:") or is_loopback(host):
+        return aio.insecure_channel(address, options=_OPTIONS)
+    roots = ca.read_bytes() if ca is not None else None
+    return aio.secure_channel(address, grpc.ssl_channel_credentials(roots), options=_OPTIONS)
+
+
+_NOTHING_ASKED = GenerationOptions()

@@ -1,0 +1,287 @@
+"""A core whose models are in another process: the same answers, the same errors, and what if that one dies."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import signal
+import sys
+from collections.abc import AsyncIterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import grpc
+import pytest
+from moltbot.v1 import inference_pb2, message_pb2, model_pb2
+from moltbot_server.app import Core
+from moltbot_server.config import Settings
+from moltbot_server.demo_model import ARTIFACT
+from moltbot_server.engine_role import EngineRole
+from moltbot_server.errors import ModelUnavailable
+from moltbot_server.models.catalog import Catalog
+from moltbot_server.models.engine import NOBODY, Asker, Generation, Listener
+from moltbot_server.testing import RunningServer
+from moltbot_server.turns import GenerationOptions, Message
+from moltbot_server.workspace import Workspace
+from rpc_calls import Api, WatchedEngine, drained, fields_of, kinds, reason_of, refused, turn
+
+
+class AskedEngine(WatchedEngine):
+    """Remembers who asked."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.askers: list[Asker] = []
+
+    def begin(
+        self, messages: Sequence[Message], options: GenerationOptions, listener: Listener, asker: Asker = NOBODY
+    ) -> Generation:
+        self.askers.append(asker)
+        return super().begin(messages, options, listener, asker)
+
+
+@pytest.fixture
+def engine() -> AskedEngine:
+    """The engine in the other role."""
+    return AskedEngine()
+
+
+def settings(folder: Path, **more: object) -> Settings:
+    return Settings(workspace=folder, grpc_port=0, metrics_port=0, port=0, **more)  # type: ignore[arg-type]
+
+
+@pytest.fixture
+async def role(tmp_path: Path, engine: AskedEngine) -> AsyncIterator[EngineRole]:
+    """An engine that serves on a Unix socket."""
+    place = Workspace(folder=tmp_path)
+    place.create()
+    role = EngineRole(
+        settings(tmp_path), key=place.read_key(), listen=f"unix:{place.engine_socket}", catalog=Catalog([engine])
+    )
+    await role.start()
+    yield role
+    await role.stop(1.0)
+
+
+@pytest.fixture
+async def core(tmp_path: Path, role: EngineRole) -> AsyncIterator[RunningServer]:
+    """A core without a model of its own."""
+    key = Workspace(folder=tmp_path).read_key()
+    core = Core(settings(tmp_path, engine=role.server.address), key=key)
+    await core.start()
+    yield RunningServer(core, key)
+    await core.stop(1.0)
+
+
+@pytest.fixture
+async def api(core: RunningServer) -> AsyncIterator[Api]:
+    """All services of the core."""
+    api = Api.of(core)
+    yield api
+    await api.channel.close()
+
+
+async def loaded(api: Api, request: model_pb2.LoadModelRequest) -> list[model_pb2.LoadModelResponse]:
+    return [step async for step in api.models.LoadModel(request, metadata=api.metadata)]
+
+
+async def until_it_streams(call: Any) -> None:
+    while not (await call.read()).event.HasField("text_delta"):
+        pass
+
+
+async def test_a_turn_is_answered_over_there_and_says_by_whom(api: Api, engine: AskedEngine) -> None:
+    events = await api.events(turn("#3 pace=0.01", session="sessions/s"), timeout=20)
+    answer = await api.run(turn("hello you", session="sessions/s"))
+
+    assert kinds(events)[:2] == ["accepted", "routed"]
+    assert "".join(event.text_delta.text for event in events) == "one two three" == events[-1].completed.text
+    assert events[-1].completed.model == "models/scripted"
+    assert answer.completed.text == "You said: hello you"
+    assert engine.read[-1] == ["#3 pace=0.01", "one two three", "hello you"]
+    first, second = engine.askers
+    assert (first.workspace, first.session, second.deadline) == ("default", "s", None)
+    assert first.deadline is not None
+    assert 15 < first.deadline - asyncio.get_running_loop().time() <= 20
+
+
+async def test_options_and_stop_texts_cross_over(api: Api) -> None:
+    options = message_pb2.GenerationOptions(max_output_tokens=5, stop=["three"], temperature=0.5, seed=7)
+    events = await api.events(turn("#9", options=options))
+
+    assert events[-1].completed.text == "one two "
+    assert events[-1].completed.finish_reason == message_pb2.FINISH_REASON_STOP_TEXT
+
+
+async def test_a_refusal_over_there_is_the_same_refusal_here(api: Api) -> None:
+    failing = await refused(api.run(turn("#9 fail=0:QUEUE_FULL")))
+    broken = await refused(api.run(turn("#9 fail=2")))
+    long = await refused(api.run(turn("long " * 20_000)))
+
+    assert (failing.code(), reason_of(failing)) == (grpc.StatusCode.RESOURCE_EXHAUSTED, "QUEUE_FULL")
+    assert (broken.code(), reason_of(broken)) == (grpc.StatusCode.UNAVAILABLE, "MODEL_UNAVAILABLE")
+    assert (reason_of(long), fields_of(long)) == ("CONTEXT_LENGTH_EXCEEDED", ["turn.parts"])
+
+
+async def test_a_history_that_is_too_long_is_cut_where_it_can_be_counted(api: Api, engine: AskedEngine) -> None:
+    said = "word " * 3000
+    for _ in range(4):
+        await api.run(turn(said, session="sessions/s"))
+    answer = await api.run(turn("#1", session="sessions/s"))
+    timings = answer.completed.timings
+
+    assert timings.trimmed_messages > 0
+    assert timings.trimmed_messages + timings.history_messages == 8
+    assert len(engine.read[-1]) == timings.history_messages + 1
+
+
+async def test_cancelling_frees_the_engine_over_there(api: Api, engine: AskedEngine) -> None:
+    call = api.stream(turn("#1000 pace=0.01", session="sessions/s", request_id="r"))
+    await until_it_streams(call)
+    assert await api.cancel("sessions/s/turns/1")
+    await asyncio.wait_for(engine.idle.wait(), 5)
+
+    assert engine.running == 0
+
+
+async def test_tokens_are_counted_over_there(api: Api) -> None:
+    text = inference_pb2.CountTokensRequest(text="twelve chars")
+    counted = await api.inference.CountTokens(text, metadata=api.metadata)
+    prompt = inference_pb2.Prompt(
+        messages=[message_pb2.Message(role=message_pb2.ROLE_USER, parts=[message_pb2.Part(text="twelve chars")])]
+    )
+    whole = await api.inference.CountTokens(inference_pb2.CountTokensRequest(prompt=prompt), metadata=api.metadata)
+
+    assert (counted.token_count, whole.token_count) == (3, 4)
+
+
+async def test_a_model_is_loaded_over_there_chosen_and_let_go(api: Api, engine: AskedEngine) -> None:
+    load = model_pb2.LoadModelRequest(name="models/demo", path=str(ARTIFACT))
+    steps = await loaded(api, load)
+    switch = model_pb2.SwitchModelRequest(name="models/demo")
+    switched = await api.models.SwitchModel(switch, metadata=api.metadata)
+    answer = await api.run(turn("Who are you?"))
+    old = model_pb2.UnloadModelRequest(name="models/scripted")
+    await api.models.UnloadModel(old, metadata=api.metadata)
+    listed = await api.models.ListModels(model_pb2.ListModelsRequest(), metadata=api.metadata)
+
+    assert [step.stage for step in steps][-1] == "ready"
+    assert steps[-1].model.name == "models/demo"
+    assert switched.previous == "models/scripted"
+    assert answer.completed.model == "models/demo"
+    assert [model.name for model in listed.models] == ["models/demo"]
+    assert not engine.healthy
+
+
+async def test_what_cannot_be_loaded_over_there_says_why(api: Api, tmp_path: Path) -> None:
+    load = model_pb2.LoadModelRequest(name="models/demo", path=str(tmp_path / "nowhere"))
+    problem = await refused(loaded(api, load))
+
+    assert (problem.code(), reason_of(problem)) == (grpc.StatusCode.FAILED_PRECONDITION, "MODEL_NOT_LOADABLE")
+    assert "nowhere" in (problem.details() or "")
+
+
+async def test_without_an_engine_the_core_does_not_start_and_says_what_to_do(tmp_path: Path) -> None:
+    from moltbot_server.rpc.remote_engine import EngineLink
+
+    link = EngineLink(f"unix:{tmp_path}/nobody.sock", "key")
+    with pytest.raises(ModelUnavailable, match="start it with `moltbot engine`"):
+        await link.open(0.3)
+    await link.close()
+
+
+async def test_a_wrong_key_is_told_as_such(tmp_path: Path, role: EngineRole) -> None:
+    from moltbot_server.errors import Unauthenticated
+    from moltbot_server.rpc.remote_engine import EngineLink
+
+    link = EngineLink(role.server.address, "mb_live_wrong")
+    await link.open(5)
+    with pytest.raises(Unauthenticated):
+        await link.models()
+    await link.close()
+
+
+class EngineProcess:
+    """An engine as users run it, which can be killed and started again."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        self.process: asyncio.subprocess.Process
+
+    async def start(self) -> None:
+        known = {name: value for name, value in os.environ.items() if not name.startswith("MOLTBOT_")}
+        self.process = await asyncio.create_subprocess_exec(
+            *(sys.executable, "-m", "moltbot_server", "engine", "--workspace", str(self.folder)),
+            env={**known, "MODEL_TYPE": "scripted"},
+            cwd=self.folder,
+            stdout=asyncio.subprocess.PIPE,
+        )
+        assert self.process.stdout is not None
+        assert await asyncio.wait_for(self.process.stdout.readline(), 20)
+
+    async def kill(self, number: signal.Signals = signal.SIGKILL) -> None:
+        self.process.send_signal(number)
+        await asyncio.wait_for(self.process.wait(), 20)
+
+
+@pytest.fixture
+async def killable(tmp_path: Path) -> AsyncIterator[tuple[EngineProcess, Api]]:
+    """An engine as a process, and a core that uses it."""
+    place = Workspace(folder=tmp_path)
+    place.create()
+    engine = EngineProcess(tmp_path)
+    await engine.start()
+    core = Core(settings(tmp_path, engine=f"unix:{place.engine_socket}"), key=place.read_key())
+    await core.start()
+    api = Api.of(RunningServer(core, place.read_key()))
+    yield engine, api
+    await api.channel.close()
+    await core.stop(1.0)
+    if engine.process.returncode is None:
+        await engine.kill(signal.SIGTERM)
+
+
+async def test_turns_that_have_not_begun_to_stream_do_not_see_that_the_engine_died(
+    killable: tuple[EngineProcess, Api],
+) -> None:
+    engine, api = killable
+    waiting = [asyncio.create_task(api.run(turn("#2 wait=0.5", session=f"sessions/{n}"))) for n in range(8)]
+    streaming = api.stream(turn("#1000 pace=0.01"))
+    await until_it_streams(streaming)
+    await engine.kill()
+    cut = await drained(streaming)
+    asked_while_away = asyncio.create_task(api.run(turn("hello")))
+    await engine.start()
+    answers = await asyncio.wait_for(asyncio.gather(*waiting, asked_while_away), 20)
+
+    assert [answer.completed.text for answer in answers] == ["one two"] * 8 + ["You said: hello"]
+    assert (cut[-1].failed.reason, cut[-1].failed.retryable) == ("MODEL_UNAVAILABLE", True)
+
+
+async def test_models_that_were_loaded_are_loaded_again_when_the_engine_comes_back(
+    killable: tuple[EngineProcess, Api],
+) -> None:
+    engine, api = killable
+    load = model_pb2.LoadModelRequest(name="models/demo", path=str(ARTIFACT))
+    await loaded(api, load)
+    await engine.kill()
+    asked = asyncio.create_task(api.run(turn("Who are you?", model="models/demo")))
+    await engine.start()
+    answer = await asyncio.wait_for(asked, 20)
+
+    assert answer.completed.model == "models/demo"
+    assert "MoltBot" in answer.completed.text
+
+
+async def test_a_deadline_ends_the_wait_for_an_engine_that_is_away(killable: tuple[EngineProcess, Api]) -> None:
+    engine, api = killable
+    await engine.kill()
+    problem = await refused(api.run(turn("hello"), timeout=0.5))
+
+    assert problem.code() is grpc.StatusCode.DEADLINE_EXCEEDED
+
+
+async def test_one_socket_has_one_engine(tmp_path: Path, role: EngineRole) -> None:
+    second = EngineRole(settings(tmp_path), key="mb", listen=role.server.address, catalog=Catalog([AskedEngine()]))
+    with pytest.raises(OSError, match="another engine listens there"):
+        await second.start()
