@@ -45,8 +45,9 @@ class Core:
         self.store = SqliteStore(Workspace(folder=settings.workspace).database)
         self.journal = Journal(self.store)
         self.catalog, self._link, loader = _models(settings, key, catalog)
-        self.models = ModelManager(self.catalog, loader)
         self.sessions = Sessions(self.store, self._window)
+        # What fits into another model's context may be more of a session than is at hand.
+        self.models = ModelManager(self.catalog, loader, on_switch=self.sessions.forget_idle)
         self.pipeline = TurnPipeline(
             store=self.store,
             journal=self.journal,

@@ -116,6 +116,10 @@ class TurnPipeline:
             same_content(begun.digest, digest)
             begun.allow_until(deadline)
             return begun
+        entry = self._catalog.ready(turn.model)
+        if entry.engine is not engine:
+            # Another model was chosen, or this one loaded anew, while the session was read.
+            _check_model(turn, entry.engine)
         if session.claims >= _MOST_IN_A_SESSION:
             raise QueueFull("too many turns wait in this session already", retry_after=1.0)
         live = LiveTurn(
@@ -128,7 +132,7 @@ class TurnPipeline:
             ticker=self.journal.ticker,
         )
         self.journal.begin(live)
-        run = TurnRun(self, live, session, engine, asker)
+        run = TurnRun(self, live, session, entry, asker)
         self._runs.add(run)
         run.begin()
         live.expire_at(deadline)
@@ -158,10 +162,12 @@ class TurnPipeline:
             ContextLengthExceeded: the newest message leaves no room for an answer.
         """
         window = session.history
-        if turn.transcript is not None or engine.id != self._catalog.default:
-            # What the session keeps was counted by the default model.
-            history = session.history.messages if turn.transcript is None else turn.transcript
-            window = ContextWindow.of(history, engine.count, engine.capabilities.context_length)
+        if turn.transcript is not None:
+            window = ContextWindow.of(turn.transcript, engine.count, engine.capabilities.context_length)
+        elif not window.is_counted_by(engine.count):
+            window = ContextWindow.of(window.messages, engine.count, engine.capabilities.context_length)
+            if engine.id == self._catalog.default:
+                session.history = window
         rules = _system(turn.system_prompt) if turn.system_prompt else self._rules
         return window.fit(Message(role=Role.USER, parts=turn.parts), turn.options, rules)
 

@@ -121,6 +121,11 @@ class Sessions(Generic[H]):
         """How many sessions are at hand."""
         return len(self._open)
 
+    def forget_idle(self) -> None:
+        """Let go the sessions without a turn: what is remembered of them is read from the store again."""
+        for key in [key for key, session in self._open.items() if not session.claims]:
+            del self._open[key]
+
     def at_hand(self, key: SessionKey) -> OpenSession[H] | None:
         """Return the session if it is at hand."""
         return self._open.get(key)

@@ -21,6 +21,7 @@ from moltbot_server.errors import (
 )
 from moltbot_server.journal import Journal, LiveTurn, same_content
 from moltbot_server.metrics import Metrics
+from moltbot_server.models.catalog import CatalogEntry
 from moltbot_server.models.context import ContextWindow, Fitted
 from moltbot_server.models.engine import Asker, Engine, Finished, Generation
 from moltbot_server.sessions import OpenSession
@@ -73,6 +74,7 @@ class TurnRun:
         "_ending",
         "_engine",
         "_entered",
+        "_entry",
         "_finished",
         "_first_text",
         "_fitted",
@@ -92,13 +94,14 @@ class TurnRun:
         pipeline: Surroundings,
         live: LiveTurn,
         session: OpenSession[ContextWindow],
-        engine: Engine,
+        entry: CatalogEntry,
         asker: Asker,
     ) -> None:
         self._pipeline = pipeline
         self._live = live
         self._session = session
-        self._engine = engine
+        self._entry = entry
+        self._engine = entry.hold()
         self._asker = asker
         self._entered = self._over = False
         self._started = self._first_text = 0.0
@@ -314,6 +317,7 @@ class TurnRun:
         self._generation = None
         self._live.let_go()
         self._pipeline.journal.close(self._live)
+        self._entry.release()
         self._pipeline.over(self)
 
     # --- what is told --------------------------------------------------------------------------------------------

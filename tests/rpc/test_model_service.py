@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 from pathlib import Path
 from typing import Any
 
@@ -9,8 +10,8 @@ import grpc
 import pytest
 from moltbot.v1 import model_pb2, plugin_pb2
 from moltbot_server.demo_model import ARTIFACT
-from moltbot_server.testing import RunningServer, Script, running_server
-from rpc_calls import Api, WatchedEngine, reason_of, refused, turn
+from moltbot_server.testing import RunningServer, Script, ScriptedEngine, running_server
+from rpc_calls import Api, WatchedEngine, reason_of, refused, turn, until
 
 
 async def test_the_only_model_is_listed_as_the_default_with_what_it_can_do(api: Api) -> None:
@@ -122,3 +123,44 @@ async def test_there_are_no_plugins_yet(api: Api, core: RunningServer) -> None:
 
 async def _last(call: Any) -> Any:
     return [step async for step in call][-1]
+
+
+async def test_turns_that_wait_in_their_session_are_answered_by_the_model_that_was_chosen_when_they_came(
+    api: Api, core: RunningServer
+) -> None:
+    other = ScriptedEngine(Script(id="other"))
+    await other.start()
+    core.core.catalog.add(other)
+    first = asyncio.create_task(api.run(turn("#1 wait=0.3", session="sessions/s")))
+    second = asyncio.create_task(api.run(turn("#1", session="sessions/s", request_id="second")))
+    await until(lambda: core.core.catalog.entry("scripted").turns == 2)
+    await api.models.SwitchModel(model_pb2.SwitchModelRequest(name="models/other"), metadata=api.metadata)
+    unload = model_pb2.UnloadModelRequest(name="models/scripted")
+    unloading = asyncio.ensure_future(api.models.UnloadModel(unload, metadata=api.metadata))
+    third = await api.run(turn("#1"))
+    answers = [await first, await second, third]
+    await unloading
+
+    models = [answer.completed.model for answer in answers]
+    assert models == ["models/scripted", "models/scripted", "models/other"]
+
+
+async def test_after_a_switch_the_history_is_cut_to_the_new_context_and_grows_again_with_the_old_one(
+    tmp_path: Path,
+) -> None:
+    short = ScriptedEngine(Script(id="short", context_length=64))
+    await short.start()
+    async with running_server(tmp_path, engine=WatchedEngine()) as server:
+        api = Api.of(server)
+        server.core.catalog.add(short)
+        for _ in range(10):
+            await api.run(turn("some words of a talk", session="sessions/s"))
+        trimmed = []
+        for model in ("short", "scripted"):
+            await api.models.SwitchModel(model_pb2.SwitchModelRequest(name=f"models/{model}"), metadata=api.metadata)
+            answer = await api.run(turn("more", session="sessions/s"))
+            trimmed.append(answer.completed.timings.trimmed_messages)
+        await api.channel.close()
+
+    assert trimmed[0] > 0
+    assert trimmed[1] == 0

@@ -70,6 +70,10 @@ class ContextWindow:
     def __len__(self) -> int:
         return len(self._kept)
 
+    def is_counted_by(self, count: Count) -> bool:
+        """Tell whether the window was made for the model that counts so."""
+        return self._count == count
+
     @property
     def messages(self) -> list[Message]:
         """The messages that are kept, oldest first."""

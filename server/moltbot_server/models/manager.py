@@ -51,8 +51,10 @@ class ModelManager:
     A turn is answered by the model that was chosen when it was accepted, whatever happens after that.
     """
 
-    def __init__(self, catalog: Catalog, loader: Loader) -> None:
+    def __init__(self, catalog: Catalog, loader: Loader, *, on_switch: Callable[[], None] = lambda: None) -> None:
+        """`on_switch` is called when another model has become the default."""
         self._catalog = catalog
+        self._on_switch = on_switch
         self._loader = loader
         self._specs: dict[str, ModelSpec] = {}
         self._loading: dict[str, asyncio.Task[CatalogEntry]] = {}
@@ -98,6 +100,8 @@ class ModelManager:
         await self._loader.prefer(entry.engine)
         previous = self._catalog.default
         self._catalog.choose(name)
+        if name != previous:
+            self._on_switch()
         _log.info("another model answers by default", extra={"model": entry.engine.id, "previous": previous})
         return entry, previous
 
