@@ -181,7 +181,7 @@ class LiveTurn:
     def expire_at(self, deadline: float | None) -> None:
         """End the turn at a time of the event loop's clock, if it has not ended by then."""
         if deadline is not None and not self.closing:
-            self._timer = asyncio.get_running_loop().call_at(deadline, self._expire)
+            self._timer = _timer_at(deadline, self._expire)
 
     def allow_until(self, deadline: float | None) -> None:
         """Let the turn go on until a later deadline, or without one: somebody with more time follows it too."""
@@ -244,22 +244,21 @@ class Ticker:
 
     def call_within(self, seconds: float, callback: Callable[[], None]) -> None:
         """Call back once, when `seconds` have passed."""
-        loop = asyncio.get_running_loop()
-        self._due[callback] = loop.time() + seconds
+        due = asyncio.get_running_loop().time() + seconds
+        self._due[callback] = due
         if self._timer is None:
-            self._timer = loop.call_later(seconds, self._tick)
-        elif self._timer.when() > loop.time() + seconds:
+            self._timer = _timer_at(due, self._tick)
+        elif self._timer.when() > due:
             self._timer.cancel()
-            self._timer = loop.call_later(seconds, self._tick)
+            self._timer = _timer_at(due, self._tick)
 
     def forget(self, callback: Callable[[], None]) -> None:
         """Do not call back."""
         self._due.pop(callback, None)
 
     def _tick(self) -> None:
-        loop = asyncio.get_running_loop()
         # What is due in a moment may as well come now, with the others.
-        now = loop.time() + 0.001
+        now = asyncio.get_running_loop().time() + 0.001
         for callback in [callback for callback, due in self._due.items() if due <= now]:
             if self._due.pop(callback, None) is None:
                 continue  # forgotten by one that came before it
@@ -268,7 +267,13 @@ class Ticker:
             except Exception:
                 # The turn that it belongs to has its own ways to end; the others go on.
                 log.exception("a callback of the ticker failed")
-        self._timer = loop.call_at(min(self._due.values()), self._tick) if self._due else None
+        self._timer = _timer_at(min(self._due.values()), self._tick) if self._due else None
+
+
+def _timer_at(when: float, callback: Callable[[], None]) -> asyncio.TimerHandle:
+    """Return a timer that knows when it is due. uvloop's do not where no millisecond is left: those get one."""
+    loop = asyncio.get_running_loop()
+    return loop.call_at(max(when, loop.time() + 0.001), callback)
 
 
 class Follower:

@@ -7,6 +7,7 @@ import itertools
 from typing import Any, cast
 
 import pytest
+import uvloop
 from moltbot_server.errors import NotServing, RequestIdReused, TurnNotFound
 from moltbot_server.journal import Follower, Journal, LiveTurn, Ticker, replay
 from moltbot_server.store import SEQUENCE_AFTER_CRASH, NewTurn, Store, StoredTurn
@@ -323,3 +324,18 @@ async def test_a_turn_that_a_crash_cut_is_told_with_an_end_beyond_all_that_was_s
 async def test_an_unknown_turn_is_not_found(store: Store) -> None:
     with pytest.raises(TurnNotFound):
         await Journal(store).find(TurnKey(session=SessionKey(workspace="w", session="s"), ordinal=1))
+
+
+def test_a_time_that_has_come_already_is_known_to_the_loop_that_a_core_runs_on() -> None:
+    async def late() -> tuple[list[str], bool]:
+        ticker, called, over = Ticker(), list[str](), asyncio.Event()
+        ticker.call_within(0, lambda: called.append("now"))
+        ticker.call_within(-1, over.set)
+        live = begun()
+        live.expire_at(asyncio.get_running_loop().time() - 1)
+        live.allow_until(asyncio.get_running_loop().time() + 60)
+        await over.wait()
+        live.let_go()
+        return called, live.late
+
+    assert uvloop.run(late()) == (["now"], False)
