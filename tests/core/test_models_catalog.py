@@ -8,7 +8,6 @@ import pytest
 from moltbot_server.errors import ModelNotFound, ModelUnavailable
 from moltbot_server.models.building import build_catalog
 from moltbot_server.models.catalog import Catalog, ModelState
-from moltbot_server.models.cpus import usable_cpus
 from moltbot_server.models.engines.local import LocalEngine, default_threads
 from moltbot_server.models.engines.scripted import Script, ScriptedEngine
 from moltbot_server.models.folder import read_folder
@@ -109,24 +108,6 @@ def test_the_number_of_replicas_leaves_room_for_the_server(
 ) -> None:
     monkeypatch.setattr("moltbot_server.models.engines.local.usable_cpus", lambda: cpus)
     assert default_threads() == replicas
-
-
-def test_a_containers_quota_counts_as_processors(tmp_path: Path) -> None:
-    everything = usable_cpus(tmp_path)
-    assert everything >= 1
-    (tmp_path / "cpu.max").write_text("50000 100000\n")
-    assert usable_cpus(tmp_path) == 1
-    (tmp_path / "cpu.max").write_text("100000 100000\n")
-    assert usable_cpus(tmp_path) == 1
-    (tmp_path / "cpu.max").write_text("max 100000\n")
-    assert usable_cpus(tmp_path) == everything
-    (tmp_path / "cpu.max").unlink()
-    (tmp_path / "cpu").mkdir()
-    (tmp_path / "cpu" / "cpu.cfs_quota_us").write_text("100000\n")
-    (tmp_path / "cpu" / "cpu.cfs_period_us").write_text("100000\n")
-    assert usable_cpus(tmp_path) == 1
-    (tmp_path / "cpu" / "cpu.cfs_quota_us").write_text("-1\n")
-    assert usable_cpus(tmp_path) == everything
 
 
 @pytest.mark.parametrize("name", ["builtin", "built-in", "moltbot-demo", "MoltBot-Demo"])
