@@ -81,4 +81,4 @@ ENV_NAMES: Mapping[str, str] = {
 OTHERS_NAMES = frozenset({"PORTS", "POST", "WORKER"})
 
 # Variables of MoltBot that are no settings of the server.
-OTHER_NAMES = frozenset({"MOLTBOT_WORKSPACE", "MOLTBOT_KEY", "MOLTBOT_ADDRESS"})
+OTHER_NAMES = frozenset({"MOLTBOT_WORKSPACE", "MOLTBOT_KEY", "MOLTBOT_ADDRESS", "MOLTBOT_HUB", "MOLTBOT_HUB_TOKEN"})

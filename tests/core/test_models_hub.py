@@ -10,7 +10,8 @@ from pathlib import Path
 
 import pytest
 from moltbot_server.models.hub import Hub, HubError, HubFile, Listing, Patience, Source, parse_source
-from moltbot_server.models.pull import Pull, Weights, check_files, readable, select
+from moltbot_server.models.pull import Pull, Weights, check_files, select
+from moltbot_server.models.sizes import readable
 from moltbot_server.testing_hub import Refusal, SmallHub
 
 QUICK = Patience(first_pause=0.001, longest_pause=0.002, silence=5.0)

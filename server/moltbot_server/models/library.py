@@ -35,6 +35,7 @@ class Origin(StrEnum):
     """How a model came into a library."""
 
     BUILT_IN = "built-in"
+    CONFIGURED = "configured"  # in no library: MODEL_PATH names it
     ADDED = "added"
     PULLED = "pulled"
     CONVERTED = "converted"
@@ -164,25 +165,33 @@ class Library:
         if place.exists() or place.is_symlink():
             raise ModelExists(f"{place} is there already; move it away, or choose another name.")
 
+    def check_removable(self, model: KnownModel) -> None:
+        """Refuse to take a model away that is needed.
+
+        Raises:
+            ModelInUse: it is built in, or was chosen to answer from the start on.
+        """
+        if model == BUILT_IN:
+            raise ModelInUse("The built-in model is part of MoltBot and stays.")
+        if self.default == model.name:
+            raise ModelInUse(
+                f"The model {model.name} is to answer from the next start on; choose another one first, or leave it to "
+                "the configuration with `moltbot model switch --configured`."
+            )
+
     def remove(self, name: str) -> KnownModel:
         """Forget a model, and delete its folder if it was pulled or converted; return what it was.
 
         Raises:
             ModelNotFound: there is none.
-            ModelInUse: it is built in, or was chosen to answer from the start on.
+            ModelInUse: see `check_removable`.
             ModelUnavailable: the library's file cannot be read or written.
         """
-        model = self.find(name)
-        if model is BUILT_IN:
-            raise ModelInUse("The built-in model is part of MoltBot and stays.")
         with self._changing() as kept:
-            if kept.default == model.name:
-                raise ModelInUse(
-                    f"The model {model.name} is to answer from the next start on; choose another one first."
-                )
-            self._write(
-                msgspec.structs.replace(kept, models=tuple(each for each in kept.models if each.name != model.name))
-            )
+            model = self.find(name)
+            self.check_removable(model)
+            others = tuple(each for each in kept.models if each.name != model.name)
+            self._write(msgspec.structs.replace(kept, models=others))
             doomed = self._set_aside(model.name) if self.owns(model) else None
         if doomed is not None:
             shutil.rmtree(doomed)

@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any, ParamSpec, Protocol, TypeVar
 
 from moltbot_server.models.hub import Backoff, Hub, HubError, HubFile, Listing, Unsteady
+from moltbot_server.models.sizes import readable
 from moltbot_server.turns import Value
 
 _Given = ParamSpec("_Given")
@@ -375,13 +376,3 @@ def _size(path: Path) -> int:
         return path.lstat().st_size
     except OSError:
         return 0
-
-
-def readable(count: float) -> str:
-    """Return a number of bytes as people read it: `512 B`, `13.4 MB`, `420 MB`."""
-    if count < 1000:
-        return f"{count:.0f} B"
-    units = ["kB", "MB", "GB", "TB"]
-    while (count := count / 1000) >= 999.5 and len(units) > 1:
-        del units[0]
-    return f"{count:.1f} {units[0]}" if count < 99.95 else f"{count:.0f} {units[0]}"

@@ -1,0 +1,459 @@
+"""`moltbot model …` as people run it: against nothing, against a hub on this machine, and against a core that runs."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import json
+import os
+import pty
+import shutil
+import signal
+import time
+from collections.abc import AsyncIterator
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import grpc
+import pytest
+from cli_process import COMMAND, Home
+from grpc import aio
+from moltbot.v1 import model_pb2, model_pb2_grpc
+from moltbot_server.demo_model import ARTIFACT
+from moltbot_server.testing_hub import SmallHub
+
+BUILT_IN = "moltbot-demo"
+KEY = "mb_test_key"
+
+
+def twin(folder: Path) -> Path:
+    """Make a model folder that holds what the built-in one does, under the folder's own name; return it."""
+    shutil.copytree(ARTIFACT, folder)
+    description = (folder / "moltbot.yaml").read_text()
+    (folder / "moltbot.yaml").write_text(description.replace("family: moltbot-demo", "family: twin"))
+    return folder
+
+
+@pytest.fixture
+def home(tmp_path: Path) -> Home:
+    """A home folder in which nothing is configured."""
+    (tmp_path / "home").mkdir()
+    return Home(tmp_path / "home", variables={})
+
+
+@pytest.fixture
+async def hub(tmp_path: Path, home: Home) -> AsyncIterator[SmallHub]:
+    """A hub with a model that can answer, one that must be converted and one that is of no use."""
+    for name in ("twin", "raw", "llama"):
+        (tmp_path / "hub" / "acme" / name).parent.mkdir(parents=True, exist_ok=True)
+    twin(tmp_path / "hub" / "acme" / "twin")
+    for name, file in (("raw", "model.safetensors"), ("llama", "llama.gguf")):
+        (tmp_path / "hub" / "acme" / name).mkdir()
+        (tmp_path / "hub" / "acme" / name / file).write_bytes(os.urandom(20_000))
+        (tmp_path / "hub" / "acme" / name / "config.json").write_text("{}")
+    async with SmallHub(tmp_path / "hub").running() as hub:
+        home.variables["MOLTBOT_HUB"] = hub.address
+        yield hub
+
+
+async def known(home: Home) -> dict[str, dict[str, object]]:
+    """Return the models of `moltbot model list` by name."""
+    return {model["name"]: model for model in (await home.run("model", "list", "--json")).json["models"]}
+
+
+async def test_help_teaches_every_command_by_example(home: Home) -> None:
+    overview = (await home.run("model")).out
+    assert overview == (await home.run("model", "--help")).out
+    for name in ("list", "show", "add", "pull", "convert", "remove", "switch", "tune", "bench"):
+        assert f"\n    {name} " in overview
+        told = (await home.run("model", name, "--help")).out
+        assert f"\n  moltbot model {name}" in told
+        assert "--json" in told
+
+
+@pytest.mark.parametrize("arguments", [("nope",), ("show",), ("switch",), ("switch", "a", "--configured"), ("pull",)])
+async def test_a_wrong_use_ends_with_status_2(home: Home, arguments: tuple[str, ...]) -> None:
+    ended = await home.run("model", *arguments)
+    assert (ended.status, ended.out) == (2, "")
+    assert ended.err
+
+
+class TestWithoutACore:
+    """Nothing runs: what the commands know, they know from the workspace."""
+
+    async def test_a_fresh_list_has_the_built_in_model_which_answers_at_start(self, home: Home) -> None:
+        listed = await home.run("model", "list")
+        assert (listed.status, listed.err) == (0, "")
+        assert f"{BUILT_IN}  at start" in listed.out
+        assert "MoltBot is not running: start it with" in listed.out
+        found = (await home.run("model", "list", "--json")).json
+        assert (found["running"], found["answers"], found["at_start"]) == (False, None, BUILT_IN)
+
+    async def test_show_tells_what_a_model_is(self, home: Home) -> None:
+        shown = (await home.run("model", "show", BUILT_IN)).out
+        assert "1024 tokens" in shown
+        assert "tokenizer.model" in shown
+        assert (await home.run("model", "show", BUILT_IN, "--json")).json["context_length"] == 1024
+
+    async def test_an_unknown_model_is_told_with_those_that_are_known(self, home: Home) -> None:
+        ended = await home.run("model", "show", "nobody")
+        assert ended.status == 1
+        assert "known are moltbot-demo" in ended.err
+        as_json = await home.run("model", "show", "nobody", "--json")
+        assert (as_json.status, as_json.json["error"]["status"]) == (1, 1)
+
+    async def test_a_folder_is_added_by_name_and_stays_when_it_is_removed(self, home: Home) -> None:
+        folder = twin(home.folder / "My Twin")
+        added = await home.run("model", "add", "My Twin")
+        assert (added.status, added.err) == (0, "")
+        assert "model switch my-twin" in added.out
+        assert (await known(home))["my-twin"]["path"] == str(folder)
+        assert (await home.run("model", "add", "My Twin", "--name", "other")).status == 0
+        removed = await home.run("model", "remove", "my-twin")
+        assert "stays as it is" in removed.out
+        assert (folder / "model.bin").exists()
+        assert set(await known(home)) == {BUILT_IN, "other"}
+
+    async def test_a_folder_that_is_no_model_is_refused_with_what_was_found(self, home: Home) -> None:
+        (home.folder / "raw").mkdir()
+        (home.folder / "raw" / "model.safetensors").write_bytes(b"")
+        ended = await home.run("model", "add", "raw", "--type", "llama2")
+        assert ended.status == 1
+        assert "model.safetensors" in ended.err
+        assert set(await known(home)) == {BUILT_IN}
+
+    async def test_a_name_that_another_folder_has_is_refused_and_the_same_folder_may_be_added_again(
+        self, home: Home
+    ) -> None:
+        twin(home.folder / "one")
+        twin(home.folder / "two")
+        assert (await home.run("model", "add", "one", "--name", "it")).status == 0
+        assert (await home.run("model", "add", "one", "--name", "it")).status == 0
+        ended = await home.run("model", "add", "two", "--name", "it")
+        assert ended.status == 1
+        assert "--name" in ended.err
+
+    async def test_a_switch_is_kept_for_the_next_start_and_can_be_taken_back(self, home: Home) -> None:
+        twin(home.folder / "twin")
+        await home.run("model", "add", "twin")
+        switched = await home.run("model", "switch", "twin")
+        assert (switched.status, switched.err) == (0, "")
+        assert "From the next start on twin answers" in switched.out
+        assert (await home.run("model", "list", "--json")).json["at_start"] == "twin"
+        refused = await home.run("model", "remove", "twin")
+        assert refused.status == 1
+        assert "switch --configured" in refused.err
+        assert (await home.run("model", "switch", "--configured")).status == 0
+        assert (await home.run("model", "list", "--json")).json["at_start"] == BUILT_IN
+        assert (await home.run("model", "remove", "twin")).status == 0
+
+    async def test_a_switch_that_the_environment_would_overrule_says_so(self, home: Home) -> None:
+        twin(home.folder / "twin")
+        await home.run("model", "add", "twin")
+        home.variables["MODEL_PATH"] = str(twin(home.folder / "configured"))
+        switched = await home.run("model", "switch", "twin")
+        assert switched.status == 0
+        assert "environment variable MODEL_PATH names another model" in switched.err
+        assert "configured answers" in switched.out
+
+    async def test_a_model_whose_folder_is_gone_is_listed_with_what_is_wrong_and_not_switched_to(
+        self, home: Home
+    ) -> None:
+        twin(home.folder / "twin")
+        await home.run("model", "add", "twin")
+        shutil.rmtree(home.folder / "twin")
+        listed = await home.run("model", "list")
+        assert "not usable" in listed.out
+        assert "found nothing" in listed.out
+        refused = await home.run("model", "switch", "twin")
+        assert refused.status == 1
+        assert "found nothing" in refused.err
+        assert (await home.run("model", "list", "--json")).json["at_start"] == BUILT_IN
+
+    async def test_bench_measures_alone_and_together(self, home: Home) -> None:
+        ended = await home.run("model", "bench", BUILT_IN, "--streams", "1,4", "--seconds", "0.3", "--json")
+        assert (ended.status, ended.err) == (0, "")
+        assert [each["streams"] for each in ended.json["streams"]] == [1, 4]
+        assert all(each["tokens_per_s"] > 0 for each in ended.json["streams"])
+        assert all(each["first_token_ms"]["p50"] > 0 for each in ended.json["streams"])
+        wrong = await home.run("model", "bench", "--streams", "1,x")
+        assert (wrong.status, wrong.out) == (2, "")
+
+
+class TestFromAHub:
+    """Models are pulled from a hub on this machine."""
+
+    async def test_a_pulled_model_is_ready_to_answer(self, home: Home, hub: SmallHub) -> None:
+        ended = await home.run("model", "pull", "acme/twin")
+        assert (ended.status, ended.err) == (0, "")
+        assert "CTranslate2 weights" in ended.out
+        assert "model switch twin" in ended.out
+        model = (await known(home))["twin"]
+        assert model["origin"] == "pulled"
+        assert "/acme/twin@" in str(model["source"])
+        assert Path(str(model["path"])) == home.workspace / "models" / "twin"
+        assert [path.name for path in (home.workspace / "models").iterdir()] == ["twin"]
+        asked = len(hub.of("resolve"))
+        again = await home.run("model", "pull", "acme/twin", "--json")
+        assert (again.status, again.json["problem"]) == (0, "")
+        assert len(hub.of("resolve")) == asked
+        removed = await home.run("model", "remove", "twin")
+        assert "with its files" in removed.out
+        assert not (home.workspace / "models" / "twin").exists()
+
+    async def test_ctrl_c_keeps_what_came_and_the_same_command_goes_on(self, home: Home, hub: SmallHub) -> None:
+        hub.faults.stall_after = 100_000
+        process = await home.spawn("model", "pull", "acme/twin")
+        weights = home.workspace / "models" / ".twin.partial" / "model.bin"
+        await asyncio.to_thread(await_size, weights, 100_000)
+        process.send_signal(signal.SIGINT)
+        _, err = await asyncio.wait_for(process.communicate(), 30)
+        assert process.returncode == 130
+        assert b"the same command goes on" in err
+        assert b"Traceback" not in err
+        assert set(await known(home)) == {BUILT_IN}
+        hub.faults.stall_after = None
+        hub.asked.clear()
+        assert (await home.run("model", "pull", "acme/twin")).status == 0
+        assert "bytes=100000-" in {asked.range for asked in hub.of("store")}
+        assert "twin" in await known(home)
+
+    async def test_at_a_terminal_a_bar_is_drawn_and_what_breaks_is_told(self, home: Home, hub: SmallHub) -> None:
+        hub.faults.cuts = [300_000]
+        ours, theirs = pty.openpty()
+        process = await asyncio.create_subprocess_exec(
+            *COMMAND, "model", "pull", "acme/twin", cwd=home.folder, env=home.environ,
+            stdin=asyncio.subprocess.DEVNULL, stdout=asyncio.subprocess.PIPE, stderr=theirs,
+        )  # fmt: skip
+        os.close(theirs)
+        reading = asyncio.create_task(asyncio.to_thread(read_all, ours))
+        assert await asyncio.wait_for(process.wait(), 30) == 0
+        seen = await reading
+        assert "\rtwin  [" in seen.replace("\x1b[K", "")
+        assert "Trying again" in seen
+        assert seen.endswith("\x1b[K")  # the bar is gone in the end
+
+    async def test_weights_that_must_be_converted_say_so(self, home: Home, hub: SmallHub) -> None:
+        ended = await home.run("model", "pull", "acme/raw")
+        assert ended.status == 0
+        assert "safetensors" in ended.out
+        assert "model convert raw" in ended.out
+        assert (await known(home))["raw"]["problem"]
+
+    async def test_weights_of_no_use_are_refused_before_they_are_fetched(self, home: Home, hub: SmallHub) -> None:
+        ended = await home.run("model", "pull", "acme/llama")
+        assert ended.status == 1
+        assert "llama.cpp" in ended.err
+        assert hub.of("store") == []
+        assert (await home.run("model", "pull", "acme/llama", "--include", "config.json")).status == 0
+
+    async def test_a_token_of_the_workspace_opens_a_private_model_and_is_never_shown(
+        self, home: Home, hub: SmallHub
+    ) -> None:
+        async with SmallHub(hub.folder, token="hf_secret").running() as private:
+            await home.run("init")
+            env = home.workspace / ".env"
+            del home.variables["MOLTBOT_HUB"]
+            env.write_text(f"MOLTBOT_HUB={private.address}\n")
+            refused = await home.run("model", "pull", "acme/twin")
+            assert refused.status == 1
+            assert "MOLTBOT_HUB_TOKEN" in refused.err
+            env.write_text(f"MOLTBOT_HUB={private.address}\nMOLTBOT_HUB_TOKEN=hf_secret\n")
+            fetched = await home.run("model", "pull", "acme/twin")
+            assert fetched.status == 0
+            assert "hf_secret" not in fetched.out + fetched.err
+            assert {asked.authorization for asked in private.of("store")} == {""}
+            assert (await home.run("model", "list")).status == 0  # the settings know the two names
+
+    async def test_the_token_does_not_go_to_a_hub_whose_address_was_pasted(self, home: Home, hub: SmallHub) -> None:
+        home.variables |= {"MOLTBOT_HUB": "https://hub.invalid", "MOLTBOT_HUB_TOKEN": "hf_secret"}
+        assert (await home.run("model", "pull", f"{hub.address}/acme/twin")).status == 0
+        assert {asked.authorization for asked in hub.asked} == {""}
+
+    async def test_a_name_that_is_taken_is_refused_before_anything_is_fetched(self, home: Home, hub: SmallHub) -> None:
+        twin(home.folder / "twin")
+        await home.run("model", "add", "twin")
+        ended = await home.run("model", "pull", "acme/twin")
+        assert ended.status == 1
+        assert "--name" in ended.err
+        assert hub.asked == []
+        assert (await home.run("model", "pull", "acme/twin", "--name", "other")).status == 0
+
+
+@dataclass
+class Scripted(model_pb2_grpc.ModelServiceServicer):
+    """A core that loads and switches by a script, and remembers what it was asked."""
+
+    default: str = BUILT_IN
+    loaded: set[str] = field(default_factory=lambda: {BUILT_IN})
+    broken: str = ""
+    """The model with this name fails its probe."""
+    asked: list[str] = field(default_factory=list)
+    loading: asyncio.Event = field(default_factory=asyncio.Event)
+    gate: asyncio.Event | None = None
+    """A load waits for it in the middle."""
+
+    def model(self, name: str) -> model_pb2.Model:
+        """Return how a model is."""
+        return model_pb2.Model(
+            name=f"models/{name}",
+            state=model_pb2.MODEL_STATE_READY,
+            is_default=name == self.default,
+            memory_bytes=2_400_000,
+            parallel=8,
+        )
+
+    async def ListModels(self, request, context):  # type: ignore[no-untyped-def]  # noqa: N802
+        """Answer all in one page."""
+        assert ("authorization", f"Bearer {KEY}") in context.invocation_metadata()
+        return model_pb2.ListModelsResponse(models=[self.model(name) for name in sorted(self.loaded)])
+
+    async def LoadModel(self, request, context):  # type: ignore[no-untyped-def]  # noqa: N802
+        """Load in three steps."""
+        name = request.name.removeprefix("models/")
+        self.asked.append(f"load {name} {request.path} {request.type}".strip())
+        for stage, progress in (("reading", 0.0), ("loading", 0.3)):
+            yield model_pb2.LoadModelResponse(stage=stage, progress=progress)
+        self.loading.set()
+        if self.gate:
+            await self.gate.wait()
+        if name == self.broken:
+            await context.abort(grpc.StatusCode.FAILED_PRECONDITION, "The probe of the model failed: no tokens came.")
+        self.loaded.add(name)
+        yield model_pb2.LoadModelResponse(stage="ready", progress=1.0, model=self.model(name))
+
+    async def SwitchModel(self, request, context):  # type: ignore[no-untyped-def]  # noqa: N802
+        """Switch."""
+        name, previous = request.name.removeprefix("models/"), self.default
+        self.asked.append(f"switch {name}")
+        self.default = name
+        return model_pb2.SwitchModelResponse(model=self.model(name), previous=f"models/{previous}")
+
+    async def UnloadModel(self, request, context):  # type: ignore[no-untyped-def]  # noqa: N802
+        """Unload."""
+        name = request.name.removeprefix("models/")
+        self.asked.append(f"unload {name}")
+        self.loaded.discard(name)
+        return model_pb2.UnloadModelResponse()
+
+
+class TestWithAScriptedCore:
+    """A core that plays a script shows what the commands ask for, in which order."""
+
+    @pytest.fixture
+    async def core(self, home: Home) -> AsyncIterator[Scripted]:
+        """A scripted core that the commands find by the environment, and a model `twin` in the list."""
+        script, server = Scripted(), aio.server()
+        model_pb2_grpc.add_ModelServiceServicer_to_server(script, server)
+        port = server.add_insecure_port("127.0.0.1:0")
+        await server.start()
+        twin(home.folder / "twin")
+        assert (await home.run("model", "add", "twin")).status == 0
+        home.variables |= {"MOLTBOT_ADDRESS": f"127.0.0.1:{port}", "MOLTBOT_KEY": KEY}
+        yield script
+        await server.stop(None)
+
+    async def test_a_switch_loads_switches_and_lets_the_old_one_go(self, home: Home, core: Scripted) -> None:
+        ended = await home.run("model", "switch", "twin")
+        assert (ended.status, ended.err) == (0, "")
+        assert "twin answers. After the next start moltbot-demo does; to keep this one:" in ended.out
+        assert core.asked == [f"load twin {home.folder / 'twin'}", "switch twin", f"unload {BUILT_IN}"]
+        again = await home.run("model", "switch", BUILT_IN, "--keep", "--default", "--json")
+        assert again.json == {"name": BUILT_IN, "running": True, "previous": "twin", "at_start": BUILT_IN}
+        assert core.asked[3:] == [f"load {BUILT_IN} {ARTIFACT}", f"switch {BUILT_IN}"]
+        assert core.loaded == {BUILT_IN, "twin"}
+
+    async def test_a_model_that_is_loaded_is_not_loaded_again(self, home: Home, core: Scripted) -> None:
+        core.loaded.add("twin")
+        assert (await home.run("model", "switch", "twin", "--default")).status == 0
+        assert core.asked == ["switch twin", f"unload {BUILT_IN}"]
+        assert (await home.run("model", "list", "--json")).json["at_start"] == "twin"
+
+    async def test_a_model_that_fails_its_probe_changes_nothing(self, home: Home, core: Scripted) -> None:
+        core.broken = "twin"
+        ended = await home.run("model", "switch", "twin", "--default")
+        assert ended.status == 1
+        assert "no tokens came" in ended.err
+        assert core.asked == [f"load twin {home.folder / 'twin'}"]
+        assert core.default == BUILT_IN
+        assert (await home.run("model", "list", "--json")).json["at_start"] == BUILT_IN
+
+    async def test_ctrl_c_while_a_model_is_loaded_switches_nothing(self, home: Home, core: Scripted) -> None:
+        core.gate = asyncio.Event()
+        process = await home.spawn("model", "switch", "twin")
+        await asyncio.wait_for(core.loading.wait(), 30)
+        process.send_signal(signal.SIGINT)
+        _, err = await asyncio.wait_for(process.communicate(), 30)
+        assert process.returncode == 130
+        assert b"what answers stays the same" in err
+        assert b"Traceback" not in err
+        core.gate.set()
+        assert (core.default, core.asked) == (BUILT_IN, [f"load twin {home.folder / 'twin'}"])
+
+    async def test_the_list_tells_what_answers_and_what_the_core_has_besides(self, home: Home, core: Scripted) -> None:
+        core.loaded |= {"twin", "stranger"}
+        core.default = "twin"
+        found = (await home.run("model", "list", "--json")).json
+        assert (found["running"], found["answers"], found["at_start"]) == (True, "twin", BUILT_IN)
+        states = {model["name"]: model["loaded"] for model in found["models"]}
+        assert states["twin"]["default"]
+        assert states["stranger"]["state"] == "ready"
+        assert states["twin"]["memory"] == 2_400_000
+        words = (await home.run("model", "list")).out
+        assert "answers, 2.4 MB" in words
+        assert f"After the next start {BUILT_IN} answers, not twin." in words
+
+    async def test_what_answers_is_not_removed_and_what_is_loaded_is_unloaded_first(
+        self, home: Home, core: Scripted
+    ) -> None:
+        core.loaded.add("twin")
+        core.default = "twin"
+        refused = await home.run("model", "remove", "twin")
+        assert refused.status == 1
+        assert "answers now" in refused.err
+        assert core.asked == []
+        core.default = BUILT_IN
+        assert (await home.run("model", "remove", "twin")).status == 0
+        assert core.asked == ["unload twin"]
+
+
+async def test_a_model_is_switched_under_a_moltbot_that_runs(home: Home) -> None:
+    twin(home.folder / "twin")
+    async with home.started():
+        assert (await home.run("model", "add", "twin")).status == 0
+        switched = await home.run("model", "switch", "twin")
+        assert (switched.status, switched.err) == (0, "")
+        answer = (await home.run("chat", "Hello", "--json")).json
+        assert answer["model"].removeprefix("models/") == "twin"
+        found = (await home.run("model", "list", "--json")).json
+        assert found["answers"] == "twin"
+        assert {model["name"]: bool(model["loaded"]) for model in found["models"]} == {BUILT_IN: False, "twin": True}
+        (home.folder / "broken").mkdir()
+        for name in ("model.bin", "config.json", "vocabulary.json", "tokenizer.model", "moltbot.yaml"):
+            shutil.copy(home.folder / "twin" / name, home.folder / "broken" / name)
+        (home.folder / "broken" / "model.bin").write_bytes(b"\0" * 1000)
+        await home.run("model", "add", "broken")
+        assert (await home.run("model", "switch", "broken")).status == 1
+        assert (await home.run("model", "list", "--json")).json["answers"] == "twin"
+        assert (await home.run("model", "remove", "twin")).status == 1
+        assert (await home.run("model", "switch", BUILT_IN)).status == 0
+        assert (await home.run("model", "remove", "twin")).status == 0
+        assert json.loads((await home.run("chat", "Hello", "--json")).out)["model"].endswith(BUILT_IN)
+
+
+def await_size(file: Path, size: int) -> None:
+    """Return when a file has so many bytes: another process's doing, of which nothing tells us."""
+    deadline = time.monotonic() + 30
+    while not file.exists() or file.stat().st_size < size:
+        assert time.monotonic() < deadline
+        time.sleep(0.02)
+
+
+def read_all(terminal: int) -> str:
+    """Return what is written to a terminal until nobody holds its other end."""
+    seen = b""
+    with contextlib.suppress(OSError):  # how Linux says that the other end is gone
+        while piece := os.read(terminal, 4096):
+            seen += piece
+    os.close(terminal)
+    return seen.decode()
