@@ -64,7 +64,7 @@ async def test_init_takes_a_folder_and_repeats_it_in_the_next_command(home: Home
 async def test_help_lists_the_commands_and_teaches_each_by_example(home: Home) -> None:
     overview = (await home.run()).out
     assert overview == (await home.run("--help")).out
-    for name in ("init", "start", "chat", "link", "status", "version"):
+    for name in ("init", "start", "chat", "engine", "model", "link", "status", "version"):
         assert f"\n    {name} " in overview
         assert f"\n  moltbot {name}" in (await home.run(name, "--help")).out
     assert "\n    bench " in overview
@@ -82,7 +82,7 @@ async def test_a_mistyped_command_is_told_the_one_that_was_meant(home: Home) -> 
     assert (meant.status, meant.out) == (2, "")
     assert "there is no command 'strat'; did you mean `" in meant.err
     assert meant.err.endswith(" start`?\n")
-    assert "the commands are init, start, chat, link, status, version, bench" in (await home.run("qqq")).err
+    assert "the commands are init, start, chat, engine, model, link, status, version, bench" in (await home.run("qqq")).err
 
 
 async def test_what_needs_a_running_moltbot_says_how_to_start_it(home: Home) -> None:
