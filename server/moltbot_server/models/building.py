@@ -40,7 +40,11 @@ class LocalLoader:
         if weights.is_file():
             check_room(spec.name, weights.stat().st_size, available_memory())
         progress("loading", 0.1)
-        await engine.start()
+        try:
+            await engine.start()
+        except BaseException:
+            give_back()
+            raise
         progress("ready", 1.0)
         return engine
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import ctypes
+import gc
 from pathlib import Path
 
 from moltbot_server.errors import ModelNotLoadable
@@ -34,7 +35,11 @@ def check_room(model: str, weights: int, available: int | None) -> None:
 
 
 def give_back() -> None:
-    """Ask the allocator to return freed memory to the machine; does nothing where it cannot be asked."""
+    """Free what only cycles still hold, and ask the allocator to return freed memory to the machine.
+
+    A server's collector looks at old cycles seldom, and a model may be most of its memory.
+    """
+    gc.collect()
     with contextlib.suppress(OSError, AttributeError):
         ctypes.CDLL(None).malloc_trim(0)
 

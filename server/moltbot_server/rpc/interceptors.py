@@ -123,7 +123,11 @@ async def _refuse(context: Any, error: MoltBotError | TurnFailed) -> None:
     trailers: list[tuple[str, str | bytes]] = [(_STATUS_KEY, status_of(error).SerializeToString())]
     if error.retry_after is not None:
         trailers.append(("grpc-retry-pushback-ms", str(int(error.retry_after * 1000))))
-    await context.abort(_CODES[int(error.status)], error.message, tuple(trailers))
+    try:
+        await context.abort(_CODES[int(error.status)], error.message, tuple(trailers))
+    except aio.InternalError as gone:
+        # The call has ended already, by its deadline or because the peer left; nobody hears the refusal.
+        raise asyncio.CancelledError from gone
 
 
 class _Malformed:
