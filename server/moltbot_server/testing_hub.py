@@ -12,7 +12,7 @@ import asyncio
 import contextlib
 import hashlib
 import json
-from collections.abc import AsyncGenerator
+from collections.abc import AsyncGenerator, Mapping
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
 from functools import lru_cache
@@ -126,19 +126,20 @@ class SmallHub:
         if name not in self._names(repository) or not file.is_file():
             raise web.HTTPNotFound
         sha256, sha1 = _digests(file)
+        commit = {"X-Repo-Commit": self._commit(repository)}
         if name.endswith(_LARGE):
             path = f"{request.match_info['organisation']}/{request.match_info['name']}/{name}"
             target = self.faults.redirect or f"{self.store}/store/{path}?signed=secret"
             headers = {"Location": target, "X-Linked-Etag": f'"{sha256}"', "X-Linked-Size": str(file.stat().st_size)}
-            return web.Response(status=302, headers=headers)
-        return await self._send(request, file, name, f'"{sha1}"')
+            return web.Response(status=302, headers=headers | commit)
+        return await self._send(request, file, name, {"ETag": f'"{sha1}"'} | commit)
 
     async def _store(self, request: web.Request) -> web.StreamResponse:
         repository = self._enter("store", request, guarded=False)
         if self.faults.refusals:
             return _refused(self.faults.refusals.pop(0))
         name = request.match_info["file"]
-        return await self._send(request, repository / name, name, "")
+        return await self._send(request, repository / name, name, {})
 
     def _enter(self, place: str, request: web.Request, *, guarded: bool = True) -> Path:
         """Take note of a request and return its repository."""
@@ -161,7 +162,9 @@ class SmallHub:
             raise web.HTTPNotFound
         return repository
 
-    async def _send(self, request: web.Request, file: Path, name: str, etag: str) -> web.StreamResponse:
+    async def _send(
+        self, request: web.Request, file: Path, name: str, headers: Mapping[str, str]
+    ) -> web.StreamResponse:
         content, start = await asyncio.to_thread(file.read_bytes), 0
         size = len(content)
         if name in self.faults.spoiled:
@@ -172,11 +175,13 @@ class SmallHub:
             start = int(asked)
             if start >= size:
                 return web.Response(status=416, headers={"Content-Range": f"bytes */{size}"})
-        response = web.StreamResponse(status=206 if start else 200, headers={"ETag": etag} if etag else {})
+        response = web.StreamResponse(status=206 if start else 200, headers=headers)
         if start:
             response.headers["Content-Range"] = f"bytes {start}-{size - 1}/{size}"
         response.content_length = size - start
         await response.prepare(request)
+        if request.method == "HEAD":
+            return response
         await self._write(request, response, content[start:], large=name.endswith(_LARGE))
         return response
 
@@ -208,8 +213,10 @@ class SmallHub:
         if self.faults.no_sizes:
             return {"rfilename": name}
         entry = self._entry(repository, name)
-        lfs = {"lfs": {"sha256": entry["lfs"]["oid"], "size": entry["size"]}} if "lfs" in entry else {}
-        return {"rfilename": name, "size": entry["size"], "blobId": entry["oid"], **lfs}
+        pointer = {"sha256": entry["lfs"]["oid"], "size": entry["size"], "pointerSize": 134} if "lfs" in entry else {}
+        return {"rfilename": name, "size": entry["size"], "blobId": entry["oid"]} | (
+            {"lfs": pointer} if pointer else {}
+        )
 
     def _entry(self, repository: Path, name: str) -> dict[str, Any]:
         """Return a file as a tree names it."""
