@@ -129,6 +129,21 @@ async def test_hints_of_another_workspace_name_it_and_notices_are_told_once(home
         assert started.said.count(".env:1: CONTEXT_LENGHT is not known and not used; did you mean CONTEXT_LENGTH?") == 1
 
 
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="other systems have another malloc")
+@pytest.mark.parametrize("set_by_the_user", [None, "7"])
+async def test_core_and_adapter_hold_few_arenas_of_memory_unless_the_user_says_how_many(
+    home: Home, set_by_the_user: str | None
+) -> None:
+    if set_by_the_user:
+        home.variables["MALLOC_ARENA_MAX"] = set_by_the_user
+    async with home.started() as started:
+        processes = started.told()["processes"]
+        arenas = {name: psutil.Process(pid).environ().get("MALLOC_ARENA_MAX") for name, pid in processes.items()}
+    expected = {"core": "2", "http": "2", "engine": None}
+    assert arenas == {name: set_by_the_user or expected[name] for name in processes}
+    assert "core" in arenas
+
+
 async def test_a_second_start_in_the_workspace_is_refused(started: Started) -> None:
     ended = await started.home.run("start", *ANY_PORTS)
     assert ended.status == 69

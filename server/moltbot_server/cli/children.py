@@ -7,8 +7,8 @@ import os
 import signal
 import subprocess
 import sys
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
 
 FIRST_PAUSE = 1.0
 LONGEST_PAUSE = 30.0
@@ -20,7 +20,8 @@ _PR_SET_PDEATHSIG = 1
 class Plan:
     """What to run: `python -m module arguments`. Those of a lower `stage` are stopped first.
 
-    `pause` is how long to wait, in seconds, before one that died is started again; it doubles each time.
+    `pause` is how long to wait, in seconds, before one that died is started again; it doubles each time. `environ` are
+    variables that it is given unless our own environment has them.
     """
 
     name: str
@@ -28,6 +29,7 @@ class Plan:
     arguments: tuple[str, ...]
     stage: int = 0
     pause: float = FIRST_PAUSE
+    environ: Mapping[str, str] = field(default_factory=dict)
 
 
 @dataclass(slots=True, kw_only=True)
@@ -50,6 +52,7 @@ class Child:
         self.since, self.due = now, None
         self.process = subprocess.Popen(
             _command(self.plan.module, self.plan.arguments),
+            env={**self.plan.environ, **os.environ},
             # Where the kernel cannot tie a child to our life, the end of this pipe does.
             stdin=subprocess.DEVNULL if _TIED_BY_KERNEL else subprocess.PIPE,
             stdout=subprocess.PIPE,
