@@ -53,10 +53,17 @@ def test_without_a_measurement_the_default_stands(workspace: Workspace, folder: 
     assert tuning_for(workspace, folder) == tuning_for(None, folder) == default_tuning(usable_cpus())
 
 
-@pytest.mark.parametrize(("cpus", "small", "large"), [(1, 1, 1), (2, 2, 1), (4, 2, 3), (6, 3, 5), (64, 4, 63)])
-def test_the_default_leaves_room_for_the_server(cpus: int, small: int, large: int) -> None:
+@pytest.mark.parametrize(
+    ("cpus", "small", "large"),
+    [(1, 1, (1, 1)), (2, 2, (1, 1)), (4, 2, (3, 1)), (6, 3, (5, 1)), (16, 4, (7, 2)), (64, 4, (7, 8))],
+)
+def test_the_default_leaves_room_for_the_server(cpus: int, small: int, large: tuple[int, int]) -> None:
     assert default_tuning(cpus) == Tuning(replicas=small)
-    assert default_tuning(cpus, 100_000_000) == Tuning(replicas=large)
+    assert default_tuning(cpus, 100_000_000) == Tuning(replicas=large[0], threads=large[1])
+
+
+def test_hyper_threads_are_left_to_the_server() -> None:
+    assert default_tuning(8, 100_000_000, cores=4) == Tuning(replicas=4)
 
 
 def test_what_was_measured_is_used_from_then_on(workspace: Workspace, folder: Path) -> None:

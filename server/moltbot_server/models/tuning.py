@@ -18,7 +18,7 @@ from pathlib import Path
 
 import msgspec
 
-from moltbot_server.models.cpus import processor_name, usable_cpus
+from moltbot_server.models.cpus import processor_name, usable_cores, usable_cpus
 from moltbot_server.turns import Value
 from moltbot_server.workspace import Workspace
 
@@ -42,6 +42,7 @@ MOST_REPLICAS = 64
 MOST_THREADS = 256
 MOST_ROWS = 256
 _SMALL = 16 << 20
+_MANY_REPLICAS = 8  # beyond it a replica of more threads answers a lone question sooner
 _MOST_KEPT = 100
 _LARGEST_FILE = 1 << 20
 
@@ -105,11 +106,12 @@ class _File(Value, frozen=True, kw_only=True):
     measured: tuple[Measured, ...] = ()
 
 
-def default_tuning(cpus: int, weights: int = 0) -> Tuning:
+def default_tuning(cpus: int, weights: int = 0, cores: int = 0) -> Tuning:
     """Return what fits a machine of so many usable processors, and weights of so many bytes, with nothing measured.
 
-    One processor stays with the server and with whatever else runs. A model of a few megabytes writes faster than one
-    event loop can read, so more replicas than half of the processors only take time away from it.
+    `cores` are those that compute by themselves, 0 for all. One processor stays with the server and with whatever else
+    runs. A model of a few megabytes writes faster than one event loop can read, so more replicas than half of the
+    processors only take time away from it.
 
     Measured with the built-in model and 16 streams, tokens/s and median first token, medians of five runs on a busy
     machine: on 2 processors 1 replica 8,700 and 51 ms, 2 replicas 9,400 and 19 ms; on 4 processors 2 replicas 12,700
@@ -118,7 +120,9 @@ def default_tuning(cpus: int, weights: int = 0) -> Tuning:
     """
     if weights < _SMALL:
         return Tuning(replicas=min(4, max(cpus // 2, min(cpus, 2))))
-    return Tuning(replicas=max(1, min(cpus - 1, MOST_REPLICAS)))
+    left = max(1, min(cpus - 1, cores or cpus))
+    threads = min(-(-left // _MANY_REPLICAS), MOST_THREADS)
+    return Tuning(replicas=min(left // threads, MOST_REPLICAS), threads=threads)
 
 
 def tuning_for(workspace: Workspace | None, folder: Path, threads: int = 0) -> Tuning:
@@ -135,7 +139,7 @@ def tuning_for(workspace: Workspace | None, folder: Path, threads: int = 0) -> T
     weights = 0
     with contextlib.suppress(OSError):  # who loads the folder will say what is wrong with it
         weights = (folder / "model.bin").stat().st_size
-    return default_tuning(usable_cpus(), weights)
+    return default_tuning(usable_cpus(), weights, usable_cores())
 
 
 def measured_here(workspace: Workspace, folder: Path) -> Measured | None:
