@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 import shutil
 from pathlib import Path
@@ -73,16 +74,17 @@ def test_a_missing_tokenizer_is_named(folder: Path) -> None:
     assert "found other.model, spm.model; expected one of them to be named tokenizer.model" in problem(folder)
     (folder / "spm.model").unlink()
     (folder / "other.model").unlink()
-    assert problem(folder).endswith("expected tokenizer.model, a sentencepiece model.")
+    assert problem(folder).endswith("expected tokenizer.json, or tokenizer.model for sentencepiece.")
     (folder / "tokenizer.json").write_text("{}")
-    assert "found tokenizer.json, another kind; expected tokenizer.model" in problem(folder)
+    assert read_folder(folder).tokenizer.name == "tokenizer.json"
 
 
 def test_an_unknown_family_names_the_nearest_one(folder: Path) -> None:
     (folder / "moltbot.yaml").unlink()
     assert problem(folder, "lama2") == (
-        "MODEL_TYPE is 'lama2'; expected one of chatml, llama-2, llama2, mistral, mistral-instruct, mixtral, qwen, "
-        "tinyllama, zephyr. Did you mean llama2?"
+        "MODEL_TYPE is 'lama2'; expected one of chatml, gemma, gemma2, gemma3, llama-2, llama-3, llama2, llama3, "
+        "llama3.1, llama3.2, llama3.3, mistral, mistral-instruct, phi-3, phi3, qwen, qwen2, qwen2.5, qwen3, tinyllama, "
+        "zephyr. Did you mean llama2?"
     )
     assert "so MODEL_TYPE must name its family: one of chatml" in problem(folder)
 
@@ -96,7 +98,7 @@ def test_a_family_that_the_folder_denies_is_refused(folder: Path) -> None:
 @pytest.mark.parametrize(
     ("changes", "words"),
     [
-        ({"chat_template": None}, "missing required field `chat_template`"),
+        ({"context_length": None}, "missing required field `context_length`"),
         ({"chat_template": TEMPLATE | {"sytem": {}}}, "unknown field `sytem`"),
         ({"chat_template": TEMPLATE | {"user": {"prefix": 1}}}, "Expected `str`, got `int`"),
         ({"context_length": "long"}, "Expected `int`, got `str`"),
@@ -113,3 +115,93 @@ def test_a_missing_or_broken_vocabulary_is_named(folder: Path) -> None:
     assert "vocabulary.json cannot be read" in problem(folder)
     (folder / "vocabulary.json").unlink()
     assert "expected vocabulary.json, the list of tokens" in problem(folder)
+
+
+def test_a_folder_without_any_template_says_where_one_may_stand(folder: Path) -> None:
+    describe(folder, chat_template=None)
+    assert (
+        "found no chat template; expected chat_template in moltbot.yaml, chat_template.jinja, or as family one of"
+        in (problem(folder))
+    )
+
+
+def test_a_family_whose_end_token_the_model_lacks_is_refused_with_those_that_fit(folder: Path) -> None:
+    (folder / "moltbot.yaml").unlink()
+    assert problem(folder, "qwen3") == (
+        "MODEL_TYPE is qwen3, whose answers end with '<|im_end|>', but the model in "
+        f"{folder} has no such token; its tokens would suit llama-2, llama2, mistral, mistral-instruct, phi-3, phi3, "
+        "tinyllama, zephyr."
+    )
+
+
+JINJA = "{{ bos_token }}{% for m in messages %}<|{{ m.role }}|>{{ m.content }}<|end|>{% endfor %}"
+
+
+def test_the_template_that_a_model_came_with_goes_before_its_familys(folder: Path) -> None:
+    (folder / "chat_template.jinja").write_text(JINJA)
+    (folder / "tokenizer_config.json").write_text('{"chat_template": "other", "bos_token": {"content": "<s>"}}')
+    (folder / "moltbot.yaml").unlink()
+    read = read_folder(folder, "llama2")
+    assert (read.jinja, read.template_options, read.context_length) == (JINJA, {"bos_token": "<s>"}, 4096)
+    assert read.template.stop == ("<|end|>",), "what the template writes after an answer"
+
+
+@pytest.mark.parametrize(
+    ("written", "expected"),
+    [
+        (JINJA, JINJA),
+        ([{"name": "tool_use", "template": "no"}, {"name": "default", "template": JINJA}], JINJA),
+        ([{"name": "rag", "template": JINJA}], JINJA),
+        (None, ""),
+    ],
+)
+def test_a_template_stands_in_the_tokenizers_configuration_alone_or_by_name(
+    folder: Path, written: object, expected: str
+) -> None:
+    describe(folder, chat_template=None, family="llama2")
+    (folder / "tokenizer_config.json").write_text(json.dumps({"chat_template": written}))
+    assert read_folder(folder).jinja == expected
+
+
+def test_a_template_of_the_description_goes_before_the_one_that_the_model_came_with(folder: Path) -> None:
+    (folder / "chat_template.jinja").write_text("{{ oh")
+    read = read_folder(folder)
+    assert (read.jinja, read.template.user.prefix) == ("", "<|user|>")
+
+
+def test_a_broken_template_of_the_model_is_named_with_what_helps(folder: Path) -> None:
+    describe(folder, chat_template=None)
+    (folder / "chat_template.jinja").write_text("{% for m in messages %}")
+    assert re.search(r"cannot be used: it cannot be read: .*; a chat_template in moltbot\.yaml goes", problem(folder))
+    (folder / "chat_template.jinja").write_text("{{ raise_exception('nobody may speak') }}")
+    assert "cannot be used: nobody may speak;" in problem(folder)
+
+
+def test_all_that_may_end_an_answer_is_gathered(folder: Path) -> None:
+    words = list(read_folder(folder).vocabulary)
+    (folder / "generation_config.json").write_text(json.dumps({"eos_token_id": [words.index("</s>"), 99999, -1]}))
+    (folder / "tokenizer_config.json").write_text(json.dumps({"eos_token": "<|user|>"}))
+    assert read_folder(folder).template.stop == ("<|end|>", "<|user|>", "</s>")
+    (folder / "generation_config.json").write_text(json.dumps({"eos_token_id": words.index("<|bot|>")}))
+    assert read_folder(folder).template.stop == ("<|end|>", "<|user|>", "<|bot|>")
+
+
+@pytest.mark.parametrize(
+    ("name", "text", "words"),
+    [
+        ("tokenizer_config.json", "[1]", "found a list; expected an object with names"),
+        ("tokenizer_config.json", "{", "cannot be read"),
+        ("tokenizer_config.json", '{"chat_template": 7}', "chat_template is 7; expected a text"),
+        ("generation_config.json", "oh", "generation_config.json cannot be read"),
+    ],
+)
+def test_a_broken_file_of_the_model_is_named(folder: Path, name: str, text: str, words: str) -> None:
+    (folder / name).write_text(text)
+    assert words in problem(folder)
+
+
+def test_every_family_lays_a_conversation_out(folder: Path) -> None:
+    for name, family in families().items():
+        assert family.context_length >= 512, name
+        assert family.chat_template.stop, name
+        assert family.chat_template.user.prefix, name

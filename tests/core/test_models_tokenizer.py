@@ -11,7 +11,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from moltbot_server.demo_model import tokenizer as recipe
 from moltbot_server.errors import ModelUnavailable
-from moltbot_server.models.folder import ChatTemplate, Entry, ModelFolder, families, read_folder
+from moltbot_server.models.chat_template import ChatTemplate, Entry
+from moltbot_server.models.folder import ModelFolder, families, read_folder
 from moltbot_server.models.tokenizer import Tokenizer
 from moltbot_server.turns import Message, Role, TextPart
 from tiny_model import LINES, describe, make_tiny_model

@@ -1,4 +1,4 @@
-"""Token ids to text while they arrive: whole characters only, and in the end exactly what sentencepiece would say."""
+"""Token ids to text while they arrive: whole characters only, in the end what the tokenizer itself would say."""
 
 from __future__ import annotations
 
@@ -10,16 +10,20 @@ from typing import NamedTuple
 class Surfaces(NamedTuple):
     """What the token ids look like in text.
 
-    `text` holds the characters of each id (none for control symbols), `byte` the single byte of those that stand for
-    one, `spaced` whether the piece begins with the mark for a space. `drops_space`: a space at the very start of a text
-    comes from the tokenizer and is dropped; `drops_spaces`: all spaces there are.
+    `text` holds the characters of each id (none for control symbols), `byte` the bytes of those that stand for bytes
+    rather than characters, `spaced` whether the piece begins with the mark for a space. `drops_space`: a space at the
+    very start of a text comes from the tokenizer and is dropped; `drops_spaces`: all spaces there are.
+
+    `whole_bytes`: bytes go on after a control symbol, and a broken character is one U+FFFD, as GPT-2's kind of
+    tokenizers has it; otherwise a control symbol ends a run of bytes, and each byte of a broken character is one.
     """
 
     text: Sequence[str]
     byte: Sequence[bytes]
     spaced: Sequence[bool]
-    drops_space: bool
-    drops_spaces: bool
+    drops_space: bool = False
+    drops_spaces: bool = False
+    whole_bytes: bool = False
 
 
 def _replace_each_byte(problem: UnicodeError) -> tuple[str, int]:
@@ -40,7 +44,7 @@ class Detokenizer:
 
     def __init__(self, surfaces: Surfaces) -> None:
         self._surfaces = surfaces
-        self._bytes = _utf8("moltbot-each-byte")
+        self._bytes = _utf8("replace" if surfaces.whole_bytes else "moltbot-each-byte")
         self._open = False  # a run of byte pieces is being read
         self._started = False  # no more leading spaces to drop
         self._dropped = False  # the piece before gave its space away
@@ -56,6 +60,8 @@ class Detokenizer:
                 out.append(self._bytes.decode(byte))
                 continue
             if self._open:
+                if surfaces.whole_bytes and not surfaces.text[token]:
+                    continue
                 out.append(self._end_of_bytes())
             text = surfaces.text[token] if self._started else self._first(token)
             if text:
@@ -64,7 +70,7 @@ class Detokenizer:
         return "".join(out)
 
     def flush(self) -> str:
-        """Return what is left when no token follows: U+FFFD for each byte of a character that was never completed."""
+        """Return what is left when no token follows: U+FFFD for a character that was never completed."""
         return self._end_of_bytes() if self._open else ""
 
     def _end_of_bytes(self) -> str:

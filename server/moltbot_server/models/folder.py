@@ -3,15 +3,16 @@
 from __future__ import annotations
 
 import difflib
-import json
 import re
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
 
 import msgspec
 
 from moltbot_server.demo_model import ARTIFACT
 from moltbot_server.errors import ModelUnavailable
+from moltbot_server.models.chat_template import ChatTemplate, Entry, TemplateRefused, end_of_answer
+from moltbot_server.models.tokenizer_config import CHAT_TEMPLATE, Declared, read_declared, read_json
 from moltbot_server.turns import Value
 
 DESCRIPTION = "moltbot.yaml"
@@ -20,35 +21,13 @@ BUILTIN_ID = "moltbot-demo"
 BUILTIN_NAMES = frozenset({BUILTIN, "built-in", BUILTIN_ID})
 SCRIPTED = "scripted"
 _FAMILIES = Path(__file__).with_name("families.yaml")
-_TOKENIZERS = ("tokenizer.model", "sentencepiece.model", "sentencepiece.bpe.model")
+_TOKENIZERS = ("tokenizer.json", "tokenizer.model", "sentencepiece.model", "sentencepiece.bpe.model")
 _FOREIGN = {
-    "*.safetensors": "weights for Transformers (convert them with ct2-transformers-converter)",
-    "pytorch_model*.bin": "weights for PyTorch (convert them with ct2-transformers-converter)",
+    "*.safetensors": "weights for Transformers (convert them with `moltbot model convert`)",
+    "pytorch_model*.bin": "weights for PyTorch (convert them with `moltbot model convert`)",
     "*.gguf": "weights for llama.cpp",
     "*.onnx": "weights for ONNX Runtime",
 }
-
-
-class Entry(Value, frozen=True, kw_only=True, forbid_unknown_fields=True):
-    """What stands around a message of one role."""
-
-    prefix: str = ""
-    suffix: str = ""
-
-
-class ChatTemplate(Value, frozen=True, kw_only=True, forbid_unknown_fields=True):
-    """How a conversation is laid out for the model: `bos`, then each message between its prefix and its suffix.
-
-    `system_in_user`: a system message replaces the prefix of the user message after it, as Llama 2 wants it.
-    `stop` lists what ends an answer.
-    """
-
-    user: Entry
-    assistant: Entry
-    system: Entry = Entry()
-    bos: str = ""
-    stop: tuple[str, ...] = ()
-    system_in_user: bool = False
 
 
 class Family(Value, frozen=True, kw_only=True, forbid_unknown_fields=True):
@@ -60,10 +39,15 @@ class Family(Value, frozen=True, kw_only=True, forbid_unknown_fields=True):
 
 
 class Description(Value, frozen=True, kw_only=True):
-    """A folder's moltbot.yaml; what else stands there (licence, provenance) is for people."""
+    """A folder's moltbot.yaml; what else stands there (licence, provenance) is for people.
 
-    chat_template: ChatTemplate
+    `chat_template` goes before the template that the model came with. `template_options` are names that such a template
+    may read, such as `enable_thinking: false`.
+    """
+
     context_length: int
+    chat_template: ChatTemplate | None = None
+    template_options: dict[str, str | int | float | bool] = msgspec.field(default_factory=dict)
     family: str = ""
     id: str = ""
     name: str = ""
@@ -71,7 +55,11 @@ class Description(Value, frozen=True, kw_only=True):
 
 
 class ModelFolder(Value, frozen=True, kw_only=True):
-    """A folder that holds all that is needed: CTranslate2 weights, a sentencepiece model, a chat template."""
+    """A folder that holds all that is needed: CTranslate2 weights, a tokenizer, a chat template.
+
+    `jinja` is the template that the model came with, empty where `template` lays conversations out; `template.stop` and
+    `eos_token` are what ends an answer, either way.
+    """
 
     path: Path
     id: str
@@ -82,6 +70,8 @@ class ModelFolder(Value, frozen=True, kw_only=True):
     tokenizer: Path
     vocabulary: tuple[str, ...]
     eos_token: str
+    jinja: str = ""
+    template_options: Mapping[str, str | int | float | bool] = msgspec.field(default_factory=dict)
 
 
 def families() -> dict[str, Family]:
@@ -101,6 +91,9 @@ def read_folder(path: Path, model_type: str = "", *, model_id: str = "") -> Mode
         raise ModelUnavailable(f"MODEL_PATH {path}: found {found}; expected the folder of a CTranslate2 model.")
     description = _describe(path, model_type)
     _require_weights(path)
+    tokenizer, vocabulary = _tokenizer(path), _vocabulary(path)
+    declared = read_declared(path, vocabulary)
+    jinja = "" if description.chat_template else declared.jinja
     name = description.display_name or description.name
     return ModelFolder(
         path=path,
@@ -108,10 +101,12 @@ def read_folder(path: Path, model_type: str = "", *, model_id: str = "") -> Mode
         display_name=name or path.resolve().name,
         family=description.family,
         context_length=description.context_length,
-        template=description.chat_template,
-        tokenizer=_tokenizer(path),
-        vocabulary=_vocabulary(path),
-        eos_token=str(_json(path / "config.json", {}).get("eos_token") or "</s>"),
+        template=_template(path, description, declared, vocabulary),
+        tokenizer=tokenizer,
+        vocabulary=vocabulary,
+        eos_token=str(read_json(path / "config.json", {}).get("eos_token") or "</s>"),
+        jinja=jinja,
+        template_options={**declared.specials, **description.template_options},
     )
 
 
@@ -153,6 +148,21 @@ def unknown_type(model_type: str, expected: list[str]) -> ModelUnavailable:
     return ModelUnavailable(f"MODEL_TYPE is {model_type!r}; expected one of {', '.join(expected)}.{hint}")
 
 
+def check_vocabulary(folder: ModelFolder, words: Sequence[str]) -> None:
+    """Refuse a tokenizer whose words are not the tokens of the weights beside it.
+
+    Raises:
+        ModelUnavailable: more than one word in a hundred is missing.
+    """
+    known = set(folder.vocabulary)
+    missing = [word for word in words if word not in known]
+    if len(missing) > len(words) // 100:
+        raise ModelUnavailable(
+            f"{folder.tokenizer} does not belong to the weights beside it: {len(missing)} of its {len(words)} pieces, "
+            f"such as {missing[0]!r}, are not among their {len(known)} tokens."
+        )
+
+
 def _describe(path: Path, model_type: str) -> Description:
     known = families()
     file = path / DESCRIPTION
@@ -178,9 +188,52 @@ def _describe(path: Path, model_type: str) -> Description:
     family = known.get(model_type.lower())
     if family is None:
         raise unknown_type(model_type, sorted(known))
-    return Description(
-        chat_template=family.chat_template, context_length=family.context_length, family=model_type.lower()
-    )
+    return Description(context_length=family.context_length, family=model_type.lower())
+
+
+def _template(path: Path, description: Description, declared: Declared, vocabulary: tuple[str, ...]) -> ChatTemplate:
+    """Return the folder's own template, else a mere list of end tokens beside a Jinja template, else the family's."""
+    if description.chat_template:
+        template = description.chat_template
+    elif declared.jinja:
+        ends = _end_of_answer(path, description, declared, frozenset(vocabulary))
+        template = ChatTemplate(user=Entry(), assistant=Entry(), stop=(ends,) if ends else ())
+    else:
+        template = _family_template(path, description.family, frozenset(vocabulary))
+    stop = tuple(dict.fromkeys((*template.stop, *declared.ends)))
+    return msgspec.structs.replace(template, stop=stop)
+
+
+def _end_of_answer(path: Path, description: Description, declared: Declared, vocabulary: frozenset[str]) -> str:
+    # Imported late: Jinja takes a tenth of a second, and most folders' templates are prefixes and suffixes.
+    from moltbot_server.models.chat_template_sandbox import compile_template
+
+    try:
+        options = {**declared.specials, **description.template_options}
+        return end_of_answer(compile_template(declared.jinja, options), vocabulary)
+    except TemplateRefused as problem:
+        raise ModelUnavailable(
+            f"{path}: the chat template that it came with cannot be used: {problem}; "
+            f"a chat_template in {DESCRIPTION} goes before it."
+        ) from None
+
+
+def _family_template(path: Path, name: str, vocabulary: frozenset[str]) -> ChatTemplate:
+    family = families().get(name.lower())
+    if family is None:
+        raise ModelUnavailable(
+            f"{path}: found no chat template; expected chat_template in {DESCRIPTION}, {CHAT_TEMPLATE}, or as family "
+            f"one of {', '.join(sorted(families()))}."
+        )
+    template = family.chat_template
+    if vocabulary.isdisjoint(template.stop):
+        fitting = {other for other, known in families().items() if not vocabulary.isdisjoint(known.chat_template.stop)}
+        hint = f"; its tokens would suit {', '.join(sorted(fitting))}" if fitting else ""
+        raise ModelUnavailable(
+            f"MODEL_TYPE is {name}, whose answers end with {template.stop[0]!r}, "
+            f"but the model in {path} has no such token{hint}."
+        )
+    return template
 
 
 def _require_weights(path: Path) -> None:
@@ -201,29 +254,21 @@ def _tokenizer(path: Path) -> Path:
         return others[0]
     if others:
         found = ", ".join(file.name for file in others)
-        raise ModelUnavailable(f"{path}: found {found}; expected one of them to be named {_TOKENIZERS[0]}.")
-    found = "tokenizer.json, another kind" if (path / "tokenizer.json").is_file() else _listing(path)
-    raise ModelUnavailable(f"{path}: found {found}; expected {_TOKENIZERS[0]}, a sentencepiece model.")
+        raise ModelUnavailable(f"{path}: found {found}; expected one of them to be named tokenizer.model.")
+    raise ModelUnavailable(
+        f"{path}: found {_listing(path)}; expected tokenizer.json, or tokenizer.model for sentencepiece."
+    )
 
 
 def _vocabulary(path: Path) -> tuple[str, ...]:
     """Return the tokens of the weights by id: what CTranslate2 counts by, which may be more than the tokenizer has."""
-    tokens = _json(path / "vocabulary.json", None)
+    tokens = read_json(path / "vocabulary.json", None)
     if tokens is None and (path / "vocabulary.txt").is_file():
         tokens = (path / "vocabulary.txt").read_text(encoding="utf-8").split("\n")
         tokens = tokens[:-1] if tokens and not tokens[-1] else tokens
     if not isinstance(tokens, list) or not tokens:
         raise ModelUnavailable(f"{path}: found {_listing(path)}; expected vocabulary.json, the list of tokens.")
     return tuple(map(str, tokens))
-
-
-def _json(file: Path, default: Any) -> Any:
-    try:
-        return json.loads(file.read_bytes())
-    except FileNotFoundError:
-        return default
-    except (OSError, ValueError) as problem:
-        raise ModelUnavailable(f"{file} cannot be read: {problem}; expected JSON.") from None
 
 
 def _listing(path: Path) -> str:
