@@ -20,6 +20,7 @@ from cli_process import COMMAND, Home
 from grpc import aio
 from moltbot.v1 import model_pb2, model_pb2_grpc
 from moltbot_server.demo_model import ARTIFACT
+from moltbot_server.models.hub import Hub, parse_source
 from moltbot_server.testing_hub import SmallHub
 
 BUILT_IN = "moltbot-demo"
@@ -197,6 +198,12 @@ class TestFromAHub:
         again = await home.run("model", "pull", "acme/twin", "--json")
         assert (again.status, again.json["problem"]) == (0, "")
         assert len(hub.of("resolve")) == asked
+        other = await home.run("model", "pull", "acme/twin", "--revision", hub.of("resolve")[0].path.split("/")[4])
+        assert (other.status, len(hub.of("resolve"))) == (0, asked)
+        (hub.folder / "acme" / "twin" / "NOTICE").write_text("newer")
+        newer = await home.run("model", "pull", "acme/twin@" + await commit(hub))
+        assert newer.status == 1
+        assert "fetch it beside with --name" in newer.err
         removed = await home.run("model", "remove", "twin")
         assert "with its files" in removed.out
         assert not (home.workspace / "models" / "twin").exists()
@@ -439,6 +446,12 @@ async def test_a_model_is_switched_under_a_moltbot_that_runs(home: Home) -> None
         assert (await home.run("model", "switch", BUILT_IN)).status == 0
         assert (await home.run("model", "remove", "twin")).status == 0
         assert json.loads((await home.run("chat", "Hello", "--json")).out)["model"].endswith(BUILT_IN)
+
+
+async def commit(hub: SmallHub) -> str:
+    """Return the commit that a hub is at with `acme/twin`."""
+    async with Hub(hub.address) as client:
+        return (await client.listing(parse_source("acme/twin", hub.address))).commit
 
 
 def await_size(file: Path, size: int) -> None:

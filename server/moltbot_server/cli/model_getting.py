@@ -35,11 +35,12 @@ def pull_model(given: argparse.Namespace) -> int:
         own = parse_hub(source.hub).origin() == parse_hub(address).origin()
         name = given.name or name_of(source.repository.rpartition("/")[2])
         check_name(name)
-        partial = models.library.folder / f".{name}.partial"
-        if _is_here(models, name, source):
-            _report(given, models, models.library.find(name))
+        here = _here(models, name, source)
+        # One that was asked for without a revision is the one that is here, online or not.
+        if here is not None and source.revision == "main":
+            _report(given, models, here)
             return int(Exit.OK)
-        return asyncio.run(_pull(given, models, source, token if own else "", name, partial))
+        return asyncio.run(_pull(given, models, source, token if own else "", name, here))
     except HubError as problem:
         raise Failure(str(problem)) from None
     except KeyboardInterrupt:
@@ -47,9 +48,19 @@ def pull_model(given: argparse.Namespace) -> int:
         return int(Exit.INTERRUPTED)
 
 
-async def _pull(given: argparse.Namespace, models: Models, source: Source, token: str, name: str, partial: Path) -> int:
+async def _pull(
+    given: argparse.Namespace, models: Models, source: Source, token: str, name: str, here: KnownModel | None
+) -> int:
     async with Hub(source.hub, token=token) as hub:
         listing = await hub.listing(source, lambda text: None if given.json else _note(text))
+        origin = _origin(listing, hub.host)
+        if here is not None and here.source != origin:
+            raise ModelExists(
+                f"{name} is here as {here.source}, and this is {origin}: fetch it beside with --name, or remove {name}."
+            )
+        if here is not None:
+            _report(given, models, here)
+            return int(Exit.OK)
         check_files(listing.files)
         chosen = select(listing.files, given.include)
         _check_use(chosen, source, asked=bool(given.include))
@@ -57,10 +68,11 @@ async def _pull(given: argparse.Namespace, models: Models, source: Source, token
             count = f"{len(chosen.files)} of {len(listing.files)} files"
             print(f"{source} on {hub.host} has {chosen.weights}: {count}, {readable(chosen.size)}.", flush=True)
         with Progress(name, max(chosen.size, 2), quiet=given.json) as bar:
+            partial = models.library.folder / f".{name}.partial"
             await Pull(hub, listing, chosen.files, partial, bar).run()
-    model = KnownModel(name=name, origin=Origin.PULLED, type=given.type, source=_origin(listing, hub.host))
+    model = KnownModel(name=name, origin=Origin.PULLED, type=given.type, source=origin)
     models.library.add(model, replace=True, folder=partial)
-    _report(given, models, model, convertible=chosen.weights.convertible)
+    _report(given, models, model)
     return int(Exit.OK)
 
 
@@ -71,19 +83,19 @@ def _hub(workspace: Workspace) -> tuple[str, str]:
     return found[HUB].strip() or DEFAULT_HUB, found[TOKEN].strip()
 
 
-def _is_here(models: Models, name: str, source: Source) -> bool:
-    """Return whether a repository was pulled already.
+def _here(models: Models, name: str, source: Source) -> KnownModel | None:
+    """Return what was pulled of a repository already, if it is still here.
 
     Raises:
         ModelExists: another model has the name, or something lies where it would go.
     """
     if not models.library.knows(name):
         models.library.check_free(name)
-        return False
+        return None
     known = models.library.find(name)
     if known.origin is not Origin.PULLED or f"{source.repository}@" not in known.source:
         raise ModelExists(f"There is another model {name} already; choose another name with --name.")
-    return models.library.path(known).is_dir()
+    return known if models.library.path(known).is_dir() else None
 
 
 def _check_use(chosen: Selection, source: Source, *, asked: bool) -> None:
@@ -148,7 +160,7 @@ def _source(models: Models, text: str) -> tuple[Path, str]:
     )
 
 
-def _report(given: argparse.Namespace, models: Models, model: KnownModel, *, convertible: bool = False) -> None:
+def _report(given: argparse.Namespace, models: Models, model: KnownModel) -> None:
     """Say what is here now and what to do with it."""
     problem = ""
     try:
@@ -163,9 +175,6 @@ def _report(given: argparse.Namespace, models: Models, model: KnownModel, *, con
     print(f"{model.name} is in {shown(path)} ({model.source}).")
     if not problem:
         print(f"Let it answer: {command(f'model switch {model.name}', models.workspace)}")
-    elif convertible:
-        convert = command(f"model convert {model.name}", models.workspace)
-        print(f"It has to be converted before it can answer: {convert}")
     else:
         print(f"It cannot answer as it is: {problem}")
         if "MODEL_TYPE" in problem:

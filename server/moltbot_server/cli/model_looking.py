@@ -80,7 +80,7 @@ def _entry(models: Models, model: KnownModel, loaded: model_pb2.Model | None) ->
         "path": str(models.library.path(model)),
         "family": model.type,
         "context_length": 0,
-        "size": 0,
+        "size": folder_size(models.library.path(model)),
         "problem": "",
         "loaded": _loaded(loaded),
     }
@@ -88,11 +88,7 @@ def _entry(models: Models, model: KnownModel, loaded: model_pb2.Model | None) ->
         folder = models.open(model)
     except ModelUnavailable as problem:
         return entry | {"problem": problem.message}
-    return entry | {
-        "family": folder.family,
-        "context_length": folder.context_length,
-        "size": folder_size(folder.path),
-    }
+    return entry | {"family": folder.family, "context_length": folder.context_length}
 
 
 def _loaded_only(model: model_pb2.Model) -> dict[str, Any]:

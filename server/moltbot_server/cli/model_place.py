@@ -14,7 +14,7 @@ from moltbot import MoltBotClientError
 from moltbot_server.cli.asking import Place, failure
 from moltbot_server.cli.reaching import find_core
 from moltbot_server.cli.running import is_held
-from moltbot_server.cli.terminal import Exit, Failure
+from moltbot_server.cli.terminal import Exit, Failure, command
 from moltbot_server.config import Settings, load_settings
 from moltbot_server.errors import InvalidField, ModelNotFound, ModelUnavailable, MoltBotError
 from moltbot_server.models.folder import BUILTIN_ID, SCRIPTED, ModelFolder, configured_folder
@@ -104,7 +104,16 @@ class Models:
         """
         if model.type == SCRIPTED:
             raise ModelUnavailable("The scripted model is for tests and has no folder.")
+        if self.is_raw(model):
+            way = command(f"model convert {model.name}", self.workspace)
+            raise ModelUnavailable(f"It holds weights for Transformers, which have to be converted first: {way}")
         return self.library.open(model)
+
+    def is_raw(self, model: KnownModel) -> bool:
+        """Return whether a model's folder holds weights that `moltbot model convert` takes, and none that run."""
+        folder = self.library.path(model)
+        raw = (path for pattern in ("*.safetensors", "pytorch_model*.bin") for path in folder.glob(pattern))
+        return not (folder / "model.bin").exists() and next(raw, None) is not None
 
     def core(self) -> Place | None:
         """Return where the core of the workspace is, or None when none runs.
