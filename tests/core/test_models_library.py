@@ -19,6 +19,7 @@ from moltbot_server.models.library import (
     Origin,
     check_name,
     default_folder,
+    default_model,
     name_of,
     overruled_by,
 )
@@ -235,6 +236,7 @@ class TestTheChoice:
         folder = default_folder(load_settings(workspace.folder, {}))
         assert folder is not None
         assert (folder.id, folder.path) == ("mine", Path(mine.path))
+        assert default_model(load_settings(workspace.folder, {})) == mine
         library.choose("")
         assert default_folder(load_settings(workspace.folder, {})) is None
 

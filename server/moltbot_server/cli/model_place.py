@@ -18,7 +18,7 @@ from moltbot_server.cli.terminal import Exit, Failure, command
 from moltbot_server.config import Settings, load_settings
 from moltbot_server.errors import InvalidField, ModelNotFound, ModelUnavailable, MoltBotError
 from moltbot_server.models.folder import BUILTIN_ID, SCRIPTED, ModelFolder, configured_folder
-from moltbot_server.models.library import KnownModel, Library, Origin, default_folder
+from moltbot_server.models.library import KnownModel, Library, Origin, default_model
 from moltbot_server.workspace import Workspace, find_workspace
 
 _Body = Callable[[argparse.Namespace], int]
@@ -76,10 +76,10 @@ class Models:
     def at_start(self) -> str:
         """The name of the model that would answer after a start."""
         try:
-            chosen = default_folder(self.settings)
+            chosen = default_model(self.settings)
         except ModelUnavailable:
             return self.library.default
-        return chosen.id if chosen else self.configured.name if self.configured else BUILTIN_ID
+        return chosen.name if chosen else self.configured.name if self.configured else BUILTIN_ID
 
     def find(self, name: str) -> KnownModel:
         """Return a model of the library, or the configured one, by name.

@@ -284,11 +284,11 @@ def overruled_by(settings: Settings) -> str:
     return next((place for place in places if place and not place.startswith(written)), "")
 
 
-def default_folder(settings: Settings) -> ModelFolder | None:
-    """Return the folder of the model that was chosen with `moltbot model switch` to answer from the start on.
+def default_model(settings: Settings) -> KnownModel | None:
+    """Return the model that was chosen with `moltbot model switch` to answer from the start on, `path` filled in.
 
     None where nobody chose, or where something names a model that goes before the choice (`overruled_by`): then
-    `model_type` and `model_path` of the settings say which model answers.
+    `model_type` and `model_path` of the settings say which model answers. Its name is the id to load it under.
 
     Raises:
         ModelUnavailable: the chosen model cannot be used any more; the text says why and what to do.
@@ -297,8 +297,18 @@ def default_folder(settings: Settings) -> ModelFolder | None:
     name = library.default
     if not name or overruled_by(settings):
         return None
-    way_out = "choose another one with `moltbot model switch NAME`, or go back with `moltbot model switch --configured`"
     try:
-        return library.open(library.find(name))
+        model = library.find(name)
+        library.open(model)
     except (ModelNotFound, ModelUnavailable) as problem:
-        raise ModelUnavailable(f"The chosen model {name} cannot answer: {problem.message} Then {way_out}.") from None
+        raise ModelUnavailable(
+            f"The chosen model {name} cannot answer: {problem.message} Choose another one with `moltbot model switch "
+            "NAME`, or go back with `moltbot model switch --configured`."
+        ) from None
+    return msgspec.structs.replace(model, path=str(library.path(model)))
+
+
+def default_folder(settings: Settings) -> ModelFolder | None:
+    """Return the folder of `default_model`, None where there is none; raises what that does."""
+    model = default_model(settings)
+    return read_folder(Path(model.path), model.type, model_id=model.name) if model else None
