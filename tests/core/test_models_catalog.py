@@ -8,7 +8,7 @@ import pytest
 from moltbot_server.errors import ModelNotFound, ModelUnavailable
 from moltbot_server.models.building import build_catalog
 from moltbot_server.models.catalog import Catalog, ModelState
-from moltbot_server.models.engines.local import LocalEngine, default_threads
+from moltbot_server.models.engines.local import LocalEngine
 from moltbot_server.models.engines.scripted import Script, ScriptedEngine
 from moltbot_server.models.folder import read_folder
 from tiny_model import make_tiny_model
@@ -100,14 +100,6 @@ def test_wrong_configuration_is_told_what_was_found_and_expected(
 ) -> None:
     with pytest.raises(ModelUnavailable, match=words):
         build_catalog(model_type=kind, model_path=path.format(tiny=tiny), context_length=context)
-
-
-@pytest.mark.parametrize(("cpus", "replicas"), [(1, 1), (2, 2), (4, 2), (6, 3), (8, 4), (64, 4)])
-def test_the_number_of_replicas_leaves_room_for_the_server(
-    cpus: int, replicas: int, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr("moltbot_server.models.engines.local.usable_cpus", lambda: cpus)
-    assert default_threads() == replicas
 
 
 @pytest.mark.parametrize("name", ["builtin", "built-in", "moltbot-demo", "MoltBot-Demo"])

@@ -16,7 +16,7 @@ from moltbot_server.errors import ContextLengthExceeded, ModelUnavailable, Queue
 from moltbot_server.models.engine import Chunk, Finished
 from moltbot_server.models.engine import stream as streamed
 from moltbot_server.models.engines.local import LocalEngine
-from moltbot_server.models.engines.rows import GONE, Row, Sampling
+from moltbot_server.models.engines.local.rows import GONE, Row, Sampling
 from moltbot_server.models.folder import read_folder
 from moltbot_server.models.tokenizer import Tokenizer
 from moltbot_server.turns import FinishReason, GenerationOptions, Message, Role, TextPart
@@ -165,7 +165,7 @@ async def test_stop_texts_end_an_answer_wherever_tokens_are_cut(endless: Path) -
 async def test_closing_a_stream_frees_its_row_within_one_step(endless: Path) -> None:
     async with running(endless, threads=1) as engine:
         stream = await opened(streamed(engine, user("hello"), ASK))
-        (row,) = engine._running
+        (row,) = engine._rows
         await stream.aclose()
         written = row.limit - row.left
         await ask(engine, "next", GenerationOptions(max_output_tokens=1))
@@ -182,7 +182,7 @@ async def test_a_cancelled_row_leaves_its_batch_mates_unharmed(endless: Path) ->
         leaving = streamed(engine, user("ddd"), ASK)
         begun = asyncio.create_task(anext(leaving))
         await until(lambda: engine.waiting == 4)
-        rows = list(engine._waiting._rows)
+        rows = engine._waiting.places()
         await first.aclose()
         await begun
         assert len({row.began for row in rows}) == 1, "the four are one batch"
@@ -197,7 +197,7 @@ async def test_a_stream_that_is_closed_while_it_waits_leaves_the_queue_at_once(e
         first = await opened(streamed(engine, user("hold"), ASK))
         waiting = asyncio.create_task(ask(engine, "never"))
         await until(lambda: engine.waiting == 1)
-        (row,) = engine._waiting._rows
+        (row,) = engine._waiting.places()
         waiting.cancel()
         await asyncio.gather(waiting, return_exceptions=True)
         assert engine.waiting == 0
@@ -228,7 +228,7 @@ async def test_only_equal_options_and_similar_lengths_share_a_batch(endless: Pat
         asked.append(("d", GenerationOptions(max_output_tokens=2, temperature=1.0)))
         tasks = [asyncio.create_task(ask(engine, text, options)) for text, options in asked]
         await until(lambda: engine.waiting == 5)
-        rows = list(engine._waiting._rows)
+        rows = engine._waiting.places()
         await first.aclose()
         answers = await asyncio.gather(*tasks)
     a, b, long, c, warm = (row.began for row in rows)
@@ -298,15 +298,15 @@ async def test_trouble_in_the_callback_ends_one_row_only(
         options = GenerationOptions(max_output_tokens=20)
         tasks = [asyncio.create_task(ask(engine, text, options)) for text in ("aaa", "bbb", "ccc")]
         await until(lambda: engine.waiting == 3)
-        bad = engine._waiting._rows[1]
-        note = engine._note
+        bad = engine._waiting.places()[1]
+        note = engine.note
 
         def failing(row: Row, token: int) -> None:
             if row is bad and token >= 0:
                 raise RuntimeError("no")
             note(row, token)
 
-        monkeypatch.setattr(engine, "_note", failing)
+        monkeypatch.setattr(engine, "note", failing)
         await first.aclose()
         a, b, c = await asyncio.gather(*tasks, return_exceptions=True)
     assert isinstance(b, ModelUnavailable)
@@ -324,7 +324,7 @@ async def test_a_thread_that_dies_makes_the_model_unavailable(
         def die(*_: object) -> None:
             raise SystemError("the native code is broken")
 
-        monkeypatch.setattr(engine, "_write", die)
+        monkeypatch.setattr(engine._replicas, "_write", die)
         with pytest.raises(ModelUnavailable):
             async with asyncio.timeout(5):
                 await ask(engine, "hello")
@@ -359,5 +359,5 @@ async def test_a_thousand_cancelled_answers_leave_nothing_behind(endless: Path) 
             await asyncio.gather(*work)
         chunks, _ = await ask(engine, "hello", GenerationOptions(max_output_tokens=5))
         assert text_of(chunks) == offline(endless, "hello", 5)[0]
-        assert (engine.waiting, len(engine._running)) == (0, 0)
+        assert (engine.waiting, len(engine._rows)) == (0, 0)
         await until(lambda: not engine._outbox)

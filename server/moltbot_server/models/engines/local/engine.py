@@ -1,0 +1,299 @@
+"""The local engine: a CTranslate2 model in this process.
+
+Each replica of the model has one thread of ours that writes one batch after the other. The native code calls back once
+per row and step; the callback notes the token and, at most once per turn of the event loop, asks the loop to fetch what
+was noted. Everything that costs time (text, stop texts, waking the reader) happens on the loop.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from collections import deque
+from collections.abc import Mapping, Sequence
+from time import perf_counter
+
+from moltbot_server.errors import ContextLengthExceeded, ModelUnavailable
+from moltbot_server.models.detokenizer import Detokenizer
+from moltbot_server.models.engine import NOBODY, Asker, Capabilities, Generation, Listener, counted, stream
+from moltbot_server.models.engines.local.leads import Leads
+from moltbot_server.models.engines.local.replicas import Replicas, load
+from moltbot_server.models.engines.local.rows import EXPIRED, GONE, Row
+from moltbot_server.models.engines.local.sampling import sampling_of
+from moltbot_server.models.engines.local.waiting import Waiting
+from moltbot_server.models.engines.local.weights import context_bytes
+from moltbot_server.models.engines.local.writing import Writing
+from moltbot_server.models.folder import ModelFolder
+from moltbot_server.models.limits import check_options
+from moltbot_server.models.tokenizer import Tokenizer
+from moltbot_server.models.tuning import Tuning, tuning_for
+from moltbot_server.turns import GenerationOptions, Message, Role, TextPart
+
+MAX_WAITING = 256
+_TOLD_EVERY = 0.25
+_LEADS_SHARE = 0.25  # of the weights' size: what the beginnings that the model keeps may take beside them
+_DIED = "A thread of the model has died; restart the core."
+_log = logging.getLogger(__name__)
+
+
+class LocalEngine:
+    """A model folder that answers. Its replicas share the weights; each writes one batch at a time."""
+
+    def __init__(
+        self,
+        folder: ModelFolder,
+        *,
+        context_length: int = 0,
+        tuning: Tuning | None = None,
+        threads: int = 0,
+        max_waiting: int = MAX_WAITING,
+        weights: Mapping[str, float] | None = None,
+    ) -> None:
+        """Describe the model; nothing is loaded before `start`.
+
+        `context_length` of 0 is the folder's. Without a `tuning` there are `threads` replicas of one thread each, as
+        many as fit the machine for 0. `max_waiting` answers may wait, fewer where they would wait too long. `weights`
+        of workspaces say how they share the model, 1 for those not named.
+        """
+        self.id = folder.id
+        self.display_name = folder.display_name
+        self.type = folder.family
+        self.capabilities = Capabilities(
+            context_length=context_length or folder.context_length,
+            sampling=True,
+            stop=True,
+            repetition_penalty=True,
+            token_counts=True,
+            cancellation=True,
+        )
+        self.memory_bytes = (folder.path / "model.bin").stat().st_size
+        self.tuning = tuning or tuning_for(None, folder.path, threads)
+        self._folder = folder
+        self._loaded: Tokenizer | None = None
+        self._leads: Leads | None = None
+        self._stop_texts: tuple[str, ...] = ()
+        self._waiting = Waiting(
+            limit=max_waiting, replicas=self.tuning.replicas, batch=self.tuning.batch, weights=weights
+        )
+        self._outbox: deque[tuple[Row, int]] = deque()
+        self._armed = False
+        self._loop: asyncio.AbstractEventLoop | None = None
+        self._ticking: asyncio.TimerHandle | None = None
+        self._replicas: Replicas | None = None
+        self._rows: set[Row] = set()
+        self.trouble = "The model is not loaded."
+
+    @property
+    def healthy(self) -> bool:
+        """Whether the model is loaded and every thread of it lives."""
+        return not self.trouble and self._replicas is not None and self._replicas.alive
+
+    @property
+    def parallel(self) -> int:
+        """How many answers are written at the same time before more have to wait."""
+        return self.tuning.replicas * self.tuning.batch
+
+    # --- what can be measured ----------------------------------------------------------------------------------------
+
+    @property
+    def waiting(self) -> int:
+        """Answers that wait for a free replica."""
+        return len(self._waiting)
+
+    @property
+    def running(self) -> int:
+        """Answers that are being written."""
+        return self._replicas.rows if self._replicas else 0
+
+    @property
+    def batches(self) -> int:
+        """Batches written since the start."""
+        return self._waiting.batches
+
+    @property
+    def mean_batch(self) -> float:
+        """Rows of a batch, on average since the start."""
+        return self._waiting.rows / max(1, self._waiting.batches)
+
+    @property
+    def pauses(self) -> int:
+        """How often a long answer gave its place to those that waited, since the start."""
+        return self._waiting.pauses
+
+    @property
+    def refused(self) -> int:
+        """Answers that were refused because too much waited, since the start."""
+        return self._waiting.refused
+
+    @property
+    def static_prompts(self) -> int:
+        """Beginnings of prompts that the model keeps."""
+        return len(self._leads) if self._leads else 0
+
+    # --- on the event loop -------------------------------------------------------------------------------------------
+
+    async def start(self) -> None:
+        """Load the model and let every replica answer once.
+
+        Raises:
+            ModelUnavailable: the model cannot be loaded; the text says what was found and what was expected.
+        """
+        self._loop = asyncio.get_running_loop()
+        replicas = await asyncio.to_thread(self._load)
+        self._replicas = replicas
+        replicas.start()
+        self.trouble = ""
+        try:
+            await asyncio.gather(*(self._probe() for _ in range(self.tuning.replicas)))
+        except BaseException:
+            await self.close()
+            raise
+
+    async def close(self) -> None:
+        """Stop what runs within a step, end the threads and free the model."""
+        self.trouble = self.trouble or "The model was closed."
+        for row in self._waiting.close():
+            self.note(row, GONE)
+        for row in self._rows:
+            row.cancelled = True
+        replicas, self._replicas = self._replicas, None
+        if replicas is not None:
+            await asyncio.to_thread(replicas.join)
+        self._fetch()
+
+    def check(self, options: GenerationOptions) -> None:
+        """Refuse options that are out of range, and `seed`: the native code has one generator for all rows."""
+        check_options(options, self.capabilities)
+
+    def count(self, message: Message) -> int:
+        """Return how many tokens a message takes in a prompt, its role markers included."""
+        return self._tokenizer.count(message)
+
+    async def tokens(self, content: str | Sequence[Message]) -> int:
+        """Return how many tokens a text or a conversation takes; see `Engine.tokens`."""
+        return counted(self, content)
+
+    def admit(self, asker: Asker) -> None:
+        """Refuse what could not begin in time; see `Engine.admit`."""
+        self._waiting.admit(asker.workspace, asker.session, self._until(asker))
+
+    def begin(
+        self, messages: Sequence[Message], options: GenerationOptions, listener: Listener, asker: Asker = NOBODY
+    ) -> Generation:
+        """Begin the answer to a conversation; see `Engine.begin`."""
+        if not self.healthy:
+            raise ModelUnavailable(self.trouble or _DIED)
+        row = self._row(messages, options, asker)
+        writing = Writing(
+            self, row, Detokenizer(self._tokenizer.surfaces), (*options.stop, *self._stop_texts), listener
+        )
+        self._waiting.put(row)
+        self._rows.add(row)
+        if self._ticking is None and self._loop is not None:
+            self._ticking = self._loop.call_later(_TOLD_EVERY, self._tick)
+        return writing
+
+    def let_go(self, row: Row) -> None:
+        """Forget a row that nobody reads any more; its replica is free after the step."""
+        row.cancelled = True
+        self._rows.discard(row)
+        self._waiting.remove(row)
+        self._waiting.answered(row.limit - row.left)
+
+    @property
+    def _tokenizer(self) -> Tokenizer:
+        if self._loaded is None:
+            raise ModelUnavailable(self.trouble)
+        return self._loaded
+
+    def _row(self, messages: Sequence[Message], options: GenerationOptions, asker: Asker) -> Row:
+        prompt = self._tokenizer.prompt(messages)
+        room = self.capabilities.context_length - len(prompt)
+        if room < 1:
+            raise ContextLengthExceeded(
+                "messages", f"takes {len(prompt)} of the model's {self.capabilities.context_length} tokens"
+            )
+        return Row(
+            prompt,
+            sampling_of(options, len(self._folder.vocabulary)),
+            min(options.max_output_tokens or room, room),
+            lead=self._leads.of(messages, prompt) if self._leads else (),
+            workspace=asker.workspace,
+            session=asker.session,
+            deadline=self._until(asker),
+        )
+
+    def _until(self, asker: Asker) -> float | None:
+        """Return an asker's deadline on the clock of the replicas' threads."""
+        if asker.deadline is None or self._loop is None:
+            return None
+        return perf_counter() + asker.deadline - self._loop.time()
+
+    def _fetch(self) -> None:
+        """Hand what the threads noted to the rows. The flag falls first: what is noted from here on asks again."""
+        self._armed = False
+        outbox, rows = self._outbox, []
+        while outbox:
+            row, token = outbox.popleft()
+            if row.put(token):
+                rows.append(row)
+        for row in rows:
+            try:
+                row.hand_over()
+            except Exception:
+                _log.exception("a reader failed", extra={"model": self.id})
+                row.cancelled = True
+
+    def _tick(self) -> None:
+        """End what waited too long, and tell the others their places if these have changed."""
+        self._ticking = None
+        for row in self._waiting.expired():
+            self.note(row, EXPIRED)
+        for place, row in enumerate(self._waiting.places(), 1):
+            if row.place == place or row.began:
+                continue
+            row.place = place
+            try:
+                row.told(place)
+            except Exception:
+                _log.exception("a reader failed", extra={"model": self.id})
+        if self._rows and self._loop is not None:
+            self._ticking = self._loop.call_later(_TOLD_EVERY, self._tick)
+
+    async def _probe(self) -> None:
+        messages = (Message(role=Role.USER, parts=(TextPart(text="Hello"),)),)
+        async for _ in stream(self, messages, GenerationOptions(max_output_tokens=8)):
+            pass
+
+    # --- on the threads ----------------------------------------------------------------------------------------------
+
+    def note(self, row: Row, token: int) -> None:
+        """Take a token of a row, or what ended it, to the event loop."""
+        self._outbox.append((row, token))
+        if not self._armed and self._loop is not None:
+            self._armed = True
+            try:
+                self._loop.call_soon_threadsafe(self._fetch)
+            except RuntimeError:  # the loop is closed: nobody reads any more
+                row.cancelled = True
+
+    def died(self) -> None:
+        """Take note that a thread of the model has died."""
+        self.trouble = _DIED
+
+    def _load(self) -> Replicas:
+        folder = self._folder
+        tokenizer = self._loaded = Tokenizer(folder)
+        stops = {stop: tokenizer.id(stop) for stop in (*folder.template.stop, folder.eos_token)}
+        self._stop_texts = tuple(stop for stop in folder.template.stop if stops[stop] is None)
+        each = context_bytes(folder.path / "model.bin")
+        self._leads = Leads(tokenizer.prompt, int(self.memory_bytes * _LEADS_SHARE / each) if each else 0)
+        return Replicas(
+            load(folder, self.tuning),
+            name=self.id,
+            count=self.tuning.replicas,
+            waiting=self._waiting,
+            reader=self,
+            ends=frozenset(index for index in stops.values() if index is not None),
+            vocabulary=folder.vocabulary,
+        )

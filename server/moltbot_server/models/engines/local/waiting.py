@@ -1,0 +1,180 @@
+"""The queue before the replicas: the event loop puts rows in, the replicas' threads take batches out."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Mapping, Sequence
+from itertools import islice
+from time import perf_counter
+
+from moltbot_server.errors import ModelUnavailable
+from moltbot_server.models.engines.local.admission import Admission
+from moltbot_server.models.engines.local.batches import Batch, together
+from moltbot_server.models.engines.local.costs import Costs, Shape, share
+from moltbot_server.models.engines.local.fair_queue import FairQueue
+from moltbot_server.models.engines.local.rows import Row
+
+_LOOKED_AT = 1024
+"""Most waiting rows whose places are told and whose deadlines are watched; those behind come closer first."""
+
+_ANSWERED = 0.010
+_BURST = 0.010
+_BURST_SHARE = 0.02
+_GAP = 0.002
+_TYPICAL = 64.0
+_FEW_STEPS = 4
+
+
+class Waiting:
+    """Rows that wait, shared out between the replicas. Its methods may be called from any thread."""
+
+    def __init__(self, *, limit: int, replicas: int, batch: int, weights: Mapping[str, float] | None = None) -> None:
+        """`limit`: rows that may wait; `batch`: most rows of a batch; `weights` are those of `FairQueue`."""
+        self.costs = Costs()
+        self.pauses = self.batches = self.rows = 0
+        self._batch = batch
+        self._queue = FairQueue(weights)
+        self._admission = Admission(self._queue, limit=limit, replicas=replicas)
+        self._changed = threading.Condition()
+        self._idle = 0
+        self._closed = False
+        self._typical = _TYPICAL  # tokens of an answer, averaged over the latest
+        self._answered = 0.0
+
+    def __len__(self) -> int:
+        return len(self._queue)
+
+    @property
+    def refused(self) -> int:
+        """Rows that were refused."""
+        return self._admission.refused
+
+    def admit(self, workspace: str, session: str, deadline: float | None) -> None:
+        """Refuse what could not begin in time; `deadline` is on `perf_counter`'s clock.
+
+        Raises:
+            QueueFull: too much waits; `retry_after` says when to come back.
+            ModelUnavailable: the queue is closed.
+        """
+        with self._changed:
+            self._admit(workspace, session, deadline)
+
+    def _admit(self, workspace: str, session: str, deadline: float | None) -> None:
+        if self._closed:
+            raise ModelUnavailable("The model is not loaded.")
+        self._admission.check(workspace, session, deadline, perf_counter())
+
+    def put(self, row: Row) -> None:
+        """Add a row.
+
+        Raises:
+            QueueFull, ModelUnavailable: as `admit` does.
+        """
+        with self._changed:
+            self._admit(row.workspace, row.session, row.deadline)
+            row.cost = self._cost(len(row.prompt), min(row.left, int(self._typical)))
+            self._queue.put(row)
+            self._changed.notify()
+
+    def pause(self, batch: Batch, index: int, words: Sequence[str]) -> bool:
+        """Put a row back that a batch is writing, `words` added to its prompt; tell whether it will go on later."""
+        row = batch.rows[index]
+        with self._changed:
+            if self._closed:
+                return False
+            batch.paused.add(index)
+            self._settle(batch, index)
+            row.prompt = [*row.prompt, *words]
+            row.cost = self._cost(len(row.prompt), min(row.left, int(self._typical)))
+            self._queue.put(row, first=True)
+            self.pauses += 1
+            self._changed.notify()
+            return True
+
+    def remove(self, row: Row) -> None:
+        """Take a row out if it still waits."""
+        with self._changed:
+            self._queue.remove(row)
+
+    def take(self) -> Batch | None:
+        """Wait for work and return the rows to answer together; None when the queue is closed.
+
+        The rows that wait are shared out between the threads that are free, so that a burst keeps all of them busy.
+        """
+        with self._changed:
+            self._idle += 1
+            while not self._queue and not self._closed:
+                self._changed.wait()
+                self._let_burst_grow()
+            share_of = -(-len(self._queue) // self._idle)
+            self._idle -= 1
+            if self._closed:
+                return None
+            batch = together(self._queue.walk(), min(self._batch, share_of), self.costs, max(1, int(self._typical)))
+            self._queue.take(batch.rows)
+            return batch
+
+    def ended(self, batch: Batch, began: float, first: float | None, ended: float) -> None:
+        """Learn from a batch: when it began, had its first token, ended. `first` is None where it was unlike others."""
+        with self._changed:
+            self.batches += 1
+            self.rows += len(batch.rows)
+            self._admission.measured(ended - began, batch.charged)
+            for index in range(len(batch.rows)):
+                if index not in batch.paused:
+                    self._settle(batch, index)
+                    self._answered = ended
+            if first is not None:
+                self._learn(batch.shape(), first - began, ended - first)
+
+    def _learn(self, shape: Shape, first: float, rest: float) -> None:
+        until_first, terms = shape.first_terms, shape.terms
+        self.costs.learn(until_first, first)
+        if terms[2] > _FEW_STEPS:
+            self.costs.learn((0, 0, terms[2] - 1, terms[3] - until_first[3], terms[4] - until_first[4]), rest)
+        self.costs.fit()
+
+    def answered(self, tokens: int) -> None:
+        """Learn how long an answer was."""
+        self._typical += 0.05 * (tokens - self._typical)
+
+    def places(self) -> list[Row]:
+        """Return the rows that wait, the next to be served first; at most 1,024."""
+        with self._changed:
+            return list(islice(self._queue.walk(), _LOOKED_AT))
+
+    def expired(self) -> list[Row]:
+        """Take out the rows that did not begin before their deadline."""
+        with self._changed:
+            return list(self._queue.expired(perf_counter(), _LOOKED_AT))
+
+    def close(self) -> list[Row]:
+        """Let no more in, wake every thread, and return the rows that nobody will answer."""
+        with self._changed:
+            self._closed = True
+            left = self._queue.clear()
+            self._changed.notify_all()
+            return left
+
+    def _settle(self, batch: Batch, index: int) -> None:
+        size = batch.sizes[index] + len(batch.lead)
+        self._queue.settle(batch.rows[index], self._cost(size, len(batch.tokens[index])))
+
+    def _cost(self, prompt: int, new: int) -> float:
+        return self.costs(share(prompt, new, self._batch))
+
+    def _let_burst_grow(self) -> None:
+        """Wait while more rows come, if answers have just ended: who was answered may ask again at once.
+
+        Not longer than is little beside what a batch takes, for a row that came alone waits in vain.
+        """
+        now = perf_counter()
+        if not self._queue or now - self._answered > _ANSWERED:
+            return
+        until = now + min(_BURST, _BURST_SHARE * self._admission.round)
+        most = self._batch * self._idle
+        while (left := until - perf_counter()) > 0 and len(self._queue) < most:
+            size = len(self._queue)
+            self._changed.wait(min(_GAP, left))
+            if self._closed or len(self._queue) <= size:
+                return
