@@ -66,8 +66,10 @@ async def test_status_tells_what_runs_and_what_it_takes(started: Started) -> Non
     assert {item["pid"] for item in found["processes"].values()} == pids
     if sys.platform.startswith("linux"):
         assert found["processes"]["supervisor"]["memory"] < 45e6
+    assert found["engine"]["healthy"]
+    assert found["engine"]["where"].startswith("unix:")
     words = (await started.home.run("status")).out
-    assert "serving" in words
+    assert words.count(" serving ") == 3
     assert re.search(r" runs in \S+ for \d+ s\.$", words.splitlines()[0])
 
 

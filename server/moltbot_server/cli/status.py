@@ -7,7 +7,7 @@ import json
 import sys
 import time
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, NamedTuple
 from urllib.parse import urlsplit
 
 import psutil
@@ -35,18 +35,20 @@ def status(workspace: Workspace, *, as_json: bool) -> int:
 
 def state(workspace: Workspace, running: Running) -> dict[str, Any]:
     """Return the state as the JSON object of `moltbot status --json`. Memory is proportional set size, in bytes."""
-    health = {"core": _answers(running.metrics), "http": _answers(running.http)}
+    core, adapter = _health(running.metrics), _health(running.http)
     pids = {"supervisor": running.pid, **running.processes}
     processes = {name: {"pid": pid, "memory": _memory(pid)} for name, pid in pids.items() if pid}
     return {
         "running": True,
-        "healthy": all(health.values()) and all(item["memory"] is not None for item in processes.values()),
+        "healthy": bool(core.healthy and adapter.healthy and core.said.get("engine") != "away")
+        and all(item["memory"] is not None for item in processes.values()),
         "workspace": str(workspace.folder),
         "version": running.version,
-        "model": running.model,
+        "model": core.said.get("model") or running.model,
         "uptime_s": round(time.time() - running.started, 1),
-        "core": {"healthy": health["core"], "grpc": running.grpc, "metrics": running.metrics},
-        "http": {"healthy": health["http"], "address": running.http},
+        "core": {"healthy": core.healthy, "grpc": running.grpc, "metrics": running.metrics},
+        "engine": {"healthy": core.said.get("engine") == "serving", "where": core.said.get("engine_address", "")},
+        "http": {"healthy": adapter.healthy, "address": running.http},
         "processes": processes,
         "memory": sum(item["memory"] or 0 for item in processes.values()),
     }
@@ -64,16 +66,25 @@ def lasting(seconds: float) -> str:
     return " ".join(parts[:2]) or "0 s"
 
 
-def _answers(address: str) -> bool:
+class _Health(NamedTuple):
+    """What a process says of itself."""
+
+    healthy: bool
+    said: Mapping[str, Any]
+
+
+def _health(address: str) -> _Health:
     parts = urlsplit(address)
     connection = http.client.HTTPConnection(parts.hostname or "", parts.port, timeout=2)
     try:
         connection.request("GET", "/health")
-        return connection.getresponse().status == 200
-    except (OSError, http.client.HTTPException):
-        return False
+        answer = connection.getresponse()
+        said = json.loads(answer.read())
+    except (OSError, http.client.HTTPException, ValueError):
+        return _Health(False, {})
     finally:
         connection.close()
+    return _Health(answer.status == 200, said if isinstance(said, dict) else {})
 
 
 def _memory(pid: int) -> int | None:
@@ -93,6 +104,7 @@ def _in_words(found: Mapping[str, Any]) -> str:
     lines = [
         f"MoltBot {found['version']} runs in {found['workspace']} for {lasting(found['uptime_s'])}.",
         f"  Core    {word(core['healthy']):12} gRPC {core['grpc']}   {core['metrics']}/metrics",
+        f"  Engine  {word(found['engine']['healthy']):12} {found['engine']['where']}",
         f"  HTTP    {word(found['http']['healthy']):12} {found['http']['address']}",
         f"  Model   {found['model']}",
         f"  Memory  {memory:.0f} MB (proportional set size)",
