@@ -223,9 +223,9 @@ async def test_more_than_may_wait_is_refused_with_the_time_to_come_back(endless:
 async def test_only_equal_options_and_similar_lengths_share_a_batch(endless: Path) -> None:
     async with running(endless, threads=1) as engine:
         first = await opened(streamed(engine, user("hold"), ASK))
-        short = GenerationOptions(max_output_tokens=2)
-        asked = [("a", short), ("b", short), ("1 " * 100, short), ("c", GenerationOptions(max_output_tokens=3))]
-        asked.append(("d", GenerationOptions(max_output_tokens=2, temperature=1.0)))
+        short = GenerationOptions(max_output_tokens=20)
+        asked = [("a", short), ("b", short), ("1 " * 900, short), ("c", GenerationOptions(max_output_tokens=30))]
+        asked.append(("d", GenerationOptions(max_output_tokens=20, temperature=1.0)))
         tasks = [asyncio.create_task(ask(engine, text, options)) for text, options in asked]
         await until(lambda: engine.waiting == 5)
         rows = engine._waiting.places()
@@ -234,7 +234,7 @@ async def test_only_equal_options_and_similar_lengths_share_a_batch(endless: Pat
     a, b, long, c, warm = (row.began for row in rows)
     assert a == b == c
     assert len({a, long, warm}) == 3
-    assert [finished.usage.output_tokens for _, finished in answers] == [2, 2, 2, 3, 2]
+    assert [finished.usage.output_tokens for _, finished in answers] == [20, 20, 20, 30, 20]
 
 
 async def test_two_models_answer_side_by_side(tiny: Path, endless: Path) -> None:
