@@ -169,6 +169,7 @@ async def test_what_is_left_of_something_else_is_replaced_or_removed(small: Smal
     await pull(small, tmp_path / "here")
     assert read(tmp_path / "here") == FILES
     assert not (tmp_path / "here" / "old").exists()
+    assert [asked.range for asked in small.of("store") if asked.path.endswith("model.bin")] == [""]
 
 
 async def test_a_hub_that_cannot_begin_in_the_middle_begins_at_the_front(small: SmallHub, tmp_path: Path) -> None:
@@ -176,6 +177,7 @@ async def test_a_hub_that_cannot_begin_in_the_middle_begins_at_the_front(small: 
     watch = Watch()
     await pull(small, tmp_path / "here", watch)
     assert read(tmp_path / "here") == FILES
+    assert len([asked for asked in small.of("store") if asked.path.endswith("model.bin")]) == 2
     assert watch.count == sum(map(len, FILES.values()))
 
 

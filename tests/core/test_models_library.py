@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import multiprocessing
 import stat
+from multiprocessing.synchronize import Barrier
 from pathlib import Path
 
 import pytest
@@ -153,6 +154,13 @@ def test_removing_never_deletes_somebodys_own_folder(library: Library, mine: Kno
     assert (Path(mine.path) / "model.bin").exists()
 
 
+def test_removing_never_deletes_somebodys_own_folder_although_it_lies_where_pulled_ones_do(library: Library) -> None:
+    (library.folder / "own").mkdir(parents=True)
+    library.add(KnownModel(name="own", origin=Origin.ADDED, path=str(library.folder / "own")))
+    library.remove("own")
+    assert (library.folder / "own").is_dir()
+
+
 def test_removing_does_not_follow_a_link_out_of_the_workspace(library: Library, tmp_path: Path) -> None:
     pulled(library)
     (library.folder / "tiny").rename(tmp_path / "kept")
@@ -208,15 +216,17 @@ def test_a_newer_library_with_more_in_it_can_be_read(workspace: Workspace, libra
     assert library.find("tiny").path == "/x"
 
 
-def add_many(folder: Path, prefix: str) -> None:
+def add_many(folder: Path, prefix: str, together: Barrier) -> None:
     library = Library(Workspace(folder=folder))
+    together.wait(60)
     for number in range(30):
         library.add(KnownModel(name=f"{prefix}{number}", origin=Origin.ADDED, path="/x"))
 
 
 def test_writers_in_several_processes_lose_nothing(workspace: Workspace, library: Library) -> None:
     start = multiprocessing.get_context("spawn")
-    writers = [start.Process(target=add_many, args=(workspace.folder, prefix)) for prefix in "abc"]
+    together = start.Barrier(3)
+    writers = [start.Process(target=add_many, args=(workspace.folder, prefix, together)) for prefix in "abc"]
     for writer in writers:
         writer.start()
     for writer in writers:
