@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 from functools import cache
 from pathlib import Path
 
@@ -40,15 +41,25 @@ def _weights(vocabulary: int, seed: int, width: int, layers: int) -> dict[str, n
 
 
 def make_tiny_model(
-    folder: Path, *, seed: int = 1, width: int = 64, layers: int = 2, context_length: int = 256, endless: bool = False
+    folder: Path,
+    *,
+    seed: int = 1,
+    width: int = 64,
+    layers: int = 2,
+    context_length: int = 256,
+    endless: bool = False,
+    words: Sequence[str] = (),
 ) -> Path:
     """Write model.bin, config.json, vocabulary.json, tokenizer.model and moltbot.yaml into a new folder; return it.
 
-    An `endless` model never says its end token: its answers end at their limit only.
+    An `endless` model never says its end token: its answers end at their limit only. With `words` as its vocabulary,
+    <|end|> among them, it is left without a tokenizer.
     """
     folder.mkdir(parents=True)
-    tokenizer.train(LINES * 4, folder / "tokenizer.model", 420)
-    words = tokenizer.Tokenizer(folder / "tokenizer.model").vocabulary()
+    if not words:
+        tokenizer.train(LINES * 4, folder / "tokenizer.model", 420)
+        words = tokenizer.Tokenizer(folder / "tokenizer.model").vocabulary()
+    words = list(words)
     weights = _weights(len(words), seed, width, layers)
     spec = transformer_spec.TransformerDecoderModelSpec.from_config(
         layers, 4, activation=common_spec.Activation.SWISH, pre_norm=True, ffn_glu=True, rms_norm=True,

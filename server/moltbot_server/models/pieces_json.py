@@ -28,7 +28,8 @@ class JsonPieces:
         """
         try:
             self._tokenizer = tokenizers.Tokenizer.from_file(str(folder.tokenizer))
-            self._decoders = _decoders(json.loads(folder.tokenizer.read_bytes()).get("decoder"))
+            written = json.loads(folder.tokenizer.read_bytes())
+            self._decoders = _decoders(written.get("decoder"))
         except Exception as problem:  # the library raises nothing more precise
             raise ModelUnavailable(f"{folder.tokenizer} cannot be read as a tokenizer: {problem}.") from None
         self._tokenizer.no_truncation()
@@ -39,7 +40,8 @@ class JsonPieces:
         added = self._tokenizer.get_added_tokens_decoder()
         self._special = frozenset(index for index, token in added.items() if token.special)
         marked = {index for index, token in added.items() if token.special or MARKER.fullmatch(token.content)}
-        self._control = frozenset(marked)
+        # What a tokenizer does not know becomes its unknown token, though nobody spelt it.
+        self._control = frozenset(marked - {_unknown(self._tokenizer, written["model"])})
         self.markers = Markers(added[index].content for index in marked)
         alone = (token for index, token in added.items() if index in marked and not token.lstrip)
         self.borders = Markers(token.content for token in alone if not token.single_word and not token.normalized)
@@ -112,6 +114,13 @@ def _decoders(decoder: dict[str, Any] | None) -> list[str]:
     if kinds != ["ByteLevel"] and not (known and set(replaced) <= {(_SPACE, " ")}):
         raise ValueError(f"its decoder is {', '.join(kinds)}; expected ByteLevel, Metaspace, or one with ByteFallback")
     return kinds
+
+
+def _unknown(tokenizer: tokenizers.Tokenizer, model: dict[str, Any]) -> int | None:
+    """Return the id that stands for what the tokenizer has no token for."""
+    if "unk_id" in model:
+        return int(model["unk_id"]) if model["unk_id"] is not None else None
+    return tokenizer.token_to_id(str(model.get("unk_token")))
 
 
 def _bytes(token: str, *, byte_level: bool, fallback: bool) -> bytes:
