@@ -94,7 +94,10 @@ class TestWithoutACore:
         shown = (await home.run("model", "show", BUILT_IN)).out
         assert "1024 tokens" in shown
         assert "tokenizer.model" in shown
-        assert (await home.run("model", "show", BUILT_IN, "--json")).json["context_length"] == 1024
+        assert "<|end|>" in shown
+        found = (await home.run("model", "show", BUILT_IN, "--json")).json
+        assert found["context_length"] == 1024
+        assert {"streaming", "generation", "cancellation"} <= set(found["capabilities"])
 
     async def test_an_unknown_model_is_told_with_those_that_are_known(self, home: Home) -> None:
         ended = await home.run("model", "show", "nobody")

@@ -128,10 +128,17 @@ def _details(models: Models, model: KnownModel) -> dict[str, Any]:
         folder = models.open(model)
     except ModelUnavailable:
         return {}
+    # Late: it loads the native code of models, which no list needs.
+    from moltbot_server.models.building import build_engine
+
+    can = build_engine(model_type=model.type, model_path=str(folder.path), model_id=model.name).capabilities
     return {
         "display_name": folder.display_name,
         "tokenizer": folder.tokenizer.name,
         "vocabulary": len(folder.vocabulary),
+        "template": "its own, in Jinja" if folder.jinja else "a text before and after each message",
+        "ends": [*dict.fromkeys([folder.eos_token, *folder.template.stop])],
+        "capabilities": [name for name in can.__struct_fields__ if getattr(can, name) is True],
         "files": sorted(path.name for path in folder.path.iterdir()),
     }
 
@@ -181,9 +188,11 @@ def _in_words(entry: Mapping[str, Any], models: Models) -> str:
         ("Family", entry["family"]),
         ("Context", f"{entry['context_length']} tokens" if entry["context_length"] else ""),
         ("Tokenizer", f"{entry['tokenizer']}, {entry['vocabulary']} tokens" if entry.get("tokenizer") else ""),
+        ("Template", entry.get("template", "")),
+        ("Ends with", "  ".join(entry.get("ends", ()))),
+        ("Can", ", ".join(entry.get("capabilities") or (loaded or {}).get("capabilities", ())).replace("_", " ")),
         ("Files", ", ".join(entry.get("files", ()))),
         ("Runs", _runs(loaded) if loaded else "no"),
-        ("Can", ", ".join(loaded["capabilities"]).replace("_", " ") if loaded else ""),
         ("At start", "answers" if entry["at_start"] else ""),
         ("Problem", entry["problem"]),
     ]

@@ -16,6 +16,7 @@ import time
 from collections.abc import AsyncGenerator, AsyncIterator, Callable, Iterator, Mapping
 from contextlib import asynccontextmanager, contextmanager
 from dataclasses import dataclass
+from importlib import metadata
 from types import TracebackType
 from typing import Any, Self
 from urllib.parse import quote, unquote, urlsplit
@@ -197,7 +198,8 @@ class Hub:
     async def __aenter__(self) -> Self:
         times = aiohttp.ClientTimeout(connect=self.patience.connect, sock_read=self.patience.silence)
         # `trust_env` is what makes HTTPS_PROXY work; what is in a buffer when a connection breaks is lost with it.
-        self._session = aiohttp.ClientSession(timeout=times, trust_env=True, read_bufsize=_BUFFER)
+        names = {"User-Agent": f"moltbot/{metadata.version('moltbot')}"}
+        self._session = aiohttp.ClientSession(timeout=times, trust_env=True, read_bufsize=_BUFFER, headers=names)
         return self
 
     async def __aexit__(
