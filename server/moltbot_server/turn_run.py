@@ -5,8 +5,7 @@ from __future__ import annotations
 import logging
 import secrets
 import time
-from asyncio import Future
-from typing import Any, Protocol
+from typing import Protocol
 
 import msgspec
 
@@ -16,7 +15,6 @@ from moltbot_server.errors import (
     InternalError,
     InvalidField,
     MoltBotError,
-    NotServing,
     TurnInterrupted,
 )
 from moltbot_server.journal import Journal, LiveTurn, same_content
@@ -86,7 +84,7 @@ class TurnRun:
         "_row",
         "_session",
         "_started",
-        "_written",
+        "_writes",
     )
 
     def __init__(
@@ -111,7 +109,7 @@ class TurnRun:
         self._finished: Finished | None = None
         self._ending: Completed | Failed | None = None
         self._row: EndedTurn | None = None
-        self._written: Future[None] | None = None
+        self._writes = 0
         live.halt = self.stop
 
     # --- accept --------------------------------------------------------------------------------------------------
@@ -141,31 +139,31 @@ class TurnRun:
             ephemeral=turn.transcript is not None,
         )
         if again:
-            store.reaccept(row).add_done_callback(self._accepted_again)
+            store.reaccept(row).then(self._accepted_again)
         else:
-            store.accept(row).add_done_callback(self._accepted)
+            store.accept(row).then(self._accepted)
 
-    def _accepted(self, written: Future[StoredTurn | None], *, again: bool = False) -> None:
+    def _accepted(self, earlier: StoredTurn | MoltBotError | None, *, again: bool = False) -> None:
         """Tell the followers what the store said; a turn that it did not take is dropped."""
         live = self._live
         if self._over:
             return  # broken off meanwhile
         live.accepted_after = time.perf_counter() - live.arrived
-        if (error := _error(written)) is not None:
-            self._drop(refusal=error)
-        elif (earlier := written.result()) is None:
+        if earlier is None:
             self._session.exists = True
             live.stored()
             if again and self._row is not None:
                 # The first row gave way to an earlier turn's, and its end with it.
                 self._finish(self._row)
+        elif isinstance(earlier, MoltBotError):
+            self._drop(refusal=earlier)
         elif self._may_start_again(earlier) and earlier.digest == live.digest and not again:
             self._accept(again=True)
         else:
             self._drop(refusal=_content_error(earlier, live), duplicate_of=earlier)
 
-    def _accepted_again(self, written: Future[StoredTurn | None]) -> None:
-        self._accepted(written, again=True)
+    def _accepted_again(self, earlier: StoredTurn | MoltBotError | None) -> None:
+        self._accepted(earlier, again=True)
 
     def _may_start_again(self, earlier: StoredTurn) -> bool:
         """Tell whether a turn is over without a good end; one whose end could not be stored runs in the store only."""
@@ -274,22 +272,23 @@ class TurnRun:
 
     def _finish(self, row: EndedTurn) -> None:
         self._row = row
-        self._written = self._pipeline.store.finish(row)
-        self._written.add_done_callback(self._stored)
+        self._writes += 1
+        self._pipeline.store.finish(row).then(self._stored)
 
-    def _stored(self, written: Future[None]) -> None:
+    def _stored(self, error: MoltBotError | None) -> None:
         try:
-            self._settle(written)
+            self._settle(error)
         except Exception:
             self._break_off()
 
-    def _settle(self, written: Future[None]) -> None:
+    def _settle(self, error: MoltBotError | None) -> None:
         """Remember the answer in the session, then let the followers see the end."""
+        self._writes -= 1
         live, row, ending = self._live, self._row, self._ending
-        if self._over or not live.is_stored or written is not self._written or row is None or ending is None:
+        if self._over or self._writes or not live.is_stored or row is None or ending is None:
             return  # it was dropped, or is being stored again
         last = row.events[-1]
-        if (error := _error(written)) is not None:
+        if error is not None:
             ending = self._failed(error)
             last = live.close(ending)[-1]
         elif row.answer and live.input.transcript is None:
@@ -372,17 +371,6 @@ class TurnRun:
             history_messages=fitted.history_messages - trimmed,
             attempts=1 if self._started else 0,
         )
-
-
-def _error(written: Future[Any]) -> MoltBotError | None:
-    """Return why the store did not take something, or None."""
-    if written.cancelled():
-        return NotServing("the core is leaving")
-    error = written.exception()
-    if error is None or isinstance(error, MoltBotError):
-        return error
-    log.error("the store failed", exc_info=error)
-    return InternalError("something went wrong in the core; its log says what")
 
 
 def _content_error(earlier: StoredTurn, live: LiveTurn) -> MoltBotError | None:

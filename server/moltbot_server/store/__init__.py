@@ -1,5 +1,6 @@
 """Where sessions and turns are kept: one protocol, a file for each store."""
 
+from moltbot_server.store.pending import Pending
 from moltbot_server.store.protocol import (
     SEQUENCE_AFTER_CRASH,
     EndedTurn,
@@ -9,4 +10,4 @@ from moltbot_server.store.protocol import (
     StoredTurn,
 )
 
-__all__ = ["SEQUENCE_AFTER_CRASH", "EndedTurn", "NewTurn", "Store", "StoredSession", "StoredTurn"]
+__all__ = ["SEQUENCE_AFTER_CRASH", "EndedTurn", "NewTurn", "Pending", "Store", "StoredSession", "StoredTurn"]

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from asyncio import Future
 from collections.abc import Sequence
 from typing import Protocol
 
+from moltbot_server.store.pending import Pending
 from moltbot_server.turns import Event, Message, Part, Session, SessionKey, TurnKey, TurnState, Value
 
 # After a crash nobody knows what a reader has seen of a turn; the number of its last event lies beyond it.
@@ -66,7 +66,7 @@ class StoredSession(Value, frozen=True, kw_only=True):
 class Store(Protocol):
     """Keeps sessions and turns.
 
-    What a returned future or coroutine has answered is on the disk. Every method raises `StorageFull` or
+    What a pending write or a coroutine has answered is on the disk. Every method raises `StorageFull` or
     `StorageUnavailable` when the store cannot do it.
     """
 
@@ -76,16 +76,16 @@ class Store(Protocol):
     async def close(self) -> None:
         """Write what waits, then close."""
 
-    def accept(self, turn: NewTurn) -> Future[StoredTurn | None]:
+    def accept(self, turn: NewTurn) -> Pending[StoredTurn | None]:
         """Store a turn and its user message; answer None, or the turn that used the `request_id` before."""
 
-    def reaccept(self, turn: NewTurn) -> Future[StoredTurn | None]:
+    def reaccept(self, turn: NewTurn) -> Pending[StoredTurn | None]:
         """Store a turn like `accept`, taking the `request_id` and the question over from a turn without a good end.
 
         Whoever calls this knows that the earlier turn does not run any more.
         """
 
-    def finish(self, turn: EndedTurn) -> Future[None]:
+    def finish(self, turn: EndedTurn) -> Pending[None]:
         """Store how a turn ended. It may be called before `accept` has answered, and does nothing if that refuses."""
 
     async def find_turn(self, key: TurnKey) -> StoredTurn | None:

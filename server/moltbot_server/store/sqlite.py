@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import asyncio
 import sqlite3
-from asyncio import Future
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -17,7 +16,7 @@ from typing import Any, TypeVar
 import msgspec
 
 from moltbot_server.errors import MoltBotError, StorageUnavailable
-from moltbot_server.store import EndedTurn, NewTurn, StoredSession, StoredTurn
+from moltbot_server.store import EndedTurn, NewTurn, Pending, StoredSession, StoredTurn
 from moltbot_server.store.writer import GroupWriter, Rows, storage_error
 from moltbot_server.turns import (
     Event,
@@ -122,11 +121,11 @@ class SqliteStore:
 
     # --- writing -------------------------------------------------------------------------------------------------
 
-    def accept(self, turn: NewTurn) -> Future[StoredTurn | None]:
+    def accept(self, turn: NewTurn) -> Pending[StoredTurn | None]:
         """Store a turn; answer None, or the earlier turn of the same request_id."""
         return self._writer.submit_row(turn)
 
-    def reaccept(self, turn: NewTurn) -> Future[StoredTurn | None]:
+    def reaccept(self, turn: NewTurn) -> Pending[StoredTurn | None]:
         """Store a turn in the place of a failed one with its request_id."""
 
         def write(connection: sqlite3.Connection) -> StoredTurn | None:
@@ -135,7 +134,7 @@ class SqliteStore:
 
         return self._writer.submit(write)
 
-    def finish(self, turn: EndedTurn) -> Future[None]:
+    def finish(self, turn: EndedTurn) -> Pending[None]:
         """Store how a turn ended."""
         return self._writer.submit_row(turn)
 

@@ -17,16 +17,16 @@ from queue import SimpleQueue
 from typing import Any
 
 from moltbot_server.errors import MoltBotError, StorageFull, StorageUnavailable
+from moltbot_server.store.pending import Pending
 
 log = logging.getLogger(__name__)
 
 Write = Callable[[sqlite3.Connection], Any]
-"""A write by itself; it returns what its future answers."""
+"""A write by itself; it returns what is answered."""
 
 WriteRows = Callable[[sqlite3.Connection, Sequence[Any]], Sequence[Any]]
-"""Writes many rows together; it returns what the future of each answers, in the same order."""
+"""Writes many rows together; it returns what is answered for each, in the same order."""
 
-_Future = asyncio.Future[Any]
 _LARGEST_GROUP = 512
 _FEW = 2
 """Rows of one turn: a group of so few is followed by the next at once."""
@@ -54,11 +54,13 @@ class Rows:
         return changed
 
 
-class _Job:
-    __slots__ = ("future", "row", "write")
+class _Job(Pending[Any]):
+    """A write that waits or is under way, and whoever wants to hear of it."""
 
-    def __init__(self, future: _Future, write: Write | None, row: Any) -> None:
-        self.future = future
+    __slots__ = ("row", "write")
+
+    def __init__(self, write: Write | None, row: Any) -> None:
+        super().__init__()
         self.write = write
         self.row = row
 
@@ -99,13 +101,13 @@ class GroupWriter:
         self._closed = False
         self._thread.start()
 
-    def submit(self, write: Write) -> _Future:
-        """Queue a write; the future answers with what it returned once that is on the disk."""
-        return self._queue(write, None)
+    def submit(self, write: Write) -> Pending[Any]:
+        """Queue a write; it is answered with what it returned once that is on the disk."""
+        return self._queue(_Job(write, None))
 
-    def submit_row(self, row: Any) -> _Future:
+    def submit_row(self, row: Any) -> Pending[Any]:
         """Queue a row to be written with others."""
-        return self._queue(None, row)
+        return self._queue(_Job(None, row))
 
     async def close(self) -> None:
         """Write what waits, then end the thread."""
@@ -117,14 +119,13 @@ class GroupWriter:
             self._groups.put(None)
             await asyncio.to_thread(self._thread.join)
 
-    def _queue(self, write: Write | None, row: Any) -> _Future:
-        future: _Future = self._loop.create_future()
+    def _queue(self, job: _Job) -> _Job:
         if self._closed:
-            future.set_exception(StorageUnavailable("the store is closed"))
+            job.settle(StorageUnavailable("the store is closed"))
         else:
-            self._waiting.append(_Job(future, write, row))
+            self._waiting.append(job)
             self._hand_over_soon()
-        return future
+        return job
 
     def _hand_over_soon(self) -> None:
         """Hand over what waits once the loop has gone through what it has at hand, which may bring more.
@@ -145,16 +146,11 @@ class GroupWriter:
         self._groups.put(self._waiting[:_LARGEST_GROUP])
         del self._waiting[:_LARGEST_GROUP]
 
-    def _answer(self, outcomes: list[tuple[_Future, Any]]) -> None:
-        """Answer a group's futures and hand the next group over; runs on the loop's thread."""
+    def _answer(self, outcomes: list[tuple[_Job, Any]]) -> None:
+        """Answer a group's writes and hand the next group over; runs on the loop's thread."""
         self._at_work = False
-        for future, outcome in outcomes:
-            if future.done():
-                continue
-            if isinstance(outcome, BaseException):
-                future.set_exception(outcome)
-            else:
-                future.set_result(outcome)
+        for job, outcome in outcomes:
+            job.settle(outcome)
         self._hand_over_soon()
         if self._idle is not None and not self._waiting:
             self._idle.set()
@@ -168,7 +164,7 @@ class GroupWriter:
         finally:
             connection.close()
 
-    def _write(self, connection: sqlite3.Connection, group: list[_Job]) -> list[tuple[_Future, Any]]:
+    def _write(self, connection: sqlite3.Connection, group: list[_Job]) -> list[tuple[_Job, Any]]:
         try:
             connection.execute("BEGIN IMMEDIATE")
             outcomes = self._write_all(connection, group)
@@ -180,25 +176,25 @@ class GroupWriter:
             if isinstance(error, sqlite3.Error) and _name(error).startswith(_NOBODYS_FAULT):
                 # Each alone would wait as long, or write after a failed write and take it for done.
                 log.error("the database refused all writes", extra={"error": str(error), "writes": len(group)})
-                return [(job.future, storage_error(error)) for job in group]
+                return [(job, storage_error(error)) for job in group]
             if len(group) > 1:
                 # One of them is at fault: give each a transaction of its own, so that the others are stored.
                 return [pair for job in group for pair in self._write(connection, [job])]
             if not isinstance(error, sqlite3.Error):
                 log.exception("a write failed")
-                return [(group[0].future, StorageUnavailable("the store refused a write; the log says why"))]
+                return [(group[0], StorageUnavailable("the store refused a write; the log says why"))]
             log.error("the database refused a write", extra={"error": str(error)})
-            return [(group[0].future, storage_error(error))]
+            return [(group[0], storage_error(error))]
         return outcomes
 
-    def _write_all(self, connection: sqlite3.Connection, group: list[_Job]) -> list[tuple[_Future, Any]]:
-        outcomes: list[tuple[_Future, Any]] = []
+    def _write_all(self, connection: sqlite3.Connection, group: list[_Job]) -> list[tuple[_Job, Any]]:
+        outcomes: list[tuple[_Job, Any]] = []
         rows: list[_Job] = []
 
         def write_rows() -> None:
             if rows:
                 answers = self._write_rows(connection, [job.row for job in rows])
-                outcomes.extend(zip([job.future for job in rows], answers, strict=True))
+                outcomes.extend(zip(rows, answers, strict=True))
                 rows.clear()
 
         for job in group:
@@ -206,6 +202,6 @@ class GroupWriter:
                 rows.append(job)
             else:
                 write_rows()
-                outcomes.append((job.future, job.write(connection)))
+                outcomes.append((job, job.write(connection)))
         write_rows()
         return outcomes
