@@ -7,6 +7,7 @@ the counts into its text when somebody asks.
 from __future__ import annotations
 
 from bisect import bisect_left
+from collections import defaultdict
 from collections.abc import Callable, Iterable
 
 from prometheus_client import CollectorRegistry, generate_latest
@@ -27,11 +28,11 @@ class Tally(Collector):
 
     def __init__(self, name: str, text: str, labels: tuple[str, ...] = ()) -> None:
         self._name, self._text, self._labels = name, text, labels
-        self._counts: dict[tuple[str, ...], float] = {} if labels else {(): 0}
+        self._counts: defaultdict[tuple[str, ...], float] = defaultdict(int, {} if labels else {(): 0})
 
     def add(self, *labels: str, amount: float = 1) -> None:
         """Count something under its labels."""
-        self._counts[labels] = self._counts.get(labels, 0) + amount
+        self._counts[labels] += amount
 
     def collect(self) -> Iterable[Metric]:
         """Yield the counter for Prometheus."""

@@ -23,7 +23,7 @@ from moltbot_server.errors import (
 )
 from moltbot_server.journal import Journal, LiveTurn, same_content
 from moltbot_server.metrics import Metrics
-from moltbot_server.models.catalog import Catalog
+from moltbot_server.models.catalog import Catalog, CatalogEntry
 from moltbot_server.models.context import ContextWindow, Fitted
 from moltbot_server.models.engine import Asker, Engine
 from moltbot_server.models.limits import check_content
@@ -106,20 +106,20 @@ class TurnPipeline:
                 return earlier
         if self._emptied is not None:
             raise NotServing("the core is leaving; repeat with the same request_id", retry_after=1.0)
-        engine = self._catalog.get(turn.model)
-        _check_model(turn, engine)
+        entry = self._catalog.ready(turn.model)
+        _check_model(turn, entry.engine)
         asker = Asker(workspace=principal.workspace, session=turn.session, deadline=deadline)
-        engine.admit(asker)
-        session = await self._session(principal, turn)
+        entry.engine.admit(asker)
+        key = SessionKey(workspace=principal.workspace, session=turn.session or secrets.token_hex(12))
+        session = self._at_hand(key, turn)
+        if session is None:
+            session = await self._sessions.open(key)
+            entry = self._still_ready(entry, turn)
         if (begun := self.journal.begun(principal, turn.request_id)) is not None:
-            # The same call came twice, and the other one's session was read first.
+            # The same call came twice, and what it waited for came to the other one first.
             same_content(begun.digest, digest)
             begun.allow_until(deadline)
             return begun
-        entry = self._catalog.ready(turn.model)
-        if entry.engine is not engine:
-            # Another model was chosen, or this one loaded anew, while the session was read.
-            _check_model(turn, entry.engine)
         if session.claims >= _MOST_IN_A_SESSION:
             raise QueueFull("too many turns wait in this session already", retry_after=1.0)
         live = LiveTurn(
@@ -146,12 +146,18 @@ class TurnPipeline:
                 return earlier
             await earlier.outcome()
 
-    async def _session(self, principal: Principal, turn: TurnInput) -> OpenSession[ContextWindow]:
+    def _at_hand(self, key: SessionKey, turn: TurnInput) -> OpenSession[ContextWindow] | None:
+        """Return the turn's session if it need not be waited for: it is known, or new."""
         if turn.session:
-            key = SessionKey(workspace=principal.workspace, session=turn.session)
-            return self._sessions.ready(key) or await self._sessions.open(key)
-        key = SessionKey(workspace=principal.workspace, session=secrets.token_hex(12))
+            return self._sessions.ready(key)
         return self._sessions.create(key, keep=turn.transcript is None)
+
+    def _still_ready(self, earlier: CatalogEntry, turn: TurnInput) -> CatalogEntry:
+        """Return the turn's model again: another one may have been chosen, or this one loaded anew, meanwhile."""
+        entry = self._catalog.ready(turn.model)
+        if entry.engine is not earlier.engine:
+            _check_model(turn, entry.engine)
+        return entry
 
     # --- what a run asks for -------------------------------------------------------------------------------------
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import logging
 import secrets
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Coroutine
 from typing import Any
 
 from grpc import aio
@@ -34,9 +34,9 @@ class ChatService(chat_pb2_grpc.ChatServiceServicer):
         self._journal = journal
         self._reader = reader
 
-    async def _start(self, spec: chat_pb2.TurnInput, call: Call) -> LiveTurn | StoredTurn:
+    def _start(self, spec: chat_pb2.TurnInput, call: Call) -> Coroutine[Any, Any, LiveTurn | StoredTurn]:
         turn = self._reader.turn(spec)
-        return await self._pipeline.start(call.principal, turn, deadline=call.deadline(), arrived=call.arrived)
+        return self._pipeline.start(call.principal, turn, deadline=call.deadline(), arrived=call.arrived)
 
     async def StreamTurn(self, request: chat_pb2.StreamTurnRequest, call: Call) -> None:  # type: ignore[override]
         """Start a turn, or follow the one of the same request_id, and stream its events."""

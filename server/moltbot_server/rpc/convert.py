@@ -260,11 +260,8 @@ def fill_event(into: chat_pb2.Event, key: TurnKey, recorded: Event) -> None:
         into.text_delta.text = kind.text
         return
     _stamp(into.create_time, recorded.at)
-    if isinstance(kind, Completed):
-        fill_completed(into.completed, key, kind)
-        return
-    field, convert = _KINDS[type(kind)]
-    getattr(into, field).CopyFrom(convert(key, kind))
+    field, fill = _KINDS[type(kind)]
+    fill(getattr(into, field), key, kind)
 
 
 def part(value: Part) -> message_pb2.Part:
@@ -359,30 +356,26 @@ def fill_completed(into: chat_pb2.Completed, key: TurnKey, kind: Completed) -> N
         into.attachments.append(part(entry))
 
 
-def _accepted(key: TurnKey, kind: Accepted) -> chat_pb2.Accepted:
-    return chat_pb2.Accepted(
-        turn=names.turn_name(kind.session, kind.ordinal),
-        session=names.session_name(kind.session),
-        message=names.message_name(kind.session, f"{kind.ordinal}.0"),
-        request_id=kind.request_id,
-    )
+def _fill_accepted(into: chat_pb2.Accepted, key: TurnKey, kind: Accepted) -> None:
+    into.turn = names.turn_name(kind.session, kind.ordinal)
+    into.session = names.session_name(kind.session)
+    into.message = names.message_name(kind.session, f"{kind.ordinal}.0")
+    into.request_id = kind.request_id
 
 
-def _failed(key: TurnKey, kind: Failed) -> chat_pb2.Failed:
-    made = chat_pb2.Failed(
-        code=kind.status,
-        reason=kind.reason,
-        message=kind.message,
-        retryable=kind.retryable,
-        retry_delay=None if kind.retry_after is None else duration(kind.retry_after),
-    )
-    _fill(made.timings, kind.timings)
-    return made
+def _fill_routed(into: chat_pb2.Routed, key: TurnKey, kind: Routed) -> None:
+    into.reason = kind.reason
+    setattr(into, kind.kind, f"{kind.kind}s/{kind.name}" if kind.kind != "command" else kind.name)
 
 
-def _routed(key: TurnKey, kind: Routed) -> chat_pb2.Routed:
-    name = f"{kind.kind}s/{kind.name}" if kind.kind != "command" else kind.name
-    return chat_pb2.Routed(reason=kind.reason, **{kind.kind: name})
+def _fill_failed(into: chat_pb2.Failed, key: TurnKey, kind: Failed) -> None:
+    into.code = kind.status
+    into.reason = kind.reason
+    into.message = kind.message
+    into.retryable = kind.retryable
+    if kind.retry_after is not None:
+        _set(into.retry_delay, kind.retry_after)
+    _fill(into.timings, kind.timings)
 
 
 def _fill(into: chat_pb2.Timings, value: Timings) -> None:
@@ -407,20 +400,32 @@ def _tool_result(value: ToolResultPart) -> message_pb2.ToolResult:
     return message_pb2.ToolResult(call_id=value.call_id, tool=value.tool, output=value.output, is_error=value.is_error)
 
 
-_KINDS: dict[type[Kind], tuple[str, Callable[[TurnKey, Any], Any]]] = {
-    Accepted: ("accepted", _accepted),
-    Queued: ("queued", lambda _, kind: chat_pb2.Queued(position=kind.position)),
-    Routed: ("routed", _routed),
-    Reset: ("reset", lambda _, kind: chat_pb2.Reset(text=kind.text, reason=kind.reason)),
-    Attachment: ("attachment", lambda _, kind: chat_pb2.Attachment(part=part(kind.part))),
-    ToolStarted: ("tool_started", lambda _, kind: chat_pb2.ToolStarted(call=_tool_call(kind.call))),
-    ToolFinished: (
-        "tool_finished",
-        lambda _, kind: chat_pb2.ToolFinished(result=_tool_result(kind.result), duration=duration(kind.duration)),
-    ),
-    Notice: (
-        "notice",
-        lambda _, kind: chat_pb2.Notice(code=kind.code, to=kind.target, reason=kind.reason, **{"from": kind.origin}),
-    ),
-    Failed: ("failed", _failed),
+def _fill_reset(into: chat_pb2.Reset, key: TurnKey, kind: Reset) -> None:
+    into.text = kind.text
+    into.reason = kind.reason
+
+
+def _fill_tool_finished(into: chat_pb2.ToolFinished, key: TurnKey, kind: ToolFinished) -> None:
+    into.result.CopyFrom(_tool_result(kind.result))
+    _set(into.duration, kind.duration)
+
+
+def _fill_notice(into: chat_pb2.Notice, key: TurnKey, kind: Notice) -> None:
+    into.code = kind.code
+    setattr(into, "from", kind.origin)
+    into.to = kind.target
+    into.reason = kind.reason
+
+
+_KINDS: dict[type[Kind], tuple[str, Callable[[Any, TurnKey, Any], None]]] = {
+    Accepted: ("accepted", _fill_accepted),
+    Queued: ("queued", lambda into, _, kind: setattr(into, "position", kind.position)),
+    Routed: ("routed", _fill_routed),
+    Reset: ("reset", _fill_reset),
+    Attachment: ("attachment", lambda into, _, kind: into.part.CopyFrom(part(kind.part))),
+    ToolStarted: ("tool_started", lambda into, _, kind: into.call.CopyFrom(_tool_call(kind.call))),
+    ToolFinished: ("tool_finished", _fill_tool_finished),
+    Notice: ("notice", _fill_notice),
+    Completed: ("completed", fill_completed),
+    Failed: ("failed", _fill_failed),
 }
