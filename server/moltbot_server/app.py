@@ -174,17 +174,9 @@ def _models(settings: Settings, key: str, given: Catalog | None) -> tuple[Catalo
         link = EngineLink(settings.engine, key, ca=settings.engine_ca)
         return Catalog(), link, link
     # Late: the native code of models is loaded only where models are.
-    from moltbot_server.models.building import LocalLoader, build_catalog
+    from moltbot_server.models.building import LocalLoader, Resources, configured_catalog
 
-    threads = settings.threads or 0
-    catalog = given or build_catalog(
-        model_type=settings.model_type,
-        model_path=str(settings.model_path or ""),
-        context_length=settings.context_length,
-        threads=threads,
-        queue_limit=settings.queue_limit,
-    )
-    return catalog, None, LocalLoader(threads=threads, queue_limit=settings.queue_limit)
+    return given or configured_catalog(settings), None, LocalLoader(Resources.of(settings))
 
 
 def _tls(settings: Settings) -> tuple[bytes, bytes] | None:

@@ -71,6 +71,7 @@ class Settings:
 
     `origins` maps a key to the place that set it, such as `.env:4`, for messages about a value that turns out wrong.
     `engine` is empty for models of MoltBot's own choosing, `inline`, or the address of an engine that runs elsewhere.
+    `shares` are weights of workspaces: how they share a model when all of them want it; 1 for those not named.
     `notices` tells what was asked for and is not acted on by this release, one sentence each.
 
     Raises:
@@ -101,6 +102,7 @@ class Settings:
     max_inline_bytes: int = 1 << 20
     flush_interval: float = 0.02
     queue_limit: int = 256
+    shares: tuple[tuple[str, int], ...] = ()
     drain_grace: float = 10.0
     models: ModelRoute = ModelRoute()
     cache: Cache = Cache()

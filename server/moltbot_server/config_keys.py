@@ -46,6 +46,7 @@ KEYS: Mapping[str, Kind] = {
     "max_inline_bytes": size(1 << 10, 32 << 20),
     "flush_interval": duration(0, 5),
     "queue_limit": whole(1, 1_000_000),
+    "shares": records({"workspace": text(64, blank=False), "weight": whole(1, 1000)}),
     "drain_grace": duration(0, 3600),
     "models.primary": text(128),
     "models.fallback": several(text(128, blank=False)),
@@ -74,7 +75,7 @@ PLAIN_NAMES: Mapping[str, str] = {
 
 ENV_NAMES: Mapping[str, str] = {
     **PLAIN_NAMES,
-    **{"MOLTBOT_" + key.upper().replace(".", "_"): key for key in KEYS if key != "autoscaling.metrics"},
+    **{"MOLTBOT_" + key.upper().replace(".", "_"): key for key in KEYS if key not in ("autoscaling.metrics", "shares")},
 }
 
 # Names of other programs that are one slip away from a plain name of ours.

@@ -10,7 +10,7 @@ from moltbot_server.auth.keys import Authenticator
 from moltbot_server.auth.policy import OWNER
 from moltbot_server.config import ConfigError, Problem, Settings, is_loopback
 from moltbot_server.metrics import Metrics
-from moltbot_server.models.building import LocalLoader, build_catalog
+from moltbot_server.models.building import LocalLoader, Resources, configured_catalog
 from moltbot_server.models.catalog import Catalog
 from moltbot_server.models.manager import ModelManager
 from moltbot_server.rpc.server import GrpcServer
@@ -31,15 +31,8 @@ class EngineRole:
             ModelUnavailable: the configured model cannot be found.
             ConfigError: the address is wrong, or others could listen to what passes there.
         """
-        threads = settings.threads or 0
-        self.catalog = catalog or build_catalog(
-            model_type=settings.model_type,
-            model_path=str(settings.model_path or ""),
-            context_length=settings.context_length,
-            threads=threads,
-            queue_limit=settings.queue_limit,
-        )
-        self.models = ModelManager(self.catalog, LocalLoader(threads=threads, queue_limit=settings.queue_limit))
+        self.catalog = catalog or configured_catalog(settings)
+        self.models = ModelManager(self.catalog, LocalLoader(Resources.of(settings)))
         self.metrics = Metrics()
         self.server = _server(settings, listen)
         self._authenticator = Authenticator({key: Principal(workspace="", key_id="", role=OWNER)})

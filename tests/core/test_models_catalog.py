@@ -5,12 +5,15 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
+from moltbot_server.config import Settings
 from moltbot_server.errors import ModelNotFound, ModelUnavailable
-from moltbot_server.models.building import build_catalog
+from moltbot_server.models.building import Resources, build_engine, configured_catalog
 from moltbot_server.models.catalog import Catalog, ModelState
 from moltbot_server.models.engines.local import LocalEngine
 from moltbot_server.models.engines.scripted import Script, ScriptedEngine
 from moltbot_server.models.folder import read_folder
+from moltbot_server.models.library import KnownModel, Library, Origin
+from moltbot_server.workspace import Workspace
 from tiny_model import make_tiny_model
 
 
@@ -73,13 +76,25 @@ def test_ids_are_unique() -> None:
 
 
 async def test_a_folder_or_a_script_is_built_from_the_configuration(tiny: Path, tmp_path: Path) -> None:
-    local = build_catalog(model_path=str(tiny), context_length=128, threads=2)
-    (entry,) = local.entries
-    assert (entry.engine.id, entry.engine.type, entry.engine.capabilities.context_length) == ("tiny", "tiny", 128)
+    local = build_engine(model_path=str(tiny), context_length=128, resources=Resources(threads=2))
+    assert (local.id, local.type, local.capabilities.context_length) == ("tiny", "tiny", 128)
     script = tmp_path / "script.yaml"
     script.write_text("id: mine")
-    assert build_catalog(model_type="Scripted", model_path=str(script)).default == "mine"
-    assert build_catalog(model_type="scripted").default == "scripted"
+    assert build_engine(model_type="Scripted", model_path=str(script)).id == "mine"
+    assert build_engine(model_type="scripted").id == "scripted"
+
+
+def test_the_chosen_model_goes_before_the_configured_one(tiny: Path, tmp_path: Path) -> None:
+    place = Workspace(folder=tmp_path)
+    place.create()
+    settings = Settings(workspace=tmp_path, model_type="scripted", shares=(("loud", 3),))
+    assert configured_catalog(settings).default == "scripted"
+    library = Library(place)
+    library.add(KnownModel(name="mine", path=str(tiny), origin=Origin.ADDED))
+    library.choose("mine")
+    chosen = configured_catalog(Settings(workspace=tmp_path))
+    assert (chosen.default, chosen.entries[0].engine.type) == ("mine", "tiny")
+    assert Resources.of(settings).shares == {"loud": 3}
 
 
 @pytest.mark.parametrize(
@@ -99,9 +114,9 @@ def test_wrong_configuration_is_told_what_was_found_and_expected(
     tiny: Path, kind: str, path: str, context: int | None, words: str
 ) -> None:
     with pytest.raises(ModelUnavailable, match=words):
-        build_catalog(model_type=kind, model_path=path.format(tiny=tiny), context_length=context)
+        build_engine(model_type=kind, model_path=path.format(tiny=tiny), context_length=context)
 
 
 @pytest.mark.parametrize("name", ["builtin", "built-in", "moltbot-demo", "MoltBot-Demo"])
 def test_every_name_of_the_built_in_model_that_the_settings_accept_finds_it(name: str) -> None:
-    assert build_catalog(model_type=name).default == "moltbot-demo"
+    assert build_engine(model_type=name).id == "moltbot-demo"

@@ -10,7 +10,7 @@ import pytest
 from moltbot_server.demo_model import ARTIFACT
 from moltbot_server.errors import ModelExists, ModelInUse, ModelNotFound, ModelNotLoadable, ModelUnavailable
 from moltbot_server.models import building
-from moltbot_server.models.building import LocalLoader
+from moltbot_server.models.building import LocalLoader, Resources
 from moltbot_server.models.catalog import Catalog, ModelState
 from moltbot_server.models.engine import Chunk, Engine, stream
 from moltbot_server.models.engines.scripted import Script, ScriptedEngine
@@ -24,7 +24,7 @@ async def manager() -> ModelManager:
     """A manager whose one model is scripted; others are loaded into this process."""
     catalog = Catalog([ScriptedEngine()])
     await catalog.start()
-    manager = ModelManager(catalog, LocalLoader(threads=1))
+    manager = ModelManager(catalog, LocalLoader(Resources(threads=1)))
     manager.catalog = catalog  # type: ignore[attr-defined]
     return manager
 

@@ -16,7 +16,7 @@ from moltbot_server.cli.model_place import Models, told
 from moltbot_server.cli.progress import Progress
 from moltbot_server.cli.terminal import Exit, Failure
 from moltbot_server.errors import ModelUnavailable
-from moltbot_server.models.building import build_engine
+from moltbot_server.models.building import Resources, build_engine
 from moltbot_server.models.engine import Chunk, Engine, Finished, stream
 from moltbot_server.models.library import KnownModel
 from moltbot_server.models.sizes import readable
@@ -87,8 +87,8 @@ async def _bench(
     engine = build_engine(
         model_type=model.type,
         model_path=str(models.library.path(model)),
-        threads=models.settings.threads or 0,
         model_id=model.name,
+        resources=Resources.of(models.settings),
     )
     if not engine.capabilities.generation:
         raise ModelUnavailable(f"{model.name} writes no answers; it only turns texts into vectors.")

@@ -3,26 +3,56 @@
 from __future__ import annotations
 
 import asyncio
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import msgspec
 
+from moltbot_server.config import Settings
 from moltbot_server.models.catalog import Catalog
 from moltbot_server.models.engine import Engine
 from moltbot_server.models.engines.local import MAX_WAITING, LocalEngine
 from moltbot_server.models.engines.scripted import Script, ScriptedEngine, load_script
 from moltbot_server.models.folder import SCRIPTED, check_context, configured_folder
+from moltbot_server.models.library import default_model
 from moltbot_server.models.manager import ModelSpec, Progress
 from moltbot_server.models.memory import available_memory, check_room, give_back
+from moltbot_server.models.tuning import tuning_for
+from moltbot_server.workspace import Workspace
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Resources:
+    """What each model of a process may use.
+
+    `workspace` keeps what `moltbot model tune` measured. `threads`: so many replicas of one thread, whatever was
+    measured; 0 for what fits the machine. `queue_limit`: how many answers may wait for a model before more are refused.
+    `shares`: how workspaces share a model, 1 for those not named.
+    """
+
+    workspace: Workspace | None = None
+    threads: int = 0
+    queue_limit: int = MAX_WAITING
+    shares: Mapping[str, float] = field(default_factory=dict)
+
+    @classmethod
+    def of(cls, settings: Settings) -> Resources:
+        """Return what the settings give."""
+        return cls(
+            workspace=Workspace(folder=settings.workspace),
+            threads=settings.threads or 0,
+            queue_limit=settings.queue_limit,
+            shares=dict(settings.shares),
+        )
 
 
 class LocalLoader:
     """Loads models into this process; a `Loader` of `ModelManager`."""
 
-    def __init__(self, *, threads: int = 0, queue_limit: int = MAX_WAITING) -> None:
-        """`threads` and `queue_limit` are those of `build_engine`, for each model."""
-        self._threads = threads
-        self._queue_limit = queue_limit
+    def __init__(self, resources: Resources) -> None:
+        """`resources` are those of each model."""
+        self._resources = resources
 
     async def load(self, spec: ModelSpec, progress: Progress) -> Engine:
         """Return an engine that has answered once; see `Loader.load`."""
@@ -32,13 +62,10 @@ class LocalLoader:
             model_type=spec.type,
             model_path=spec.path,
             context_length=spec.context_length,
-            threads=self._threads,
-            queue_limit=self._queue_limit,
             model_id=spec.name,
+            resources=self._resources,
         )
-        weights = Path(spec.path) / "model.bin"
-        if weights.is_file():
-            check_room(spec.name, weights.stat().st_size, available_memory())
+        check_room(spec.name, engine.memory_bytes, available_memory())
         progress("loading", 0.1)
         try:
             await engine.start()
@@ -57,35 +84,32 @@ class LocalLoader:
         give_back()
 
 
-def build_catalog(
-    *,
-    model_type: str = "",
-    model_path: str = "",
-    context_length: int | None = None,
-    threads: int = 0,
-    queue_limit: int = MAX_WAITING,
-) -> Catalog:
-    """Make the catalog of one model that the configuration names; nothing is loaded before `Catalog.start`.
+def configured_catalog(settings: Settings) -> Catalog:
+    """Make the catalog of the one model that is to answer: the configured one, or the one that was chosen since.
 
-    `model_type`: empty for the built-in model or for what the folder says of itself; `builtin`, `scripted`, a family.
-    `model_path`: the model's folder; for `scripted` a YAML file, or nothing. `context_length` in tokens, at most the
-    model's own. `threads`: replicas of the model; 0 is what fits the machine. `queue_limit`: how many
-    turns may wait for a replica before more are refused.
+    Nothing is loaded before `Catalog.start`.
 
     Raises:
-        ModelUnavailable: the configuration cannot be met; the text says what was found and what was expected.
+        ModelUnavailable: there is no such model; the text says what was found and what was expected.
     """
-    return Catalog(
-        [
-            build_engine(
-                model_type=model_type,
-                model_path=model_path,
-                context_length=context_length,
-                threads=threads,
-                queue_limit=queue_limit,
-            )
-        ]
-    )
+    resources = Resources.of(settings)
+    chosen = default_model(settings)
+    if chosen is not None:
+        engine = build_engine(
+            model_type=chosen.type,
+            model_path=chosen.path,
+            model_id=chosen.name,
+            context_length=settings.context_length,
+            resources=resources,
+        )
+    else:
+        engine = build_engine(
+            model_type=settings.model_type,
+            model_path=str(settings.model_path or ""),
+            context_length=settings.context_length,
+            resources=resources,
+        )
+    return Catalog([engine])
 
 
 def build_engine(
@@ -93,13 +117,17 @@ def build_engine(
     model_type: str = "",
     model_path: str = "",
     context_length: int | None = None,
-    threads: int = 0,
-    queue_limit: int = MAX_WAITING,
     model_id: str = "",
+    resources: Resources = Resources(),
 ) -> Engine:
-    """Make an engine that is not started yet; the arguments and what is raised are those of `build_catalog`.
+    """Make an engine that is not started yet.
 
-    `model_id`: the id to give it; empty for what the folder says.
+    `model_type`: empty for the built-in model or for what the folder says of itself; `builtin`, `scripted`, a family.
+    `model_path`: the model's folder; for `scripted` a YAML file, or nothing. `context_length` in tokens, at most the
+    model's own. `model_id`: the id to give it; empty for what the folder says.
+
+    Raises:
+        ModelUnavailable: there is no such model; the text says what was found and what was expected.
     """
     kind = model_type.strip().lower()
     if kind == SCRIPTED:
@@ -113,4 +141,10 @@ def build_engine(
         folder = msgspec.structs.replace(folder, id=model_id)
     if context_length is not None:
         check_context(context_length, folder.context_length, folder.id)
-    return LocalEngine(folder, context_length=context_length or 0, threads=threads, max_waiting=queue_limit)
+    return LocalEngine(
+        folder,
+        context_length=context_length or 0,
+        tuning=tuning_for(resources.workspace, folder.path, resources.threads),
+        max_waiting=resources.queue_limit,
+        weights=resources.shares,
+    )
