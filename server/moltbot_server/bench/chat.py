@@ -9,16 +9,10 @@ from __future__ import annotations
 
 import asyncio
 import json
-import os
 import random
-import signal
-import statistics
-import subprocess
-import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -28,9 +22,8 @@ from grpc import aio
 from moltbot.v1 import chat_pb2, chat_pb2_grpc, message_pb2
 
 from moltbot_server.bench.core import machine
+from moltbot_server.bench.installation import Installation, spread, started, step_aside
 from moltbot_server.workspace import Workspace
-
-_MOLTBOT = (sys.executable, "-m", "moltbot_server.cli")
 
 QUESTIONS = (
     "hello",
@@ -57,68 +50,23 @@ def bench_chat(
     progress("starting, with a first question")
     with tempfile.TemporaryDirectory(prefix="moltbot-bench-") as folder:
         workspace = Workspace(folder=Path(folder))
-        with _started(workspace, cpus, "--first-question", "hello") as seconds_to:
-            report["first_answer_s"] = round(seconds_to("answer"), 3)
-        with _started(workspace, cpus) as seconds_to:
-            report["serving_s"] = round(seconds_to("serving"), 3)
-            if cpus:
-                others = set(range(os.cpu_count() or 1)) - cpus
-                os.sched_setaffinity(0, others or cpus)
-            client = _Client(workspace)
+        with started("--first-question", "hello", workspace=workspace, until="answer", cpus=cpus) as installation:
+            report["first_answer_s"] = round(installation.seconds_to["answer"], 3)
+        with started(workspace=workspace, cpus=cpus) as installation:
+            report["serving_s"] = round(installation.seconds_to["serving"], 3)
+            step_aside(cpus)
+            client = _Client(installation)
             report.update(asyncio.run(client.measure(chats, sessions, every, seconds, progress)))
     return report
-
-
-@contextmanager
-def _started(workspace: Workspace, cpus: set[int] | None, *flags: str) -> Iterator[Callable[[str], float]]:
-    """Run `moltbot start` on free ports; yield how long it took to get to a stage, `serving` or `answer`."""
-    ports = ("--port", "0", "--grpc-port", "0", "--metrics-port", "0", "--log-level", "warning")
-    command = [*_MOLTBOT, "start", "--workspace", str(workspace.folder), *ports, *flags]
-    began = time.perf_counter()
-    process = subprocess.Popen(
-        command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, preexec_fn=_pinned(cpus)
-    )
-    try:
-        last = "answer" if "--first-question" in flags else "serving"
-        yield _stages(process, began, last).__getitem__
-    finally:
-        process.send_signal(signal.SIGINT)
-        process.communicate(timeout=30)
-
-
-def _pinned(cpus: set[int] | None) -> Callable[[], None] | None:
-    return (lambda: os.sched_setaffinity(0, cpus)) if cpus else None
-
-
-def _stages(process: subprocess.Popen[str], began: float, last: str) -> dict[str, float]:
-    """Wait until the installation has told of its last stage; return the seconds that each took."""
-    assert process.stdout is not None
-    told = {"serving": "MoltBot is ready", "answer": "to the first word"}
-    stages: dict[str, float] = {}
-    said: list[str] = []
-    for line in process.stdout:
-        said.append(line)
-        stages.update({stage: time.perf_counter() - began for stage, words in told.items() if words in line})
-        if last in stages:
-            return stages
-    raise RuntimeError(f"moltbot start ended early:\n{''.join(said)}")
-
-
-def _status(workspace: Workspace) -> dict[str, Any]:
-    """Return what `moltbot status --json` says."""
-    command = [*_MOLTBOT, "status", "--json", "--workspace", str(workspace.folder)]
-    said: dict[str, Any] = json.loads(subprocess.run(command, capture_output=True, check=True).stdout)
-    return said
 
 
 class _Client:
     """Talks to an installation through gRPC and HTTP, and times it."""
 
-    def __init__(self, workspace: Workspace) -> None:
-        self._workspace = workspace
-        said = _status(workspace)
-        self._grpc, self._http = said["core"]["grpc"], said["http"]["address"]
-        self._bearer = f"Bearer {workspace.read_key()}"
+    def __init__(self, installation: Installation) -> None:
+        self._installation = installation
+        self._grpc, self._http = installation.grpc, installation.http
+        self._bearer = installation.bearer
         self._metadata = (("authorization", self._bearer),)
         self._random = random.Random(1)
 
@@ -133,14 +81,14 @@ class _Client:
         async with aiohttp.ClientSession() as http:
             through_http = [await self._through_http(http) for _ in range(chats)]
         figures: dict[str, Any] = {
-            "first_token_grpc_ms": _spread(through_grpc),
-            "first_token_http_ms": _spread(through_http),
-            "memory_mb": self._memory(),
+            "first_token_grpc_ms": spread(through_grpc),
+            "first_token_http_ms": spread(through_http),
+            "memory_mb": self._installation.memory(),
         }
         if sessions:
             progress(f"{sessions} sessions, each speaking every {every:g} s, for {seconds:g} s")
             figures["sessions"] = await self._many(sessions, every, seconds)
-            figures["memory_after_sessions_mb"] = self._memory()
+            figures["memory_after_sessions_mb"] = self._installation.memory()
         for channel in channels:
             await channel.close()
         return figures
@@ -211,23 +159,5 @@ class _Client:
             "turns": len(latencies),
             "errors": len(errors),
             "first_error": errors[0] if errors else "",
-            "first_token_ms": _spread(latencies),
+            "first_token_ms": spread(latencies),
         }
-
-    def _memory(self) -> dict[str, float]:
-        """Return the proportional memory of each process of the installation in MB, and of all."""
-        said = _status(self._workspace)
-        sizes = {name: process["memory"] for name, process in said["processes"].items()} | {"all": said["memory"]}
-        return {name: round(size / 1e6, 1) for name, size in sizes.items()}
-
-
-def _spread(seconds: list[float]) -> dict[str, float]:
-    """Return the median, the 99th percentile and the largest of some times, in milliseconds."""
-    ordered = sorted(seconds)
-    if not ordered:
-        return {}
-    return {
-        "p50": round(statistics.median(ordered) * 1000, 2),
-        "p99": round(ordered[min(len(ordered) - 1, int(len(ordered) * 0.99))] * 1000, 2),
-        "max": round(ordered[-1] * 1000, 2),
-    }
