@@ -14,7 +14,7 @@ from moltbot_server.models.catalog import Catalog
 from moltbot_server.models.engine import Engine
 from moltbot_server.models.engines.local import MAX_WAITING, LocalEngine
 from moltbot_server.models.engines.scripted import Script, ScriptedEngine, load_script
-from moltbot_server.models.folder import SCRIPTED, check_context, configured_folder
+from moltbot_server.models.folder import SCRIPTED, check_context, configured_folder, is_encoder
 from moltbot_server.models.library import default_model
 from moltbot_server.models.manager import ModelSpec, Progress
 from moltbot_server.models.memory import available_memory, check_room, give_back
@@ -136,6 +136,8 @@ def build_engine(
         if context_length is not None:
             check_context(context_length, engine.capabilities.context_length, engine.id)
         return engine
+    if model_path and is_encoder(Path(model_path)):
+        return _embedding_engine(Path(model_path), model_id, resources)
     folder = configured_folder(kind, model_path)
     if model_id:
         folder = msgspec.structs.replace(folder, id=model_id)
@@ -148,3 +150,11 @@ def build_engine(
         max_waiting=resources.queue_limit,
         weights=resources.shares,
     )
+
+
+def _embedding_engine(path: Path, model_id: str, resources: Resources) -> Engine:
+    # Late: few embed, and numpy takes its time.
+    from moltbot_server.models.encoder_folder import read_encoder_folder
+    from moltbot_server.models.engines.embedding import EmbeddingEngine
+
+    return EmbeddingEngine(read_encoder_folder(path, model_id=model_id), threads=max(1, resources.threads))

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import asyncio
 from collections import deque
-from collections.abc import AsyncGenerator, Sequence
-from typing import Protocol
+from collections.abc import AsyncGenerator, Mapping, Sequence
+from typing import NamedTuple, Protocol
 
+from moltbot_server.errors import Unimplemented
 from moltbot_server.turns import FinishReason, GenerationOptions, Message, Role, TextPart, Usage, Value
 
 
@@ -49,6 +50,14 @@ class Finished(Value, frozen=True, kw_only=True):
     first_token: float = 0.0
     generation: float = 0.0
     trimmed_messages: int = 0
+
+
+class Embedded(NamedTuple):
+    """The vectors of texts, of length 1 each; the tokens read of all texts; which of them were cut."""
+
+    vectors: Sequence[Sequence[float]]
+    tokens: int
+    truncated: Sequence[bool]
 
 
 class Asker(Value, frozen=True, kw_only=True):
@@ -143,6 +152,20 @@ class Engine(Protocol):
     async def tokens(self, content: str | Sequence[Message]) -> int:
         """Return how many tokens a text takes by itself, or a conversation with its markers; counted, not guessed."""
 
+    async def embed(self, texts: Sequence[str]) -> Embedded:
+        """Turn texts into vectors; what is longer than the model reads loses its end.
+
+        Raises:
+            Unimplemented: the model writes answers and does not embed.
+            InvalidField: a text has nothing that the model reads.
+            QueueFull: too many texts wait already.
+            ModelUnavailable: the model cannot answer now.
+        """
+
+    @property
+    def numbers(self) -> Mapping[str, float]:
+        """What the engine counts of itself, for metrics: a name such as `waiting`, and how many now."""
+
     def admit(self, asker: Asker) -> None:
         """Refuse what could not begin before its deadline, before anything is kept of it. Costs next to nothing.
 
@@ -162,6 +185,11 @@ class Engine(Protocol):
             QueueFull: too many generations wait already.
             ModelUnavailable: the model cannot answer now.
         """
+
+
+def no_embeddings(engine: Engine) -> Unimplemented:
+    """Return the refusal of `Engine.embed` by a model that only writes."""
+    return Unimplemented(f"The model {engine.id} writes answers and does not embed; load an encoder for that.")
 
 
 def counted(engine: Engine, content: str | Sequence[Message]) -> int:

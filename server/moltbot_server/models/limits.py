@@ -19,6 +19,7 @@ def check_options(options: GenerationOptions, capabilities: Capabilities) -> Non
         InvalidField: an option is out of its range.
         UnsupportedOption: the model cannot honour an option.
     """
+    can_write(capabilities, "model")
     if options == _NOTHING_ASKED:
         return
     _check_ranges(options)
@@ -33,6 +34,16 @@ def check_options(options: GenerationOptions, capabilities: Capabilities) -> Non
     for name, unsupported in asked.items():
         if unsupported:
             raise UnsupportedOption(f"options.{name}", "this model cannot honour it; leave it out")
+
+
+def can_write(capabilities: Capabilities, field: str) -> None:
+    """Refuse a model that turns texts into vectors and writes no answers.
+
+    Raises:
+        InvalidField: the model does not write; `field` is where it was named.
+    """
+    if not capabilities.generation:
+        raise InvalidField(field, "this model turns texts into vectors and writes no answers; name another one")
 
 
 def check_content(parts: Sequence[Part], capabilities: Capabilities) -> None:

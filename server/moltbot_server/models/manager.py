@@ -11,6 +11,7 @@ from typing import Protocol
 from moltbot_server.errors import ModelExists, ModelNotLoadable, ModelUnavailable
 from moltbot_server.models.catalog import Catalog, CatalogEntry
 from moltbot_server.models.engine import Engine
+from moltbot_server.models.limits import can_write
 from moltbot_server.turns import Value
 
 _log = logging.getLogger(__name__)
@@ -95,8 +96,10 @@ class ModelManager:
         Raises:
             ModelNotFound: no model has this name.
             ModelUnavailable: the model cannot answer.
+            InvalidField: the model does not write answers.
         """
         entry = self._catalog.ready(name)
+        can_write(entry.engine.capabilities, "name")
         await self._loader.prefer(entry.engine)
         previous = self._catalog.default
         self._catalog.choose(name)

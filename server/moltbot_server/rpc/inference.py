@@ -7,7 +7,7 @@ import asyncio
 import msgspec
 from moltbot.v1 import inference_pb2, inference_pb2_grpc
 
-from moltbot_server.errors import ContextLengthExceeded, DeadlineExceeded, InvalidField, Unimplemented
+from moltbot_server.errors import ContextLengthExceeded, DeadlineExceeded, InvalidField
 from moltbot_server.models.catalog import Catalog
 from moltbot_server.models.context import ContextWindow
 from moltbot_server.models.engine import Asker, Engine, Finished, Generation
@@ -17,6 +17,7 @@ from moltbot_server.rpc.interceptors import Call
 from moltbot_server.turns import FinishReason, GenerationOptions, Message, Role, Usage
 
 _FLUSH_INTERVAL = 0.02
+_MOST_TEXTS = 256
 
 
 class InferenceService(inference_pb2_grpc.InferenceServiceServicer):
@@ -91,9 +92,31 @@ class InferenceService(inference_pb2_grpc.InferenceServiceServicer):
         return inference_pb2.AbortResponse(aborted=True)
 
     async def Embed(self, request: inference_pb2.EmbedRequest, call: Call) -> inference_pb2.EmbedResponse:  # type: ignore[override]
-        """Refuse: no model here embeds."""
-        engine = self._catalog.get(names.read_model(request.model, "model"))
-        raise Unimplemented(f"the model {engine.id} writes answers and embeds nothing")
+        """Turn texts into vectors."""
+        if not request.model:
+            raise InvalidField("model", "name a model that embeds: `models/{model}`")
+        entry = self._catalog.ready(names.read_model(request.model, "model"))
+        if not 1 <= len(request.texts) <= _MOST_TEXTS:
+            raise InvalidField("texts", f"send 1 to {_MOST_TEXTS} texts")
+        for index, text in enumerate(request.texts):
+            if not text or text.isspace():
+                raise InvalidField(f"texts[{index}]", "is empty")
+        engine = entry.hold()
+        try:
+            async with asyncio.timeout_at(call.deadline()):
+                found = await engine.embed(request.texts)
+        except TimeoutError:
+            raise DeadlineExceeded("the deadline passed before the texts were embedded") from None
+        finally:
+            entry.release()
+        return inference_pb2.EmbedResponse(
+            embeddings=[
+                inference_pb2.Embedding(values=vector, truncated=cut)
+                for vector, cut in zip(found.vectors, found.truncated, strict=True)
+            ],
+            model=f"models/{engine.id}",
+            token_count=found.tokens,
+        )
 
 
 class _Generation:

@@ -11,7 +11,7 @@ import contextlib
 import json
 import logging
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import grpc
@@ -20,7 +20,7 @@ from moltbot.v1 import inference_pb2, inference_pb2_grpc, model_pb2, model_pb2_g
 
 from moltbot_server.config import is_loopback
 from moltbot_server.errors import ModelNotFound, ModelNotLoadable, ModelUnavailable, MoltBotError, QueueFull
-from moltbot_server.models.engine import NOBODY, Asker, Engine, Finished, Generation, Listener
+from moltbot_server.models.engine import NOBODY, Asker, Embedded, Engine, Finished, Generation, Listener
 from moltbot_server.models.limits import check_options
 from moltbot_server.models.manager import ModelSpec, Progress
 from moltbot_server.rpc import remote_convert
@@ -33,6 +33,7 @@ PATIENCE = 10.0
 """How long an engine may be away before those who wait for it are told, in seconds."""
 
 _FLUSH = 0.005
+_LONGEST_EMBEDDING = 60.0
 _LONGEST_TOKEN = 12  # characters; a guess on the safe side, the engine counts exactly
 _SERVICE_CONFIG = json.dumps({"loadBalancingConfig": [{"round_robin": {}}], "healthCheckConfig": {"serviceName": ""}})
 _OPTIONS = (
@@ -242,6 +243,22 @@ class RemoteEngine:
         except aio.AioRpcError as problem:
             raise error_of(problem, "the engine") from None
         return int(counted.token_count)
+
+    async def embed(self, texts: Sequence[str]) -> Embedded:
+        """Have texts turned into vectors over there; see `Engine.embed`."""
+        request = inference_pb2.EmbedRequest(model=f"models/{self.id}", texts=texts)
+        try:
+            found = await self._link.inference.Embed(request, metadata=self._link.metadata, timeout=_LONGEST_EMBEDDING)
+        except aio.AioRpcError as problem:
+            raise error_of(problem, "the engine") from None
+        return Embedded(
+            [each.values for each in found.embeddings], found.token_count, [each.truncated for each in found.embeddings]
+        )
+
+    @property
+    def numbers(self) -> Mapping[str, float]:
+        """Answers asked for and not ended, and how long the engine has been away."""
+        return {"answers": self.under_way, "away_seconds": self._link.lost_for}
 
     def admit(self, asker: Asker) -> None:
         """Refuse what, by the pace of the latest answers, could not begin before its deadline."""

@@ -16,15 +16,16 @@ from __future__ import annotations
 
 import asyncio
 import re
-from collections.abc import AsyncGenerator, Sequence
+from collections.abc import AsyncGenerator, Mapping, Sequence
 from contextlib import aclosing
 from pathlib import Path
 from time import perf_counter
+from typing import ClassVar
 
 import msgspec
 
 from moltbot_server.errors import InvalidField, ModelUnavailable, MoltBotError, every_error
-from moltbot_server.models.engine import NOBODY, Asker, Capabilities, Chunk, Finished, Generation, Listener, counted
+from moltbot_server.models.engine import NOBODY, Asker, Capabilities, Chunk, Embedded, Finished, Generation, Listener, counted, no_embeddings
 from moltbot_server.models.limits import check_options
 from moltbot_server.models.stops import StopTexts
 from moltbot_server.turns import FinishReason, GenerationOptions, Message, Role, Usage, Value
@@ -129,6 +130,7 @@ class ScriptedEngine:
 
     type = "scripted"
     memory_bytes = parallel = 0
+    numbers: ClassVar[Mapping[str, float]] = {}
 
     def __init__(self, script: Script | None = None, *, capabilities: Capabilities | None = None) -> None:
         script = script or Script()
@@ -166,6 +168,10 @@ class ScriptedEngine:
     async def tokens(self, content: str | Sequence[Message]) -> int:
         """Return how many tokens a text or a conversation takes; see `Engine.tokens`."""
         return counted(self, content)
+
+    async def embed(self, texts: Sequence[str]) -> Embedded:
+        """Refuse: a script writes."""
+        raise no_embeddings(self)
 
     def admit(self, asker: Asker) -> None:
         """Take everything: nothing waits here."""
