@@ -5,7 +5,7 @@ from __future__ import annotations
 from moltbot_server.errors import QueueFull
 from moltbot_server.models.engines.local.fair_queue import FairQueue
 
-PATIENCE = 30.0
+PATIENCE = 60.0
 """Longest expected wait in seconds for those who name no deadline, unless four rounds of the replicas take longer."""
 
 _PATIENT_ROUNDS = 4.0
@@ -63,12 +63,15 @@ class Admission:
             self._flood(workspace)
             self._refuse(f"An answer would begin in about {wait:.0f} s; come back later.", wait / 2)
 
-    def measured(self, seconds: float, expected: float) -> None:
-        """Learn how long a batch took, and what its rows were expected to cost."""
-        if expected > 0:
-            pace = seconds / expected
-            self._pace += 0.1 * (min(max(pace, self._pace / 4), self._pace * 4) - self._pace)
+    def measured(self, seconds: float, expected: float, *, crowded: bool) -> None:
+        """Learn how long a batch took, and what its rows were expected to cost in full batches of equals.
+
+        Only batches that left `crowded` others waiting tell how fast a queue is served.
+        """
         self._round = seconds if not self._round else self._round + 0.1 * (seconds - self._round)
+        if crowded and expected > 0:
+            pace = min(max(seconds / expected, self._pace / 2), self._pace * 2)
+            self._pace += 0.1 * (pace - self._pace)
 
     @property
     def round(self) -> float:

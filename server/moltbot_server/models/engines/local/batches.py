@@ -19,18 +19,19 @@ at a time, batches of 8: 208 tokens/s, with 1.1 207, with 1.5 192; any 8 rows as
 class Batch:
     """Rows that are written together; `lead` is the beginning that they share and that the model keeps.
 
-    `sizes` are the tokens that it reads of each row, `tokens` what it has written of each, `charged` what its rows are
-    expected to cost, `paused` the indices of those that left it before their end,
-    and `over` how many are written no more.
+    `sizes` are the tokens that it reads of each row, `tokens` what it has written of each. `charged` is what its rows
+    are expected to cost, `crowded` whether others were left waiting. `paused` has the indices of the rows that left it
+    before their end, and `over` counts those that are written no more.
     """
 
-    __slots__ = ("charged", "lead", "over", "paused", "rows", "sizes", "tokens")
+    __slots__ = ("charged", "crowded", "lead", "over", "paused", "rows", "sizes", "tokens")
 
     def __init__(self, rows: list[Row], lead: tuple[str, ...] = ()) -> None:
         self.rows = rows
         self.lead = lead
         self.charged = sum(row.cost for row in rows)
         self.sizes = [len(row.prompt) - len(lead) for row in rows]
+        self.crowded = False
         self.over = 0
         self.paused: set[int] = set()
         self.tokens: list[list[int]] = [[] for _ in rows]

@@ -71,16 +71,16 @@ def share(prompt: int, new: int, rows: int, lead: int = 0) -> Terms:
 class Costs:
     """Seconds of each term, fitted to what was measured; for one thread at a time.
 
-    The fit minimises the relative error. It starts from known ratios, of which the first measurement gives the scale,
-    and it forgets slowly, so that it follows a machine that others use too.
+    The fit minimises the relative error. It leans on known ratios of the terms, and it forgets slowly, so that it
+    follows a machine that others use too.
     """
 
     def __init__(self) -> None:
-        self._prior = self._seconds = _PRIOR
-        self._scaled = False
+        self._seconds = _PRIOR
         size = len(_PRIOR)
         self._products = [[0.0] * size for _ in range(size)]
         self._sums = [0.0] * size
+        self._near = self._near_squared = 0.0
 
     def __call__(self, terms: Terms) -> float:
         """Return the seconds that these terms take."""
@@ -91,33 +91,30 @@ class Costs:
         """Take in how long something took."""
         if seconds <= 0:
             return
-        if not self._scaled:
-            self._scaled = True
-            scale = seconds / self(terms)
-            self._prior = self._seconds = _times(_PRIOR, scale)
-        # In units of the prior and of the measured time all numbers are near one.
-        seen = [term * prior / seconds for term, prior in zip(terms, self._prior, strict=True)]
+        # In these units the sum of all factors times what was seen is 1, and each factor would be 1 on the machine of
+        # the known ratios.
+        seen = [term * known / seconds for term, known in zip(terms, _PRIOR, strict=True)]
         for row, (products, value) in enumerate(zip(self._products, seen, strict=True)):
             for column, other in enumerate(seen):
                 products[column] = products[column] * _DECAY + value * other
             self._sums[row] = self._sums[row] * _DECAY + value
+        near = sum(seen)
+        self._near = self._near * _DECAY + near
+        self._near_squared = self._near_squared * _DECAY + near * near
 
     def fit(self) -> None:
         """Use what was learned from here on."""
-        if not self._scaled:
+        if not self._near_squared:
             return
+        scale = self._near / self._near_squared  # the factor that fits best if all terms have the same
+        trust = _TRUST / scale
         products = [
-            [value + _TRUST * (row == column) for column, value in enumerate(values)]
+            [value + trust / scale * (row == column) for column, value in enumerate(values)]
             for row, values in enumerate(self._products)
         ]
-        solved = _solve(products, [value + _TRUST for value in self._sums])
-        seconds = [max(factor, _LEAST) * prior for factor, prior in zip(solved, self._prior, strict=True)]
-        self._seconds = (seconds[0], seconds[1], seconds[2], seconds[3], seconds[4])
-
-
-def _times(terms: Terms, factor: float) -> Terms:
-    a, b, c, d, e = terms
-    return a * factor, b * factor, c * factor, d * factor, e * factor
+        factors = _solve(products, [value + trust for value in self._sums])
+        a, b, c, d, e = (max(factor, _LEAST * scale) * known for factor, known in zip(factors, _PRIOR, strict=True))
+        self._seconds = (a, b, c, d, e)
 
 
 def _solve(matrix: Sequence[Sequence[float]], right: Sequence[float]) -> list[float]:

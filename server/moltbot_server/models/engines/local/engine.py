@@ -15,7 +15,17 @@ from time import perf_counter
 
 from moltbot_server.errors import ContextLengthExceeded, ModelUnavailable
 from moltbot_server.models.detokenizer import Detokenizer
-from moltbot_server.models.engine import NOBODY, Asker, Capabilities, Generation, Listener, counted, stream
+from moltbot_server.models.engine import (
+    NOBODY,
+    Asker,
+    Capabilities,
+    Embedded,
+    Generation,
+    Listener,
+    counted,
+    no_embeddings,
+    stream,
+)
 from moltbot_server.models.engines.local.leads import Leads
 from moltbot_server.models.engines.local.replicas import Replicas, load
 from moltbot_server.models.engines.local.rows import EXPIRED, GONE, Row
@@ -76,7 +86,7 @@ class LocalEngine:
             limit=max_waiting, replicas=self.tuning.replicas, batch=self.tuning.batch, weights=weights
         )
         self._outbox: deque[tuple[Row, int]] = deque()
-        self._armed = False
+        self._armed = self._calling = False
         self._loop: asyncio.AbstractEventLoop | None = None
         self._ticking: asyncio.TimerHandle | None = None
         self._replicas: Replicas | None = None
@@ -173,6 +183,23 @@ class LocalEngine:
         """Return how many tokens a text or a conversation takes; see `Engine.tokens`."""
         return counted(self, content)
 
+    async def embed(self, texts: Sequence[str]) -> Embedded:
+        """Refuse: a decoder writes."""
+        raise no_embeddings(self)
+
+    @property
+    def numbers(self) -> Mapping[str, float]:
+        """What is counted of the queue and the batches."""
+        return {
+            "waiting": self.waiting,
+            "running": self.running,
+            "batches": self.batches,
+            "mean_batch": self.mean_batch,
+            "pauses": self.pauses,
+            "refused": self.refused,
+            "static_prompts": self.static_prompts,
+        }
+
     def admit(self, asker: Asker) -> None:
         """Refuse what could not begin in time; see `Engine.admit`."""
         self._waiting.admit(asker.workspace, asker.session, self._until(asker))
@@ -189,9 +216,21 @@ class LocalEngine:
         )
         self._waiting.put(row)
         self._rows.add(row)
-        if self._ticking is None and self._loop is not None:
-            self._ticking = self._loop.call_later(_TOLD_EVERY, self._tick)
+        self._call_replicas()
         return writing
+
+    def _call_replicas(self) -> None:
+        """Wake idle replicas when all that has come at this moment waits."""
+        loop = asyncio.get_running_loop()
+        if not self._calling:
+            self._calling = True
+            loop.call_soon(self._called)
+        if self._ticking is None:
+            self._ticking = loop.call_later(_TOLD_EVERY, self._tick)
+
+    def _called(self) -> None:
+        self._calling = False
+        self._waiting.wake()
 
     def let_go(self, row: Row) -> None:
         """Forget a row that nobody reads any more; its replica is free after the step."""

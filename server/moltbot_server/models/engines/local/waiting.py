@@ -65,7 +65,7 @@ class Waiting:
         self._admission.check(workspace, session, deadline, perf_counter())
 
     def put(self, row: Row) -> None:
-        """Add a row.
+        """Add a row; idle replicas hear of it by `wake` only, so that rows that come together are taken together.
 
         Raises:
             QueueFull, ModelUnavailable: as `admit` does.
@@ -74,7 +74,11 @@ class Waiting:
             self._admit(row.workspace, row.session, row.deadline)
             row.cost = self._cost(len(row.prompt), min(row.left, int(self._typical)))
             self._queue.put(row)
-            self._changed.notify()
+
+    def wake(self) -> None:
+        """Let the idle replicas take what waits."""
+        with self._changed:
+            self._changed.notify(len(self._queue))
 
     def pause(self, batch: Batch, index: int, words: Sequence[str]) -> bool:
         """Put a row back that a batch is writing, `words` added to its prompt; tell whether it will go on later."""
@@ -112,6 +116,7 @@ class Waiting:
                 return None
             batch = together(self._queue.walk(), min(self._batch, share_of), self.costs, max(1, int(self._typical)))
             self._queue.take(batch.rows)
+            batch.crowded = len(self._queue) > 0
             return batch
 
     def ended(self, batch: Batch, began: float, first: float | None, ended: float) -> None:
@@ -119,7 +124,7 @@ class Waiting:
         with self._changed:
             self.batches += 1
             self.rows += len(batch.rows)
-            self._admission.measured(ended - began, batch.charged)
+            self._admission.measured(ended - began, batch.charged, crowded=batch.crowded)
             for index in range(len(batch.rows)):
                 if index not in batch.paused:
                     self._settle(batch, index)
