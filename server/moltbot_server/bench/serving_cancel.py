@@ -13,6 +13,7 @@ import itertools
 import statistics
 import time
 from collections.abc import AsyncGenerator, AsyncIterator, Callable
+from pathlib import Path
 from typing import Any
 
 import psutil
@@ -31,9 +32,14 @@ _PAIRS = 100
 _WAYS = ("cancel_turn", "dropped_call")
 
 
-def bench_cancel(*, cancels: int, cpus: set[int] | None, progress: Callable[[str], None]) -> dict[str, Any]:
-    """Return after how many decode steps a cancelled row is free, and what so many cancelled answers leave behind."""
-    model = random_model(progress=progress)
+def bench_cancel(
+    *, cancels: int, cpus: set[int] | None, progress: Callable[[str], None], model: Path | None = None
+) -> dict[str, Any]:
+    """Return after how many decode steps a cancelled row is free, and what so many cancelled answers leave behind.
+
+    `model` is the folder of one whose answers do not end by themselves.
+    """
+    model = model or random_model(progress=progress)
     with started(cpus=cpus, MODEL_PATH=str(model), MOLTBOT_THREADS="1") as installation:
         step_aside(cpus)
         freed = asyncio.run(_freed(installation, min(cancels, _PAIRS), progress))

@@ -74,9 +74,10 @@ def _peak(crowd: Crowd, step: float, progress: Callable[[str], None]) -> tuple[d
     ladder: list[dict[str, Any]] = []
     for streams in _STREAMS:
         progress(f"the peak: {streams} streams")
-        begin = crowd.begin(Job(streams=streams, seconds=step + 1.0, turns=1))
+        settled = min(1.0, step)
+        begin = crowd.begin(Job(streams=streams, seconds=settled + step, turns=1)) + settled
         ended = crowd.end().ended
-        answered = [call for call in good(ended) if begin + 1.0 <= call.ended < begin + 1.0 + step]
+        answered = [call for call in good(ended) if begin <= call.ended < begin + step]
         speed = round(len(answered) / step, 1)
         ladder.append({"streams": streams, "turns_per_second": speed, "failures": failures(ended), **times(answered)})
         if speed < 0.8 * max(tried["turns_per_second"] for tried in ladder):
