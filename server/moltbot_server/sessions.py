@@ -113,7 +113,7 @@ class Sessions(Generic[H]):
         self._store = store
         self._history = history
         self._open: OrderedDict[SessionKey, OpenSession[H]] = OrderedDict()
-        self._loading: dict[SessionKey, asyncio.Task[None]] = {}
+        self._loading: dict[SessionKey, asyncio.Event] = {}
         self._changes: dict[SessionKey, asyncio.Event] = {}
         self._carried: set[asyncio.Task[None]] = set()
 
@@ -149,8 +149,10 @@ class Sessions(Generic[H]):
             elif (session := self._open.get(key)) is not None:
                 self._open.move_to_end(key)
                 return session
+            elif (loading := self._loading.get(key)) is not None:
+                await loading.wait()
             else:
-                await asyncio.shield(self._load_once(key))
+                await self._load(key)
 
     def create(self, key: SessionKey, *, keep: bool) -> OpenSession[H]:
         """Return a session that is known to be new; one that will see no second turn need not be kept at hand."""
@@ -216,26 +218,25 @@ class Sessions(Generic[H]):
         change = self._changes[key] = asyncio.Event()
         try:
             if (loading := self._loading.get(key)) is not None:
-                await asyncio.wait({loading})
+                await loading.wait()
             yield
         finally:
             del self._changes[key]
             change.set()
 
-    def _load_once(self, key: SessionKey) -> asyncio.Task[None]:
-        loading = self._loading.get(key)
-        if loading is None:
-            loading = self._loading[key] = asyncio.create_task(self._load(key))
-            loading.add_done_callback(lambda _: self._loading.pop(key, None))
-        return loading
-
     async def _load(self, key: SessionKey) -> None:
-        stored = await self._store.load_session(key, _TURNS_LOADED)
-        session = OpenSession(key, self._history(stored.messages if stored else ()))
-        if stored is not None:
-            session.last_ordinal = stored.last_ordinal
-            session.exists = bool(stored.messages)  # without any it may have been reset, and waits for a title
-        self._keep(session)
+        """Bring a session to hand; others that want it wait meanwhile, and try themselves if this fails or is left."""
+        loading = self._loading[key] = asyncio.Event()
+        try:
+            stored = await self._store.load_session(key, _TURNS_LOADED)
+            session = OpenSession(key, self._history(stored.messages if stored else ()))
+            if stored is not None:
+                session.last_ordinal = stored.last_ordinal
+                session.exists = bool(stored.messages)  # without any it may have been reset, and waits for a title
+            self._keep(session)
+        finally:
+            del self._loading[key]
+            loading.set()
 
     def _keep(self, session: OpenSession[H]) -> OpenSession[H]:
         self._open[session.key] = session

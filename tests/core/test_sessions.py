@@ -240,3 +240,17 @@ async def test_a_change_whose_caller_leaves_is_seen_by_store_and_memory_alike(
         known = await store.find_turn(TurnKey(session=KEY, ordinal=ticks + 1)) is not None
         assert remembered == known
     assert left
+
+
+async def test_a_caller_that_leaves_while_its_session_is_read_does_not_take_it_from_the_others(
+    sessions: Sessions[Remembered],
+) -> None:
+    callers = [asyncio.create_task(sessions.open(KEY)) for _ in range(3)]
+    await asyncio.sleep(0)
+    callers[0].cancel()
+
+    first, second, third = await asyncio.gather(*callers, return_exceptions=True)
+
+    assert isinstance(first, asyncio.CancelledError)
+    assert isinstance(second, OpenSession)
+    assert third is second

@@ -8,8 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import sqlite3
-from collections.abc import Callable, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -17,7 +16,8 @@ import msgspec
 
 from moltbot_server.errors import MoltBotError, StorageUnavailable
 from moltbot_server.store import EndedTurn, NewTurn, Pending, StoredSession, StoredTurn
-from moltbot_server.store.writer import GroupWriter, Rows, storage_error
+from moltbot_server.store.reader import GroupReader
+from moltbot_server.store.writer import GroupWriter, Rows
 from moltbot_server.turns import (
     Event,
     Failed,
@@ -103,8 +103,8 @@ class SqliteStore:
     async def open(self) -> None:
         """Open the file, bring its schema up to date, and close the turns that a crash left running."""
         self._path.parent.mkdir(parents=True, exist_ok=True)
-        self._readers = ThreadPoolExecutor(max_workers=1, thread_name_prefix="moltbot-reader")
-        await asyncio.get_running_loop().run_in_executor(self._readers, self._prepare)
+        reading, self._writing = await asyncio.to_thread(self._prepare)
+        self._reader = GroupReader(reading)
         self._writer = GroupWriter(self._writing, self._write_turns)
 
     async def close(self) -> None:
@@ -115,9 +115,8 @@ class SqliteStore:
             # A full disk cannot keep the store from closing; the next one to open it tells these times from the turns.
             await asyncio.gather(self._writer.submit(self._write_touched), return_exceptions=True)
         await self._writer.close()
-        await self._read(lambda connection: connection.close())
+        await self._reader.close()
         self._closed = True
-        self._readers.shutdown()
 
     # --- writing -------------------------------------------------------------------------------------------------
 
@@ -181,7 +180,7 @@ class SqliteStore:
 
     async def find_turn(self, key: TurnKey) -> StoredTurn | None:
         """Return a turn with its events, or None."""
-        return await self._read(
+        return await self._reader.read(
             lambda connection: _turn(
                 connection.execute(
                     f"SELECT {_TURN_COLUMNS} FROM turns WHERE workspace = ? AND session = ? AND ordinal = ?",
@@ -211,7 +210,7 @@ class SqliteStore:
             messages = [message for turn in reversed(turns) for message in _messages(*turn)]
             return StoredSession(last_ordinal=max(row[0], row[1] or 0), messages=tuple(messages))
 
-        return await self._read(read)
+        return await self._reader.read(read)
 
     async def get_session(self, key: SessionKey) -> Session | None:
         """Return a session as it is listed, or None."""
@@ -227,7 +226,7 @@ class SqliteStore:
             used = self._touched.get((key.workspace, key.session), 0.0)
             return msgspec.structs.replace(session, update_time=max(session.update_time, used))
 
-        return await self._read(read)
+        return await self._reader.read(read)
 
     async def list_sessions(
         self, workspace: str, *, user: str, channel: str, before: tuple[float, str] | None, limit: int
@@ -244,7 +243,7 @@ class SqliteStore:
         arguments = [*values, *((before[0], before[0], before[1]) if before else ()), limit]
         chosen = " AND ".join(where)
         query = f"SELECT {_SESSION_COLUMNS} FROM sessions s WHERE {chosen} ORDER BY update_time DESC, id LIMIT ?"
-        return await self._read(
+        return await self._reader.read(
             lambda connection: [_session(*row) for row in connection.execute(query, arguments).fetchall()]
         )
 
@@ -262,7 +261,7 @@ class SqliteStore:
             start = next((i + 1 for i, message in enumerate(messages) if message.id == first), 0)
             return messages[start : start + limit]
 
-        return await self._read(read)
+        return await self._reader.read(read)
 
     # --- inside --------------------------------------------------------------------------------------------------
 
@@ -282,33 +281,20 @@ class SqliteStore:
         )
         return connection
 
-    def _prepare(self) -> None:
+    def _prepare(self) -> tuple[sqlite3.Connection, sqlite3.Connection]:
+        """Return a connection to read with and one to write with."""
         try:
             # SQLite gives the files beside the database its mode, so it has to be right before they are made.
             self._path.touch(mode=0o600)
             self._path.chmod(0o600)
-            connection = self._reader = self._connect()
-            self._writing = self._connect()
+            connection, writing = self._connect(), self._connect()
             if connection.execute("PRAGMA user_version").fetchone()[0] == 0:
                 connection.executescript(f"BEGIN; {_SCHEMA} PRAGMA user_version = {SCHEMA_VERSION}; COMMIT;")
             connection.execute(_CATCH_UP)
             connection.execute("UPDATE turns SET state = 'failed', events = NULL WHERE state = 'running'")
         except sqlite3.Error as error:
             raise _unusable(self._path, error) from error
-
-    async def _read(self, query: Callable[[sqlite3.Connection], T]) -> T:
-        if self._closed:
-            raise StorageUnavailable("the store is closed")
-
-        def guarded() -> T:
-            try:
-                return query(self._reader)
-            except sqlite3.Error as error:
-                raise storage_error(error) from error
-            except (msgspec.MsgspecError, UnicodeDecodeError) as error:
-                raise StorageUnavailable("what is stored here cannot be read: the database is damaged") from error
-
-        return await asyncio.get_running_loop().run_in_executor(self._readers, guarded)
+        return connection, writing
 
     def _write_turns(self, connection: sqlite3.Connection, turns: Sequence[NewTurn | EndedTurn]) -> list[Any]:
         """Store turns and ends; a turn that ended before it was stored is one row. Runs on the writer's thread."""

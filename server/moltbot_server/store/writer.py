@@ -6,17 +6,15 @@ that it runs, so a statement for each row would make the writer and the event lo
 
 from __future__ import annotations
 
-import asyncio
 import contextlib
 import logging
 import sqlite3
-import threading
 from collections.abc import Callable, Sequence
 from itertools import chain
-from queue import SimpleQueue
 from typing import Any
 
 from moltbot_server.errors import MoltBotError, StorageFull, StorageUnavailable
+from moltbot_server.store.groups import GroupThread
 from moltbot_server.store.pending import Pending
 
 log = logging.getLogger(__name__)
@@ -27,9 +25,6 @@ Write = Callable[[sqlite3.Connection], Any]
 WriteRows = Callable[[sqlite3.Connection, Sequence[Any]], Sequence[Any]]
 """Writes many rows together; it returns what is answered for each, in the same order."""
 
-_LARGEST_GROUP = 512
-_FEW = 2
-"""Rows of one turn: a group of so few is followed by the next at once."""
 _DISTANCE = 0.005
 """Seconds from one group to the next while many write."""
 _NOBODYS_FAULT = ("SQLITE_BUSY", "SQLITE_LOCKED", "SQLITE_IOERR", "SQLITE_READONLY", "SQLITE_CORRUPT", "SQLITE_NOTADB")
@@ -77,11 +72,8 @@ def _name(error: sqlite3.Error) -> str:
     return getattr(error, "sqlite_errorname", "") or type(error).__name__
 
 
-class GroupWriter:
+class GroupWriter(GroupThread[_Job]):
     """Runs writes on a thread of its own and answers each when the transaction that holds it is on the disk.
-
-    The event loop gathers writes while the thread is at work and hands them over at once when it is done: a thread that
-    is woken for each write takes the interpreter's lock from the loop each time.
 
     When a write raises, its group is undone and each of it is tried by itself, so a bad write hurts no other. The rows
     of a group are written together; a write by itself comes after all that were queued before it.
@@ -89,80 +81,20 @@ class GroupWriter:
 
     def __init__(self, connection: sqlite3.Connection, write_rows: WriteRows) -> None:
         """Take a connection over; it is closed with the writer."""
-        self._connection = connection
+        super().__init__(connection, name="moltbot-writer", distance=_DISTANCE)
         self._write_rows = write_rows
-        self._groups: SimpleQueue[list[_Job] | None] = SimpleQueue()
-        self._waiting: list[_Job] = []
-        self._at_work = self._handing_over = self._many = False
-        self._handed_over = 0.0
-        self._idle: asyncio.Event | None = None
-        self._thread = threading.Thread(target=self._run, name="moltbot-writer", daemon=True)
-        self._loop = asyncio.get_running_loop()
-        self._closed = False
-        self._thread.start()
 
     def submit(self, write: Write) -> Pending[Any]:
         """Queue a write; it is answered with what it returned once that is on the disk."""
-        return self._queue(_Job(write, None))
+        return self.put(_Job(write, None))
 
     def submit_row(self, row: Any) -> Pending[Any]:
         """Queue a row to be written with others."""
-        return self._queue(_Job(None, row))
+        return self.put(_Job(None, row))
 
-    async def close(self) -> None:
-        """Write what waits, then end the thread."""
-        if not self._closed:
-            self._closed = True
-            if self._waiting or self._at_work:
-                self._idle = asyncio.Event()
-                await self._idle.wait()
-            self._groups.put(None)
-            await asyncio.to_thread(self._thread.join)
-
-    def _queue(self, job: _Job) -> _Job:
-        if self._closed:
-            job.settle(StorageUnavailable("the store is closed"))
-        else:
-            self._waiting.append(job)
-            self._hand_over_soon()
-        return job
-
-    def _hand_over_soon(self) -> None:
-        """Hand over what waits once the loop has gone through what it has at hand, which may bring more.
-
-        While many write, groups keep a distance: each one makes the thread and the loop wait for each other.
-        """
-        if self._waiting and not self._at_work and not self._handing_over:
-            self._handing_over = True
-            if self._many:
-                self._loop.call_at(self._handed_over + _DISTANCE, self._hand_over)
-            else:
-                self._loop.call_soon(self._hand_over)
-
-    def _hand_over(self) -> None:
-        self._handing_over, self._at_work = False, True
-        self._handed_over = self._loop.time()
-        self._many = len(self._waiting) > _FEW
-        self._groups.put(self._waiting[:_LARGEST_GROUP])
-        del self._waiting[:_LARGEST_GROUP]
-
-    def _answer(self, outcomes: list[tuple[_Job, Any]]) -> None:
-        """Answer a group's writes and hand the next group over; runs on the loop's thread."""
-        self._at_work = False
-        for job, outcome in outcomes:
-            job.settle(outcome)
-        self._hand_over_soon()
-        if self._idle is not None and not self._waiting:
-            self._idle.set()
-
-    def _run(self) -> None:
-        connection = self._connection
-        try:
-            while (group := self._groups.get()) is not None:
-                outcomes = self._write(connection, group)
-                self._loop.call_soon_threadsafe(self._answer, outcomes)
-        finally:
-            connection.close()
+    def carry_out(self, connection: sqlite3.Connection, group: list[_Job]) -> list[tuple[_Job, Any]]:
+        """Write a group in one transaction."""
+        return self._write(connection, group)
 
     def _write(self, connection: sqlite3.Connection, group: list[_Job]) -> list[tuple[_Job, Any]]:
         try:

@@ -1,0 +1,60 @@
+"""One thread that reads: whatever was asked for while it was at work is read and answered together."""
+
+from __future__ import annotations
+
+import logging
+import sqlite3
+from collections.abc import Callable
+from typing import Any, TypeVar
+
+import msgspec
+
+from moltbot_server.errors import StorageUnavailable
+from moltbot_server.store.groups import GroupThread
+from moltbot_server.store.pending import Pending
+from moltbot_server.store.writer import storage_error
+
+log = logging.getLogger(__name__)
+
+T = TypeVar("T")
+
+Query = Callable[[sqlite3.Connection], T]
+
+
+class _Question(Pending[Any]):
+    """A query that waits or is under way, and whoever asked."""
+
+    __slots__ = ("query",)
+
+    def __init__(self, query: Query[Any]) -> None:
+        super().__init__()
+        self.query = query
+
+
+class GroupReader(GroupThread[_Question]):
+    """Runs queries on a thread of its own, in the order in which they were asked."""
+
+    def __init__(self, connection: sqlite3.Connection) -> None:
+        """Take a connection over; it is closed with the reader."""
+        super().__init__(connection, name="moltbot-reader")
+
+    def read(self, query: Query[T]) -> Pending[T]:
+        """Queue a query; it is answered with what it returns."""
+        return self.put(_Question(query))
+
+    def carry_out(self, connection: sqlite3.Connection, group: list[_Question]) -> list[tuple[_Question, Any]]:
+        """Run the queries; each has an outcome of its own."""
+        return [(question, _answer(connection, question.query)) for question in group]
+
+
+def _answer(connection: sqlite3.Connection, query: Query[Any]) -> Any:
+    """Return what a query finds, or the error that tells why it cannot."""
+    try:
+        return query(connection)
+    except sqlite3.Error as error:
+        return storage_error(error)
+    except (msgspec.MsgspecError, UnicodeDecodeError):
+        return StorageUnavailable("what is stored here cannot be read: the database is damaged")
+    except Exception:
+        log.exception("a read failed")
+        return StorageUnavailable("the store could not read; the log says why")
