@@ -80,7 +80,9 @@ class Admission:
 
     def _has_less_than_its_share(self, own: int, waiting: int) -> bool:
         sharing = self._queue.workspaces + (not own)
-        return waiting < 2 * self._limit and own < self._limit // sharing and sharing > 1
+        # Half of what is left for each leaves something for whoever comes after.
+        left = 2 * self._limit - waiting
+        return sharing > 1 and own < self._limit // sharing and 2 * own < left
 
     def _flood(self, workspace: str) -> None:
         if len(self._flooding) >= _MANY:

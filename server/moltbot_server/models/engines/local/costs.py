@@ -11,8 +11,8 @@ steps, and tokens that the rows of all steps look back on."""
 _PRIOR: Terms = (0.4e-3, 1.8e-6, 8.3e-3, 0.35e-3, 0.0135e-3)
 """Seconds of each for 100 million parameters in int8 on one core (Intel Xeon, 2 GHz); only the ratios matter."""
 
-_TRUST = 4.0  # how many observations the prior counts for
-_DECAY = 0.99  # how much of what was seen is kept with each observation
+_TRUST = 0.03  # of one observation: what the known ratios count against what was measured
+_DECAY = 0.997  # how much of what was seen is kept with each observation
 _LEAST = 0.02  # of the prior: no term is ever free
 
 

@@ -11,11 +11,11 @@ from __future__ import annotations
 from collections import deque
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from heapq import heapify, heappop, heapreplace
+from itertools import islice
 
 from moltbot_server.models.engines.local.rows import Row
 
 _KEPT_SESSIONS = 256
-_FIRST_GUESS = 0.05
 
 
 class _Session:
@@ -82,7 +82,7 @@ class FairQueue:
         self._waiting: dict[str, _Workspace] = {}
         self._clock = 0.0
         self._count = 0
-        self._typical = _FIRST_GUESS
+        self._cost = 0.0
 
     def __len__(self) -> int:
         return self._count
@@ -116,8 +116,8 @@ class FairQueue:
             session.rows.append(row)
         workspace.cost += row.cost
         workspace.count += 1
+        self._cost += row.cost
         self._count += 1
-        self._typical += 0.05 * (row.cost - self._typical)
         row.waits = True
 
     def remove(self, row: Row) -> bool:
@@ -132,12 +132,14 @@ class FairQueue:
             del workspace.waiting[row.session]
         workspace.cost -= row.cost
         workspace.count -= 1
+        self._cost -= row.cost
         self._count -= 1
         if not workspace.count:
             workspace.cost = 0.0
             del self._waiting[row.workspace]
-        if not self._count:  # who waits for nobody owes nobody
-            self._workspaces.clear()
+        if not self._count:
+            self._cost = 0.0
+            self._workspaces.clear()  # who waits for nobody owes nobody
         return True
 
     def walk(self) -> Iterator[Row]:
@@ -183,7 +185,7 @@ class FairQueue:
         """Take out those of the first rows that did not begin before their deadline."""
         late = [
             row
-            for _, row in zip(range(most), self.walk(), strict=False)
+            for row in islice(self.walk(), most)
             if row.deadline is not None and row.deadline <= now and not row.began
         ]
         for row in late:
@@ -192,7 +194,7 @@ class FairQueue:
 
     def ahead(self, workspace: str, session: str) -> float:
         """Return about how much service comes before that of another row of a session, in seconds of a replica."""
-        typical = self._typical
+        typical = self._cost / max(1, self._count)
         own = self._waiting.get(workspace)
         weight = self._weights.get(workspace, 1.0)
         before, debt = 0.0, 0.0

@@ -1,0 +1,277 @@
+"""Who is served next and who is refused, with a clock of the tests."""
+
+from __future__ import annotations
+
+import random
+from collections import Counter
+from collections.abc import Sequence
+from time import perf_counter
+
+import pytest
+from moltbot_server.errors import QueueFull
+from moltbot_server.models.engines.local.admission import PATIENCE, Admission
+from moltbot_server.models.engines.local.fair_queue import FairQueue
+from moltbot_server.models.engines.local.rows import Row, Sampling
+
+
+def row(workspace: str = "w", session: str = "", cost: float = 1.0, deadline: float | None = None) -> Row:
+    made = Row(["<s>"], Sampling(), 10, workspace=workspace, session=session, deadline=deadline)
+    made.cost = cost
+    return made
+
+
+def filled(rows: Sequence[Row], weights: dict[str, float] | None = None) -> FairQueue:
+    queue = FairQueue(weights)
+    for each in rows:
+        queue.put(each)
+    return queue
+
+
+def serve(queue: FairQueue, count: int) -> list[Row]:
+    """Serve one row after the other."""
+    served = []
+    for _ in range(count):
+        first = next(queue.walk())
+        queue.take([first])
+        served.append(first)
+    return served
+
+
+def test_rows_of_one_session_are_served_in_their_order() -> None:
+    rows = [row(session="s") for _ in range(5)]
+    assert serve(filled(rows), 5) == rows
+
+
+def test_rows_without_a_session_count_as_one_session_each() -> None:
+    talker = [row(session="s") for _ in range(3)]
+    newcomers = [row() for _ in range(3)]
+    queue = filled([*talker, *newcomers])
+    assert serve(queue, 4) == [talker[0], *newcomers]
+
+
+def test_workspaces_that_wait_are_served_in_turns_however_much_one_asks() -> None:
+    loud, quiet = [row("loud") for _ in range(500)], [row("quiet") for _ in range(3)]
+    served = serve(filled([*loud, *quiet]), 6)
+    assert Counter(each.workspace for each in served) == {"loud": 3, "quiet": 3}
+
+
+def test_sessions_of_one_workspace_are_served_in_turns() -> None:
+    rows = [row(session="loud") for _ in range(50)] + [row(session="a"), row(session="b")]
+    assert [each.session for each in serve(filled(rows), 4)] == ["loud", "a", "b", "loud"]
+
+
+def test_a_workspace_of_twice_the_weight_gets_twice_as_much() -> None:
+    queue = filled([row(name) for name in ("a", "b") for _ in range(100)], {"a": 2.0})
+    assert Counter(each.workspace for each in serve(queue, 60)) == {"a": 40, "b": 20}
+
+
+@pytest.mark.parametrize("weight", [0.0, -1.0])
+def test_a_weight_that_would_starve_a_workspace_is_refused(weight: float) -> None:
+    with pytest.raises(ValueError, match="above 0"):
+        FairQueue({"w": weight})
+
+
+def test_what_is_shared_is_the_time_of_the_replicas_and_not_the_number_of_answers() -> None:
+    queue = filled([row("long", cost=5.0) for _ in range(50)] + [row("short", cost=1.0) for _ in range(50)])
+    served = Counter(each.workspace for each in serve(queue, 48))
+    assert served == {"long": 8, "short": 40}
+
+
+def test_an_answer_that_took_more_than_was_expected_is_paid_for_afterwards() -> None:
+    queue = filled([row(name) for name in ("a", "b") for _ in range(10)])
+    first, second = serve(queue, 2)
+    assert [first.workspace, second.workspace] == ["a", "b"]
+    queue.settle(first, 4.0)
+    assert [each.workspace for each in serve(queue, 4)] == ["b", "b", "b", "a"]
+
+
+def test_who_paused_has_saved_nothing_up() -> None:
+    queue = filled([row("busy") for _ in range(100)] + [row("now and then")])
+    serve(queue, 50)
+    for _ in range(20):
+        queue.put(row("now and then"))
+    assert Counter(each.workspace for each in serve(queue, 20))["busy"] >= 9
+
+
+def test_a_session_that_speaks_again_is_not_starved_by_ever_new_ones() -> None:
+    queue = filled([row(session="again")])
+    serve(queue, 1)
+    for _ in range(3):
+        queue.put(row())
+    again = row(session="again")
+    queue.put(again)
+    served: list[Row] = []
+    while again not in served and len(served) < 50:
+        queue.put(row())
+        served += serve(queue, 1)
+    assert len(served) <= 8
+
+
+def test_a_row_is_put_back_before_those_of_its_session() -> None:
+    rows = [row(session="s") for _ in range(3)]
+    queue = filled(rows)
+    (first,) = serve(queue, 1)
+    queue.put(first, first=True)
+    assert serve(queue, 3) == rows
+
+
+def test_walking_says_what_serving_does() -> None:
+    chance = random.Random(3)
+    rows = [row(chance.choice("abc"), chance.choice("123"), chance.uniform(0.1, 5)) for _ in range(200)]
+    queue = filled(rows, {"b": 3.0})
+    expected = list(queue.walk())
+    assert serve(queue, 200) == expected
+    assert len(queue) == 0
+    assert set(expected) == set(rows)
+
+
+def test_a_row_that_left_is_not_served() -> None:
+    rows = [row(session="s"), row(session="s"), row("v")]
+    queue = filled(rows)
+    assert queue.remove(rows[0])
+    assert not queue.remove(rows[0])
+    assert (len(queue), queue.count("w"), queue.count("v"), queue.workspaces) == (2, 1, 1, 2)
+    assert serve(queue, 2) == [rows[1], rows[2]]
+
+
+def test_late_rows_are_dropped_unless_they_had_begun() -> None:
+    late, begun, early, patient = row(deadline=5.0), row(deadline=5.0), row(deadline=9.0), row()
+    begun.began = 1.0
+    queue = filled([late, begun, early, patient])
+    assert queue.expired(4.9, 100) == []
+    assert queue.expired(5.0, 100) == [late]
+    assert len(queue) == 3
+
+
+def test_what_is_ahead_is_what_would_be_served_before() -> None:
+    queue = filled([row("loud") for _ in range(100)])
+    assert queue.ahead("loud", "") == pytest.approx(100)
+    assert queue.ahead("quiet", "") <= 1.5
+    for _ in range(10):
+        queue.put(row("third"))
+    queue.put(row("quiet"))
+    assert 2 <= queue.ahead("quiet", "") <= 6
+    assert queue.ahead("loud", "") == pytest.approx(111)
+
+
+def test_the_memory_of_past_sessions_and_workspaces_is_bounded() -> None:
+    queue = filled([row("w", "stays")])
+    for index in range(3000):
+        queue.put(row("w", f"s{index}"))
+        queue.put(row(f"w{index}"))
+        serve(queue, 2)
+    assert len(queue._workspaces["w"].sessions) < 600
+    serve(queue, len(queue))
+    assert queue._workspaces == {}
+
+
+def test_walking_a_long_queue_takes_no_longer_than_its_length_asks() -> None:
+    def seconds(count: int) -> float:
+        queue = filled([row(f"w{index % 50}", f"s{index % 400}") for index in range(count)])
+        begun = perf_counter()
+        assert len(list(queue.walk())) == count
+        return perf_counter() - begun
+
+    assert min(seconds(8000) for _ in range(3)) < 40 * min(seconds(800) for _ in range(3))
+
+
+# --- admission ---------------------------------------------------------------------------------------------------
+
+
+def admission(queue: FairQueue, limit: int = 100, replicas: int = 1) -> Admission:
+    made = Admission(queue, limit=limit, replicas=replicas)
+    made.measured(2.0, 2.0, crowded=True)  # a batch takes two seconds, as was expected
+    return made
+
+
+def refusal(gate: Admission, workspace: str = "w", deadline: float | None = None, now: float = 0.0) -> QueueFull:
+    with pytest.raises(QueueFull) as caught:
+        gate.check(workspace, "", deadline, now)
+    return caught.value
+
+
+def test_what_can_begin_before_its_deadline_is_let_in_and_what_cannot_is_not() -> None:
+    gate = admission(filled([row() for _ in range(10)]), replicas=2)
+    gate.check("w", "", 105.5, 100.0)
+    error = refusal(gate, deadline=104.0, now=100.0)
+    assert error.retry_after == pytest.approx(1.0)
+    assert "after the deadline" in error.message
+
+
+def test_a_newcomer_is_let_in_where_a_flood_could_not_begin_in_time() -> None:
+    gate = admission(filled([row("loud") for _ in range(50)]))
+    gate.check("quiet", "", 5.0, 0.0)
+    refusal(gate, "loud", deadline=5.0)
+
+
+def test_the_expected_wait_follows_what_was_measured() -> None:
+    queue = filled([row() for _ in range(10)])
+    gate = admission(queue)
+    assert gate.wait("w", "") == pytest.approx(10)
+    for _ in range(200):
+        gate.measured(3.0, 1.0, crowded=True)
+        gate.measured(9.0, 1.0, crowded=False)
+    assert gate.wait("w", "") == pytest.approx(30, rel=0.01)
+
+
+def test_without_a_deadline_nobody_has_to_wait_beyond_patience() -> None:
+    queue = filled([row(cost=PATIENCE / 10) for _ in range(10)])
+    gate = admission(queue)
+    gate.check("w", "", None, 0.0)
+    queue.put(row(cost=PATIENCE / 10))
+    error = refusal(gate)
+    assert error.retry_after == 30.0
+
+
+def test_a_burst_may_fill_the_queue_and_a_flood_only_keeps_the_replicas_busy() -> None:
+    queue = FairQueue()
+    gate = admission(queue, limit=20)
+    for _ in range(20):
+        gate.check("w", "", None, 0.0)
+        queue.put(row())
+    assert refusal(gate).retry_after == pytest.approx(10)
+    waiting = []
+    for _ in range(40):  # one row is served, three come
+        serve(queue, 1)
+        for _ in range(3):
+            try:
+                gate.check("w", "", None, 0.0)
+            except QueueFull:
+                continue
+            queue.put(row())
+        waiting.append(len(queue))
+    assert waiting[-1] == 5, "two rounds of two seconds are waited for"
+    serve(queue, 5)
+    for _ in range(20):
+        gate.check("w", "", None, 0.0)
+        queue.put(row())
+    refusal(gate)
+    assert gate.refused == 40 * 3 - 25 + 2
+
+
+def test_a_full_queue_has_room_for_who_has_less_than_a_share_of_it() -> None:
+    queue = filled([row("loud") for _ in range(20)])
+    gate = admission(queue, limit=20)
+    refusal(gate, "loud")
+    for _ in range(7):
+        gate.check("quiet", "", None, 0.0)
+        queue.put(row("quiet"))
+    refusal(gate, "quiet")
+    for name in ("c", "d", "e", "f", "g", "h"):
+        for _ in range(20):
+            try:
+                gate.check(name, "", None, 0.0)
+            except QueueFull:
+                break
+            queue.put(row(name))
+    assert len(queue) <= 40
+    assert queue.count("h") >= 1
+
+
+def test_a_refusal_costs_next_to_nothing() -> None:
+    queue = filled([row(f"w{index % 50}", f"s{index}") for index in range(256)])
+    gate = admission(queue, limit=256)
+    begun = perf_counter()
+    for _ in range(1000):
+        refusal(gate, "w1")
+    assert perf_counter() - begun < 1.0
