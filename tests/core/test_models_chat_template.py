@@ -19,6 +19,7 @@ from moltbot_server.models.folder import read_folder
 from moltbot_server.models.tokenizer import Tokenizer
 from moltbot_server.turns import GenerationOptions, Message, Role, TextPart
 from tiny_model import describe, make_tiny_model
+from tokenizers import Tokenizer as Library
 
 U, A, S = Role.USER, Role.ASSISTANT, Role.SYSTEM
 NAMES = {"bos_token": "<s>", "eos_token": "</s>"}
@@ -194,7 +195,7 @@ async def test_a_model_with_a_template_and_a_tokenizer_of_its_own_answers(folder
     read = read_folder(folder)
     assert read.template.stop == ("<|im_end|>", "<|endoftext|>")
     messages = [said(S, "Be brief."), said(U, "hello 你好 🎉")]
-    library = tiny_tokenizers.byte_level()
+    library = Library.from_file(str(folder / "tokenizer.json"))
     text = "<|im_start|>system\nBe brief.<|im_end|>\n<|im_start|>user\nhello 你好 🎉<|im_end|>\n<|im_start|>assistant\n"
     prompt = [library.id_to_token(index) for index in library.encode(text, add_special_tokens=False).ids]
     assert Tokenizer(read).prompt(messages) == prompt

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import difflib
 import re
+import struct
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
@@ -97,7 +98,7 @@ def read_folder(path: Path, model_type: str = "", *, model_id: str = "") -> Mode
     name = description.display_name or description.name
     return ModelFolder(
         path=path,
-        id=model_id or _slug(description.id or path.resolve().name),
+        id=model_id or slug(description.id or path.resolve().name),
         display_name=name or path.resolve().name,
         family=description.family,
         context_length=description.context_length,
@@ -163,21 +164,45 @@ def check_vocabulary(folder: ModelFolder, words: Sequence[str]) -> None:
         )
 
 
+def read_description(path: Path) -> Description | None:
+    """Return what a folder's moltbot.yaml says, None where there is none.
+
+    Raises:
+        ModelUnavailable: it cannot be read, or says what cannot be.
+    """
+    file = path / DESCRIPTION
+    if not file.is_file():
+        return None
+    try:
+        description = msgspec.yaml.decode(file.read_bytes(), type=Description)
+    except (OSError, msgspec.DecodeError) as problem:
+        raise ModelUnavailable(f"{file} does not describe a model: {problem}.") from None
+    if description.context_length < 16:
+        raise ModelUnavailable(f"{file}: context_length is {description.context_length}; expected 16 or more.")
+    return description
+
+
+def is_encoder(path: Path) -> bool:
+    """Return whether a folder holds a model that embeds texts, and not one that writes."""
+    try:
+        with (path / "model.bin").open("rb") as file:
+            head = file.read(64)
+        size = struct.unpack_from("<H", head, 4)[0]
+    except (OSError, struct.error):
+        return False
+    # The file begins with its version and the name of the specification that it was made by.
+    return head[6 : 6 + size - 1] == b"TransformerEncoderSpec"
+
+
 def _describe(path: Path, model_type: str) -> Description:
     known = families()
-    file = path / DESCRIPTION
-    if file.is_file():
-        try:
-            description = msgspec.yaml.decode(file.read_bytes(), type=Description)
-        except (OSError, msgspec.DecodeError) as problem:
-            raise ModelUnavailable(f"{file} does not describe a model: {problem}.") from None
-        if description.context_length < 16:
-            raise ModelUnavailable(f"{file}: context_length is {description.context_length}; expected 16 or more.")
+    description = read_description(path)
+    if description is not None:
         asked = known.get(model_type.lower())
         same = model_type.lower() == description.family or (asked and asked == known.get(description.family))
         if model_type and not same:
             raise ModelUnavailable(
-                f"MODEL_TYPE is {model_type!r}, but {file} says {description.family!r}; "
+                f"MODEL_TYPE is {model_type!r}, but {path / DESCRIPTION} says {description.family!r}; "
                 f"leave MODEL_TYPE empty or set it to {description.family!r}."
             )
         return description
@@ -237,12 +262,14 @@ def _family_template(path: Path, name: str, vocabulary: frozenset[str]) -> ChatT
 
 
 def _require_weights(path: Path) -> None:
+    if is_encoder(path):
+        raise ModelUnavailable(f"{path}: found an encoder, which embeds texts; expected a model that writes them.")
     if (path / "model.bin").is_file():
         return
     for pattern, what in _FOREIGN.items():
         if match := next(iter(sorted(path.glob(pattern))), None):
             raise ModelUnavailable(f"{path}: found {match.name}, {what}; expected model.bin, a CTranslate2 model.")
-    raise ModelUnavailable(f"{path}: found {_listing(path)}; expected model.bin, a CTranslate2 model.")
+    raise ModelUnavailable(f"{path}: found {listing(path)}; expected model.bin, a CTranslate2 model.")
 
 
 def _tokenizer(path: Path) -> Path:
@@ -256,7 +283,7 @@ def _tokenizer(path: Path) -> Path:
         found = ", ".join(file.name for file in others)
         raise ModelUnavailable(f"{path}: found {found}; expected one of them to be named tokenizer.model.")
     raise ModelUnavailable(
-        f"{path}: found {_listing(path)}; expected tokenizer.json, or tokenizer.model for sentencepiece."
+        f"{path}: found {listing(path)}; expected tokenizer.json, or tokenizer.model for sentencepiece."
     )
 
 
@@ -267,14 +294,16 @@ def _vocabulary(path: Path) -> tuple[str, ...]:
         tokens = (path / "vocabulary.txt").read_text(encoding="utf-8").split("\n")
         tokens = tokens[:-1] if tokens and not tokens[-1] else tokens
     if not isinstance(tokens, list) or not tokens:
-        raise ModelUnavailable(f"{path}: found {_listing(path)}; expected vocabulary.json, the list of tokens.")
+        raise ModelUnavailable(f"{path}: found {listing(path)}; expected vocabulary.json, the list of tokens.")
     return tuple(map(str, tokens))
 
 
-def _listing(path: Path) -> str:
+def listing(path: Path) -> str:
+    """Return the first names in a folder, for a text that says what was found."""
     names = sorted(entry.name for entry in path.iterdir())
     return ", ".join(names[:6]) + (" …" if len(names) > 6 else "") if names else "an empty folder"
 
 
-def _slug(name: str) -> str:
+def slug(name: str) -> str:
+    """Return a name as a resource id."""
     return re.sub(r"[^a-z0-9]+", "-", name.lower()).strip("-")[:63] or "model"
