@@ -44,7 +44,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     for notice in () if flags.no_notices else settings.notices:
         log.warning("not used by this release", extra={"notice": notice})
     if flags.role == "engine":
-        return uvloop.run(_run(lambda: _start_engine(settings, key, flags.listen or f"unix:{workspace.engine_socket}")))
+        listen = flags.listen or f"unix:{workspace.engine_socket}"
+        return uvloop.run(_run(lambda: _start_engine(settings, key, listen, flags.metrics_port)))
     return uvloop.run(_run(lambda: _start_core(settings, key)))
 
 
@@ -86,12 +87,19 @@ async def _start_core(settings: Settings, key: str) -> tuple[Mapping[str, Any], 
     return ready, lambda: core.stop(settings.drain_grace)
 
 
-async def _start_engine(settings: Settings, key: str, listen: str) -> tuple[Mapping[str, Any], Leave]:
+async def _start_engine(
+    settings: Settings, key: str, listen: str, metrics_port: int | None
+) -> tuple[Mapping[str, Any], Leave]:
     from moltbot_server.engine_role import EngineRole
 
-    engine = EngineRole(settings, key=key, listen=listen)
+    engine = EngineRole(settings, key=key, listen=listen, metrics_port=metrics_port)
     await engine.start()
-    ready = {"ready": True, "engine": engine.server.address, "model": engine.catalog.default}
+    ready = {
+        "ready": True,
+        "engine": engine.server.address,
+        "metrics": engine.ops.address if engine.ops else "",
+        "model": engine.catalog.default,
+    }
     return ready, lambda: engine.stop(settings.drain_grace)
 
 

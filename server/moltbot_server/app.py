@@ -97,6 +97,7 @@ class Core:
             )
             self.metrics.turns_under_way.ask(lambda: len(self.journal))
             self.metrics.sessions_at_hand.ask(lambda: len(self.sessions))
+            self.metrics.models.ask(self.catalog.numbers)
             host, port = self.settings.metrics_host, self.settings.metrics_port
             self.ops = OpsServer(host=host, port=port, metrics=self.metrics.page, health=self.health)
             undo.callback(self.ops.close)

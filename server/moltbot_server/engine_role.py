@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import asyncio
 import logging
 import time
+from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 from moltbot_server.auth.keys import Authenticator
 from moltbot_server.auth.policy import OWNER
@@ -13,6 +16,7 @@ from moltbot_server.metrics import Metrics
 from moltbot_server.models.building import LocalLoader, Resources, configured_catalog
 from moltbot_server.models.catalog import Catalog
 from moltbot_server.models.manager import ModelManager
+from moltbot_server.ops import OpsServer
 from moltbot_server.rpc.server import GrpcServer
 from moltbot_server.turns import Principal
 
@@ -22,10 +26,19 @@ log = logging.getLogger(__name__)
 class EngineRole:
     """A running engine: its models and the server before them."""
 
-    def __init__(self, settings: Settings, *, key: str, listen: str, catalog: Catalog | None = None) -> None:
+    def __init__(
+        self,
+        settings: Settings,
+        *,
+        key: str,
+        listen: str,
+        metrics_port: int | None = None,
+        catalog: Catalog | None = None,
+    ) -> None:
         """`key` opens it: who has it is a core, and is believed whom an answer is for.
 
-        `catalog` stands in for the configured model. `listen` is `unix:PATH` or `HOST:PORT`; port 0 takes any free one.
+        `listen` is `unix:PATH` or `HOST:PORT`; port 0 takes any free one. `/health` and `/metrics` are told on
+        `metrics_port`, and nowhere without one. `catalog` stands in for the configured model.
 
         Raises:
             ModelUnavailable: the configured model cannot be found.
@@ -35,6 +48,8 @@ class EngineRole:
         self.models = ModelManager(self.catalog, LocalLoader(Resources.of(settings)))
         self.metrics = Metrics()
         self.server = _server(settings, listen)
+        self.ops: OpsServer | None = None
+        self._metrics_at = (settings.metrics_host, metrics_port)
         self._authenticator = Authenticator({key: Principal(workspace="", key_id="", role=OWNER)})
 
     async def start(self) -> None:
@@ -50,8 +65,14 @@ class EngineRole:
             self.server.register_engine(
                 authenticator=self._authenticator, metrics=self.metrics, catalog=self.catalog, manager=self.models
             )
+            self.metrics.models.ask(self.catalog.numbers)
+            host, port = self._metrics_at
+            if port is not None:
+                self.ops = OpsServer(host=host, port=port, metrics=self.metrics.page, health=self.health)
             await self.server.start()
         except BaseException:
+            if self.ops is not None:
+                self.ops.close()
             await self.catalog.close()
             raise
         seconds = round(time.perf_counter() - started, 3)
@@ -62,7 +83,18 @@ class EngineRole:
         await self.server.retire()
         await self.server.stop(grace)
         await self.catalog.close()
+        if self.ops is not None:
+            await asyncio.to_thread(self.ops.close)
         log.info("the engine has left")
+
+    def health(self) -> Mapping[str, Any]:
+        """Return how the engine is, for `/health`."""
+        entry = self.catalog.entries[0]
+        return {
+            "status": "ok" if entry.state == "ready" else "model failed",
+            "model": entry.engine.id,
+            "model_state": str(entry.state),
+        }
 
 
 def _server(settings: Settings, listen: str) -> GrpcServer:

@@ -98,6 +98,25 @@ class Measure(Collector):
         yield GaugeMetricFamily(self._name, self._text, value=self._value())
 
 
+class Readings(Collector):
+    """A gauge by labels that asks for all of its values when it is read."""
+
+    def __init__(self, name: str, text: str, labels: tuple[str, ...]) -> None:
+        self._name, self._text, self._labels = name, text, labels
+        self._read: Callable[[], Iterable[tuple[tuple[str, ...], float]]] = lambda: ()
+
+    def ask(self, read: Callable[[], Iterable[tuple[tuple[str, ...], float]]]) -> None:
+        """Name the function that tells the values, each with its labels."""
+        self._read = read
+
+    def collect(self) -> Iterable[Metric]:
+        """Yield the gauge for Prometheus."""
+        family = GaugeMetricFamily(self._name, self._text, labels=self._labels)
+        for labels, value in self._read():
+            family.add_metric(labels, value)
+        yield family
+
+
 class Metrics:
     """The core's counters, in a registry of their own."""
 
@@ -116,10 +135,11 @@ class Metrics:
         self.trimmed = Tally("moltbot_trimmed_messages", "Messages left out to fit the context.")
         self.turns_under_way = Measure("moltbot_turns_under_way", "Turns that run or wait.")
         self.sessions_at_hand = Measure("moltbot_sessions_at_hand", "Sessions kept in memory.")
+        self.models = Readings("moltbot_model", "What a model's engine counts of itself.", ("model", "number"))
         self._turns, self._queues = self.turn_seconds.of(), self.queue_seconds.of()
         self._first_tokens = self.first_token_seconds.of()
         for own in vars(self).values():
-            if isinstance(own, Tally | Spreads | Measure):
+            if isinstance(own, Tally | Spreads | Measure | Readings):
                 self.registry.register(own)
 
     def call_ended(self, method: str, status: str, seconds: float) -> None:

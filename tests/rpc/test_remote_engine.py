@@ -281,6 +281,16 @@ async def test_a_deadline_ends_the_wait_for_an_engine_that_is_away(killable: tup
     assert problem.code() is grpc.StatusCode.DEADLINE_EXCEEDED
 
 
+async def test_an_engine_tells_its_numbers_and_so_does_the_core_that_uses_it(
+    tmp_path: Path, core: RunningServer, role: EngineRole
+) -> None:
+    lines = core.core.metrics.page().decode().splitlines()
+
+    assert 'moltbot_model{model="scripted",number="answers"} 0.0' in lines
+    assert 'moltbot_model{model="scripted",number="away_seconds"} 0.0' in lines
+    assert 'moltbot_model{model="scripted",number="turns"} 0.0' in role.metrics.page().decode().splitlines()
+
+
 async def test_one_socket_has_one_engine(tmp_path: Path, role: EngineRole) -> None:
     second = EngineRole(settings(tmp_path), key="mb", listen=role.server.address, catalog=Catalog([AskedEngine()]))
     with pytest.raises(OSError, match="another engine listens there"):

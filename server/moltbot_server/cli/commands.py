@@ -166,6 +166,7 @@ def _add_engine(add: _Add) -> None:
         "moltbot engine --listen 127.0.0.1:50061",
     )
     engine.add_argument("--listen", metavar="ADDRESS", help="unix:PATH or HOST:PORT (default: the workspace's socket)")
+    engine.add_argument("--metrics-port", metavar="PORT", help="port of its /health and /metrics (default: none)")
     engine.add_argument("--log-level", metavar="LEVEL", help="debug, info, warning or error (default: info)")
 
 
@@ -173,7 +174,8 @@ def _engine(given: argparse.Namespace) -> int:
     place = find_workspace(os.environ, given.workspace)
     place.create()
     words = ["engine", "--workspace", str(place.folder)]
-    for flag, value in (("--listen", given.listen), ("--log-level", given.log_level)):
+    flags = {"--listen": given.listen, "--metrics-port": given.metrics_port, "--log-level": given.log_level}
+    for flag, value in flags.items():
         words += [flag, value] if value else []
     # It becomes the engine: signals, output and exit status are the engine's own.
     os.execv(sys.executable, [sys.executable, "-m", "moltbot_server", *words])

@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import logging
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from enum import StrEnum
 
 from moltbot_server.errors import ModelInUse, ModelNotFound, ModelUnavailable, MoltBotError
@@ -172,6 +172,12 @@ class Catalog:
         if self._entries.get(entry.engine.id) is entry:
             del self._entries[entry.engine.id]
         return entry.engine
+
+    def numbers(self) -> Iterator[tuple[tuple[str, str], float]]:
+        """Yield what is counted of each model: (its id, what), how many."""
+        for entry in self.entries:
+            counts = {"turns": entry.turns, "memory_bytes": entry.engine.memory_bytes, **entry.engine.numbers}
+            yield from (((entry.engine.id, name), float(count)) for name, count in counts.items())
 
     async def start(self) -> None:
         """Load all models at once. One that fails is kept as failed, unless it is the default.
