@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import importlib.util
 import json
 import os
 import pty
@@ -174,14 +175,42 @@ class TestWithoutACore:
         assert "found nothing" in refused.err
         assert (await home.run("model", "list", "--json")).json["at_start"] == BUILT_IN
 
+    async def test_convert_tells_what_is_no_source_and_what_it_needs(self, home: Home) -> None:
+        ended = await home.run("model", "convert", "nothing-here")
+        assert ended.status == 1
+        assert "neither a folder nor a model that is known" in ended.err
+        (home.folder / "raw").mkdir()
+        (home.folder / "raw" / "readme.txt").write_text("no weights")
+        assert "found readme.txt" in (await home.run("model", "convert", "raw")).err
+        if importlib.util.find_spec("torch") is None:
+            (home.folder / "raw" / "model.safetensors").write_bytes(b"")
+            (home.folder / "raw" / "config.json").write_text("{}")
+            assert "pip install 'moltbot[convert]'" in (await home.run("model", "convert", "raw")).err
+        assert list((home.workspace / "models").iterdir()) == []
+        twin(home.folder / "twin")
+        await home.run("model", "add", "twin")
+        taken = await home.run("model", "convert", "raw", "--name", "twin")
+        assert taken.status == 1
+        assert "--name" in taken.err
+
     async def test_bench_measures_alone_and_together(self, home: Home) -> None:
         ended = await home.run("model", "bench", BUILT_IN, "--streams", "1,4", "--seconds", "0.3", "--json")
         assert (ended.status, ended.err) == (0, "")
         assert [each["streams"] for each in ended.json["streams"]] == [1, 4]
         assert all(each["tokens_per_s"] > 0 for each in ended.json["streams"])
         assert all(each["first_token_ms"]["p50"] > 0 for each in ended.json["streams"])
+        folder = str(twin(home.folder / "Of nobody"))
+        ended = await home.run("model", "bench", folder, "--streams", "2", "--seconds", "0.2", "--json")
+        assert (ended.json["model"], ended.json["streams"][0]["streams"]) == ("of-nobody", 2)
         wrong = await home.run("model", "bench", "--streams", "1,x")
         assert (wrong.status, wrong.out) == (2, "")
+
+    async def test_tune_measures_and_keeps_what_it_found(self, home: Home) -> None:
+        ended = await home.run("model", "tune", BUILT_IN, "--quick", "--json")
+        assert (ended.status, ended.err) == (0, "")
+        assert ended.json["trials"]
+        assert (home.workspace / "tuning.json").exists()
+        assert (await home.run("model", "tune", "nobody")).status == 1
 
 
 class TestFromAHub:

@@ -18,6 +18,7 @@ examples:
   moltbot model switch tinyllama-ct2
 
 docs/models.md is the guide."""
+_WHICH = "the model, or a folder (default: the model that answers at start)"
 _QUANTIZATIONS = ("int8", "int8_float32", "int8_float16", "int8_bfloat16", "int16", "float16", "bfloat16", "float32")
 
 _Run = Callable[[argparse.Namespace], int]
@@ -151,7 +152,7 @@ def _add_measuring(sub: _Add) -> None:
         "moltbot model tune",
         "moltbot model tune tinyllama-ct2 --quick",
     )
-    tune.add_argument("name", metavar="NAME", nargs="?", default="", help="the model (default: the one that answers)")
+    tune.add_argument("name", metavar="NAME", nargs="?", default="", help=_WHICH)
     tune.add_argument("--quick", action="store_true", help="try little, for a first figure")
     bench = sub(
         "bench",
@@ -161,7 +162,7 @@ def _add_measuring(sub: _Add) -> None:
         "moltbot model bench moltbot-demo",
         "moltbot model bench tinyllama-ct2 --streams 1,4,16 --json",
     )
-    bench.add_argument("name", metavar="NAME", nargs="?", default="", help="the model (default: the one that answers)")
+    bench.add_argument("name", metavar="NAME", nargs="?", default="", help=_WHICH)
     bench.add_argument("--streams", default="1,8,16", metavar="N,N", help="streams at once (default: 1,8,16)")
     bench.add_argument("--seconds", type=float, default=3.0, help="how long each is measured (default: 3)")
     bench.add_argument("--prompt", type=int, default=128, metavar="TOKENS", help="tokens of each prompt (default: 128)")

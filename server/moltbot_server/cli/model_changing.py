@@ -17,8 +17,8 @@ from moltbot_server.cli.model_place import Models, told
 from moltbot_server.cli.progress import Progress
 from moltbot_server.cli.terminal import Exit, Failure, command, harmless, shown
 from moltbot_server.errors import ModelExists, ModelUnavailable
-from moltbot_server.models.folder import read_folder
-from moltbot_server.models.library import KnownModel, Origin, name_of, overruled_by
+from moltbot_server.models.encoder_folder import EncoderFolder
+from moltbot_server.models.library import KnownModel, Origin, name_of, open_folder, overruled_by
 
 
 @told
@@ -29,8 +29,7 @@ def add_model(given: argparse.Namespace) -> int:
     if not path.is_dir() and models.library.knows(given.path):
         model = _retyped(models, given)
     else:
-        folder = read_folder(path, given.type)
-        name = given.name or name_of(folder.id)
+        name = given.name or name_of(open_folder(path, given.type).id)
         model = KnownModel(name=name, origin=Origin.ADDED, path=str(path), type=given.type)
         known = models.library.knows(name)
         if known and models.library.path(models.library.find(name)) != path:
@@ -42,8 +41,9 @@ def add_model(given: argparse.Namespace) -> int:
         print(json.dumps({"name": model.name, "path": str(folder.path), "family": folder.family}, ensure_ascii=False))
     else:
         what = f"{folder.family or 'a model'} with {folder.context_length} tokens of context"
-        switch = command(f"model switch {model.name}", models.workspace)
-        print(f"{model.name} is in the list: {what}, in {shown(folder.path)}.\nLet it answer: {switch}")
+        print(f"{model.name} is in the list: {what}, in {shown(folder.path)}.")
+        if not isinstance(folder, EncoderFolder):
+            print(f"Let it answer: {command(f'model switch {model.name}', models.workspace)}")
     return int(Exit.OK)
 
 
@@ -115,6 +115,8 @@ def _check_folder(models: Models, model: KnownModel) -> None:
         folder = models.open(model)
     except ModelUnavailable as problem:
         raise Failure(f"{model.name} cannot answer: {problem.message}") from None
+    if isinstance(folder, EncoderFolder):
+        raise Failure(f"{model.name} turns texts into vectors and writes no answers; switch to a model that does.")
     asked = models.settings.context_length
     if asked and asked > folder.context_length:
         where = models.settings.origin("context_length")

@@ -15,6 +15,7 @@ from moltbot_server.cli.asking import Place
 from moltbot_server.cli.model_place import Models, told
 from moltbot_server.cli.terminal import Exit, command, harmless, shown
 from moltbot_server.errors import ModelUnavailable
+from moltbot_server.models.encoder_folder import EncoderFolder
 from moltbot_server.models.library import KnownModel, Origin
 from moltbot_server.models.sizes import folder_size, readable
 
@@ -128,18 +129,22 @@ def _details(models: Models, model: KnownModel) -> dict[str, Any]:
         folder = models.open(model)
     except ModelUnavailable:
         return {}
+    about = {
+        "display_name": folder.display_name,
+        "tokenizer": folder.tokenizer.name,
+        "files": sorted(path.name for path in folder.path.iterdir()),
+    }
+    if isinstance(folder, EncoderFolder):
+        return about | {"pooling": folder.pooling, "capabilities": ["embeddings"]}
     # Late: it loads the native code of models, which no list needs.
     from moltbot_server.models.building import build_engine
 
     can = build_engine(model_type=model.type, model_path=str(folder.path), model_id=model.name).capabilities
-    return {
-        "display_name": folder.display_name,
-        "tokenizer": folder.tokenizer.name,
+    return about | {
         "vocabulary": len(folder.vocabulary),
         "template": "its own, in Jinja" if folder.jinja else "a text before and after each message",
         "ends": [*dict.fromkeys([folder.eos_token, *folder.template.stop])],
         "capabilities": [name for name in can.__struct_fields__ if getattr(can, name) is True],
-        "files": sorted(path.name for path in folder.path.iterdir()),
     }
 
 
@@ -187,7 +192,11 @@ def _in_words(entry: Mapping[str, Any], models: Models) -> str:
         ("Size", readable(entry["size"]) if entry["size"] else ""),
         ("Family", entry["family"]),
         ("Context", f"{entry['context_length']} tokens" if entry["context_length"] else ""),
-        ("Tokenizer", f"{entry['tokenizer']}, {entry['vocabulary']} tokens" if entry.get("tokenizer") else ""),
+        (
+            "Tokenizer",
+            entry.get("tokenizer", "") + (f", {entry['vocabulary']} tokens" if "vocabulary" in entry else ""),
+        ),
+        ("Pooling", entry.get("pooling", "")),
         ("Template", entry.get("template", "")),
         ("Ends with", "  ".join(entry.get("ends", ()))),
         ("Can", ", ".join(entry.get("capabilities") or (loaded or {}).get("capabilities", ())).replace("_", " ")),
@@ -197,7 +206,8 @@ def _in_words(entry: Mapping[str, Any], models: Models) -> str:
         ("Problem", entry["problem"]),
     ]
     lines += [f"  {name:10} {text}" for name, text in pairs if text]
-    if not entry["problem"] and not entry["at_start"] and not (loaded and loaded["default"]):
+    embeds = "embeddings" in entry.get("capabilities", ())
+    if not embeds and not entry["problem"] and not entry["at_start"] and not (loaded and loaded["default"]):
         switch = command(f"model switch {entry['name']}", models.workspace)
         lines.append(f"Let it answer: {switch}")
     return harmless("\n".join(lines))

@@ -10,6 +10,7 @@ import time
 from collections.abc import Mapping, Sequence
 from contextlib import aclosing
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 from moltbot_server.cli.model_place import Models, told
@@ -18,7 +19,7 @@ from moltbot_server.cli.terminal import Exit, Failure
 from moltbot_server.errors import ModelUnavailable
 from moltbot_server.models.building import Resources, build_engine
 from moltbot_server.models.engine import Chunk, Engine, Finished, stream
-from moltbot_server.models.library import KnownModel
+from moltbot_server.models.library import KnownModel, Origin, name_of
 from moltbot_server.models.sizes import readable
 from moltbot_server.turns import GenerationOptions, Message, Role, TextPart
 
@@ -43,7 +44,7 @@ def tune_model(given: argparse.Namespace) -> int:
 
     models = Models.of(given, make=True)
     model = _model(models, given.name)
-    return tune(models.workspace, models.library.open(model), quick=given.quick, as_json=given.json)
+    return tune(models.workspace, models.open(model), quick=given.quick, as_json=given.json)
 
 
 @told
@@ -66,6 +67,10 @@ def bench_model(given: argparse.Namespace) -> int:
 
 
 def _model(models: Models, name: str) -> KnownModel:
+    """Return the model that a command names, which may be a folder that nobody has added."""
+    path = Path(name).expanduser().absolute()
+    if name and path.is_dir() and not models.library.knows(name):
+        return KnownModel(name=name_of(path.name), origin=Origin.ADDED, path=str(path))
     return models.find(name or models.at_start)
 
 

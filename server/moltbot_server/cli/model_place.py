@@ -17,6 +17,7 @@ from moltbot_server.cli.running import is_held
 from moltbot_server.cli.terminal import Exit, Failure, command
 from moltbot_server.config import Settings, load_settings
 from moltbot_server.errors import InvalidField, ModelNotFound, ModelUnavailable, MoltBotError
+from moltbot_server.models.encoder_folder import EncoderFolder
 from moltbot_server.models.folder import BUILTIN_ID, SCRIPTED, ModelFolder, configured_folder
 from moltbot_server.models.library import KnownModel, Library, Origin, default_model
 from moltbot_server.workspace import Workspace, find_workspace
@@ -96,7 +97,7 @@ class Models:
                 f"{problem.message} `moltbot model add` and `moltbot model pull` bring others."
             ) from None
 
-    def open(self, model: KnownModel) -> ModelFolder:
+    def open(self, model: KnownModel) -> ModelFolder | EncoderFolder:
         """Read a model's folder.
 
         Raises:

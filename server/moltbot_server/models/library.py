@@ -21,6 +21,7 @@ import msgspec
 from moltbot_server.config import Settings
 from moltbot_server.demo_model import ARTIFACT
 from moltbot_server.errors import InvalidField, ModelExists, ModelInUse, ModelNotFound, ModelUnavailable
+from moltbot_server.models.encoder_folder import EncoderFolder, is_encoder, read_encoder_folder
 from moltbot_server.models.folder import BUILTIN_ID, BUILTIN_NAMES, SCRIPTED, ModelFolder, read_folder
 from moltbot_server.turns import Value
 from moltbot_server.workspace import Workspace
@@ -104,13 +105,13 @@ class Library:
         """Return whether the model's files are MoltBot's own, to be deleted with it."""
         return model.origin in (Origin.PULLED, Origin.CONVERTED) and not model.path
 
-    def open(self, model: KnownModel) -> ModelFolder:
-        """Read a model's folder; its id is the name that it has here.
+    def open(self, model: KnownModel) -> ModelFolder | EncoderFolder:
+        """Read the folder of a model that answers, or of one that embeds; its id is the name that it has here.
 
         Raises:
             ModelUnavailable: the folder cannot be used; the text says what was found and what was expected.
         """
-        return read_folder(self.path(model), model.type, model_id=model.name)
+        return open_folder(self.path(model), model.type, model.name)
 
     def find(self, name: str) -> KnownModel:
         """Return a model by name; `builtin` is the built-in one.
@@ -256,6 +257,17 @@ class Library:
             raise ModelUnavailable(f"{self._file} cannot be written: {problem.strerror}.") from None
 
 
+def open_folder(path: Path, model_type: str, model_id: str = "") -> ModelFolder | EncoderFolder:
+    """Read a folder by what it holds: a model that writes answers, or one that embeds texts.
+
+    Raises:
+        ModelUnavailable: it cannot be used; the text says what was found and what was expected.
+    """
+    if is_encoder(path):
+        return read_encoder_folder(path, model_id=model_id)
+    return read_folder(path, model_type, model_id=model_id)
+
+
 def check_name(name: str) -> None:
     """Refuse a name that a model cannot have.
 
@@ -299,7 +311,7 @@ def default_model(settings: Settings) -> KnownModel | None:
         return None
     try:
         model = library.find(name)
-        library.open(model)
+        read_folder(library.path(model), model.type)
     except (ModelNotFound, ModelUnavailable) as problem:
         raise ModelUnavailable(
             f"The chosen model {name} cannot answer: {problem.message} Choose another one with `moltbot model switch "
