@@ -267,6 +267,7 @@ class TurnRun:
                 events=events,
                 answer=answer,
                 model=self._engine.id,
+                finish_reason=ending.finish_reason if isinstance(ending, Completed) else None,
             )
         )
 

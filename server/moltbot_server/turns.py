@@ -91,7 +91,10 @@ Part = TextPart | MediaPart | ToolCallPart | ToolResultPart
 
 
 class Message(Value, frozen=True, kw_only=True):
-    """One entry of a conversation. `id` is `{ordinal}.{index}` for stored messages and empty for brought ones."""
+    """One entry of a conversation. `id` is `{ordinal}.{index}` for stored messages and empty for brought ones.
+
+    `finish_reason` is why an answer ended, as far as that is known.
+    """
 
     role: Role
     parts: tuple[Part, ...]
@@ -99,6 +102,7 @@ class Message(Value, frozen=True, kw_only=True):
     turn: int = 0
     model: str = ""
     create_time: float = 0.0
+    finish_reason: FinishReason | None = None
 
     @property
     def text(self) -> str:

@@ -55,12 +55,13 @@ def ended(turn: NewTurn, answer: str = "answer", state: TurnState = TurnState.CO
     """Return how a turn ended."""
     accepted = Accepted(session=turn.key.session.session, ordinal=turn.key.ordinal, request_id=turn.request_id)
     kind: Completed | Failed
+    finish = FinishReason.CANCELLED if state is TurnState.CANCELLED else FinishReason.STOP
     if state is TurnState.FAILED:
         kind = Failed(**{"status": 14, "reason": "MODEL_UNAVAILABLE", "message": "no", "retryable": True, **last})
     else:
         kind = Completed(
             text=answer,
-            finish_reason=FinishReason.STOP,
+            finish_reason=finish,
             usage=Usage(output_tokens=2),
             timings=Timings(total=0.5),
             model="m",
@@ -77,6 +78,7 @@ def ended(turn: NewTurn, answer: str = "answer", state: TurnState = TurnState.CO
         events=events,
         answer=() if failed or not answer else said(answer),
         model="m",
+        finish_reason=None if failed else finish,
     )
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import os
 import random
 import sqlite3
@@ -16,6 +17,7 @@ import pytest
 from kept_turns import ended, everything, keep, key, new, texts
 from moltbot_server.errors import StorageFull, StorageUnavailable
 from moltbot_server.store.sqlite import SCHEMA_VERSION, SqliteStore
+from moltbot_server.turns import FinishReason, Role, TurnState
 
 
 @pytest.fixture
@@ -107,6 +109,29 @@ def opened(path: Path) -> None:
         await store.close()
 
     asyncio.run(both())
+
+
+async def test_a_database_of_the_release_before_keeps_what_is_in_it_and_takes_more(path: Path) -> None:
+    store = SqliteStore(path)
+    await store.open()
+    await keep(store, new(1, text="one"), answer="whole")
+    await keep(store, new(2, text="two"), answer="ha", state=TurnState.CANCELLED)
+    await store.close()
+    with contextlib.closing(sqlite3.connect(path)) as connection:
+        connection.executescript("ALTER TABLE turns DROP COLUMN finish; PRAGMA user_version = 1;")
+
+    for number in (3, 4):  # opened twice: the step is taken once
+        store = SqliteStore(path)
+        await store.open()
+        await keep(store, new(number, text="more"), answer="whole")
+        messages = await store.list_messages(key(), after=(0, 0), limit=100)
+        await store.close()
+
+    ends = [message.finish_reason for message in messages if message.role is Role.ASSISTANT]
+    assert ends == [None, FinishReason.CANCELLED, FinishReason.STOP, FinishReason.STOP]
+    assert [message.text for message in messages] == ["one", "whole", "two", "ha", "more", "whole", "more", "whole"]
+    with contextlib.closing(sqlite3.connect(path)) as connection:
+        assert connection.execute("PRAGMA user_version").fetchone() == (SCHEMA_VERSION,)
 
 
 def test_a_database_of_a_newer_release_is_left_alone(path: Path) -> None:

@@ -104,6 +104,21 @@ async def test_messages_are_listed_oldest_first_over_pages_of_any_size(api: Api)
         assert read == whole
 
 
+async def test_a_stored_answer_says_whether_it_is_whole(api: Api) -> None:
+    await api.run(turn("#3", session="sessions/s"))
+    await api.run(turn("#30", session="sessions/s", options=message_pb2.GenerationOptions(max_output_tokens=2)))
+    call = api.stream(turn("#1000 pace=0.01", session="sessions/s"))
+    while not (await call.read()).event.HasField("text_delta"):
+        pass
+    assert await api.cancel("sessions/s/turns/3")
+    await drained(call)
+
+    ends = [message_pb2.FinishReason.Name(message.finish_reason) for message in await api.messages("sessions/s")]
+    asked = "FINISH_REASON_UNSPECIFIED"
+    assert ends[::2] == [asked] * 3
+    assert ends[1::2] == ["FINISH_REASON_STOP", "FINISH_REASON_LENGTH", "FINISH_REASON_CANCELLED"]
+
+
 @pytest.mark.parametrize(
     "token",
     [

@@ -309,6 +309,7 @@ class ScriptedCore(
                     create_time=Timestamp(seconds=1_700_000_000),
                     turn=f"{request.parent}/turns/t1",
                     model="models/demo" if role == message_pb2.ROLE_ASSISTANT else "",
+                    finish_reason=message_pb2.FINISH_REASON_LENGTH if role == message_pb2.ROLE_ASSISTANT else None,
                 )
                 for number, role in enumerate(roles)
             ]

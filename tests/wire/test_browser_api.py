@@ -233,8 +233,9 @@ async def test_messages_are_listed_oldest_first_without_the_rules(browser):
                 "create_time": "2023-11-14T22:13:20Z",
                 "turn": "t1",
                 "model": model,
+                **end,
             }
-            for number, role, model in ((1, "user", ""), (2, "assistant", "demo"))
+            for number, role, model, end in ((1, "user", "", {}), (2, "assistant", "demo", {"finish_reason": "length"}))
         ],
         "next_page_token": "",
     }

@@ -76,6 +76,8 @@ def message(value: message_pb2.Message) -> dict[str, Any]:
         "turn": last_of(value.turn),
         "model": last_of(value.model),
     }
+    if value.finish_reason:
+        shown["finish_reason"] = _FINISH.get(value.finish_reason, "stop")
     if attachments := [part(piece) for piece in value.parts if not piece.HasField("text")]:
         shown["attachments"] = attachments
     return shown

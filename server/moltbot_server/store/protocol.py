@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from typing import Protocol
 
 from moltbot_server.store.pending import Pending
-from moltbot_server.turns import Event, Message, Part, Session, SessionKey, TurnKey, TurnState, Value
+from moltbot_server.turns import Event, FinishReason, Message, Part, Session, SessionKey, TurnKey, TurnState, Value
 
 # After a crash nobody knows what a reader has seen of a turn; the number of its last event lies beyond it.
 SEQUENCE_AFTER_CRASH = 1_000_000_000
@@ -41,6 +41,7 @@ class EndedTurn(Value, frozen=True, kw_only=True):
     events: tuple[Event, ...]
     answer: tuple[Part, ...] = ()
     model: str = ""
+    finish_reason: FinishReason | None = None
 
 
 class StoredTurn(Value, frozen=True, kw_only=True):

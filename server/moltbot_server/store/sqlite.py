@@ -21,6 +21,7 @@ from moltbot_server.store.writer import GroupWriter, Rows
 from moltbot_server.turns import (
     Event,
     Failed,
+    FinishReason,
     Message,
     Part,
     Role,
@@ -33,7 +34,7 @@ from moltbot_server.turns import (
 
 T = TypeVar("T")
 
-SCHEMA_VERSION = 1
+SCHEMA_VERSION = 2
 
 _SCHEMA = """
 CREATE TABLE sessions (
@@ -45,22 +46,28 @@ CREATE INDEX sessions_by_use ON sessions (workspace, ephemeral, update_time DESC
 CREATE TABLE turns (
     workspace TEXT NOT NULL, session TEXT NOT NULL, ordinal INTEGER NOT NULL, request_id TEXT NOT NULL,
     digest BLOB NOT NULL, state TEXT NOT NULL, create_time REAL NOT NULL, end_time REAL NOT NULL DEFAULT 0,
-    model TEXT NOT NULL DEFAULT '', question BLOB NOT NULL, answer BLOB, events BLOB
+    model TEXT NOT NULL DEFAULT '', question BLOB NOT NULL, answer BLOB, events BLOB, finish TEXT NOT NULL DEFAULT ''
 );
 CREATE UNIQUE INDEX turns_by_session ON turns (workspace, session, ordinal);
 CREATE UNIQUE INDEX turns_by_request ON turns (workspace, request_id);
 CREATE INDEX turns_running ON turns (state) WHERE state = 'running';
 """
 
+# From each version of the schema to the next. Of answers that were kept before, only a cancelled one can be told.
+_STEPS = {
+    1: "ALTER TABLE turns ADD COLUMN finish TEXT NOT NULL DEFAULT ''; "
+    "UPDATE turns SET finish = 'cancelled' WHERE state = 'cancelled';",
+}
+
 _INSERT_TURN = Rows(
     "INSERT INTO turns (workspace, session, ordinal, request_id, digest, create_time, question, "
-    "state, end_time, model, answer, events) VALUES {rows} ON CONFLICT (workspace, request_id) DO NOTHING",
-    row="(?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?)",
+    "state, end_time, model, answer, events, finish) VALUES {rows} ON CONFLICT (workspace, request_id) DO NOTHING",
+    row="(?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?)",
 )
 _FINISH_TURN = Rows(
-    "UPDATE turns SET state = column4, end_time = column5, model = column6, answer = column7, events = column8 "
-    "FROM (VALUES {rows}) WHERE workspace = column1 AND session = column2 AND ordinal = column3",
-    row="(?, ?, ?, ?, ?, ?, ?, ?)",
+    "UPDATE turns SET state = column4, end_time = column5, model = column6, answer = column7, events = column8, "
+    "finish = column9 FROM (VALUES {rows}) WHERE workspace = column1 AND session = column2 AND ordinal = column3",
+    row="(?, ?, ?, ?, ?, ?, ?, ?, ?)",
 )
 _INSERT_SESSION = """
 INSERT INTO sessions (workspace, id, title, user, channel, create_time, update_time, base_ordinal, ephemeral)
@@ -68,6 +75,7 @@ VALUES (?, ?, ?, ?, ?, ?, ?, 0, ?)
 ON CONFLICT (workspace, id) DO UPDATE SET title = excluded.title WHERE sessions.title = ''
 """
 _TURN_COLUMNS = "workspace, session, ordinal, request_id, digest, state, create_time, end_time, events"
+_MESSAGE_COLUMNS = "ordinal, question, answer, model, create_time, end_time, finish"
 _SESSION_COLUMNS = """s.workspace, s.id, s.title, s.user, s.channel, s.create_time, s.update_time,
 (SELECT count(*) + count(answer) FROM turns t
  WHERE t.workspace = s.workspace AND t.session = s.id AND t.question <> x'90')"""
@@ -202,7 +210,7 @@ class SqliteStore:
             if row is None:
                 return None
             turns = connection.execute(
-                "SELECT ordinal, question, answer, model, create_time, end_time FROM turns WHERE workspace = ? "
+                f"SELECT {_MESSAGE_COLUMNS} FROM turns WHERE workspace = ? "
                 "AND session = ? AND state IN ('completed', 'cancelled') AND answer IS NOT NULL "
                 "ORDER BY ordinal DESC LIMIT ?",
                 (*names, limit),
@@ -252,7 +260,7 @@ class SqliteStore:
 
         def read(connection: sqlite3.Connection) -> list[Message]:
             rows = connection.execute(
-                "SELECT ordinal, question, answer, model, create_time, end_time FROM turns WHERE workspace = ? "
+                f"SELECT {_MESSAGE_COLUMNS} FROM turns WHERE workspace = ? "
                 "AND session = ? AND ordinal >= ? AND question <> x'90' ORDER BY ordinal LIMIT ?",
                 (key.workspace, key.session, after[0], limit + 1),
             ).fetchall()
@@ -288,8 +296,10 @@ class SqliteStore:
             self._path.touch(mode=0o600)
             self._path.chmod(0o600)
             connection, writing = self._connect(), self._connect()
-            if connection.execute("PRAGMA user_version").fetchone()[0] == 0:
-                connection.executescript(f"BEGIN; {_SCHEMA} PRAGMA user_version = {SCHEMA_VERSION}; COMMIT;")
+            version = connection.execute("PRAGMA user_version").fetchone()[0]
+            steps = "".join(_STEPS[step] for step in range(version, SCHEMA_VERSION)) if version else _SCHEMA
+            if steps:
+                connection.executescript(f"BEGIN; {steps} PRAGMA user_version = {SCHEMA_VERSION}; COMMIT;")
             connection.execute(_CATCH_UP)
             connection.execute("UPDATE turns SET state = 'failed', events = NULL WHERE state = 'running'")
         except sqlite3.Error as error:
@@ -401,11 +411,12 @@ def _unusable(path: Path, error: sqlite3.Error) -> MoltBotError:
 
 
 def _end(turn: EndedTurn | None) -> tuple[Any, ...]:
-    """Return the columns that say how a turn ended: state, end_time, model, answer, events."""
+    """Return the columns that say how a turn ended: state, end_time, model, answer, events, finish."""
     if turn is None:
-        return TurnState.RUNNING.value, 0.0, "", None, None
+        return TurnState.RUNNING.value, 0.0, "", None, None, ""
     answer = encode(turn.answer) if turn.answer else None
-    return turn.state.value, turn.end_time, turn.model, answer, encode(turn.events)
+    finish = turn.finish_reason.value if turn.finish_reason else ""
+    return turn.state.value, turn.end_time, turn.model, answer, encode(turn.events), finish
 
 
 def _turn(row: tuple[Any, ...] | None) -> StoredTurn | None:
@@ -427,7 +438,7 @@ def _turn(row: tuple[Any, ...] | None) -> StoredTurn | None:
 
 
 def _messages(
-    ordinal: int, question: bytes, answer: bytes | None, model: str, create_time: float, end_time: float
+    ordinal: int, question: bytes, answer: bytes | None, model: str, create_time: float, end_time: float, finish: str
 ) -> list[Message]:
     """Return the messages of one turn's row: what was asked and, if it was answered, the answer."""
     asked = Message(
@@ -442,5 +453,6 @@ def _messages(
         turn=ordinal,
         model=model,
         create_time=end_time,
+        finish_reason=FinishReason(finish) if finish else None,
     )
     return [asked, answered]

@@ -67,6 +67,20 @@ async def test_an_empty_answer_of_a_past_chat_says_so_too(browser: Browser) -> N
             assert await visit.page.locator(".chip.ending").all_inner_texts() == [ENDS["empty"][0]]
 
 
+async def test_an_answer_of_a_past_chat_that_was_cut_or_stopped_says_so_as_it_did_then(browser: Browser) -> None:
+    async with ScriptedSite(lambda _: []) as site:
+        site.add_chat("Past", [("q", "Some wor"), ("q", "Half of it"), ("q", "Whole.")])
+        for number, reason in ((1, "length"), (3, "cancelled"), (5, "stop")):
+            site.sessions["s1"].messages[number]["finish_reason"] = reason
+        async with visiting(browser, site.origin, "/#/c/s1") as visit:
+            await shown(visit, "Whole.")
+            ends = [
+                await answer.locator(".chip.ending").all_inner_texts()
+                for answer in await visit.page.locator(".answer").all()
+            ]
+            assert ends == [[ENDS["length"][0]], ["Stopped"], []]
+
+
 @pytest.mark.parametrize("way", ["Escape", "button"])
 async def test_stopping_keeps_what_was_written_and_says_so(browser: Browser, way: str) -> None:
     async with ScriptedSite(lambda _: [Say(text="Half of it"), Hold(gate="never"), Say(text=" and more")]) as site:

@@ -25,7 +25,7 @@ _sym_db = _symbol_database.Default()
 from google.protobuf import timestamp_pb2 as google_dot_protobuf_dot_timestamp__pb2
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x18moltbot/v1/message.proto\x12\nmoltbot.v1\x1a\x1fgoogle/protobuf/timestamp.proto\"\xa6\x01\n\x07Message\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\x1e\n\x04role\x18\x02 \x01(\x0e\x32\x10.moltbot.v1.Role\x12\x1f\n\x05parts\x18\x03 \x03(\x0b\x32\x10.moltbot.v1.Part\x12/\n\x0b\x63reate_time\x18\x04 \x01(\x0b\x32\x1a.google.protobuf.Timestamp\x12\x0c\n\x04turn\x18\x05 \x01(\t\x12\r\n\x05model\x18\x06 \x01(\t\"\xe6\x01\n\x04Part\x12\x0e\n\x04text\x18\x01 \x01(\tH\x00\x12\"\n\x05image\x18\x02 \x01(\x0b\x32\x11.moltbot.v1.MediaH\x00\x12\"\n\x05\x61udio\x18\x03 \x01(\x0b\x32\x11.moltbot.v1.MediaH\x00\x12!\n\x04\x66ile\x18\x04 \x01(\x0b\x32\x11.moltbot.v1.MediaH\x00\x12)\n\ttool_call\x18\x05 \x01(\x0b\x32\x14.moltbot.v1.ToolCallH\x00\x12-\n\x0btool_result\x18\x06 \x01(\x0b\x32\x16.moltbot.v1.ToolResultH\x00\x42\t\n\x07\x63ontent\"|\n\x05Media\x12\x0e\n\x04\x64\x61ta\x18\x01 \x01(\x0cH\x00\x12\r\n\x03uri\x18\x02 \x01(\tH\x00\x12\x12\n\nmedia_type\x18\x03 \x01(\t\x12\x10\n\x08\x66ilename\x18\x04 \x01(\t\x12\x12\n\nsize_bytes\x18\x05 \x01(\x03\x12\x10\n\x08\x61lt_text\x18\x06 \x01(\tB\x08\n\x06source\"A\n\x08ToolCall\x12\x0f\n\x07\x63\x61ll_id\x18\x01 \x01(\t\x12\x0c\n\x04tool\x18\x02 \x01(\t\x12\x16\n\x0e\x61rguments_json\x18\x03 \x01(\t\"M\n\nToolResult\x12\x0f\n\x07\x63\x61ll_id\x18\x01 \x01(\t\x12\x0c\n\x04tool\x18\x02 \x01(\t\x12\x0e\n\x06output\x18\x03 \x01(\t\x12\x10\n\x08is_error\x18\x04 \x01(\x08\"\x91\x02\n\x11GenerationOptions\x12\x1e\n\x11max_output_tokens\x18\x01 \x01(\x05H\x00\x88\x01\x01\x12\x18\n\x0btemperature\x18\x02 \x01(\x02H\x01\x88\x01\x01\x12\x12\n\x05top_p\x18\x03 \x01(\x02H\x02\x88\x01\x01\x12\x12\n\x05top_k\x18\x04 \x01(\x05H\x03\x88\x01\x01\x12\x0c\n\x04stop\x18\x05 \x03(\t\x12\x1f\n\x12repetition_penalty\x18\x06 \x01(\x02H\x04\x88\x01\x01\x12\x11\n\x04seed\x18\x07 \x01(\x03H\x05\x88\x01\x01\x42\x14\n\x12_max_output_tokensB\x0e\n\x0c_temperatureB\x08\n\x06_top_pB\x08\n\x06_top_kB\x15\n\x13_repetition_penaltyB\x07\n\x05_seed\"Q\n\x05Usage\x12\x14\n\x0cinput_tokens\x18\x01 \x01(\x05\x12\x15\n\routput_tokens\x18\x02 \x01(\x05\x12\x1b\n\x13\x63\x61\x63hed_input_tokens\x18\x03 \x01(\x05*_\n\x04Role\x12\x14\n\x10ROLE_UNSPECIFIED\x10\x00\x12\x0f\n\x0bROLE_SYSTEM\x10\x01\x12\r\n\tROLE_USER\x10\x02\x12\x12\n\x0eROLE_ASSISTANT\x10\x03\x12\r\n\tROLE_TOOL\x10\x04*\xd9\x01\n\x0c\x46inishReason\x12\x1d\n\x19\x46INISH_REASON_UNSPECIFIED\x10\x00\x12\x16\n\x12\x46INISH_REASON_STOP\x10\x01\x12\x18\n\x14\x46INISH_REASON_LENGTH\x10\x02\x12\x1b\n\x17\x46INISH_REASON_STOP_TEXT\x10\x03\x12\x1b\n\x17\x46INISH_REASON_CANCELLED\x10\x04\x12 \n\x1c\x46INISH_REASON_CONTENT_FILTER\x10\x05\x12\x1c\n\x18\x46INISH_REASON_TOOL_CALLS\x10\x06\x42;\n\x0e\x64\x65v.moltbot.v1P\x01Z\'moltbot.dev/client/moltbot/v1;moltbotv1b\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x18moltbot/v1/message.proto\x12\nmoltbot.v1\x1a\x1fgoogle/protobuf/timestamp.proto\"\xd7\x01\n\x07Message\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\x1e\n\x04role\x18\x02 \x01(\x0e\x32\x10.moltbot.v1.Role\x12\x1f\n\x05parts\x18\x03 \x03(\x0b\x32\x10.moltbot.v1.Part\x12/\n\x0b\x63reate_time\x18\x04 \x01(\x0b\x32\x1a.google.protobuf.Timestamp\x12\x0c\n\x04turn\x18\x05 \x01(\t\x12\r\n\x05model\x18\x06 \x01(\t\x12/\n\rfinish_reason\x18\x07 \x01(\x0e\x32\x18.moltbot.v1.FinishReason\"\xe6\x01\n\x04Part\x12\x0e\n\x04text\x18\x01 \x01(\tH\x00\x12\"\n\x05image\x18\x02 \x01(\x0b\x32\x11.moltbot.v1.MediaH\x00\x12\"\n\x05\x61udio\x18\x03 \x01(\x0b\x32\x11.moltbot.v1.MediaH\x00\x12!\n\x04\x66ile\x18\x04 \x01(\x0b\x32\x11.moltbot.v1.MediaH\x00\x12)\n\ttool_call\x18\x05 \x01(\x0b\x32\x14.moltbot.v1.ToolCallH\x00\x12-\n\x0btool_result\x18\x06 \x01(\x0b\x32\x16.moltbot.v1.ToolResultH\x00\x42\t\n\x07\x63ontent\"|\n\x05Media\x12\x0e\n\x04\x64\x61ta\x18\x01 \x01(\x0cH\x00\x12\r\n\x03uri\x18\x02 \x01(\tH\x00\x12\x12\n\nmedia_type\x18\x03 \x01(\t\x12\x10\n\x08\x66ilename\x18\x04 \x01(\t\x12\x12\n\nsize_bytes\x18\x05 \x01(\x03\x12\x10\n\x08\x61lt_text\x18\x06 \x01(\tB\x08\n\x06source\"A\n\x08ToolCall\x12\x0f\n\x07\x63\x61ll_id\x18\x01 \x01(\t\x12\x0c\n\x04tool\x18\x02 \x01(\t\x12\x16\n\x0e\x61rguments_json\x18\x03 \x01(\t\"M\n\nToolResult\x12\x0f\n\x07\x63\x61ll_id\x18\x01 \x01(\t\x12\x0c\n\x04tool\x18\x02 \x01(\t\x12\x0e\n\x06output\x18\x03 \x01(\t\x12\x10\n\x08is_error\x18\x04 \x01(\x08\"\x91\x02\n\x11GenerationOptions\x12\x1e\n\x11max_output_tokens\x18\x01 \x01(\x05H\x00\x88\x01\x01\x12\x18\n\x0btemperature\x18\x02 \x01(\x02H\x01\x88\x01\x01\x12\x12\n\x05top_p\x18\x03 \x01(\x02H\x02\x88\x01\x01\x12\x12\n\x05top_k\x18\x04 \x01(\x05H\x03\x88\x01\x01\x12\x0c\n\x04stop\x18\x05 \x03(\t\x12\x1f\n\x12repetition_penalty\x18\x06 \x01(\x02H\x04\x88\x01\x01\x12\x11\n\x04seed\x18\x07 \x01(\x03H\x05\x88\x01\x01\x42\x14\n\x12_max_output_tokensB\x0e\n\x0c_temperatureB\x08\n\x06_top_pB\x08\n\x06_top_kB\x15\n\x13_repetition_penaltyB\x07\n\x05_seed\"Q\n\x05Usage\x12\x14\n\x0cinput_tokens\x18\x01 \x01(\x05\x12\x15\n\routput_tokens\x18\x02 \x01(\x05\x12\x1b\n\x13\x63\x61\x63hed_input_tokens\x18\x03 \x01(\x05*_\n\x04Role\x12\x14\n\x10ROLE_UNSPECIFIED\x10\x00\x12\x0f\n\x0bROLE_SYSTEM\x10\x01\x12\r\n\tROLE_USER\x10\x02\x12\x12\n\x0eROLE_ASSISTANT\x10\x03\x12\r\n\tROLE_TOOL\x10\x04*\xd9\x01\n\x0c\x46inishReason\x12\x1d\n\x19\x46INISH_REASON_UNSPECIFIED\x10\x00\x12\x16\n\x12\x46INISH_REASON_STOP\x10\x01\x12\x18\n\x14\x46INISH_REASON_LENGTH\x10\x02\x12\x1b\n\x17\x46INISH_REASON_STOP_TEXT\x10\x03\x12\x1b\n\x17\x46INISH_REASON_CANCELLED\x10\x04\x12 \n\x1c\x46INISH_REASON_CONTENT_FILTER\x10\x05\x12\x1c\n\x18\x46INISH_REASON_TOOL_CALLS\x10\x06\x42;\n\x0e\x64\x65v.moltbot.v1P\x01Z\'moltbot.dev/client/moltbot/v1;moltbotv1b\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
@@ -33,22 +33,22 @@ _builder.BuildTopDescriptorsAndMessages(DESCRIPTOR, 'moltbot.v1.message_pb2', _g
 if not _descriptor._USE_C_DESCRIPTORS:
   _globals['DESCRIPTOR']._loaded_options = None
   _globals['DESCRIPTOR']._serialized_options = b'\n\016dev.moltbot.v1P\001Z\'moltbot.dev/client/moltbot/v1;moltbotv1'
-  _globals['_ROLE']._serialized_start=1106
-  _globals['_ROLE']._serialized_end=1201
-  _globals['_FINISHREASON']._serialized_start=1204
-  _globals['_FINISHREASON']._serialized_end=1421
+  _globals['_ROLE']._serialized_start=1155
+  _globals['_ROLE']._serialized_end=1250
+  _globals['_FINISHREASON']._serialized_start=1253
+  _globals['_FINISHREASON']._serialized_end=1470
   _globals['_MESSAGE']._serialized_start=74
-  _globals['_MESSAGE']._serialized_end=240
-  _globals['_PART']._serialized_start=243
-  _globals['_PART']._serialized_end=473
-  _globals['_MEDIA']._serialized_start=475
-  _globals['_MEDIA']._serialized_end=599
-  _globals['_TOOLCALL']._serialized_start=601
-  _globals['_TOOLCALL']._serialized_end=666
-  _globals['_TOOLRESULT']._serialized_start=668
-  _globals['_TOOLRESULT']._serialized_end=745
-  _globals['_GENERATIONOPTIONS']._serialized_start=748
-  _globals['_GENERATIONOPTIONS']._serialized_end=1021
-  _globals['_USAGE']._serialized_start=1023
-  _globals['_USAGE']._serialized_end=1104
+  _globals['_MESSAGE']._serialized_end=289
+  _globals['_PART']._serialized_start=292
+  _globals['_PART']._serialized_end=522
+  _globals['_MEDIA']._serialized_start=524
+  _globals['_MEDIA']._serialized_end=648
+  _globals['_TOOLCALL']._serialized_start=650
+  _globals['_TOOLCALL']._serialized_end=715
+  _globals['_TOOLRESULT']._serialized_start=717
+  _globals['_TOOLRESULT']._serialized_end=794
+  _globals['_GENERATIONOPTIONS']._serialized_start=797
+  _globals['_GENERATIONOPTIONS']._serialized_end=1070
+  _globals['_USAGE']._serialized_start=1072
+  _globals['_USAGE']._serialized_end=1153
 # @@protoc_insertion_point(module_scope)

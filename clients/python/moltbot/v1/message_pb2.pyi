@@ -108,6 +108,7 @@ class Message(_message.Message):
     CREATE_TIME_FIELD_NUMBER: _builtins.int
     TURN_FIELD_NUMBER: _builtins.int
     MODEL_FIELD_NUMBER: _builtins.int
+    FINISH_REASON_FIELD_NUMBER: _builtins.int
     name: _builtins.str
     """Resource name: `sessions/{session}/messages/{message}`. Output only."""
     role: Global___Role.ValueType
@@ -119,6 +120,11 @@ class Message(_message.Message):
     model: _builtins.str
     """The model that wrote the message: `models/{model}`. Empty for messages
     that no model wrote. Output only.
+    """
+    finish_reason: Global___FinishReason.ValueType
+    """Why the answer ended, so that one that was cut or stopped is known later
+    too. Unset for messages that are no answer, and for answers of which it
+    was not stored. Output only.
     """
     @_builtins.property
     def parts(self) -> _containers.RepeatedCompositeFieldContainer[Global___Part]:
@@ -137,10 +143,11 @@ class Message(_message.Message):
         create_time: _timestamp_pb2.Timestamp | None = ...,
         turn: _builtins.str = ...,
         model: _builtins.str = ...,
+        finish_reason: Global___FinishReason.ValueType = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["create_time", b"create_time"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["create_time", b"create_time", "model", b"model", "name", b"name", "parts", b"parts", "role", b"role", "turn", b"turn"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["create_time", b"create_time", "finish_reason", b"finish_reason", "model", b"model", "name", b"name", "parts", b"parts", "role", b"role", "turn", b"turn"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

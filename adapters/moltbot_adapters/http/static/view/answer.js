@@ -33,7 +33,7 @@ export class AnswerView {
     view.model = message.model ?? "";
     for (const part of message.attachments ?? []) view.chip("clip", "attachment", { name: attachmentName(part) });
     view.#draw(true);
-    if (view.text.trim() === "" && !message.attachments?.length) view.chipBelow("alert", "empty");
+    view.#ending(message.finish_reason, message.attachments?.length > 0);
     view.#footer({ model: view.model });
     return view;
   }
@@ -90,13 +90,17 @@ export class AnswerView {
     const text = data?.text?.replaceAll("\r", "");
     if (text) this.text = text;
     this.#end();
-    const reason = data?.finish_reason;
-    if (reason === "cancelled" || stopped) this.chipBelow("stop", "stopped");
-    else if (reason === "length") this.chipBelow("alert", "end.length");
-    else if (reason === "content_filter") this.chipBelow("alert", "end.filter");
-    else if (this.text.trim() === "") this.chipBelow("alert", "empty");
+    this.#ending(stopped ? "cancelled" : data?.finish_reason);
     this.model = data?.model || this.model;
     this.#footer({ ...data, model: this.model });
+  }
+
+  /** Says why there is no more, where that is not plain. */
+  #ending(reason, shown = false) {
+    if (reason === "cancelled") this.chipBelow("stop", "stopped");
+    else if (reason === "length") this.chipBelow("alert", "end.length");
+    else if (reason === "content_filter") this.chipBelow("alert", "end.filter");
+    else if (this.text.trim() === "" && !shown) this.chipBelow("alert", "empty");
   }
 
   chipBelow(iconName, key) {
