@@ -11,8 +11,8 @@ import pytest
 import sentencepiece
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from moltbot_server.models.detokenizer import Detokenizer
 from moltbot_server.models.chat_template import ChatTemplate, Entry
+from moltbot_server.models.detokenizer import Detokenizer
 from moltbot_server.models.folder import ModelFolder
 from moltbot_server.models.tokenizer import Tokenizer
 from tiny_model import LINES

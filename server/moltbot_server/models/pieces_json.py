@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from itertools import pairwise
 from typing import Any
 
@@ -15,6 +16,8 @@ from moltbot_server.models.markers import MARKER, Markers
 from moltbot_server.models.pieces import FENCE
 
 _SPACE = "\u2581"
+# One text at a time is read: the library's own threads would only stand in the way of the model's.
+os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
 
 class JsonPieces:
@@ -64,7 +67,8 @@ class JsonPieces:
         return ids
 
     def _read(self, text: str) -> list[int]:
-        return list(self._tokenizer.encode(text, add_special_tokens=False).ids)
+        # A third cheaper than `encode`, which notes where each token came from.
+        return list(self._tokenizer.encode_batch_fast([text], add_special_tokens=False)[0].ids)
 
     def _after_fence(self, text: str) -> list[int]:
         ids = self._read(FENCE + text)
