@@ -2,6 +2,7 @@
 
 import asyncio
 import os
+import re
 import sys
 from collections.abc import AsyncIterator
 from pathlib import Path
@@ -38,12 +39,21 @@ async def test_an_example_prints_the_streamed_answer(core: RunningServer, tmp_pa
     assert await run(core, tmp_path, example, "Hello", "you") == "You said: Hello you\n"
 
 
-async def test_the_example_that_leaves_and_comes_back_gets_the_whole_answer(
+async def test_the_example_that_leaves_and_comes_back_reads_on_where_it_was_and_gets_the_whole_answer(
     core: RunningServer, tmp_path: Path
 ) -> None:
-    lines = (await run(core, tmp_path, "go_on.py")).splitlines()
-    assert lines[0].startswith("Left after ")
-    assert lines[1:] == ["You said: What can you do?", "You said: And in Chinese?"]
+    said = await run(core, tmp_path, "go_on.py")
+    first, gone, second, together, same = said.split("\n\n")
+
+    seen, later = ([int(line.split()[0]) for line in part.splitlines()[1:]] for part in (first, second))
+    assert [*seen, *later] == sorted({*seen, *later})
+    assert later
+    assert [line.split()[1] for line in first.splitlines()[1:]] == ["accepted", "routed", "text_delta"]
+    assert second.splitlines()[-1].split()[1] == "completed"
+    assert re.fullmatch(rf"Gone after event {seen[-1]}\. .*\nsessions/\w+/turns/1", gone)
+    assert second.splitlines()[0] == f"Second connection, after event {seen[-1]}:"
+    assert together == "The two together:\nYou said: What can you do?"
+    assert same == "The same as what the core kept: yes\n"
 
 
 def test_every_example_is_run_here() -> None:

@@ -1,26 +1,39 @@
-"""Start a turn, lose it, and follow it to its end: a turn belongs to the core, not to a connection."""
+"""Start a turn, lose the connection, and read on from the event that was seen last: nothing is lost or comes twice."""
 
 import asyncio
 from contextlib import aclosing
 
 from moltbot import MoltBot
+from moltbot.v1 import chat_pb2
+
+
+def show(event: chat_pb2.Event) -> str:
+    """Print an event with its number, and return its text."""
+    kind = event.WhichOneof("kind")
+    text = event.text_delta.text
+    print(f"{event.sequence:5} {kind:<10} {text!r}" if text else f"{event.sequence:5} {kind}")
+    return text
 
 
 async def main() -> None:
-    """Leave after the first words, come back with a new connection, and ask a second question in the session."""
+    """Leave after the first words, come back on a new connection, and compare with the answer that the core kept."""
     turn, last, text = "", 0, ""
+    print("First connection:")
     async with MoltBot() as bot, aclosing(bot.stream_turn("What can you do?")) as events:
         async for event in events:
-            turn, last, text = turn or event.accepted.turn, event.sequence, text + event.text_delta.text
+            turn, last, text = turn or event.accepted.turn, event.sequence, text + show(event)
             if text:
                 break
-    print(f"Left after {text!r}; coming back.")
+
+    print(f"\nGone after event {last}. The core writes on, with nobody there. All that is needed to come back:\n{turn}")
+
+    print(f"\nSecond connection, after event {last}:")
     async with MoltBot() as bot:
         async for event in bot.resume_turn(turn, after_sequence=last):
-            text += event.text_delta.text
-        print(text)
-        reply = await bot.run_turn("And in Chinese?", session=turn.partition("/turns/")[0])
-        print(reply.text)
+            text += show(event)
+        session = turn.partition("/turns/")[0]
+        kept = [message async for message in bot.messages(session)][-1].parts[0].text
+    print(f"\nThe two together:\n{text}\n\nThe same as what the core kept: {'yes' if text == kept else 'no'}")
 
 
 asyncio.run(main())
