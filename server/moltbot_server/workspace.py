@@ -228,8 +228,8 @@ class Workspace:
         self.links.mkdir(mode=0o700, parents=True, exist_ok=True)
         for old in self.links.iterdir():
             # A link that somebody uses or clears at this moment is gone, which is what was wanted.
-            with contextlib.suppress(OSError, ValueError):
-                if float(old.read_text("ascii")) <= now:
+            with contextlib.suppress(OSError):
+                if _link_end(old) <= now:
                     old.unlink()
         code = secrets.token_urlsafe(32)
         _write_new(self.links / hashlib.sha256(code.encode("ascii")).hexdigest(), f"{now + life:.0f}")
@@ -244,6 +244,14 @@ def find_workspace(environ: Mapping[str, str], given: Path | None = None) -> Wor
         here = Path.cwd() / ".moltbot"
         given = here if here.is_dir() else Path.home() / ".moltbot"
     return Workspace(folder=given.expanduser().absolute())
+
+
+def _link_end(link: Path) -> float:
+    """Return when a link ends; one without a time was cut off while it was written, and ends as any other would."""
+    try:
+        return float(link.read_text("ascii"))
+    except ValueError:
+        return link.stat().st_mtime + LINK_LIFE
 
 
 def _write_new(path: Path, text: str) -> bool:

@@ -2,6 +2,7 @@
 
 import hashlib
 import multiprocessing
+import os
 import stat
 from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
@@ -9,7 +10,7 @@ from pathlib import Path
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from moltbot_server.workspace import Workspace, WorkspaceError, find_workspace, make_key, parse_key
+from moltbot_server.workspace import LINK_LIFE, Workspace, WorkspaceError, find_workspace, make_key, parse_key
 
 
 @pytest.fixture
@@ -137,6 +138,16 @@ def test_a_link_is_kept_as_a_digest_with_its_end_and_the_ended_ones_are_cleared(
     assert {mode(workspace.links / name) for name in names} == {0o600}
     workspace.mint_link(1061.0)
     assert sorted(path.name for path in workspace.links.iterdir() if path.name in names) == [names[0]]
+
+
+def test_what_a_crash_left_of_a_link_is_cleared_when_its_time_is_over(workspace: Workspace) -> None:
+    draft = workspace.links / ".half.0123"
+    draft.touch()
+    os.utime(draft, (1000.0, 1000.0))
+    workspace.mint_link(1000.0 + LINK_LIFE - 1)
+    assert draft.exists()
+    workspace.mint_link(1000.0 + LINK_LIFE)
+    assert not draft.exists()
 
 
 def test_the_workspace_is_the_one_given_then_named_then_here_then_at_home(
