@@ -10,6 +10,7 @@ import os
 import pty
 import shutil
 import signal
+import struct
 import time
 from collections.abc import AsyncIterator
 from dataclasses import dataclass, field
@@ -174,6 +175,23 @@ class TestWithoutACore:
         assert refused.status == 1
         assert "found nothing" in refused.err
         assert (await home.run("model", "list", "--json")).json["at_start"] == BUILT_IN
+
+    async def test_a_model_that_embeds_is_listed_and_never_answers(self, home: Home) -> None:
+        folder = home.folder / "embeds"
+        folder.mkdir()
+        name = b"TransformerEncoderSpec\0"
+        (folder / "model.bin").write_bytes(struct.pack("<IH", 6, len(name)) + name)
+        (folder / "tokenizer.json").write_text("{}")
+        (folder / "moltbot.yaml").write_text("family: bert\ncontext_length: 512\n")
+        added = await home.run("model", "add", "embeds")
+        assert (added.status, added.err) == (0, "")
+        assert "switch" not in added.out
+        shown = (await home.run("model", "show", "embeds")).out
+        assert "embeddings" in shown
+        assert "Pooling    mean" in shown
+        refused = await home.run("model", "switch", "embeds")
+        assert refused.status == 1
+        assert "writes no answers" in refused.err
 
     async def test_convert_tells_what_is_no_source_and_what_it_needs(self, home: Home) -> None:
         ended = await home.run("model", "convert", "nothing-here")
@@ -454,6 +472,22 @@ class TestWithAScriptedCore:
         core.default = BUILT_IN
         assert (await home.run("model", "remove", "twin")).status == 0
         assert core.asked == ["unload twin"]
+
+
+async def test_what_was_chosen_answers_from_the_start_on_until_it_cannot(home: Home) -> None:
+    twin(home.folder / "twin")
+    await home.run("model", "add", "twin")
+    await home.run("model", "switch", "twin")
+    async with home.started():
+        assert (await home.run("chat", "Hello", "--json")).json["model"] == "models/twin"
+        assert (await home.run("model", "list", "--json")).json["answers"] == "twin"
+    shutil.rmtree(home.folder / "twin")
+    refused = await home.run("start", "--port", "0", "--grpc-port", "0", "--metrics-port", "0")
+    assert refused.status == 78
+    assert "The chosen model twin cannot answer" in refused.out + refused.err
+    assert (await home.run("model", "switch", "--configured")).status == 0
+    async with home.started():
+        assert (await home.run("chat", "Hello", "--json")).json["model"] == f"models/{BUILT_IN}"
 
 
 async def test_a_model_is_switched_under_a_moltbot_that_runs(home: Home) -> None:

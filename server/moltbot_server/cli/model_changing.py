@@ -18,6 +18,7 @@ from moltbot_server.cli.progress import Progress
 from moltbot_server.cli.terminal import Exit, Failure, command, harmless, shown
 from moltbot_server.errors import ModelExists, ModelUnavailable
 from moltbot_server.models.encoder_folder import EncoderFolder
+from moltbot_server.models.folder import is_encoder
 from moltbot_server.models.library import KnownModel, Origin, name_of, open_folder, overruled_by
 
 
@@ -96,6 +97,8 @@ def switch_model(given: argparse.Namespace) -> int:
         _say(given, {"at_start": models.at_start}, f"From the next start on {models.at_start} answers.")
         return int(Exit.OK)
     model = models.find(given.name)
+    if is_encoder(models.library.path(model)):
+        raise Failure(f"{model.name} turns texts into vectors and writes no answers; switch to a model that does.")
     place = models.core()
     names = loaded_models(place)
     if model.name not in names:
@@ -115,8 +118,6 @@ def _check_folder(models: Models, model: KnownModel) -> None:
         folder = models.open(model)
     except ModelUnavailable as problem:
         raise Failure(f"{model.name} cannot answer: {problem.message}") from None
-    if isinstance(folder, EncoderFolder):
-        raise Failure(f"{model.name} turns texts into vectors and writes no answers; switch to a model that does.")
     asked = models.settings.context_length
     if asked and asked > folder.context_length:
         where = models.settings.origin("context_length")

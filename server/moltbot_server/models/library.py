@@ -21,8 +21,8 @@ import msgspec
 from moltbot_server.config import Settings
 from moltbot_server.demo_model import ARTIFACT
 from moltbot_server.errors import InvalidField, ModelExists, ModelInUse, ModelNotFound, ModelUnavailable
-from moltbot_server.models.encoder_folder import EncoderFolder, is_encoder, read_encoder_folder
-from moltbot_server.models.folder import BUILTIN_ID, BUILTIN_NAMES, SCRIPTED, ModelFolder, read_folder
+from moltbot_server.models.encoder_folder import EncoderFolder, read_encoder_folder
+from moltbot_server.models.folder import BUILTIN_ID, BUILTIN_NAMES, SCRIPTED, ModelFolder, is_encoder, read_folder
 from moltbot_server.turns import Value
 from moltbot_server.workspace import Workspace
 
