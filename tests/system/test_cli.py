@@ -82,7 +82,8 @@ async def test_a_mistyped_command_is_told_the_one_that_was_meant(home: Home) -> 
     assert (meant.status, meant.out) == (2, "")
     assert "there is no command 'strat'; did you mean `" in meant.err
     assert meant.err.endswith(" start`?\n")
-    assert "the commands are init, start, chat, engine, model, link, status, version, bench" in (await home.run("qqq")).err
+    listed = (await home.run("qqq")).err
+    assert "the commands are init, start, chat, engine, model, link, status, version, bench" in listed
 
 
 async def test_what_needs_a_running_moltbot_says_how_to_start_it(home: Home) -> None:
