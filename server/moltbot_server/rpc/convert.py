@@ -296,7 +296,7 @@ def message(session: str, value: Message) -> message_pb2.Message:
         create_time=timestamp(value.create_time),
         turn=names.turn_name(session, value.turn),
         model=f"models/{value.model}" if value.model else "",
-        finish_reason=_FINISH[value.finish_reason] if value.finish_reason else None,
+        finish_reason=_FINISH[value.finish_reason] if value.finish_reason else message_pb2.FINISH_REASON_UNSPECIFIED,
     )
 
 
