@@ -17,10 +17,10 @@ OWN = {"moltbot", "moltbot_server", "moltbot_adapters"}
 PARTS = {
     "clients/python/moltbot": (),
     "adapters/moltbot_adapters": ("http",),
-    "server/moltbot_server": ("server", "cli", "train"),
+    "server/moltbot_server": ("server", "cli", "convert", "train"),
 }
-IMPORTED_BY_NAME = {"jax"}
-"""The recipe imports it by its name as text, because type checkers run where it is not installed."""
+IMPORTED_BY_NAME = {"jax", "torch", "transformers"}
+"""The recipe and the conversion import them by their names as texts, because type checkers run where they are not."""
 
 
 def normal(name: str) -> str:
