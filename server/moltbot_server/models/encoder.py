@@ -7,7 +7,6 @@ import logging
 import threading
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
-from typing import NamedTuple
 
 import ctranslate2
 import numpy as np
@@ -15,19 +14,12 @@ import tokenizers
 
 from moltbot_server.errors import InvalidField, ModelUnavailable, QueueFull
 from moltbot_server.models.encoder_folder import EncoderFolder
+from moltbot_server.models.engine import Embedded
 
 MAX_WAITING = 1024
 _BATCH_TOKENS = 4096
 _CHARACTERS_A_TOKEN = 32
 _log = logging.getLogger(__name__)
-
-
-class Embedded(NamedTuple):
-    """The vectors of texts, of length 1 each; the tokens read of all texts; which of them were cut."""
-
-    vectors: list[list[float]]
-    tokens: int
-    truncated: list[bool]
 
 
 class Encoder:
