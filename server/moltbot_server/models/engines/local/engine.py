@@ -41,7 +41,8 @@ from moltbot_server.turns import GenerationOptions, Message, Role, TextPart
 
 MAX_WAITING = 256
 _TOLD_EVERY = 0.25
-_LEADS_SHARE = 0.25  # of the weights' size: what the beginnings that the model keeps may take beside them
+_LEADS_SHARE = 0.25  # of the weights' size: what the beginnings that the model keeps may take beside them,
+_LEADS_LEAST = 8 << 20  # or this many bytes where the model is small
 _DIED = "A thread of the model has died; restart the core."
 _log = logging.getLogger(__name__)
 
@@ -138,7 +139,7 @@ class LocalEngine:
     @property
     def static_prompts(self) -> int:
         """Beginnings of prompts that the model keeps."""
-        return len(self._leads) if self._leads else 0
+        return 0 if self._leads is None else len(self._leads)
 
     # --- on the event loop -------------------------------------------------------------------------------------------
 
@@ -256,7 +257,7 @@ class LocalEngine:
             prompt,
             sampling_of(options, len(self._folder.vocabulary)),
             min(options.max_output_tokens or room, room),
-            lead=self._leads.of(messages, prompt) if self._leads else (),
+            lead=() if self._leads is None else self._leads.of(messages, prompt),
             workspace=asker.workspace,
             session=asker.session,
             deadline=self._until(asker),
@@ -326,7 +327,8 @@ class LocalEngine:
         stops = {stop: tokenizer.id(stop) for stop in (*folder.template.stop, folder.eos_token)}
         self._stop_texts = tuple(stop for stop in folder.template.stop if stops[stop] is None)
         each = context_bytes(folder.path / "model.bin")
-        self._leads = Leads(tokenizer.prompt, int(self.memory_bytes * _LEADS_SHARE / each) if each else 0)
+        room = max(_LEADS_LEAST, self.memory_bytes * _LEADS_SHARE)
+        self._leads = Leads(tokenizer.prompt, int(room / each) if each else 0)
         return Replicas(
             load(folder, self.tuning),
             name=self.id,
