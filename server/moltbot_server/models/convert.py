@@ -83,7 +83,8 @@ def _check_source(source: Path) -> None:
             "weights for Transformers."
         )
     check_modules(source)
-    check_room(source.name, sum(file.stat().st_size for file in weights), available_memory())
+    # Measured: the weights as they are read and as they are written, at the same time.
+    check_room(source.name, 2 * sum(file.stat().st_size for file in weights), available_memory())
 
 
 def _check_extra() -> None:
