@@ -73,6 +73,15 @@ def test_a_window_does_not_open_before_the_load_is_warm() -> None:
     assert window.begin == began + 6.0
 
 
+def test_a_window_that_need_not_be_warm_is_open_at_once() -> None:
+    window = Window(1, seconds=1.0, warm=None)
+
+    window.ended(0, Answer(window.begin, window.begin, window.begin + 2.0, 8))
+
+    assert window.over
+    assert window.counted()["tokens_per_second"] == 4.0
+
+
 def test_threads_may_share_a_window() -> None:
     over = threading.Event()
     window = Window(8, seconds=0.05, over=over.set)

@@ -14,6 +14,7 @@ from typing import Any
 
 from moltbot_server.bench.chat import bench_chat
 from moltbot_server.bench.core import PAIRS, bench_core
+from moltbot_server.bench.local_command import add_local
 from moltbot_server.bench.serving import add_serving
 
 _EPILOG = """\
@@ -21,6 +22,7 @@ examples:
   moltbot bench core                  the core against a bare gRPC server, as a table
   moltbot bench core --json           the same for machines: unary_ratio, stream_ratio, coalesced_ratio
   moltbot bench chat --cpus 0,1       a whole installation with the built-in model on two processors
+  moltbot bench local                 streams through gRPC against CTranslate2 by itself
   moltbot bench serving steady        ten minutes of 116 turns a second; `serving --help` has more situations
 
 Everything runs on this machine, for a bounded time, in a folder that is removed."""
@@ -65,6 +67,7 @@ def _parser() -> argparse.ArgumentParser:
     chat.set_defaults(run=_chat, table=_chat_table)
     for kind in (core, chat):
         kind.add_argument("--json", action="store_true", help="print JSON")
+    add_local(kinds, _machine)
     add_serving(kinds, _machine)
     return parser
 

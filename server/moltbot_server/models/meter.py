@@ -23,15 +23,15 @@ class Answer(NamedTuple):
 class Window:
     """The time that counts, for a fixed number of workers that each have one answer after another written.
 
-    It opens when every worker has had an answer and the load has run for `warm` seconds, is open for `seconds`, and is
-    over when every worker's answer that reached beyond it is whole: until then the load stays what it was. May be used
-    by several threads.
+    It opens when every worker has had an answer and the load has run for `warm` seconds, or at once where that is None,
+    is open for `seconds`, and is over when every worker's answer that reached beyond it is whole: until then the load
+    stays what it was. May be used by several threads.
     """
 
     def __init__(
-        self, workers: int, *, seconds: float, warm: float = 0.0, over: Callable[[], None] | None = None
+        self, workers: int, *, seconds: float, warm: float | None = 0.0, over: Callable[[], None] | None = None
     ) -> None:
-        self._seconds, self._warm = seconds, warm
+        self._seconds, self._warm = seconds, warm or 0.0
         self._latest = [0.0] * workers
         self._answers: list[Answer] = []
         self._began = time.perf_counter()
@@ -39,6 +39,8 @@ class Window:
         self._tell = over
         self.begin = self.end = float("inf")
         self.over = False
+        if warm is None:
+            self.begin, self.end = self._began, self._began + seconds
 
     def ended(self, worker: int, answer: Answer) -> None:
         """Take a worker's answer in."""

@@ -1,0 +1,85 @@
+"""What `moltbot bench local` compares: a MoltBot that runs, CTranslate2 by itself, and perhaps llama.cpp's server."""
+
+from __future__ import annotations
+
+import contextlib
+import tempfile
+import time
+from pathlib import Path
+from typing import Any
+
+import msgspec
+import psutil
+
+from moltbot_server.bench import local_bare, local_load
+from moltbot_server.bench.installation import Installation, started
+from moltbot_server.bench.local_prompts import Workload
+from moltbot_server.bench.processes import Child
+from moltbot_server.demo_model import ARTIFACT
+from moltbot_server.models.tuning import ENVIRONMENT, Tuning, keep_tuning
+from moltbot_server.workspace import Workspace
+
+INLINE = "inline"
+"""The form of an installation whose models run inside the core; without it they run in a process of their own."""
+
+Counted = dict[str, Any]
+_QUIET: Any = ENVIRONMENT
+
+
+class Rig:
+    """A MoltBot and CTranslate2 with one model, the same replicas and threads; their processes end with `stack`."""
+
+    def __init__(self, stack: contextlib.ExitStack, folder: Path, tuning: Tuning, form: str = "") -> None:
+        """`form` is `INLINE` or empty."""
+        self._stack = stack
+        place = stack.enter_context(tempfile.TemporaryDirectory(prefix="moltbot-bench-"))
+        self._workspace = Workspace(folder=Path(place))
+        self._workspace.create()
+        keep_tuning(self._workspace, folder, folder.name, tuning)
+        self._installation = stack.enter_context(_started(self._workspace, folder, form))
+        self._processes = {name: psutil.Process(pid) for name, pid in self._installation.pids().items()}
+        self._bare = stack.enter_context(Child("moltbot_server.bench.local_bare", cpus=None, **_QUIET))
+        self._bare.tell(_line(local_bare.Plan(folder=str(folder), tuning=tuning)))
+        self._bare.read()
+        self._loads: dict[tuple[Workload, int], Child] = {}
+
+    def streamed(self, workload: Workload, streams: int, seconds: float) -> Counted:
+        """Count what the core streams to so many at a time, and the processors that each process keeps busy for it."""
+        load = self._loads.get((workload, streams)) or self._load(workload, streams)
+        before, began = self._used(load), time.perf_counter()
+        load.tell(str(seconds))
+        counted = load.read()
+        passed = time.perf_counter() - began
+        used = {name: round((now - before[name]) / passed, 2) for name, now in self._used(load).items()}
+        return counted | {"processors": used}
+
+    def bare(self, way: str, workload: Workload, rows: int, seconds: float) -> Counted:
+        """Count what CTranslate2 writes by itself; see `local_bare.Job`."""
+        before, began = self._bare.cpu_seconds(), time.perf_counter()
+        job: dict[str, Any] = {"way": way, "workload": workload, "rows": rows, "seconds": seconds}
+        job |= {"warm": 1.0} if way == "one" else {}
+        self._bare.tell(msgspec.json.encode(job).decode())
+        counted = self._bare.read()
+        used = (self._bare.cpu_seconds() - before) / (time.perf_counter() - began)
+        return counted | {"rows": rows, "processors": {"bare": round(used, 2)}}
+
+    def _load(self, workload: Workload, streams: int) -> Child:
+        load = self._stack.enter_context(Child("moltbot_server.bench.local_load"))
+        address, key = self._installation.grpc, self._workspace.read_key()
+        load.tell(_line(local_load.Plan(address=address, key=key, workload=workload, streams=streams)))
+        self._loads[workload, streams] = load
+        return load
+
+    def _used(self, load: Child) -> dict[str, float]:
+        times = {name: process.cpu_times() for name, process in self._processes.items()}
+        return {name: used.user + used.system for name, used in times.items()} | {"client": load.cpu_seconds()}
+
+
+def _line(value: msgspec.Struct) -> str:
+    return msgspec.json.encode(value).decode()
+
+
+def _started(workspace: Workspace, folder: Path, form: str) -> contextlib.AbstractContextManager[Installation]:
+    """Start a MoltBot as users do."""
+    path = "" if folder == ARTIFACT else str(folder)
+    return started(workspace=workspace, MODEL_PATH=path, MOLTBOT_ENGINE=form, MOLTBOT_THREADS="")
