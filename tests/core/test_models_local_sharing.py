@@ -36,6 +36,12 @@ def tokens(count: int, **options: Any) -> GenerationOptions:
     return GenerationOptions(max_output_tokens=count, **options)
 
 
+async def until(condition: Callable[[], bool]) -> None:
+    async with asyncio.timeout(20):
+        while not condition():  # noqa: ASYNC110  (native threads set no event)
+            await asyncio.sleep(0.001)
+
+
 @asynccontextmanager
 async def running(
     folder: Path, replicas: int = 1, batch: int = 8, compute_type: str = "default", **options: Any
@@ -43,6 +49,7 @@ async def running(
     tuning = Tuning(replicas=replicas, batch=batch, compute_type=compute_type)
     engine = LocalEngine(read_folder(folder), tuning=tuning, **options)
     await engine.start()
+    await until(lambda: engine._waiting._idle == replicas)  # all are back from their probe
     try:
         yield engine
     finally:
@@ -63,12 +70,6 @@ async def ask(
 def patient(monkeypatch: pytest.MonkeyPatch) -> None:
     """Let no answer give way to others."""
     monkeypatch.setattr(replicas, "SLICE", 1_000_000)
-
-
-async def until(condition: Callable[[], bool]) -> None:
-    async with asyncio.timeout(20):
-        while not condition():  # noqa: ASYNC110  (native threads set no event)
-            await asyncio.sleep(0.001)
 
 
 @asynccontextmanager
@@ -283,7 +284,6 @@ async def test_a_workspace_that_floods_the_model_does_not_delay_the_others(endle
 
 async def test_what_comes_at_one_moment_is_shared_out_between_the_replicas(endless: Path) -> None:
     async with running(endless, replicas=2) as engine:
-        await asyncio.sleep(0.05)  # the replicas are back from their probe
         batches = engine.batches
         await asyncio.gather(*(ask(engine, conversation("hello"), tokens(20)) for _ in range(16)))
         await until(lambda: engine.running == 0)
