@@ -282,6 +282,7 @@ async def test_a_batch_that_fails_hurts_no_other_and_the_thread_lives_on(
         told: asyncio.Future[list[int]] = asyncio.get_running_loop().create_future()
         row.read = told.set_result
         engine._waiting.put(row)
+        engine._waiting.wake()
         async with asyncio.timeout(5):
             assert await told == [GONE]
         assert "a batch failed" in caplog.text
