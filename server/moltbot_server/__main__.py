@@ -55,8 +55,15 @@ async def _run(start: Callable[[], Awaitable[tuple[Mapping[str, Any], Leave]]]) 
     loop = asyncio.get_running_loop()
     for number in (signal.SIGTERM, signal.SIGINT):
         loop.add_signal_handler(number, _told_to_leave, leave)
+    starting = asyncio.ensure_future(start())
+    asked = asyncio.create_task(leave.wait())
+    await asyncio.wait({starting, asked}, return_when=asyncio.FIRST_COMPLETED)
+    if not starting.done():
+        starting.cancel()  # whoever asked does not want to wait for a model, or for an engine that may never come
     try:
-        ready, stop = await start()
+        ready, stop = await starting
+    except asyncio.CancelledError:
+        return 0
     except (MoltBotError, OSError) as error:
         print(f"moltbot: {error}", file=sys.stderr)
         return _BAD_CONFIGURATION if isinstance(error, MoltBotError) else 1
@@ -65,7 +72,7 @@ async def _run(start: Callable[[], Awaitable[tuple[Mapping[str, Any], Leave]]]) 
     gc.collect()
     gc.freeze()
     gc.set_threshold(20_000, 20, 50)
-    await leave.wait()
+    await asked
     await stop()
     return 0
 

@@ -15,13 +15,14 @@ import urllib.request
 from pathlib import Path
 
 import grpc
+import psutil
 import pytest
 from core_process import core_process
 from grpc import aio
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 from moltbot.v1 import chat_pb2, inference_pb2, message_pb2
 from moltbot_server.workspace import Workspace
-from rpc_calls import Api, drained, kinds, reason_of, refused, turn
+from rpc_calls import Api, drained, kinds, reason_of, refused, turn, until
 
 
 async def test_a_killed_core_keeps_its_sessions_and_tells_the_turn_that_it_cut(tmp_path: Path) -> None:
@@ -252,3 +253,13 @@ async def test_streams_that_are_open_when_a_core_leaves_are_unavailable_not_unkn
         assert await core.end() == 0
         await api.channel.close()
     assert "Traceback" not in await core.whole_log()
+
+
+async def test_a_core_that_still_waits_for_its_engine_leaves_when_it_is_told_to(tmp_path: Path) -> None:
+    address = f"unix:{tmp_path}/nobody.sock"
+    async with core_process(tmp_path, "--engine", address) as core:
+        # The threads of gRPC tell that the core looks for its engine.
+        await until(lambda: psutil.Process(core.process.pid).num_threads() > 4, within=20)
+        core.signal(signal.SIGTERM)
+
+        assert await core.end(within=5) == 0
