@@ -5,7 +5,7 @@ from __future__ import annotations
 import random
 from collections.abc import Callable
 
-from moltbot_server.bench.random_model import OPENING, words
+from moltbot_server.bench.random_model import OPENING, STANDARD, words
 from moltbot_server.turns import Message, Role, TextPart, Value
 
 QUESTIONS = (
@@ -32,18 +32,22 @@ Ask = Callable[[], tuple[str, int]]
 
 
 class Workload(Value, frozen=True, kw_only=True):
-    """What is asked: prompts of `shortest` to `longest` tokens, with `new` in answer; or questions, with neither."""
+    """What is asked: prompts of `shortest` to `longest` tokens, with `new` in answer; or questions, with neither.
+
+    `vocabulary` is that of the random model that is asked.
+    """
 
     shortest: int = 0
     longest: int = 0
     new: int = 0
+    vocabulary: int = STANDARD.vocabulary
 
     def asking(self, seed: int) -> Ask:
         """Return what asks one text after another; of one seed, always the same."""
         chance = random.Random(seed)
         if not self.longest:
             return lambda: (chance.choice(QUESTIONS), 0)
-        spoken = words()
+        spoken = words(self.vocabulary)
 
         def ask() -> tuple[str, int]:
             count = chance.randint(self.shortest, self.longest) - OPENING
