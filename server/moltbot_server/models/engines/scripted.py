@@ -25,7 +25,18 @@ from typing import ClassVar
 import msgspec
 
 from moltbot_server.errors import InvalidField, ModelUnavailable, MoltBotError, every_error
-from moltbot_server.models.engine import NOBODY, Asker, Capabilities, Chunk, Embedded, Finished, Generation, Listener, counted, no_embeddings
+from moltbot_server.models.engine import (
+    NOBODY,
+    Asker,
+    Capabilities,
+    Chunk,
+    Embedded,
+    Finished,
+    Generation,
+    Listener,
+    counted,
+    no_embeddings,
+)
 from moltbot_server.models.limits import check_options
 from moltbot_server.models.stops import StopTexts
 from moltbot_server.turns import FinishReason, GenerationOptions, Message, Role, Usage, Value
