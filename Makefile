@@ -19,7 +19,7 @@ LOAD_ARGS ?=
 
 export PATH := $(CURDIR)/$(BIN):$(CURDIR)/.tools/bin:$(PATH)
 
-.PHONY: help install run test check fmt proto proto-check proto-accept docs bench load lock clean
+.PHONY: help install run test test-convert check fmt proto proto-check proto-accept docs bench load lock clean
 
 help: ## Lists the tasks
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-13s %s\n", $$1, $$2 }' $(firstword $(MAKEFILE_LIST))
@@ -59,6 +59,9 @@ proto-check: $(GENERATOR) ## Fails when the generated code is not that of proto/
 proto-accept: $(DEV) ## Promises the contract as it stands: later ones may not break it
 	$(BIN)/buf build --as-file-descriptor-set --exclude-source-info --output proto/accepted.binpb
 
+test-convert: $(DEV) ## Proves conversions and embeddings against transformers (installs torch beside, gigabytes)
+	scripts/test-convert
+
 docs: $(RUN) ## Generates docs/errors.md from the tree of errors
 	$(BIN)/python -c 'from moltbot_server.errors import markdown; print(markdown(), end="")' > docs/errors.md
 
@@ -73,7 +76,7 @@ lock: $(DEV) ## Resolves the dependencies of pyproject.toml into requirements/
 	scripts/lock
 
 clean: ## Removes what the tasks made, environments and tools included
-	rm -rf build dist .tools .venv-proto $(VENV) .mypy_cache .pytest_cache .ruff_cache .import_linter_cache .hypothesis
+	rm -rf build dist .tools .venv-proto .venv-convert $(VENV) .mypy_cache .pytest_cache .ruff_cache .import_linter_cache .hypothesis
 	find . -name .git -prune -o -type d -name __pycache__ -prune -exec rm -rf {} +
 
 $(RUN): requirements/run.txt pyproject.toml
