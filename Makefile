@@ -34,6 +34,9 @@ test: $(DEV) ## Runs every test (TEST_ARGS="-k sessions" for some)
 	@scripts/tools chromium ghz grpcurl || echo "Tests that need a missing tool are skipped and say so."
 	@exec $(BIN)/python -m pytest $(TEST_ARGS)
 
+test-convert: ## Converts small models and compares them with Transformers (installs its packages, up to 6 GB)
+	@exec scripts/test-convert $(TEST_ARGS)
+
 check: $(DEV) $(GENERATOR) ## Checks style, types, floors, the contract and its generated code
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
