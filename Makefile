@@ -34,9 +34,6 @@ test: $(DEV) ## Runs every test (TEST_ARGS="-k sessions" for some)
 	@scripts/tools chromium ghz grpcurl || echo "Tests that need a missing tool are skipped and say so."
 	@exec $(BIN)/python -m pytest $(TEST_ARGS)
 
-test-convert: ## Converts small models and compares them with Transformers (installs its packages, up to 6 GB)
-	@exec scripts/test-convert $(TEST_ARGS)
-
 check: $(DEV) $(GENERATOR) ## Checks style, types, floors, the contract and its generated code
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
@@ -63,7 +60,7 @@ proto-accept: $(DEV) ## Promises the contract as it stands: later ones may not b
 	$(BIN)/buf build --as-file-descriptor-set --exclude-source-info --output proto/accepted.binpb
 
 test-convert: $(DEV) ## Proves conversions and embeddings against transformers (installs torch beside, gigabytes)
-	scripts/test-convert
+	@exec scripts/test-convert $(TEST_ARGS)
 
 docs: $(RUN) ## Generates docs/errors.md from the tree of errors
 	$(BIN)/python -c 'from moltbot_server.errors import markdown; print(markdown(), end="")' > docs/errors.md
