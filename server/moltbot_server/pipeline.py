@@ -175,7 +175,8 @@ class TurnPipeline:
             if engine.id == self._catalog.default:
                 session.history = window
         rules = _system(turn.system_prompt) if turn.system_prompt else self._rules
-        return window.fit(Message(role=Role.USER, parts=turn.parts), turn.options, rules)
+        newest = Message(role=Role.USER, parts=turn.parts)
+        return window.fit(newest, turn.options, rules, overhead=engine.overhead)
 
     def over(self, run: TurnRun) -> None:
         """Let a run go."""

@@ -125,3 +125,12 @@ def test_system_messages_at_the_head_of_a_conversation_stay() -> None:
     assert ContextWindow.of(head, count, 400).fit(newest, ASK) == ([*head, newest], 18, 0, 2)
     with pytest.raises(ContextLengthExceeded):
         ContextWindow.of([said(Role.SYSTEM, 500)], count, 400).fit(newest, ASK)
+
+
+def test_what_a_prompt_takes_beside_its_messages_is_kept_free() -> None:
+    window = ContextWindow.of(turns([10] * 20), count, 400)
+    options = GenerationOptions(max_output_tokens=10)
+    usual = window.fit(said(Role.USER, 10), options)
+    laden = window.fit(said(Role.USER, 10), options, overhead=300)
+
+    assert laden.tokens <= 400 - 10 - 300 < usual.tokens <= 400 - 10 - 16

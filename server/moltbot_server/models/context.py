@@ -93,8 +93,12 @@ class ContextWindow:
             self._tokens += tokens
         self._shorten()
 
-    def fit(self, newest: Message, options: GenerationOptions, system: Sequence[Message] = ()) -> Fitted:
+    def fit(
+        self, newest: Message, options: GenerationOptions, system: Sequence[Message] = (), *, overhead: int = 0
+    ) -> Fitted:
         """Return the conversation with a newest message, cut to the context. The window itself stays as it is.
+
+        `overhead` is what a prompt takes beside its messages, in tokens, where that is more than the usual margin.
 
         Raises:
             ContextLengthExceeded: the system prompt and the newest message alone leave no room for the answer.
@@ -102,7 +106,7 @@ class ContextWindow:
         reserve = answer_reserve(self._context, options)
         head = [*system, *self._head]
         fixed = self._count(newest) + sum(map(self._count, head))
-        room = self._context - reserve - min(MARGIN, self._context // 8) - fixed
+        room = self._context - reserve - max(overhead, min(MARGIN, self._context // 8)) - fixed
         if room < 0:
             raise ContextLengthExceeded(
                 "messages",

@@ -114,6 +114,10 @@ class Engine(Protocol):
         """What the model can do."""
 
     @property
+    def overhead(self) -> int:
+        """How many tokens a prompt takes beside its messages, such as a template's own rules; 0 when that is few."""
+
+    @property
     def memory_bytes(self) -> int:
         """What its weights take in memory, in bytes; 0 when that is not known."""
 

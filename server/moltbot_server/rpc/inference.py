@@ -185,7 +185,7 @@ class _Generation:
     def _fitting(self, messages: tuple[Message, ...], options: GenerationOptions) -> tuple[list[Message], int]:
         """Return the conversation without the oldest turns that do not fit, and how many tokens that is."""
         window = ContextWindow.of(messages[:-1], self._engine.count, self._engine.capabilities.context_length)
-        fitted = window.fit(messages[-1], options)
+        fitted = window.fit(messages[-1], options, overhead=self._engine.overhead)
         self._trimmed = fitted.trimmed_messages
         return fitted.messages, fitted.tokens
 

@@ -207,6 +207,7 @@ class RemoteEngine:
         self.memory_bytes = model.memory_bytes
         self.parallel = model.parallel
         self.capabilities = remote_convert.capabilities(model.capabilities)
+        self.overhead = 0  # the engine cuts by itself
         self.under_way = 0
         self._limit = queue_limit
         self._gap = 0.0  # seconds between two answers that end while others wait

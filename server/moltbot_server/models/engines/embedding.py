@@ -22,7 +22,7 @@ class EmbeddingEngine:
         self.display_name = folder.display_name
         self.type = folder.family
         self.memory_bytes = self._encoder.memory_bytes
-        self.parallel = 0
+        self.parallel = self.overhead = 0
         self.capabilities = Capabilities(
             context_length=folder.context_length, streaming=False, generation=False, embeddings=True
         )

@@ -140,7 +140,7 @@ class ScriptedEngine:
     """Answers from a script. Stop texts and the token limit are honoured; a fixed answer fits any sampling option."""
 
     type = "scripted"
-    memory_bytes = parallel = 0
+    memory_bytes = parallel = overhead = 0
     numbers: ClassVar[Mapping[str, float]] = {}
 
     def __init__(self, script: Script | None = None, *, capabilities: Capabilities | None = None) -> None:

@@ -100,6 +100,11 @@ class LocalEngine:
         return not self.trouble and self._replicas is not None and self._replicas.alive
 
     @property
+    def overhead(self) -> int:
+        """How many tokens a prompt takes beside its messages."""
+        return self._loaded.overhead if self._loaded is not None else 0
+
+    @property
     def parallel(self) -> int:
         """How many answers are written at the same time before more have to wait."""
         return self.tuning.replicas * self.tuning.batch
