@@ -158,14 +158,17 @@ def step_aside(cpus: set[int] | None) -> None:
 
 
 class Meter:
-    """What an installation and the whole machine use of the processors, from now on."""
+    """What an installation, the load upon it and the whole machine use of the processors, from now on."""
 
-    def __init__(self, installation: Installation) -> None:
+    def __init__(self, installation: Installation, *loads: Callable[[], float]) -> None:
+        """`loads` tell the processor seconds that the load's processes have used."""
+        self._loads = loads
+        self._load = sum(load() for load in loads)
         self._processes = [psutil.Process(pid) for pid in installation.pids().values()]
         self._began, self._used, self._machine = time.perf_counter(), self._seconds(), psutil.cpu_times()
 
     def read(self) -> dict[str, float]:
-        """Return shares of the machine's processors: used by the installation, used by everything, idle."""
+        """Return shares of the machine's processors: used by the installation, used by the load, idle."""
         seconds, processors = time.perf_counter() - self._began, psutil.cpu_count() or 1
         used, machine = self._seconds() - self._used, psutil.cpu_times()
         passed = [now - then for now, then in zip(machine, self._machine, strict=True)]
@@ -175,6 +178,7 @@ class Meter:
         return {
             "processors": processors,
             "installation_share": round(used / seconds / processors, 4),
+            "load_share": round((sum(load() for load in self._loads) - self._load) / seconds / processors, 4),
             "machine_idle_share": round(idle, 4),
             "seconds": round(seconds, 1),
         }

@@ -44,7 +44,7 @@ def bench_fair(
         capacity = _capacity(loud, seconds)
         progress(f"the engine answers {capacity:.0f} a second; the quiet one asks {SHARE * capacity:.0f}")
         slices: dict[str, dict[str, Slices]] = {pair: {way: Slices() for way in _WAYS} for pair in _PAIRS}
-        meter = Meter(installation)
+        meter = Meter(installation, quiet.cpu_seconds, loud.cpu_seconds)
         for number in range(rounds):
             progress(f"round {number + 1} of {rounds}")
             order = _WAYS if number % 2 == 0 else _WAYS[::-1]

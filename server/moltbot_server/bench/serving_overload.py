@@ -30,7 +30,7 @@ def bench_overload(
         peak, ladder = _peak(crowd, step, progress)
         rate = times_peak * peak["turns_per_second"]
         progress(f"{rate:.0f} turns/s for {seconds:g} s")
-        meter = Meter(installation)
+        meter = Meter(installation, crowd.cpu_seconds, probe.cpu_seconds)
         flood, sample, begin = _flood(crowd, probe, rate, seconds + _SETTLED)
         used = meter.read()
         memory, answers_again = installation.memory(), _answers(probe)

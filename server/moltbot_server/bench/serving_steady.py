@@ -28,10 +28,9 @@ def bench_steady(
         crowd = Crowd(stack, installation, processes=2)
         progress(f"{rate:g} turns/s for {seconds:g} s")
         crowd.run(warm)
-        memory, load, meter = installation.memory(), crowd.cpu_seconds(), Meter(installation)
+        memory, meter = installation.memory(), Meter(installation, crowd.cpu_seconds)
         haul = crowd.run(job)
         used = meter.read()
-        load_share = (crowd.cpu_seconds() - load) / used["seconds"] / used["processors"]
         after, missing = installation.memory(), missing_messages(installation, haul.sessions)
     answered = good(haul.ended)
     figures = times(answered, since_due=True)
@@ -54,7 +53,7 @@ def bench_steady(
         "turns_per_second": round(len(answered) / seconds, 3),
         **figures,
         "sent_late_ms": lateness(haul.ended),
-        "processors": used | {"load_share": round(load_share, 4), "idle_but_for_moltbot": own_idle},
+        "processors": used | {"idle_but_for_moltbot": own_idle},
         "memory_mb": {"before": memory, "after": after},
         "sessions": len(haul.sessions),
         "missing_messages": missing,
