@@ -243,6 +243,20 @@ def test_each_crash_doubles_the_pause_up_to_half_a_minute_and_a_healthy_minute_r
     assert pauses == [1, 2, 4, 8, 16, 30, 30, 1]
 
 
+def test_an_engine_is_back_within_a_few_seconds_however_often_it_died(tmp_path: Path) -> None:
+    plan = Plan(name="engine", module="moltbot_server.no_such_module", arguments=(), pause=0.1, longest_pause=2.0)
+    child = Child(plan=plan)
+    pauses = []
+    for _ in range(8):
+        child.start(now=100.0)
+        assert child.process is not None
+        child.process.wait()
+        child.ended(now=101.0)
+        assert child.due is not None
+        pauses.append(round(child.due - 101.0, 3))
+    assert pauses == [0.1, 0.2, 0.4, 0.8, 1.6, 2, 2, 2]
+
+
 async def test_several_workers_share_the_http_port(home: Home) -> None:
     home.variables["WORKERS"] = "2"
     async with home.started() as started:

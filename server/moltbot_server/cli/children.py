@@ -29,6 +29,7 @@ class Plan:
     arguments: tuple[str, ...]
     stage: int = 0
     pause: float = FIRST_PAUSE
+    longest_pause: float = LONGEST_PAUSE
     environ: Mapping[str, str] = field(default_factory=dict)
 
 
@@ -72,7 +73,7 @@ class Child:
         self.process = None
         if now - self.since >= HEALTHY_AFTER:
             self.pause = 0.0
-        self.pause = min(self.pause * 2, LONGEST_PAUSE) or self.plan.pause
+        self.pause = min(self.pause * 2, self.plan.longest_pause) or self.plan.pause
         self.due = now + self.pause
         return status
 

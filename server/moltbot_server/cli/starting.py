@@ -92,11 +92,12 @@ def _wanted(settings: Settings) -> tuple[Wanted, ...]:
 
 # What cannot change under processes that run: addresses that were told to others, and how many processes there are.
 _FIXED = ("host", "port", "grpc_host", "grpc_port", "metrics_host", "metrics_port", "workers", "engine")
-_ENGINE_PAUSE = 0.1
+_ENGINE_PAUSE, _LONGEST_ENGINE_PAUSE = 0.1, 2.0
 # What glibc's malloc reads when a process begins. By default it keeps up to eight arenas for each processor, and what
 # a flood of calls took in one of them is not given back; two hold a core a fifth smaller after it, at the same speed.
-# The threads of an engine are left their own.
+# Of an engine, whose threads come and go with its models, four bound what switches leave behind.
 _FEW_ARENAS = {"MALLOC_ARENA_MAX": "2"}
+_ENGINE_ARENAS = {"MALLOC_ARENA_MAX": "4"}
 
 
 class _Site:
@@ -132,9 +133,17 @@ class _Site:
         http += ["--trusted-proxy", *settings.trusted_proxies] if settings.trusted_proxies else []
         names = [f"http-{number}" if settings.workers > 1 else "http" for number in range(1, settings.workers + 1)]
         # Turns wait for an engine that died, so it is back as soon as can be.
-        models = [Plan(name="engine", module="moltbot_server", arguments=tuple(engine), stage=2, pause=_ENGINE_PAUSE)]
+        models = Plan(
+            name="engine",
+            module="moltbot_server",
+            arguments=tuple(engine),
+            stage=2,
+            pause=_ENGINE_PAUSE,
+            longest_pause=_LONGEST_ENGINE_PAUSE,
+            environ=_ENGINE_ARENAS,
+        )
         return [
-            *(models if own else ()),
+            *((models,) if own else ()),
             Plan(name="core", module="moltbot_server", arguments=tuple(core), stage=1, environ=_FEW_ARENAS),
             *(Plan(name=n, module="moltbot_adapters", arguments=tuple(http), environ=_FEW_ARENAS) for n in names),
         ]

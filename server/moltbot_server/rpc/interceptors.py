@@ -120,14 +120,36 @@ class Guard:
 
 
 async def _refuse(context: Any, error: MoltBotError | TurnFailed) -> None:
-    trailers: list[tuple[str, str | bytes]] = [(_STATUS_KEY, status_of(error).SerializeToString())]
-    if error.retry_after is not None:
-        trailers.append(("grpc-retry-pushback-ms", str(int(error.retry_after * 1000))))
+    if error.fields:
+        trailers = _trailers(error)
+    else:
+        # Floods are refused with the same few words over and over.
+        key = (error.reason, error.message, error.retry_after)
+        trailers = _WRITTEN.get(key) or _keep(key, _trailers(error))
     try:
-        await context.abort(_CODES[int(error.status)], error.message, tuple(trailers))
+        await context.abort(_CODES[int(error.status)], error.message, trailers)
     except aio.InternalError as gone:
         # The call has ended already, by its deadline or because the peer left; nobody hears the refusal.
         raise asyncio.CancelledError from gone
+
+
+_Trailers = tuple[tuple[str, str | bytes], ...]
+_MOST_WRITTEN = 256
+_WRITTEN: dict[tuple[str, str, float | None], _Trailers] = {}
+
+
+def _keep(key: tuple[str, str, float | None], trailers: _Trailers) -> _Trailers:
+    if len(_WRITTEN) >= _MOST_WRITTEN:
+        _WRITTEN.clear()
+    _WRITTEN[key] = trailers
+    return trailers
+
+
+def _trailers(error: MoltBotError | TurnFailed) -> _Trailers:
+    packed = (_STATUS_KEY, status_of(error).SerializeToString())
+    if error.retry_after is None:
+        return (packed,)
+    return packed, ("grpc-retry-pushback-ms", str(int(error.retry_after * 1000)))
 
 
 class _Malformed:

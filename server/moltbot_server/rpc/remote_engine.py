@@ -10,6 +10,7 @@ import asyncio
 import contextlib
 import json
 import logging
+import math
 import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -34,6 +35,8 @@ PATIENCE = 10.0
 
 _FLUSH = 0.005
 _LONGEST_EMBEDDING = 60.0
+_CALM = 1.0  # seconds without a refusal after which a flood is over
+_MANY = 1024
 _LONGEST_TOKEN = 12  # characters; a guess on the safe side, the engine counts exactly
 _SERVICE_CONFIG = json.dumps({"loadBalancingConfig": [{"round_robin": {}}], "healthCheckConfig": {"serviceName": ""}})
 _OPTIONS = (
@@ -212,6 +215,7 @@ class RemoteEngine:
         self._limit = queue_limit
         self._gap = 0.0  # seconds between two answers that end while others wait
         self._last_end = 0.0
+        self._refused: dict[str, float] = {}
 
     @property
     def healthy(self) -> bool:
@@ -262,18 +266,30 @@ class RemoteEngine:
         return {"answers": self.under_way, "away_seconds": self._link.lost_for}
 
     def admit(self, asker: Asker) -> None:
-        """Refuse what, by the pace of the latest answers, could not begin before its deadline."""
+        """Refuse what, by the pace of the latest answers, could not begin in time.
+
+        The engine has the last word. But a turn that it refuses was stored before, and whoever floods a core would have
+        all of it stored; so a workspace that was refused lately gets in only as much as keeps the engine busy.
+        """
         if not self.healthy:
             raise ModelUnavailable(f"The engine of {self.id} has been away for {self._link.lost_for:.0f} s.")
         ahead = self.under_way - self.parallel
         if ahead < 0 or not self.parallel:
             return
+        now = asyncio.get_running_loop().time()
         wait = (ahead + 1) * self._gap
-        late = asker.deadline is not None and asyncio.get_running_loop().time() + wait > asker.deadline
-        if late or ahead >= self._limit:
-            raise QueueFull(
-                f"{ahead} answers wait already; come back later.", retry_after=min(max(wait / 2, 0.05), 30.0)
-            )
+        late = asker.deadline is not None and now + wait > asker.deadline
+        flood = ahead >= self.parallel and now - self._refused.get(asker.workspace, -_CALM) < _CALM
+        if late or flood or ahead >= self._limit:
+            self.was_refused(asker.workspace)
+            # A round number, so that a flood of refusals finds its words written already.
+            raise QueueFull("Too many answers wait already; come back later.", retry_after=_rounded(wait))
+
+    def was_refused(self, workspace: str) -> None:
+        """Take note that too much of a workspace's waits, as this side or the other one has found."""
+        if len(self._refused) >= _MANY:
+            self._refused.clear()
+        self._refused[workspace] = asyncio.get_running_loop().time()
 
     def begin(
         self, messages: Sequence[Message], options: GenerationOptions, listener: Listener, asker: Asker = NOBODY
@@ -350,6 +366,8 @@ class _RemoteGeneration:
                 return await self._read(None if self._deadline is None else max(0.0, self._deadline - begun))
             except aio.AioRpcError as problem:
                 error = error_of(problem, "the engine")
+                if isinstance(error, QueueFull):
+                    self._engine.was_refused(self._request.asker.workspace)
                 if self._spoke:
                     if was_lost(problem):
                         raise ModelUnavailable("the engine was lost while it wrote this answer") from None
@@ -376,6 +394,11 @@ class _RemoteGeneration:
             if response.HasField("finished"):
                 return remote_convert.finished(response.finished)
         raise ModelUnavailable("the engine ended an answer without saying how")
+
+
+def _rounded(seconds: float) -> float:
+    """Return a wait in steps that grow with it, from 50 ms to 30 s."""
+    return min(math.ldexp(0.05, max(0, math.ceil(math.log2(max(seconds, 0.05) / 0.05)))), 30.0)
 
 
 def _channel(address: str, ca: Path | None) -> aio.Channel:
