@@ -5,6 +5,7 @@ from __future__ import annotations
 import random
 from collections import Counter
 from collections.abc import Sequence
+from contextlib import suppress
 from time import perf_counter
 
 import pytest
@@ -12,6 +13,7 @@ from moltbot_server.errors import QueueFull
 from moltbot_server.models.engines.local.admission import PATIENCE, Admission
 from moltbot_server.models.engines.local.fair_queue import FairQueue
 from moltbot_server.models.engines.local.rows import Row, Sampling
+from moltbot_server.models.engines.local.shares import Shares
 
 
 def row(workspace: str = "w", session: str = "", cost: float = 1.0, deadline: float | None = None) -> Row:
@@ -81,7 +83,7 @@ def test_an_answer_that_took_more_than_was_expected_is_paid_for_afterwards() -> 
     queue = filled([row(name) for name in ("a", "b") for _ in range(10)])
     first, second = serve(queue, 2)
     assert [first.workspace, second.workspace] == ["a", "b"]
-    queue.settle(first, 4.0)
+    queue.charge(first, 3.0)
     assert [each.workspace for each in serve(queue, 4)] == ["b", "b", "b", "a"]
 
 
@@ -230,23 +232,30 @@ def test_a_burst_may_fill_the_queue_and_a_flood_only_keeps_the_replicas_busy() -
         gate.check("w", "", None, 0.0)
         queue.put(row())
     assert refusal(gate).retry_after == pytest.approx(10)
-    waiting = []
-    for _ in range(40):  # one row is served, three come
+    now = 0.0
+    for _ in range(40):  # each second one row is served and three come
         serve(queue, 1)
+        now += 1.0
         for _ in range(3):
-            try:
-                gate.check("w", "", None, 0.0)
-            except QueueFull:
-                continue
-            queue.put(row())
-        waiting.append(len(queue))
-    assert waiting[-1] == 5, "two rounds of two seconds are waited for"
-    serve(queue, 5)
+            with suppress(QueueFull):
+                gate.check("w", "", None, now)
+                queue.put(row())
+    assert len(queue) == 3, "a round of two seconds is waited for, and one row is in between"
+    serve(queue, 3)
+    now += 9.0
     for _ in range(20):
-        gate.check("w", "", None, 0.0)
+        gate.check("w", "", None, now)
         queue.put(row())
-    refusal(gate)
-    assert gate.refused == 40 * 3 - 25 + 2
+    refusal(gate, now=now)
+
+
+def test_a_flood_of_one_workspace_is_none_of_another() -> None:
+    queue = filled([row("loud") for _ in range(20)])
+    gate = admission(queue, limit=20)
+    refusal(gate, "loud")
+    for _ in range(5):
+        gate.check("quiet", "", None, 0.1)
+        queue.put(row("quiet"))
 
 
 def test_a_full_queue_has_room_for_who_has_less_than_a_share_of_it() -> None:
@@ -275,3 +284,86 @@ def test_a_refusal_costs_next_to_nothing() -> None:
     for _ in range(1000):
         refusal(gate, "w1")
     assert perf_counter() - begun < 1.0
+
+
+# --- shares ------------------------------------------------------------------------------------------------------
+
+
+def shares(**weights: float) -> Shares:
+    return Shares(16, 2, lambda workspace: weights.get(workspace, 1.0))
+
+
+def use(shared: Shares, workspace: str, rows: int, now: float, cost: float = 1.0) -> None:
+    for _ in range(rows):
+        shared.asked(workspace, now)
+        shared.took(workspace, cost, now)
+
+
+def room(shared: Shares, workspace: str, now: float) -> int:
+    return shared.room(workspace, shared.active(now), now)
+
+
+def test_a_workspace_alone_may_have_every_place() -> None:
+    shared = shares()
+    use(shared, "loud", 100, 0.0)
+    assert room(shared, "loud", 0.0) == 16
+
+
+def test_a_burst_may_have_every_place_beside_others() -> None:
+    shared = shares()
+    shared.asked("quiet", 0.0)
+    use(shared, "burst", 9, 0.0)
+    assert room(shared, "burst", 0.0) == 16
+
+
+def test_who_has_had_more_than_its_share_has_its_share_of_the_places_while_others_are_active() -> None:
+    shared = shares()
+    for name in ("a", "b", "c"):
+        shared.asked(name, 0.0)
+    use(shared, "loud", 6, 0.0)
+    assert room(shared, "loud", 0.0) == 4 - 6
+    for _ in range(3):
+        shared.left("loud", 0.0)
+    assert room(shared, "loud", 1.0) == 1
+    assert room(shared, "a", 1.0) == room(shared, "new", 1.0) == 16
+
+
+def test_the_share_follows_the_weights_and_is_never_nothing() -> None:
+    shared = shares(heavy=3.0)
+    for name in ("heavy", "light"):
+        use(shared, name, 1, 0.0, cost=100.0)
+        shared.left(name, 0.0)
+    assert (room(shared, "heavy", 0.0), room(shared, "light", 0.0)) == (12, 4)
+    for index in range(100):
+        shared.asked(f"w{index}", 0.0)
+    assert (room(shared, "heavy", 0.0), room(shared, "light", 0.0)) == (1, 1)
+
+
+def test_what_was_had_is_forgotten_and_so_are_those_who_left() -> None:
+    shared = shares()
+    shared.asked("quiet", 0.0)
+    use(shared, "loud", 20, 0.0)
+    for _ in range(20):
+        shared.left("loud", 0.0)
+    assert room(shared, "loud", 1.0) == 8
+    shared.asked("quiet", 9.0)
+    assert room(shared, "loud", 9.0) == 16, "twenty seconds of a replica are forgotten by half"
+    use(shared, "loud", 20, 9.0)
+    assert room(shared, "loud", 9.0) == 8 - 20
+    assert room(shared, "loud", 19.5) == 16, "nobody else is there any more"
+
+
+def test_an_answer_that_cost_less_than_expected_is_charged_less() -> None:
+    shared = shares()
+    shared.asked("quiet", 0.0)
+    use(shared, "loud", 1, 0.0, cost=12.0)
+    assert room(shared, "loud", 0.0) == 7
+    shared.left("loud", -5.0)
+    assert room(shared, "loud", 0.0) == 16
+
+
+def test_the_memory_of_who_came_is_bounded() -> None:
+    shared = shares()
+    for index in range(5000):
+        shared.asked(f"w{index}", index / 10)
+    assert len(shared._uses) <= 1024

@@ -9,16 +9,17 @@ PATIENCE = 60.0
 """Longest expected wait in seconds for those who name no deadline, unless four rounds of the replicas take longer."""
 
 _PATIENT_ROUNDS = 4.0
-_FLOODED_ROUNDS = 2.0
+_CALM = 1.0  # seconds without a refusal after which a flood is over, unless
+_CALM_ROUNDS = 4.0  # so many rounds take longer
 _MANY = 1024
 
 
 class Admission:
     """Refuses what could not begin in time. Pure: times are told, and `deadline` and `now` are of one clock.
 
-    A burst may fill the queue. A workspace that was refused once floods it until none of its rows waits: meanwhile only
-    so much of it is let in as keeps the replicas busy, for more would only make all of it late. When the queue is full,
-    a workspace that has less than its share of it still gets in, up to twice the limit.
+    A burst may fill the queue. A workspace that was refused is flooding it until it was not refused for a while:
+    meanwhile only so much of it is let in as keeps the replicas busy, for more would only make all of it late. When the
+    queue is full, a workspace that has less than its share of it still gets in, up to twice the limit.
     """
 
     def __init__(self, queue: FairQueue, *, limit: int, replicas: int) -> None:
@@ -26,7 +27,7 @@ class Admission:
         self._queue = queue
         self._limit = limit
         self._replicas = replicas
-        self._flooding: set[str] = set()
+        self._flooding: dict[str, float] = {}
         self._pace = 1.0  # seconds that a replica takes for each second that was expected
         self._round = 0.0  # seconds of a batch
         self.refused = 0
@@ -43,7 +44,6 @@ class Admission:
         """
         waiting = len(self._queue)
         if not waiting:
-            self._flooding.clear()
             return
         wait = self.wait(workspace, session)
         if deadline is not None and now + wait > deadline:
@@ -52,16 +52,11 @@ class Admission:
                 now + wait - deadline,
             )
         own = self._queue.count(workspace)
-        if not own:
-            self._flooding.discard(workspace)
-        elif workspace in self._flooding and wait > _FLOODED_ROUNDS * self._round:
-            self._refuse(f"{own} answers wait already; come back later.", wait / 2)
-        if waiting >= self._limit and not self._has_less_than_its_share(own, waiting):
-            self._flood(workspace)
-            self._refuse(f"{waiting} answers wait already; come back later.", wait / 2)
-        if wait > max(PATIENCE, _PATIENT_ROUNDS * self._round):
-            self._flood(workspace)
-            self._refuse(f"An answer would begin in about {wait:.0f} s; come back later.", wait / 2)
+        full = waiting >= self._limit and not self._has_less_than_its_share(own, waiting)
+        flood = wait > self._round and self._is_flooding(workspace, now)
+        if full or flood or wait > max(PATIENCE, _PATIENT_ROUNDS * self._round):
+            self._note_flood(workspace, now)
+            self._refuse(f"{waiting} answers wait already, which takes {wait:.1f} s; come back later.", wait / 2)
 
     def measured(self, seconds: float, expected: float, *, crowded: bool) -> None:
         """Learn how long a batch took, and what its rows were expected to cost in full batches of equals.
@@ -84,10 +79,14 @@ class Admission:
         left = 2 * self._limit - waiting
         return sharing > 1 and own < self._limit // sharing and 2 * own < left
 
-    def _flood(self, workspace: str) -> None:
+    def _is_flooding(self, workspace: str, now: float) -> bool:
+        refused = self._flooding.get(workspace)
+        return refused is not None and now - refused < max(_CALM, _CALM_ROUNDS * self._round)
+
+    def _note_flood(self, workspace: str, now: float) -> None:
         if len(self._flooding) >= _MANY:
-            self._flooding = {name for name in self._flooding if self._queue.count(name)}
-        self._flooding.add(workspace)
+            self._flooding = {name: at for name, at in self._flooding.items() if self._is_flooding(name, now)}
+        self._flooding[workspace] = now
 
     def _refuse(self, message: str, retry_after: float) -> None:
         self.refused += 1

@@ -9,7 +9,7 @@ Service is the time of a replica, expected when a row is taken and corrected whe
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from heapq import heapify, heappop, heapreplace
 from itertools import islice
 
@@ -87,6 +87,10 @@ class FairQueue:
     def __len__(self) -> int:
         return self._count
 
+    def weight(self, workspace: str) -> float:
+        """Return the weight of a workspace."""
+        return self._weights.get(workspace, 1.0)
+
     def count(self, workspace: str) -> int:
         """Return how many rows of a workspace wait."""
         found = self._waiting.get(workspace)
@@ -101,7 +105,7 @@ class FairQueue:
         """Add a row behind those of its session; `first` puts it back before them."""
         workspace = self._workspaces.get(row.workspace)
         if workspace is None:
-            workspace = _Workspace(self._clock, self._weights.get(row.workspace, 1.0))
+            workspace = _Workspace(self._clock, self.weight(row.workspace))
             self._workspaces[row.workspace] = workspace
         if not workspace.count:
             workspace.tag = max(workspace.tag, self._clock)
@@ -142,13 +146,16 @@ class FairQueue:
             self._workspaces.clear()  # who waits for nobody owes nobody
         return True
 
-    def walk(self) -> Iterator[Row]:
-        """Yield the rows in the order in which they would be served; nothing may change meanwhile."""
+    def walk(self, room: Callable[[str], int] | None = None) -> Iterator[Row]:
+        """Yield the rows in the order in which they would be served; nothing may change meanwhile.
+
+        `room` says how many of a workspace are yielded at most.
+        """
         line = []
-        for index, workspace in enumerate(self._waiting.values()):
-            rows = workspace.walk()
-            row = next(rows)
-            line.append((workspace.tag, row.number, index, row, rows, workspace.weight))
+        for index, (name, workspace) in enumerate(self._waiting.items()):
+            rows = workspace.walk() if room is None else islice(workspace.walk(), max(0, room(name)))
+            if (row := next(rows, None)) is not None:
+                line.append((workspace.tag, row.number, index, row, rows, workspace.weight))
         heapify(line)
         while line:
             tag, _, index, row, rows, weight = line[0]
@@ -172,14 +179,14 @@ class FairQueue:
             row.charged = row.cost
             self.remove(row)
 
-    def settle(self, row: Row, cost: float) -> None:
+    def charge(self, row: Row, more: float) -> None:
         """Correct what a row was charged with, now that its service is known."""
         workspace = self._workspaces.get(row.workspace)
         if workspace is None:
             return
-        workspace.tag += (cost - row.charged) / workspace.weight
+        workspace.tag += more / workspace.weight
         if (session := workspace.sessions.get(row.session)) is not None:
-            session.tag += cost - row.charged
+            session.tag += more
 
     def expired(self, now: float, most: int) -> Sequence[Row]:
         """Take out those of the first rows that did not begin before their deadline."""
@@ -196,7 +203,7 @@ class FairQueue:
         """Return about how much service comes before that of another row of a session, in seconds of a replica."""
         typical = self._cost / max(1, self._count)
         own = self._waiting.get(workspace)
-        weight = self._weights.get(workspace, 1.0)
+        weight = self.weight(workspace)
         before, debt = 0.0, 0.0
         if own is not None:
             mine = own.waiting.get(session)

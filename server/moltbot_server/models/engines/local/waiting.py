@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Mapping, Sequence
-from itertools import islice
+from collections.abc import Iterator, Mapping, Sequence
+from itertools import chain, islice
 from time import perf_counter
 
 from moltbot_server.errors import ModelUnavailable
@@ -13,6 +13,7 @@ from moltbot_server.models.engines.local.batches import Batch, together
 from moltbot_server.models.engines.local.costs import Costs, Shape, share
 from moltbot_server.models.engines.local.fair_queue import FairQueue
 from moltbot_server.models.engines.local.rows import Row
+from moltbot_server.models.engines.local.shares import Shares
 
 _LOOKED_AT = 1024
 """Most waiting rows whose places are told and whose deadlines are watched; those behind come closer first."""
@@ -34,6 +35,7 @@ class Waiting:
         self.pauses = self.batches = self.rows = 0
         self._batch = batch
         self._queue = FairQueue(weights)
+        self._shares = Shares(replicas * batch, replicas, self._queue.weight)
         self._admission = Admission(self._queue, limit=limit, replicas=replicas)
         self._changed = threading.Condition()
         self._idle = 0
@@ -74,6 +76,7 @@ class Waiting:
             self._admit(row.workspace, row.session, row.deadline)
             row.cost = self._cost(len(row.prompt), min(row.left, int(self._typical)))
             self._queue.put(row)
+            self._shares.asked(row.workspace, row.arrived)
 
     def wake(self) -> None:
         """Let the idle replicas take what waits."""
@@ -84,7 +87,7 @@ class Waiting:
         """Put a row back that a batch is writing, `words` added to its prompt; tell whether it will go on later."""
         row = batch.rows[index]
         with self._changed:
-            if self._closed:
+            if self._closed or not self._presses():
                 return False
             batch.paused.add(index)
             self._settle(batch, index)
@@ -107,17 +110,41 @@ class Waiting:
         """
         with self._changed:
             self._idle += 1
-            while not self._queue and not self._closed:
+            while (batch := self._form()) is None and not self._closed:
                 self._changed.wait()
                 self._let_burst_grow()
-            share_of = -(-len(self._queue) // self._idle)
             self._idle -= 1
-            if self._closed:
-                return None
-            batch = together(self._queue.walk(), min(self._batch, share_of), self.costs, max(1, int(self._typical)))
-            self._queue.take(batch.rows)
-            batch.crowded = len(self._queue) > 0
-            return batch
+            return None if self._closed else batch
+
+    def _form(self) -> Batch | None:
+        """Take out the rows that are best answered next; None where nobody may begin."""
+        if self._closed or not self._queue:
+            return None
+        now = perf_counter()
+        active = self._shares.active(now)
+        rows, passed = self._next(active, now), []
+        for row in rows:
+            if self._shares.may_lead(row.workspace, active, now, self._idle):
+                break
+            passed.append(row)
+        else:
+            return None
+        most = min(self._batch, -(-len(self._queue) // self._idle))
+        batch = together(chain([row], passed, rows), most, self.costs, max(1, int(self._typical)))
+        self._queue.take(batch.rows)
+        for row in batch.rows:
+            self._shares.took(row.workspace, row.cost, now)
+        batch.crowded = len(self._queue) > 0
+        return batch
+
+    def _next(self, active: float, now: float) -> Iterator[Row]:
+        """Yield the rows that may be written, in the order of the queue."""
+        return self._queue.walk(lambda workspace: self._shares.room(workspace, active, now))
+
+    def _presses(self) -> bool:
+        """Tell whether a row waits that may be written."""
+        now = perf_counter()
+        return next(self._next(self._shares.active(now), now), None) is not None
 
     def ended(self, batch: Batch, began: float, first: float | None, ended: float) -> None:
         """Learn from a batch: when it began, had its first token, ended. `first` is None where it was unlike others."""
@@ -129,6 +156,7 @@ class Waiting:
                 if index not in batch.paused:
                     self._settle(batch, index)
                     self._answered = ended
+            self._changed.notify()  # for who had no place before
             if first is not None:
                 self._learn(batch.shape(), first - began, ended - first)
 
@@ -162,8 +190,11 @@ class Waiting:
             return left
 
     def _settle(self, batch: Batch, index: int) -> None:
-        size = batch.sizes[index] + len(batch.lead)
-        self._queue.settle(batch.rows[index], self._cost(size, len(batch.tokens[index])))
+        """Charge a row what it has cost in a batch, now that it is known, and give its place back."""
+        row = batch.rows[index]
+        more = self._cost(batch.sizes[index] + len(batch.lead), len(batch.tokens[index])) - row.charged
+        self._queue.charge(row, more)
+        self._shares.left(row.workspace, more)
 
     def _cost(self, prompt: int, new: int) -> float:
         return self.costs(share(prompt, new, self._batch))
