@@ -106,6 +106,7 @@ async def test_a_long_answer_gives_way_to_those_that_wait_and_says_the_same(
 ) -> None:
     # In int8 the noise of a random model turns at rounding errors, as it does from one batch to another.
     monkeypatch.setattr(replicas, "SLICE", 16)
+    monkeypatch.setattr(replicas, "PAYS", 0.0)
     monkeypatch.setattr(replicas, "_NEARLY_DONE", 4)
     path = endless if folder == "endless" else ARTIFACT
     asked = [f"question number {index}" for index in range(12)]
@@ -124,6 +125,7 @@ async def test_a_long_answer_gives_way_to_those_that_wait_and_says_the_same(
 
 async def test_a_long_answer_goes_on_while_nobody_waits(endless: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(replicas, "SLICE", 16)
+    monkeypatch.setattr(replicas, "PAYS", 0.0)
     async with running(endless, batch=8) as engine:
         await asyncio.gather(*(ask(engine, conversation(f"q{index}"), tokens(300)) for index in range(8)))
         assert engine.pauses == 0
@@ -133,6 +135,7 @@ async def test_who_comes_while_endless_answers_fill_the_model_is_answered_before
     endless: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(replicas, "SLICE", 16)
+    monkeypatch.setattr(replicas, "PAYS", 0.0)
     async with running(endless, batch=2) as engine, holding(engine), holding(engine):
         async with asyncio.timeout(20):
             _, finished = await ask(engine, conversation("short"), tokens(3))
@@ -143,6 +146,7 @@ async def test_who_comes_while_endless_answers_fill_the_model_is_answered_before
 
 async def test_an_answer_that_gave_way_can_be_stopped(endless: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(replicas, "SLICE", 8)
+    monkeypatch.setattr(replicas, "PAYS", 0.0)
     async with running(endless, batch=1) as engine:
         for _ in range(20):
             async with holding(engine), holding(engine):
@@ -155,6 +159,7 @@ async def test_an_answer_that_gave_way_can_be_stopped(endless: Path, monkeypatch
 
 async def test_a_repetition_penalty_counts_the_own_answer_only(endless: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(replicas, "SLICE", 8)
+    monkeypatch.setattr(replicas, "PAYS", 0.0)
     asked = ["hello", "hello there", "how do I start it", "the lazy dog", "x", "1 2 3"]
     penalty = {"repetition_penalty": 1.8}
     async with running(endless, batch=4) as engine:
@@ -162,6 +167,17 @@ async def test_a_repetition_penalty_counts_the_own_answer_only(endless: Path, mo
     async with running(endless) as engine:
         alone = [await ask(engine, conversation(text), tokens(60, **penalty)) for text in asked]
     assert [text for text, _ in answers] == [text for text, _ in alone]
+
+
+async def test_giving_way_has_to_be_worth_reading_the_prompts_again(
+    endless: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(replicas, "SLICE", 16)
+    asked = conversation("1 " * 1500)
+    async with running(endless, batch=1) as engine:
+        await ask(engine, asked, tokens(8))  # reading is measured
+        await asyncio.gather(*(ask(engine, asked, tokens(100)) for _ in range(3)))
+        assert engine.pauses == 0
 
 
 # --- system prompts ----------------------------------------------------------------------------------------------

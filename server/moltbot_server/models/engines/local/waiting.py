@@ -98,6 +98,11 @@ class Waiting:
             self._changed.notify()
             return True
 
+    def rereading(self, batch: Batch) -> float:
+        """Return how many seconds it would take to read the rows of a batch again with what was written of them."""
+        sizes = [len(row.prompt) + len(tokens) for row, tokens in zip(batch.rows, batch.tokens, strict=True)]
+        return self.costs((sum(sizes), sum(size * size for size in sizes) / 2, 0, 0, 0))
+
     def remove(self, row: Row) -> None:
         """Take a row out if it still waits."""
         with self._changed:
