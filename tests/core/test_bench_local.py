@@ -37,7 +37,7 @@ def test_streams_through_grpc_are_counted_with_their_stages_and_processors(rig: 
     assert {"core", "client"} <= set(counted["processors"])
 
 
-@pytest.mark.parametrize(("way", "rows"), [("sorted", 4), ("mixed", 8), ("one", 4)])
+@pytest.mark.parametrize(("way", "rows"), [("sorted", 4), ("told", 4), ("mixed", 8), ("one", 4)])
 def test_ctranslate2_by_itself_is_counted_each_way(rig: Rig, way: str, rows: int) -> None:
     counted = rig.bare(way, WORDS, rows, 0.1)
 

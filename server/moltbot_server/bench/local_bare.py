@@ -41,11 +41,12 @@ class Job(Value, frozen=True, kw_only=True):
     """What to count for how many seconds, the load running for `warm` seconds first, or counting at once for None.
 
     `way` is `sorted`: every replica writes one batch of `rows` after the other, its prompts of near length, as is
-    possible where all are known from the start; `mixed`: the same, with prompts as they come; or `one`: `rows` requests
+    possible where all are known from the start; `told`: the same, with a callback for each token that does nothing;
+    `mixed`: the same, with prompts as they come; or `one`: `rows` requests
     are under way, each a `generate_tokens` of its own, which is how a server without batches does it.
     """
 
-    way: Literal["sorted", "mixed", "one"]
+    way: Literal["sorted", "told", "mixed", "one"]
     workload: Workload
     rows: int
     seconds: float
@@ -100,9 +101,10 @@ class Bare:
 
     def _batches(self, job: Job, ask: Ask) -> Generator[Answer, None, None]:
         """Write batch after batch, for ever."""
+        callback: dict[str, Any] = {"callback": lambda step: False} if job.way == "told" else {}
         while True:
             drawn = [self._prompt(ask) for _ in range(job.rows * _DRAWN)]
-            if job.way == "sorted":
+            if job.way != "mixed":
                 drawn.sort(key=lambda asked: len(asked[0]))
             for begin in range(0, len(drawn), job.rows):
                 batch = drawn[begin : begin + job.rows]
@@ -112,6 +114,7 @@ class Bare:
                     max_length=max(limit for _, limit in batch),
                     end_token=self._ends,
                     include_prompt_in_result=False,
+                    **callback,
                 )
                 ended = time.perf_counter()
                 yield Answer(asked, ended, ended, sum(len(result.sequences_ids[0]) for result in results))

@@ -15,7 +15,7 @@ from moltbot_server.bench.local_rig import INLINE
 from moltbot_server.models.cpus import usable_cpus
 
 _BAR = 24
-_OFFLINE = {"ceiling", "backlog", "mixed"}
+_OFFLINE = {"ceiling", "told", "backlog", "mixed"}
 _EPILOG = """\
 examples:
   moltbot bench local                       all figures, as a table; about fifteen minutes
@@ -41,6 +41,8 @@ def add_local(kinds: Any, machine: Callable[[dict[str, Any]], str]) -> None:
     local.add_argument("--quick", action="store_true", help="one round of short slices")
     local.add_argument("--rounds", type=int, default=0, help="rounds of slices (default: 5; 1 with --quick)")
     local.add_argument("--seconds", type=float, default=0.0, help="length of a slice (default: 6; 2 with --quick)")
+    local.add_argument("--patience", type=int, default=0, metavar="N",
+                       help="repeat a slice up to N times while other programs use the machine too")  # fmt: skip
     local.add_argument("--inline", action="store_true", help="run the models inside the core, not in their own process")
     local.add_argument("--llama-server", type=Path, metavar="PATH", help="llama.cpp's server, to be measured beside")
     local.add_argument("--gguf", type=Path, metavar="PATH", help="a model of the same shape for it")
@@ -64,6 +66,7 @@ def _run(given: argparse.Namespace) -> dict[str, Any]:
             seconds=given.seconds or (2.0 if given.quick else 6.0),
             form=INLINE if given.inline else "",
             llama=llama,
+            patience=given.patience,
             progress=bar.reach,
         )
     finally:
@@ -103,11 +106,11 @@ def local_table(report: dict[str, Any]) -> str:
             bar = f"{detail['bar']:g}" if detail["bar"] else "-"
             numbers = f"{report[name]:>8.2f}{detail['lowest']:>8.2f}{detail['highest']:>9.2f}{bar:>7}"
             lines.append(f"{name:<23}{numbers}   {detail['what']}")
-    lines += ["", f"{'slice':<23}{'tokens/s':>10}{'first token p50':>17}"]
+    lines += ["", f"{'slice':<23}{'tokens/s':>10}{'first token p50':>17}{'others':>9}"]
     for scene, found in report["scenes"].items():
         tuning = found["tuning"]
         lines.append(f"{scene}: {tuning['replicas']} x {tuning['threads']}, {tuning['compute_type']}")
         for name, figures in found["slices"].items():
             first = f"{figures['first_token_ms']:,.1f} ms" if name not in _OFFLINE else "-"
-            lines.append(f"  {name:<21}{figures['tokens_per_second']:>10,.0f}{first:>17}")
-    return "\n".join(lines)
+            lines.append(f"  {name:<21}{figures['tokens_per_second']:>10,.0f}{first:>17}{figures['others']:>9.2f}")
+    return "\n".join([*lines, "others: processors that other programs kept busy meanwhile"])

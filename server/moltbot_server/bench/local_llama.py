@@ -23,7 +23,7 @@ import psutil
 import uvloop
 
 from moltbot_server.bench.local_prompts import Workload
-from moltbot_server.bench.local_rig import Counted
+from moltbot_server.bench.local_rig import Busy, Counted
 from moltbot_server.models.meter import Answer, Window
 from moltbot_server.turns import Value
 
@@ -61,12 +61,8 @@ class LlamaServer:
 
     def streamed(self, streams: int, seconds: float) -> Counted:
         """Count what it streams to so many at a time."""
-        process = psutil.Process(self._process.pid)
-        before, began = process.cpu_times(), time.perf_counter()
-        counted = uvloop.run(self._count(streams, seconds))
-        now, passed = process.cpu_times(), time.perf_counter() - began
-        used = (now.user + now.system - before.user - before.system) / passed
-        return counted | {"processors": {"llama": round(used, 2)}}
+        busy = Busy({"llama": psutil.Process(self._process.pid), "client": psutil.Process()})
+        return uvloop.run(self._count(streams, seconds)) | {"processors": busy.read()}
 
     def _end(self) -> None:
         self._process.terminate()

@@ -24,6 +24,8 @@ from moltbot_server.models.meter import Answer, Window
 from moltbot_server.turns import Value
 
 _CHANNELS = 4
+_LONGEST = 300.0
+"""Seconds after which a turn is taken for lost, and the benchmark ends instead of waiting for ever."""
 
 
 class Plan(Value, frozen=True, kw_only=True):
@@ -87,7 +89,8 @@ class Streams:
             turn.options.max_output_tokens = limit
         stub = self._stubs[number % _CHANNELS]
         asked, first, event = time.perf_counter(), 0.0, chat_pb2.StreamTurnResponse().event
-        async for response in stub.StreamTurn(chat_pb2.StreamTurnRequest(turn=turn), metadata=self._metadata):
+        call = stub.StreamTurn(chat_pb2.StreamTurnRequest(turn=turn), metadata=self._metadata, timeout=_LONGEST)
+        async for response in call:
             event = response.event
             if not first and event.WhichOneof("kind") == "text_delta":
                 first = time.perf_counter()

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import tempfile
 import time
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -46,22 +47,17 @@ class Rig:
     def streamed(self, workload: Workload, streams: int, seconds: float) -> Counted:
         """Count what the core streams to so many at a time, and the processors that each process keeps busy for it."""
         load = self._loads.get((workload, streams)) or self._load(workload, streams)
-        before, began = self._used(load), time.perf_counter()
+        busy = Busy(self._processes | {"client": psutil.Process(load.pid)})
         load.tell(str(seconds))
-        counted = load.read()
-        passed = time.perf_counter() - began
-        used = {name: round((now - before[name]) / passed, 2) for name, now in self._used(load).items()}
-        return counted | {"processors": used}
+        return load.read() | {"processors": busy.read()}
 
     def bare(self, way: str, workload: Workload, rows: int, seconds: float) -> Counted:
         """Count what CTranslate2 writes by itself; see `local_bare.Job`."""
-        before, began = self._bare.cpu_seconds(), time.perf_counter()
+        busy = Busy({"bare": psutil.Process(self._bare.pid)})
         job: dict[str, Any] = {"way": way, "workload": workload, "rows": rows, "seconds": seconds}
         job |= {"warm": 1.0} if way == "one" else {}
         self._bare.tell(msgspec.json.encode(job).decode())
-        counted = self._bare.read()
-        used = (self._bare.cpu_seconds() - before) / (time.perf_counter() - began)
-        return counted | {"rows": rows, "processors": {"bare": round(used, 2)}}
+        return self._bare.read() | {"rows": rows, "processors": busy.read()}
 
     def _load(self, workload: Workload, streams: int) -> Child:
         load = self._stack.enter_context(Child("moltbot_server.bench.local_load"))
@@ -70,9 +66,30 @@ class Rig:
         self._loads[workload, streams] = load
         return load
 
-    def _used(self, load: Child) -> dict[str, float]:
+
+class Busy:
+    """How many processors some processes keep busy from now on, and all others of this machine together."""
+
+    def __init__(self, processes: Mapping[str, psutil.Process]) -> None:
+        self._processes = processes
+        self._began, self._before, self._idle = time.perf_counter(), self._used(), _idle()
+
+    def read(self) -> dict[str, float]:
+        """Return the processors by name, and those of all others as `others`."""
+        passed = time.perf_counter() - self._began
+        used = {name: (now - self._before[name]) / passed for name, now in self._used().items()}
+        others = (psutil.cpu_count() or 1) - (_idle() - self._idle) / passed - sum(used.values())
+        return {name: round(each, 2) for name, each in (used | {"others": max(0.0, others)}).items()}
+
+    def _used(self) -> dict[str, float]:
         times = {name: process.cpu_times() for name, process in self._processes.items()}
-        return {name: used.user + used.system for name, used in times.items()} | {"client": load.cpu_seconds()}
+        return {name: used.user + used.system for name, used in times.items()}
+
+
+def _idle() -> float:
+    """Return the processor time that nobody has used, in seconds."""
+    times = psutil.cpu_times()
+    return float(times.idle + getattr(times, "iowait", 0.0))
 
 
 def _line(value: msgspec.Struct) -> str:
