@@ -6,10 +6,12 @@ import json
 import os
 import subprocess
 import sys
+import time
 from collections.abc import Iterator
 from typing import Any
 
 import msgspec
+import psutil
 
 from moltbot_server.cli.progress import Progress
 from moltbot_server.cli.running import Running
@@ -20,6 +22,9 @@ from moltbot_server.models.folder import ModelFolder
 from moltbot_server.models.measuring import STREAMS, Outcome, Plan
 from moltbot_server.models.tuning import ENVIRONMENT, Measured, Tuning, keep_tuning
 from moltbot_server.workspace import Workspace
+
+QUIET = 0.3
+"""Processors that other programs may keep busy without a measurement being taken for disturbed."""
 
 _HEAD = ("replicas", "threads", "batch", "type", "tokens/s", "first token", "alone: tokens/s", "first token")
 
@@ -38,6 +43,7 @@ def tune(
         raise Failure(f"{folder.id} writes no answers, so there is nothing to tune; it only turns texts into vectors.")
     if Running.read(workspace) is not None and not as_json:
         print("MoltBot runs here as well and takes its part of the processors.", file=sys.stderr)
+    others = _Others()
     try:
         outcome = _measured(Plan(folder=str(folder.path), type=folder.family, quick=quick), folder.id, quiet=as_json)
     except KeyboardInterrupt:
@@ -55,8 +61,44 @@ def tune(
         )
     except OSError as problem:
         raise Failure(f"the tuning cannot be kept in {shown(workspace.folder)}: {problem.strerror}.") from None
-    print(json.dumps(_as_json(kept, outcome)) if as_json else _table(workspace, kept, outcome))
+    busy = others.busy()
+    if busy > QUIET and not as_json:
+        print(
+            f"Other programs kept {busy:.1f} processors busy meanwhile; measure again when they rest.", file=sys.stderr
+        )
+    print(json.dumps(_as_json(kept, outcome, busy)) if as_json else _table(workspace, kept, outcome))
     return int(Exit.OK)
+
+
+def measured_undisturbed(plan: Plan) -> Outcome | None:
+    """Measure without a word; None where other programs used the machine meanwhile.
+
+    Raises:
+        Failure: the model cannot be measured.
+    """
+    others = _Others()
+    outcome = _measured(plan, "", quiet=True)
+    return outcome if others.busy() <= QUIET else None
+
+
+class _Others:
+    """How many processors other programs keep busy from now on."""
+
+    def __init__(self) -> None:
+        self._began, self._idle, self._own = time.perf_counter(), self._idle_now(), self._own_now()
+
+    def busy(self) -> float:
+        """Return the processors; those of this process and of its children that have ended do not count."""
+        passed = time.perf_counter() - self._began
+        used = (psutil.cpu_count() or 1) * passed - (self._idle_now() - self._idle)
+        return max(0.0, (used - (self._own_now() - self._own)) / passed)
+
+    def _idle_now(self) -> float:
+        times = psutil.cpu_times()
+        return float(times.idle + getattr(times, "iowait", 0.0))
+
+    def _own_now(self) -> float:
+        return sum(os.times()[:4])
 
 
 def _measured(plan: Plan, name: str, *, quiet: bool) -> Outcome:
@@ -90,13 +132,14 @@ def _lines(plan: Plan) -> Iterator[dict[str, Any]]:
         process.stdout.close()
 
 
-def _as_json(kept: Measured, outcome: Outcome) -> dict[str, Any]:
+def _as_json(kept: Measured, outcome: Outcome, others: float) -> dict[str, Any]:
     said: dict[str, Any] = msgspec.to_builtins(kept)
     return said | {
         "prompt_tokens": outcome.prompt_tokens,
         "new_tokens": outcome.new_tokens,
         "trials": msgspec.to_builtins(outcome.trials),
         "notes": list(outcome.notes),
+        "others": round(others, 2),
     }
 
 
