@@ -64,9 +64,9 @@ async def _run(start: Callable[[], Awaitable[tuple[Mapping[str, Any], Leave]]]) 
         ready, stop = await starting
     except asyncio.CancelledError:
         return 0
-    except (MoltBotError, OSError) as error:
+    except (MoltBotError, ConfigError, OSError) as error:
         print(f"moltbot: {error}", file=sys.stderr)
-        return _BAD_CONFIGURATION if isinstance(error, MoltBotError) else 1
+        return 1 if isinstance(error, OSError) else _BAD_CONFIGURATION
     print(json.dumps(ready), flush=True)
     # What is alive now stays so: the collector need not look at it again, and a turn's values are no cycles.
     gc.collect()

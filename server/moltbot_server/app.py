@@ -12,7 +12,7 @@ from typing import Any
 from moltbot_server.auth.keys import Authenticator
 from moltbot_server.auth.policy import OWNER
 from moltbot_server.config import INLINE, Settings
-from moltbot_server.errors import MoltBotError
+from moltbot_server.errors import ModelUnavailable, MoltBotError, Unauthenticated
 from moltbot_server.journal import Journal
 from moltbot_server.metrics import Metrics
 from moltbot_server.models.catalog import Catalog
@@ -145,7 +145,15 @@ class Core:
             await self.catalog.start()
             return
         await self._link.open(_ENGINE_START)
-        for model in await self._link.models():
+        try:
+            models = await self._link.models()
+        except Unauthenticated:
+            key_file = Workspace(folder=self.settings.workspace).key_file
+            raise ModelUnavailable(
+                f"The engine at {self._link.address} does not know this workspace's key: copy {key_file} into the "
+                "engine's workspace and start it again."
+            ) from None
+        for model in models:
             self.catalog.add(RemoteEngine(self._link, model, queue_limit=self.settings.queue_limit))
 
     async def _close_models(self) -> None:

@@ -99,10 +99,14 @@ class EngineRole:
 
 def _server(settings: Settings, listen: str) -> GrpcServer:
     if listen.startswith("unix:"):
-        return GrpcServer(path=Path(listen.removeprefix("unix:")), max_message_bytes=_LARGEST)
+        path = Path(listen.removeprefix("unix:"))
+        if not path.name or not path.parent.is_dir():
+            text = f"found {listen!r}, expected unix:PATH in a folder that exists"
+            raise ConfigError(Problem(where="--listen", text=text))
+        return GrpcServer(path=path, max_message_bytes=_LARGEST)
     host, _, port = listen.rpartition(":")
     host = host.strip("[]")
-    if not host or not port.isdecimal():
+    if not host or not port.isdecimal() or int(port) > _LAST_PORT:
         raise ConfigError(Problem(where="--listen", text=f"found {listen!r}, expected unix:PATH or HOST:PORT"))
     tls = None
     if settings.tls_cert is not None and settings.tls_key is not None:
@@ -115,3 +119,4 @@ def _server(settings: Settings, listen: str) -> GrpcServer:
 
 
 _LARGEST = 64 << 20
+_LAST_PORT = 65535

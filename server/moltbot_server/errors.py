@@ -210,7 +210,7 @@ class StorageUnavailable(MoltBotError):
 
 
 class TurnInterrupted(MoltBotError):
-    """The core stopped while the turn ran."""
+    """The core, or the engine that wrote the answer, stopped while the turn ran."""
 
     status, reason, retryable = Status.UNAVAILABLE, "TURN_INTERRUPTED", True
     advice = "Repeat with the same request_id: it starts the turn again."

@@ -14,7 +14,7 @@ import grpc
 import pytest
 from moltbot.v1 import inference_pb2, message_pb2, model_pb2
 from moltbot_server.app import Core
-from moltbot_server.config import Settings
+from moltbot_server.config import ConfigError, Settings
 from moltbot_server.demo_model import ARTIFACT
 from moltbot_server.engine_role import EngineRole
 from moltbot_server.errors import ModelUnavailable
@@ -255,7 +255,7 @@ async def test_turns_that_have_not_begun_to_stream_do_not_see_that_the_engine_di
     answers = await asyncio.wait_for(asyncio.gather(*waiting, asked_while_away), 20)
 
     assert [answer.completed.text for answer in answers] == ["one two"] * 8 + ["You said: hello"]
-    assert (cut[-1].failed.reason, cut[-1].failed.retryable) == ("MODEL_UNAVAILABLE", True)
+    assert (cut[-1].failed.reason, cut[-1].failed.retryable) == ("TURN_INTERRUPTED", True)
 
 
 async def test_models_that_were_loaded_are_loaded_again_when_the_engine_comes_back(
@@ -289,6 +289,22 @@ async def test_an_engine_tells_its_numbers_and_so_does_the_core_that_uses_it(
     assert 'moltbot_model{model="scripted",number="answers"} 0.0' in lines
     assert 'moltbot_model{model="scripted",number="away_seconds"} 0.0' in lines
     assert 'moltbot_model{model="scripted",number="turns"} 0.0' in role.metrics.page().decode().splitlines()
+
+
+async def test_an_engine_of_another_workspace_is_told_with_the_way_out(tmp_path: Path, role: EngineRole) -> None:
+    other = Workspace(folder=tmp_path / "other")
+    other.create()
+    core = Core(settings(other.folder, engine=role.server.address), key=other.read_key())
+    with pytest.raises(ModelUnavailable, match=r"does not know this workspace's key: copy .*/other/key into"):
+        await core.start()
+
+
+@pytest.mark.parametrize(
+    "listen", ["nonsense", "foo:bar", "0.0.0.0:50061", "127.0.0.1:99999", "unix:", "unix:/nowhere/engine.sock"]
+)
+def test_an_address_that_cannot_be_listened_on_is_refused_by_name(tmp_path: Path, listen: str) -> None:
+    with pytest.raises(ConfigError, match="--listen"):
+        EngineRole(settings(tmp_path), key="mb", listen=listen, catalog=Catalog([AskedEngine()]))
 
 
 async def test_one_socket_has_one_engine(tmp_path: Path, role: EngineRole) -> None:

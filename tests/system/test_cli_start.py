@@ -141,7 +141,7 @@ async def test_core_and_adapter_hold_few_arenas_of_memory_unless_the_user_says_h
     async with home.started() as started:
         processes = started.told()["processes"]
         arenas = {name: psutil.Process(pid).environ().get("MALLOC_ARENA_MAX") for name, pid in processes.items()}
-    expected = {"core": "2", "http": "2", "engine": None}
+    expected = {"core": "2", "http": "2", "engine": "4"}
     assert arenas == {name: set_by_the_user or expected[name] for name in processes}
     assert "core" in arenas
 
@@ -237,7 +237,7 @@ def test_each_crash_doubles_the_pause_up_to_half_a_minute_and_a_healthy_minute_r
         child.start(now=100.0)
         assert child.process is not None
         child.process.wait()
-        assert child.ended(now=100.0 + lived) == 1
+        assert child.ended(now=100.0 + lived) not in (None, 0)
         assert child.due is not None
         pauses.append(child.due - 100.0 - lived)
     assert pauses == [1, 2, 4, 8, 16, 30, 30, 1]

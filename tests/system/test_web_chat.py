@@ -8,6 +8,7 @@ from collections.abc import AsyncIterator
 from pathlib import Path
 from urllib.parse import urlsplit
 
+import psutil
 import pytest
 from cli_process import Home, Started
 from playwright.async_api import Browser
@@ -130,15 +131,13 @@ async def test_hostile_output_of_a_real_turn_runs_and_loads_nothing(visit: Visit
     assert (visit.strangers, visit.problems) == ([], [])
 
 
-async def test_a_core_that_dies_in_the_middle_leaves_a_page_that_can_go_on(visit: Visit, started: Started) -> None:
+@pytest.mark.parametrize("name", ["core", "engine"])
+async def test_a_process_that_dies_in_the_middle_leaves_a_page_that_can_go_on(
+    visit: Visit, started: Started, name: str
+) -> None:
     await ask(visit, "endless please")
     await shown(visit, "word10")
-    core = next(
-        child
-        for child in started.processes()
-        if "moltbot_server" in " ".join(child.cmdline()[:4]) and child.pid != started.process.pid
-    )
-    core.kill()
+    psutil.Process(started.told()["processes"][name]).kill()
     await visit.page.wait_for_selector(".answer:last-child:not([aria-busy])", state="attached", timeout=60_000)
     assert "The answer broke off" in await visit.page.locator(".problem").inner_text()
     await visit.page.get_by_role("button", name="Try again").click()

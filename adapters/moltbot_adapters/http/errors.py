@@ -106,7 +106,11 @@ def from_core(error: CoreError) -> HttpError:
         headers["retry-after-ms"] = str(max(1, round(wait_s * 1000)))
     if error.reason in _IN_VAIN:
         headers["x-should-retry"] = "false"
-    return HttpError(status, code, error.message or message, type=kind, param=_param(error), headers=headers)
+    param, told = _param(error), error.message or message
+    if error.field and told.startswith(f"{error.field}: "):
+        # The core names a field of its own call; whoever called here sent another one.
+        told = f"{param or 'request'}: {told.removeprefix(f'{error.field}: ')}"
+    return HttpError(status, code, told, type=kind, param=param, headers=headers)
 
 
 def _param(error: CoreError) -> str | None:

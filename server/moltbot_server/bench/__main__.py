@@ -54,15 +54,19 @@ def _parser() -> argparse.ArgumentParser:
     )
     kinds = parser.add_subparsers(metavar="WHAT", required=True)
     core = kinds.add_parser("core", help="whole turns of the core against a bare gRPC server, in pairs")
-    core.add_argument("--seconds", type=float, default=2.0, help="length of a slice (default: %(default)s)")
-    core.add_argument("--rounds", type=int, default=5, help="pairs of slices for each figure (default: %(default)s)")
-    core.add_argument("--in-flight", type=int, default=128, help="calls in flight (default: %(default)s)")
+    core.add_argument("--seconds", type=_positive, default=2.0, help="length of a slice (default: %(default)s)")
+    core.add_argument(
+        "--rounds", type=_at_least_one, default=5, help="pairs of slices for each figure (default: %(default)s)"
+    )
+    core.add_argument("--in-flight", type=_at_least_one, default=128, help="calls in flight (default: %(default)s)")
     core.set_defaults(run=_core, table=_core_table)
     chat = kinds.add_parser("chat", help="a whole installation with the built-in model: start, first token, memory")
     chat.add_argument("--sessions", type=int, default=200, help="sessions that speak (default: %(default)s)")
-    chat.add_argument("--every", type=float, default=5.0, help="seconds between their words (default: %(default)s)")
-    chat.add_argument("--seconds", type=float, default=60.0, help="how long they speak (default: %(default)s)")
-    chat.add_argument("--chats", type=int, default=100, help="first chats, one after another (default: %(default)s)")
+    chat.add_argument("--every", type=_positive, default=5.0, help="seconds between their words (default: %(default)s)")
+    chat.add_argument("--seconds", type=_positive, default=60.0, help="how long they speak (default: %(default)s)")
+    chat.add_argument(
+        "--chats", type=_at_least_one, default=100, help="first chats, one after another (default: %(default)s)"
+    )
     chat.add_argument("--cpus", type=_cpus, default=None, metavar="0,1", help="processors of the installation")
     chat.set_defaults(run=_chat, table=_chat_table)
     for kind in (core, chat):
@@ -70,6 +74,20 @@ def _parser() -> argparse.ArgumentParser:
     add_local(kinds, _machine)
     add_serving(kinds, _machine)
     return parser
+
+
+def _positive(text: str) -> float:
+    number = float(text)
+    if not 0 < number < float("inf"):
+        raise argparse.ArgumentTypeError(f"{text} is not above 0")
+    return number
+
+
+def _at_least_one(text: str) -> int:
+    number = int(text)
+    if number < 1:
+        raise argparse.ArgumentTypeError(f"{text} is below 1")
+    return number
 
 
 def _cpus(text: str) -> set[int]:

@@ -106,7 +106,7 @@ def _add_getting(sub: _Add) -> None:
         "convert",
         _convert,
         "Convert weights of Transformers (safetensors) into a model that MoltBot runs.\n"
-        "It needs what `pip install 'moltbot[convert]'` adds. The source stays as it is.",
+        "It needs the extra `convert`, which docs/models.md says how to install. The source stays as it is.",
         "moltbot model convert ~/models/TinyLlama-1.1B-Chat",
         "moltbot model convert tinyllama-1.1b-chat --name tiny --quantization int8_float32",
     )

@@ -29,6 +29,8 @@ Type and press Enter. Ctrl-C stops an answer, Ctrl-D leaves.
   /quit            leave
 A text that begins with a slash of its own: double it, as in //help."""
 
+_LEAVING = frozenset({"exit", "quit", ":q"})  # what other programs of a terminal are left with
+
 
 class Talk:
     """One conversation at a terminal, which may move from session to session."""
@@ -60,6 +62,8 @@ class Talk:
                 return
             if not text:
                 continue
+            if text.lower() in _LEAVING:
+                return
             try:
                 await self.take(text)
             except MoltBotClientError as error:

@@ -94,13 +94,13 @@ def _check_extra() -> None:
     if missing:
         raise ModelUnavailable(
             f"Converting needs {' and '.join(missing)}, which the extra `convert` brings: "
-            "type  pip install 'moltbot[convert]'  and repeat the command."
+            "type  .venv/bin/python -m pip install --editable '.[convert]'  in MoltBot's folder and repeat the command."
         )
     transformers = importlib.import_module("transformers")
     if int(transformers.__version__.partition(".")[0]) < 5:
         raise ModelUnavailable(
             f"Converting needs transformers 5 or newer; found {transformers.__version__}: "
-            "type  pip install --upgrade 'moltbot[convert]'  and repeat the command."
+            "type  .venv/bin/python -m pip install --upgrade --editable '.[convert]'  in MoltBot's folder and repeat."
         )
     transformers.logging.set_verbosity_error()
     transformers.logging.disable_progress_bar()

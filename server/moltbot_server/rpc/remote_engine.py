@@ -20,7 +20,14 @@ from grpc import aio
 from moltbot.v1 import inference_pb2, inference_pb2_grpc, model_pb2, model_pb2_grpc
 
 from moltbot_server.config import is_loopback
-from moltbot_server.errors import ModelNotFound, ModelNotLoadable, ModelUnavailable, MoltBotError, QueueFull
+from moltbot_server.errors import (
+    ModelNotFound,
+    ModelNotLoadable,
+    ModelUnavailable,
+    MoltBotError,
+    QueueFull,
+    TurnInterrupted,
+)
 from moltbot_server.models.engine import NOBODY, Asker, Embedded, Engine, Finished, Generation, Listener
 from moltbot_server.models.limits import check_options
 from moltbot_server.models.manager import ModelSpec, Progress
@@ -37,6 +44,7 @@ _FLUSH = 0.005
 _LONGEST_EMBEDDING = 60.0
 _CALM = 1.0  # seconds without a refusal after which a flood is over
 _MANY = 1024
+_SOON = 3.0  # seconds that an engine on this machine takes at most to start
 _LONGEST_TOKEN = 12  # characters; a guess on the safe side, the engine counts exactly
 _SERVICE_CONFIG = json.dumps({"loadBalancingConfig": [{"round_robin": {}}], "healthCheckConfig": {"serviceName": ""}})
 _OPTIONS = (
@@ -85,6 +93,7 @@ class EngineLink:
         Raises:
             ModelUnavailable: nothing that serves models answered within `within` seconds.
         """
+        waiting = asyncio.get_running_loop().call_later(_SOON, self._say_waiting)
         try:
             async with asyncio.timeout(within):
                 await self._channel.channel_ready()
@@ -93,7 +102,12 @@ class EngineLink:
                 f"The engine at {self.address} did not answer within {within:g} s; start it with `moltbot engine`, "
                 "or correct `engine` in the configuration."
             ) from None
+        finally:
+            waiting.cancel()
         self._watch = asyncio.create_task(self._keep_watch())
+
+    def _say_waiting(self) -> None:
+        log.warning("the engine cannot be reached yet; waiting for it", extra={"address": self.address})
 
     async def close(self) -> None:
         """Leave; what still waits for an answer is cancelled."""
@@ -370,7 +384,7 @@ class _RemoteGeneration:
                     self._engine.was_refused(self._request.asker.workspace)
                 if self._spoke:
                     if was_lost(problem):
-                        raise ModelUnavailable("the engine was lost while it wrote this answer") from None
+                        raise TurnInterrupted("the engine stopped while it wrote this answer") from None
                     raise error from None
                 if was_lost(problem):
                     until = begun + PATIENCE if self._deadline is None else min(begun + PATIENCE, self._deadline)

@@ -67,7 +67,9 @@ class _ErrorReasonEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[_ErrorReas
     ERROR_REASON_STORAGE_UNAVAILABLE: _ErrorReason.ValueType  # 21
     """UNAVAILABLE: the store cannot be reached."""
     ERROR_REASON_TURN_INTERRUPTED: _ErrorReason.ValueType  # 22
-    """UNAVAILABLE: the core stopped while the turn ran; start it again."""
+    """UNAVAILABLE: the core or the engine stopped while the turn ran; start it
+    again with the same request_id.
+    """
     ERROR_REASON_UNIMPLEMENTED: _ErrorReason.ValueType  # 23
     """UNIMPLEMENTED: this core cannot do that."""
     ERROR_REASON_INTERNAL: _ErrorReason.ValueType  # 24
@@ -132,7 +134,9 @@ ERROR_REASON_MODEL_UNAVAILABLE: ErrorReason.ValueType  # 20
 ERROR_REASON_STORAGE_UNAVAILABLE: ErrorReason.ValueType  # 21
 """UNAVAILABLE: the store cannot be reached."""
 ERROR_REASON_TURN_INTERRUPTED: ErrorReason.ValueType  # 22
-"""UNAVAILABLE: the core stopped while the turn ran; start it again."""
+"""UNAVAILABLE: the core or the engine stopped while the turn ran; start it
+again with the same request_id.
+"""
 ERROR_REASON_UNIMPLEMENTED: ErrorReason.ValueType  # 23
 """UNIMPLEMENTED: this core cannot do that."""
 ERROR_REASON_INTERNAL: ErrorReason.ValueType  # 24

@@ -1,0 +1,31 @@
+"""What holds a connection: options that the library knows, and pings of clients that wait for a silent turn."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+from grpc import aio
+from grpc._cython import cygrpc
+from moltbot_server.rpc import remote_engine, server
+from moltbot_server.testing import RunningServer
+from rpc_calls import Api, turn
+
+
+@pytest.mark.parametrize(
+    "options", [server._options(1 << 20), remote_engine._OPTIONS], ids=["server", "engine's client"]
+)
+def test_every_option_of_the_transport_is_one_that_the_library_knows(options: list[tuple[str, object]]) -> None:
+    library = Path(cygrpc.__file__).read_bytes()
+    unknown = [name for name, _ in options if name.encode() + b"\0" not in library]
+
+    assert unknown == []
+
+
+async def test_a_turn_that_is_silent_for_long_keeps_the_connection_of_a_client_that_pings(core: RunningServer) -> None:
+    options = [("grpc.keepalive_time_ms", 10_000), ("grpc.http2.max_pings_without_data", 0)]
+    api = Api(aio.insecure_channel(core.address, options=options), core.metadata)
+    answer = await api.run(turn("#1 wait=45"), timeout=60)  # the fourth ping would be one too many
+    await api.channel.close()
+
+    assert answer.completed.text == "one"
