@@ -112,6 +112,7 @@ class TurnPipeline:
         entry.engine.admit(asker)
         key = SessionKey(workspace=principal.workspace, session=turn.session or secrets.token_hex(12))
         session = self._at_hand(key, turn)
+        waited = session is None
         if session is None:
             session = await self._sessions.open(key)
             entry = self._still_ready(entry, turn)
@@ -120,6 +121,9 @@ class TurnPipeline:
             same_content(begun.digest, digest)
             begun.allow_until(deadline)
             return begun
+        if waited:
+            # Many others may have begun meanwhile.
+            entry.engine.admit(asker)
         if session.claims >= _MOST_IN_A_SESSION:
             raise QueueFull("too many turns wait in this session already", retry_after=1.0)
         live = LiveTurn(

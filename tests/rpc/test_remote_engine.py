@@ -12,7 +12,8 @@ from typing import Any
 
 import grpc
 import pytest
-from moltbot.v1 import inference_pb2, message_pb2, model_pb2
+from grpc import aio
+from moltbot.v1 import inference_pb2, message_pb2, model_pb2, session_pb2
 from moltbot_server.app import Core
 from moltbot_server.config import ConfigError, Settings
 from moltbot_server.demo_model import ARTIFACT
@@ -311,3 +312,18 @@ async def test_one_socket_has_one_engine(tmp_path: Path, role: EngineRole) -> No
     second = EngineRole(settings(tmp_path), key="mb", listen=role.server.address, catalog=Catalog([AskedEngine()]))
     with pytest.raises(OSError, match="another engine listens there"):
         await second.start()
+
+
+async def test_a_burst_of_new_sessions_is_refused_before_it_is_stored(
+    api: Api, core: RunningServer, role: EngineRole, engine: AskedEngine
+) -> None:
+    remote = core.core.catalog.get()
+    remote.parallel, remote._limit = 2, 4  # type: ignore[attr-defined,misc]
+    calls = [asyncio.ensure_future(api.run(turn("#1 wait=0.5", session=f"sessions/new-{n}"))) for n in range(40)]
+    outcomes = await asyncio.gather(*calls, return_exceptions=True)
+    refusals = [outcome for outcome in outcomes if isinstance(outcome, aio.AioRpcError)]
+    sessions = await api.sessions.ListSessions(session_pb2.ListSessionsRequest(page_size=100), metadata=api.metadata)
+
+    assert {reason_of(refusal) for refusal in refusals} == {"QUEUE_FULL"}
+    assert all("grpc-retry-pushback-ms" in dict(refusal.trailing_metadata() or ()) for refusal in refusals)
+    assert len(outcomes) - len(refusals) == len(sessions.sessions) == len(engine.askers) <= 6
