@@ -10,6 +10,7 @@ import grpc
 import pytest
 from google.rpc import error_details_pb2, status_pb2
 from moltbot import MoltBot, MoltBotClientError
+from moltbot.credentials import find_address
 from moltbot.errors import from_event
 from moltbot.v1 import chat_pb2, chat_pb2_grpc, message_pb2
 from moltbot_server.testing import RunningServer, running_server
@@ -248,3 +249,17 @@ async def test_a_core_that_forgot_a_turn_by_restarting_is_told_as_an_interruptio
         with pytest.raises(MoltBotClientError) as caught:
             _ = [event async for event in bot.resume_turn("sessions/s/turns/1")]
         assert (caught.value.reason, caught.value.retryable) == ("TURN_NOT_FOUND", False)
+
+
+def test_an_address_is_that_of_what_runs_in_the_workspace(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("MOLTBOT_ADDRESS", raising=False)
+    monkeypatch.setenv("MOLTBOT_WORKSPACE", str(tmp_path))
+    assert find_address() == "127.0.0.1:50051"
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / "start.json").write_text('{"grpc": "127.0.0.1:50999"}')
+    assert find_address() == "127.0.0.1:50999"
+    monkeypatch.setenv("MOLTBOT_ADDRESS", "core.example.com:443")
+    assert find_address() == "core.example.com:443"
+    monkeypatch.delenv("MOLTBOT_ADDRESS")
+    (tmp_path / "run" / "start.json").write_text("[]")
+    assert find_address() == "127.0.0.1:50051"

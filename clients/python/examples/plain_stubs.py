@@ -13,7 +13,8 @@ from moltbot.v1 import chat_pb2, chat_pb2_grpc, message_pb2
 
 question = " ".join(sys.argv[1:]) or "What can you do?"
 address = os.environ.get("MOLTBOT_ADDRESS", "127.0.0.1:50051")
-key = (Path.home() / ".moltbot" / "key").read_text().strip()
+workspace = Path(os.environ.get("MOLTBOT_WORKSPACE", Path.home() / ".moltbot"))
+key = (workspace / "key").read_text().strip()
 turn = chat_pb2.TurnInput(parts=[message_pb2.Part(text=question)], request_id=str(uuid.uuid4()))
 
 with grpc.insecure_channel(address) as channel:

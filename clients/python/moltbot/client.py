@@ -60,10 +60,10 @@ _AnyPage = TypeVar("_AnyPage", bound=_Page)
 class MoltBot:
     """A connection to a core, as an asynchronous context.
 
-    Without `address`, the variable `MOLTBOT_ADDRESS` or 127.0.0.1:50051 is used; without `key`, the variable
-    `MOLTBOT_KEY` or the key file of this user's workspace. `credentials` turns on TLS, as in
-    `grpc.ssl_channel_credentials()`. Every call raises `MoltBotClientError` and nothing else when the core or the way
-    to it fails. `within` is the seconds that a call may take to its end; None waits as long as it takes.
+    Without `address`, the variable `MOLTBOT_ADDRESS` is used, or what runs in this user's workspace, or
+    127.0.0.1:50051; without `key`, the variable `MOLTBOT_KEY` or the key file of that workspace. `credentials` turns on
+    TLS, as in `grpc.ssl_channel_credentials()`. Every call raises `MoltBotClientError` and nothing else when the core
+    or the way to it fails. `within` is the seconds that a call may take to its end; None waits as long as it takes.
     """
 
     def __init__(
