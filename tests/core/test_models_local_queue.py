@@ -13,7 +13,7 @@ from moltbot_server.errors import QueueFull
 from moltbot_server.models.engines.local.admission import PATIENCE, Admission
 from moltbot_server.models.engines.local.fair_queue import FairQueue
 from moltbot_server.models.engines.local.rows import Row, Sampling
-from moltbot_server.models.engines.local.shares import Shares
+from moltbot_server.models.engines.local.shares import ALL, Shares
 
 
 def row(workspace: str = "w", session: str = "", cost: float = 1.0, deadline: float | None = None) -> Row:
@@ -306,14 +306,14 @@ def room(shared: Shares, workspace: str, now: float) -> int:
 def test_a_workspace_alone_may_have_every_place() -> None:
     shared = shares()
     use(shared, "loud", 100, 0.0)
-    assert room(shared, "loud", 0.0) == 16
+    assert room(shared, "loud", 0.0) == ALL
 
 
 def test_a_burst_may_have_every_place_beside_others() -> None:
     shared = shares()
     shared.asked("quiet", 0.0)
     use(shared, "burst", 9, 0.0)
-    assert room(shared, "burst", 0.0) == 16
+    assert room(shared, "burst", 0.0) == ALL
 
 
 def test_who_has_had_more_than_its_share_has_its_share_of_the_places_while_others_are_active() -> None:
@@ -325,7 +325,7 @@ def test_who_has_had_more_than_its_share_has_its_share_of_the_places_while_other
     for _ in range(3):
         shared.left("loud", 0.0)
     assert room(shared, "loud", 1.0) == 1
-    assert room(shared, "a", 1.0) == room(shared, "new", 1.0) == 16
+    assert room(shared, "a", 1.0) == room(shared, "new", 1.0) == ALL
 
 
 def test_the_share_follows_the_weights_and_is_never_nothing() -> None:
@@ -347,10 +347,10 @@ def test_what_was_had_is_forgotten_and_so_are_those_who_left() -> None:
         shared.left("loud", 0.0)
     assert room(shared, "loud", 1.0) == 8
     shared.asked("quiet", 9.0)
-    assert room(shared, "loud", 9.0) == 16, "twenty seconds of a replica are forgotten by half"
+    assert room(shared, "loud", 9.0) == ALL, "twenty seconds of a replica are forgotten by half"
     use(shared, "loud", 20, 9.0)
     assert room(shared, "loud", 9.0) == 8 - 20
-    assert room(shared, "loud", 19.5) == 16, "nobody else is there any more"
+    assert room(shared, "loud", 19.5) == ALL, "nobody else is there any more"
 
 
 def test_an_answer_that_cost_less_than_expected_is_charged_less() -> None:
@@ -359,7 +359,7 @@ def test_an_answer_that_cost_less_than_expected_is_charged_less() -> None:
     use(shared, "loud", 1, 0.0, cost=12.0)
     assert room(shared, "loud", 0.0) == 7
     shared.left("loud", -5.0)
-    assert room(shared, "loud", 0.0) == 16
+    assert room(shared, "loud", 0.0) == ALL
 
 
 def test_the_memory_of_who_came_is_bounded() -> None:

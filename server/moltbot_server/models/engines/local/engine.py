@@ -243,7 +243,8 @@ class LocalEngine:
         row.cancelled = True
         self._rows.discard(row)
         self._waiting.remove(row)
-        self._waiting.answered(row.limit - row.left)
+        if row.ended and row.began:
+            self._waiting.answered(row.limit - row.left)
 
     @property
     def _tokenizer(self) -> Tokenizer:

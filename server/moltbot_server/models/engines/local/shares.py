@@ -5,6 +5,9 @@ from __future__ import annotations
 from collections.abc import Callable
 from math import exp
 
+ALL = 1 << 30
+"""The room of a workspace that nothing bounds: more places than there are, for more rows are looked at than taken."""
+
 WINDOW = 10.0
 """Seconds that service is remembered for, and that a workspace counts as active after its last row."""
 
@@ -63,9 +66,9 @@ class Shares:
         """Return how many more places a workspace may have, while workspaces of so much weight are active."""
         use = self._uses.get(workspace)
         if use is None:
-            return self._places
+            return ALL
         share = use.weight / max(active, use.weight)
-        return max(1, int(share * self._places)) - use.running if self._is_over(use, share, now) else self._places
+        return max(1, int(share * self._places)) - use.running if self._is_over(use, share, now) else ALL
 
     def may_lead(self, workspace: str, active: float, now: float, free: int) -> bool:
         """Tell whether a workspace may begin a batch where so many replicas are free."""
