@@ -107,12 +107,15 @@ def bench_local(
 ) -> dict[str, Any]:
     """Run the benchmark and return its figures: `rounds` rounds, slices of about `seconds`.
 
-    `only` names figures, none for all. `form` is how the models run, see `local_rig.Rig`. A slice during which other
-    programs kept more than `QUIET` processors busy is repeated up to `patience` times, and the quietest one counts.
+    `only` names figures, none for all; those of llama.cpp's server are measured where there is one. `form` is how the
+    models run, see `local_rig.Rig`. A slice during which other programs kept more than `QUIET` processors busy is
+    repeated up to `patience` times, and the quietest one counts.
     """
-    wanted = {name: figure for name, figure in FIGURES.items() if name in (only or FIGURES)}
-    if llama is None:
-        wanted = {name: figure for name, figure in wanted.items() if figure.to != "llama"}
+    wanted = {
+        name: figure
+        for name, figure in FIGURES.items()
+        if (llama is not None if figure.to == "llama" else name in (only or FIGURES))
+    }
     scenes = list(dict.fromkeys(figure.scene for figure in wanted.values()))
     report: dict[str, Any] = {
         "machine": machine() | {"load_before": [round(load, 2) for load in os.getloadavg()]},

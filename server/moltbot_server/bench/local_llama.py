@@ -81,7 +81,7 @@ class LlamaServer:
     async def _count(self, streams: int, seconds: float) -> Counted:
         over = asyncio.Event()
         window = Window(streams, seconds=seconds, warm=1.0, over=over.set)
-        connector = aiohttp.TCPConnector(limit=0)
+        connector = aiohttp.TCPConnector(limit=0, force_close=True)  # it closes each connection after an answer
 
         async def work(worker: int) -> None:
             chance = random.Random(worker)
