@@ -18,10 +18,10 @@ from moltbot_server.models.engines.local.shares import Shares
 _LOOKED_AT = 1024
 """Most waiting rows whose places are told and whose deadlines are watched; those behind come closer first."""
 
-_ANSWERED = 0.010
-_BURST = 0.010
-_BURST_SHARE = 0.02
-_GAP = 0.002
+_ANSWERED = 0.020  # seconds after the end of a batch in which those who were answered may ask again
+_BURST = 0.020  # longest that rows which come one by one are waited for, unless
+_BURST_SHARE = 0.02  # of a batch's time is less
+_GAP = 0.004  # without another row, after which none is expected any more
 _TYPICAL = 64.0
 _FEW_STEPS = 4
 
@@ -115,6 +115,7 @@ class Waiting:
         """
         with self._changed:
             self._idle += 1
+            self._let_burst_grow()
             while (batch := self._form()) is None and not self._closed:
                 self._changed.wait()
                 self._let_burst_grow()
