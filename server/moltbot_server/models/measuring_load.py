@@ -26,7 +26,7 @@ Measured with the built-in model: 30 µs of the core's loop for each token, at 3
 """
 
 _OWN_PIECE, _OWN_ANSWER = 10e-6, 300e-6
-"""What the process of the engine takes beside the engine itself, on the same event loop: 28 µs for each token in all."""
+"""What the process of the engine takes beside the engine itself, on the same event loop; 28 µs a token with it."""
 
 _TEXT = (
     "time year people way day man thing woman life child world school state family student group country problem hand "
