@@ -293,77 +293,148 @@ def shares(**weights: float) -> Shares:
     return Shares(16, 2, lambda workspace: weights.get(workspace, 1.0))
 
 
-def use(shared: Shares, workspace: str, rows: int, now: float, cost: float = 1.0) -> None:
+def use(shared: Shares, workspace: str, rows: int, now: float, cost: float = 0.1, session: str = "s") -> None:
     for _ in range(rows):
-        shared.asked(workspace, now)
-        shared.took(workspace, cost, now)
+        shared.asked(workspace, session, now)
+        shared.took(workspace, session, cost, now)
 
 
-def room(shared: Shares, workspace: str, now: float) -> int:
-    return shared.room(workspace, shared.active(now), now)
+def give_back(shared: Shares, workspace: str, rows: int, now: float, session: str = "s") -> None:
+    for _ in range(rows):
+        shared.left(workspace, session, 0.0, now)
 
 
 def test_a_workspace_alone_may_have_every_place() -> None:
     shared = shares()
     use(shared, "loud", 100, 0.0)
-    assert room(shared, "loud", 0.0) == ALL
+    assert shared.room("loud", 0.0) == ALL
+    assert shared.may_lead("loud", "s", 0.0, 1)
 
 
-def test_a_burst_may_have_every_place_beside_others() -> None:
+def test_a_burst_on_an_idle_machine_may_have_every_place_beside_others() -> None:
     shared = shares()
-    shared.asked("quiet", 0.0)
-    use(shared, "burst", 9, 0.0)
-    assert room(shared, "burst", 0.0) == ALL
+    shared.asked("quiet", "s", 0.0)
+    use(shared, "burst", 9, 0.0, cost=0.05)
+    assert shared.room("burst", 0.0) == ALL
 
 
-def test_who_has_had_more_than_its_share_has_its_share_of_the_places_while_others_are_active() -> None:
+def test_few_long_answers_crowd_nobody() -> None:
+    shared = shares()
+    shared.asked("quiet", "s", 0.0)
+    use(shared, "slow", 8, 0.0, cost=20.0)
+    assert shared.room("slow", 0.0) == ALL
+
+
+def test_who_crowds_others_out_has_its_share_of_the_places() -> None:
     shared = shares()
     for name in ("a", "b", "c"):
-        shared.asked(name, 0.0)
-    use(shared, "loud", 6, 0.0)
-    assert room(shared, "loud", 0.0) == 4 - 6
-    for _ in range(3):
-        shared.left("loud", 0.0)
-    assert room(shared, "loud", 1.0) == 1
-    assert room(shared, "a", 1.0) == room(shared, "new", 1.0) == ALL
+        shared.asked(name, "s", 0.0)
+    use(shared, "loud", 20, 0.0)
+    assert shared.room("loud", 0.0) == 4 - 20
+    give_back(shared, "loud", 17, 0.0)
+    assert shared.room("loud", 0.5) == 1
+    assert shared.room("a", 0.5) == shared.room("new", 0.5) == ALL
+
+
+def test_who_crowds_others_out_leaves_the_last_free_replica_to_them_for_a_second() -> None:
+    shared = shares()
+    shared.asked("quiet", "s", 0.0)
+    use(shared, "loud", 20, 0.0)
+    assert shared.may_lead("loud", "s", 0.0, 2)
+    assert not shared.may_lead("loud", "s", 0.9, 1)
+    assert shared.may_lead("quiet", "s", 0.9, 1)
+    assert shared.may_lead("loud", "s", 1.1, 1)
 
 
 def test_the_share_follows_the_weights_and_is_never_nothing() -> None:
     shared = shares(heavy=3.0)
-    for name in ("heavy", "light"):
-        use(shared, name, 1, 0.0, cost=100.0)
-        shared.left(name, 0.0)
-    assert (room(shared, "heavy", 0.0), room(shared, "light", 0.0)) == (12, 4)
+    shared.asked("light", "s", 0.0)
+    use(shared, "heavy", 20, 0.0)
+    assert shared.room("heavy", 0.0) == 12 - 20
+    give_back(shared, "heavy", 20, 0.0)
     for index in range(100):
-        shared.asked(f"w{index}", 0.0)
-    assert (room(shared, "heavy", 0.0), room(shared, "light", 0.0)) == (1, 1)
+        shared.asked(f"w{index}", "s", 0.0)
+    assert shared.room("heavy", 0.0) == 1
+
+
+def test_those_who_fill_the_machine_together_crowd_nobody() -> None:
+    shared = shares()
+    for _ in range(20):
+        for name in ("a", "b", "c"):
+            use(shared, name, 1, 0.0)
+    assert [shared.room(name, 0.0) for name in ("a", "b", "c")] == [ALL] * 3
 
 
 def test_what_was_had_is_forgotten_and_so_are_those_who_left() -> None:
     shared = shares()
-    shared.asked("quiet", 0.0)
+    shared.asked("quiet", "s", 0.0)
     use(shared, "loud", 20, 0.0)
-    for _ in range(20):
-        shared.left("loud", 0.0)
-    assert room(shared, "loud", 1.0) == 8
-    shared.asked("quiet", 9.0)
-    assert room(shared, "loud", 9.0) == ALL, "twenty seconds of a replica are forgotten by half"
-    use(shared, "loud", 20, 9.0)
-    assert room(shared, "loud", 9.0) == 8 - 20
-    assert room(shared, "loud", 19.5) == ALL, "nobody else is there any more"
+    give_back(shared, "loud", 20, 0.0)
+    assert shared.room("loud", 1.0) == 8
+    assert shared.room("loud", 4.0) == ALL
+    use(shared, "loud", 30, 4.0)
+    assert shared.room("loud", 4.0) == 8 - 30
+    shared.asked("loud", "s", 11.0)
+    assert len(shared) == 1, "nobody else is there any more"
+    assert shared.room("loud", 11.0) == ALL
+
+
+def test_a_machine_that_takes_long_for_a_batch_remembers_longer() -> None:
+    shared = shares()
+    shared.remember(4.0)
+    shared.asked("quiet", "s", 0.0)
+    use(shared, "loud", 20, 0.0, cost=2.0)
+    give_back(shared, "loud", 20, 0.0)
+    assert shared.room("loud", 9.0) == 8
 
 
 def test_an_answer_that_cost_less_than_expected_is_charged_less() -> None:
     shared = shares()
-    shared.asked("quiet", 0.0)
-    use(shared, "loud", 1, 0.0, cost=12.0)
-    assert room(shared, "loud", 0.0) == 7
-    shared.left("loud", -5.0)
-    assert room(shared, "loud", 0.0) == ALL
+    shared.asked("quiet", "s", 0.0)
+    use(shared, "loud", 20, 0.0)
+    shared.left("loud", "s", -1.9, 0.0)
+    assert shared.room("loud", 0.0) == ALL
+
+
+def test_sessions_of_one_workspace_do_not_crowd_each_other_out_either() -> None:
+    shared = shares()
+    shared.asked("w", "quiet", 0.0)
+    use(shared, "w", 20, 0.0, session="loud")
+    give_back(shared, "w", 17, 0.0, session="loud")
+    assert (shared.room("w", 0.0), shared.room_of("w", "loud", 0.0)) == (ALL, 8 - 3)
+    assert shared.room_of("w", "quiet", 0.0) == shared.room_of("w", "new", 0.0) == ALL
+    assert not shared.may_lead("w", "loud", 0.0, 1)
+
+
+def test_what_begins_long_after_it_came_is_counted_right() -> None:
+    shared = shares()
+    shared.asked("w", "s", 0.0)
+    shared.asked("other", "s", 30.0)
+    shared.took("w", "s", 1.0, 30.0)
+    shared.asked("other", "s", 60.0)
+    assert len(shared) == 2, "it is being written"
+    shared.left("w", "s", 0.0, 60.0)
+    shared.asked("other", "s", 75.0)
+    assert len(shared) == 1
 
 
 def test_the_memory_of_who_came_is_bounded() -> None:
     shared = shares()
     for index in range(5000):
-        shared.asked(f"w{index}", index / 10)
-    assert len(shared._uses) <= 1024
+        shared.asked(f"w{index}", "s", index / 10)
+        shared.asked("w", f"s{index}", index / 10)
+    assert len(shared) <= 102
+
+
+def test_only_rows_that_there_is_room_for_are_served_next() -> None:
+    class Narrow:
+        def workspace(self, name: str) -> int:
+            return {"loud": 2, "full": -3}.get(name, ALL)
+
+        def session(self, workspace: str, name: str) -> int:
+            return 1 if name == "one" else ALL
+
+    rows = [row("loud", "one"), row("loud", "one"), row("loud", "two"), row("loud", "two"), row("full"), row("quiet")]
+    queue = filled(rows)
+    assert list(queue.walk(Narrow())) == [rows[0], rows[5], rows[2]]
+    assert len(list(queue.walk())) == 6

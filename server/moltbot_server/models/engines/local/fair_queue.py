@@ -10,8 +10,10 @@ from __future__ import annotations
 
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from functools import partial
 from heapq import heapify, heappop, heapreplace
 from itertools import islice
+from typing import Protocol
 
 from moltbot_server.models.engines.local.rows import Row
 
@@ -49,18 +51,32 @@ class _Workspace:
             found = self.sessions[name] = _Session(self.clock)
         return found
 
-    def walk(self) -> Iterator[Row]:
-        """Yield the rows in the order in which they would be served."""
-        line = [(session.tag, session.rows[0].number, 0, session) for session in self.waiting.values()]
+    def walk(self, room: Callable[[str], int] | None = None) -> Iterator[Row]:
+        """Yield the rows in the order in which they would be served, of each session as many as there is room for."""
+        line = []
+        for name, session in self.waiting.items():
+            most = len(session.rows) if room is None else min(len(session.rows), room(name))
+            if most > 0:
+                line.append((session.tag, session.rows[0].number, 0, most, session))
         heapify(line)
         while line:
-            tag, _, at, session = line[0]
+            tag, _, at, most, session = line[0]
             row = session.rows[at]
             yield row
-            if at + 1 < len(session.rows):
-                heapreplace(line, (tag + row.cost, session.rows[at + 1].number, at + 1, session))
+            if at + 1 < most:
+                heapreplace(line, (tag + row.cost, session.rows[at + 1].number, at + 1, most, session))
             else:
                 heappop(line)
+
+
+class Room(Protocol):
+    """How many rows may be served now."""
+
+    def workspace(self, name: str) -> int:
+        """Return how many rows of a workspace may be served."""
+
+    def session(self, workspace: str, name: str) -> int:
+        """Return how many rows of a session may be served."""
 
 
 class FairQueue:
@@ -146,14 +162,17 @@ class FairQueue:
             self._workspaces.clear()  # who waits for nobody owes nobody
         return True
 
-    def walk(self, room: Callable[[str], int] | None = None) -> Iterator[Row]:
+    def walk(self, room: Room | None = None) -> Iterator[Row]:
         """Yield the rows in the order in which they would be served; nothing may change meanwhile.
 
-        `room` says how many of a workspace are yielded at most.
+        `room` says how many of a workspace and of a session are yielded at most.
         """
         line = []
         for index, (name, workspace) in enumerate(self._waiting.items()):
-            rows = workspace.walk() if room is None else islice(workspace.walk(), max(0, room(name)))
+            if room is None:
+                rows = workspace.walk()
+            else:
+                rows = islice(workspace.walk(partial(room.session, name)), max(0, room.workspace(name)))
             if (row := next(rows, None)) is not None:
                 line.append((workspace.tag, row.number, index, row, rows, workspace.weight))
         heapify(line)

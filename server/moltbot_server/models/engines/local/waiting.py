@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from itertools import chain, islice
 from time import perf_counter
 
@@ -76,7 +76,7 @@ class Waiting:
             self._admit(row.workspace, row.session, row.deadline)
             row.cost = self._cost(len(row.prompt), min(row.left, int(self._typical)))
             self._queue.put(row)
-            self._shares.asked(row.workspace, row.arrived)
+            self._shares.asked(row.workspace, row.session, row.arrived)
 
     def wake(self) -> None:
         """Let the idle replicas take what waits."""
@@ -127,10 +127,9 @@ class Waiting:
         if self._closed or not self._queue:
             return None
         now = perf_counter()
-        active = self._shares.active(now)
-        rows, passed = self._next(active, now), []
+        rows, passed = self._queue.walk(_Room(self._shares, now)), []
         for row in rows:
-            if self._shares.may_lead(row.workspace, active, now, self._idle):
+            if self._shares.may_lead(row.workspace, row.session, now, self._idle):
                 break
             passed.append(row)
         else:
@@ -139,24 +138,20 @@ class Waiting:
         batch = together(chain([row], passed, rows), most, self.costs, max(1, int(self._typical)))
         self._queue.take(batch.rows)
         for row in batch.rows:
-            self._shares.took(row.workspace, row.cost, now)
+            self._shares.took(row.workspace, row.session, row.cost, now)
         batch.crowded = len(self._queue) > 0
         return batch
 
-    def _next(self, active: float, now: float) -> Iterator[Row]:
-        """Yield the rows that may be written, in the order of the queue."""
-        return self._queue.walk(lambda workspace: self._shares.room(workspace, active, now))
-
     def _presses(self) -> bool:
         """Tell whether a row waits that may be written."""
-        now = perf_counter()
-        return next(self._next(self._shares.active(now), now), None) is not None
+        return next(self._queue.walk(_Room(self._shares, perf_counter())), None) is not None
 
     def ended(self, batch: Batch, began: float, first: float | None, ended: float) -> None:
         """Learn from a batch: when it began, had its first token, ended. `first` is None where it was unlike others."""
         with self._changed:
             self.batches += 1
             self.rows += len(batch.rows)
+            self._shares.remember(self._admission.round)
             self._admission.measured(ended - began, batch.charged, crowded=batch.crowded)
             for index in range(len(batch.rows)):
                 if index not in batch.paused:
@@ -200,7 +195,7 @@ class Waiting:
         row = batch.rows[index]
         more = self._cost(batch.sizes[index] + len(batch.lead), len(batch.tokens[index])) - row.charged
         self._queue.charge(row, more)
-        self._shares.left(row.workspace, more)
+        self._shares.left(row.workspace, row.session, more, perf_counter())
 
     def _cost(self, prompt: int, new: int) -> float:
         return self.costs(share(prompt, new, self._batch))
@@ -220,3 +215,19 @@ class Waiting:
             self._changed.wait(min(_GAP, left))
             if self._closed or len(self._queue) <= size:
                 return
+
+
+class _Room:
+    """How many rows may be served at a moment."""
+
+    __slots__ = ("_now", "_shares")
+
+    def __init__(self, shares: Shares, now: float) -> None:
+        self._shares = shares
+        self._now = now
+
+    def workspace(self, name: str) -> int:
+        return self._shares.room(name, self._now)
+
+    def session(self, workspace: str, name: str) -> int:
+        return self._shares.room_of(workspace, name, self._now)
