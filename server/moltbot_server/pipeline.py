@@ -136,7 +136,8 @@ class TurnPipeline:
             ticker=self.journal.ticker,
         )
         self.journal.begin(live)
-        run = TurnRun(self, live, session, entry, asker)
+        # The turn ends by its own deadline, which those who attach to it may move; the engine is stopped then.
+        run = TurnRun(self, live, session, entry, Asker(workspace=asker.workspace, session=key.session))
         self._runs.add(run)
         run.begin()
         live.expire_at(deadline)

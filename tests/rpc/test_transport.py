@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 from pathlib import Path
 
 import pytest
@@ -9,7 +10,7 @@ from grpc import aio
 from grpc._cython import cygrpc
 from moltbot_server.rpc import remote_engine, server
 from moltbot_server.testing import RunningServer
-from rpc_calls import Api, turn
+from rpc_calls import Api, reason_of, turn
 
 
 @pytest.mark.parametrize(
@@ -20,6 +21,18 @@ def test_every_option_of_the_transport_is_one_that_the_library_knows(options: li
     unknown = [name for name, _ in options if name.encode() + b"\0" not in library]
 
     assert unknown == []
+
+
+async def test_a_burst_of_calls_on_many_connections_is_answered_or_refused_with_a_reason(core: RunningServer) -> None:
+    options = [("grpc.use_local_subchannel_pool", 1)]
+    apis = [Api(aio.insecure_channel(core.address, options=options), core.metadata) for _ in range(20)]
+    calls = [api.run(turn("hello")) for _ in range(100) for api in apis]
+    outcomes = await asyncio.gather(*calls, return_exceptions=True)
+    for api in apis:
+        await api.channel.close()
+
+    refusals = [outcome for outcome in outcomes if isinstance(outcome, aio.AioRpcError)]
+    assert [refusal for refusal in refusals if reason_of(refusal) != "QUEUE_FULL"] == []
 
 
 async def test_a_turn_that_is_silent_for_long_keeps_the_connection_of_a_client_that_pings(core: RunningServer) -> None:

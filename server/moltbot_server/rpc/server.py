@@ -58,6 +58,9 @@ SERVICES = tuple(
 )
 
 
+_MOST_PENDING = 20_000
+
+
 class GrpcServer:
     """A gRPC server of ours on one address. `methods` names every RPC that it serves."""
 
@@ -191,6 +194,10 @@ def _options(max_message_bytes: int) -> list[tuple[str, int]]:
         ("grpc.max_metadata_size", 16 * 1024),
         ("grpc.absolute_max_metadata_size", 32 * 1024),
         ("grpc.max_concurrent_streams", 1024),
+        # Calls that the event loop has not come to yet. Beyond a thousand gRPC would end some of them by itself, with
+        # nothing but CANCELLED; here they are refused with a reason when their turn comes.
+        ("grpc.server.max_pending_requests", _MOST_PENDING),
+        ("grpc.server.max_pending_requests_hard_limit", _MOST_PENDING),
         # A second server on the port is a mistake here, not a way to share it.
         ("grpc.so_reuseport", 0),
         ("grpc.keepalive_time_ms", 30_000),

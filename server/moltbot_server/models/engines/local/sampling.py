@@ -5,20 +5,23 @@ from __future__ import annotations
 from moltbot_server.models.engines.local.rows import Sampling
 from moltbot_server.turns import GenerationOptions
 
+_COLDEST = 1e-3
+
 
 def sampling_of(options: GenerationOptions, vocabulary: int) -> Sampling:
     """Return how tokens are chosen from a vocabulary of so many.
 
     CTranslate2 takes the likeliest token, whatever the temperature is, unless `sampling_topk` is other than its default
-    of 1; 0 means all tokens, and more than there are is refused. At temperature 0 nothing else matters.
+    of 1; 0 means all tokens, and more than there are is refused. At temperature 0 nothing else matters; one so small that
+    dividing by it leaves the numbers of the model is as good as 0.
     """
     penalty = options.repetition_penalty or 1.0
     topk = options.top_k or 0
-    if not options.temperature or topk == 1:
+    if (options.temperature or 0.0) < _COLDEST or topk == 1:
         return Sampling(repetition_penalty=penalty)
     return Sampling(
         topk=0 if topk >= vocabulary else topk,
         topp=options.top_p or 1.0,
-        temperature=options.temperature,
+        temperature=options.temperature or 0.0,
         repetition_penalty=penalty,
     )
