@@ -24,7 +24,7 @@ def test_without_the_extra_its_name_and_the_command_are_told(tmp_path: Path) -> 
         convert(source(tmp_path / "model"), tmp_path / "out")
     assert caught.value.message == (
         "Converting needs torch and transformers, which the extra `convert` brings: "
-        "type  pip install 'moltbot[convert]'  and repeat the command."
+        "type  .venv/bin/python -m pip install --editable '.[convert]'  in MoltBot's folder and repeat the command."
     )
     assert sorted(path.name for path in tmp_path.iterdir()) == ["model"]
 

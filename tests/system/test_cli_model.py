@@ -169,7 +169,7 @@ class TestWithoutACore:
         if importlib.util.find_spec("torch") is None:
             (home.folder / "raw" / "model.safetensors").write_bytes(b"")
             (home.folder / "raw" / "config.json").write_text("{}")
-            assert "pip install 'moltbot[convert]'" in (await home.run("model", "convert", "raw")).err
+            assert "pip install --editable '.[convert]'" in (await home.run("model", "convert", "raw")).err
         assert list((home.workspace / "models").iterdir()) == []
         twin(home.folder / "twin")
         await home.run("model", "add", "twin")

@@ -90,8 +90,13 @@ def read_folder(path: Path, model_type: str = "", *, model_id: str = "") -> Mode
     if not path.is_dir():
         found = "a file" if path.exists() else "nothing"
         raise ModelUnavailable(f"MODEL_PATH {path}: found {found}; expected the folder of a CTranslate2 model.")
-    _require_weights(path)
-    description = _describe(path, model_type)
+    if model_type or (path / DESCRIPTION).is_file():
+        description = _describe(path, model_type)
+        _require_weights(path)
+    else:
+        # Whoever named no family hears first of what no family would mend.
+        _require_weights(path)
+        description = _describe(path, model_type)
     tokenizer, vocabulary = _tokenizer(path), _vocabulary(path)
     declared = read_declared(path, vocabulary)
     jinja = "" if description.chat_template else declared.jinja

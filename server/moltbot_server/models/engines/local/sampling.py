@@ -12,8 +12,8 @@ def sampling_of(options: GenerationOptions, vocabulary: int) -> Sampling:
     """Return how tokens are chosen from a vocabulary of so many.
 
     CTranslate2 takes the likeliest token, whatever the temperature is, unless `sampling_topk` is other than its default
-    of 1; 0 means all tokens, and more than there are is refused. At temperature 0 nothing else matters; one so small that
-    dividing by it leaves the numbers of the model is as good as 0.
+    of 1; 0 means all tokens, and more than there are is refused. At temperature 0 nothing else matters; one that is so
+    small that dividing by it leaves the numbers of the model is as good as 0.
     """
     penalty = options.repetition_penalty or 1.0
     topk = options.top_k or 0
