@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import sys
 from collections.abc import AsyncIterator, Callable, Sequence
 from contextlib import aclosing, asynccontextmanager
 from pathlib import Path
@@ -311,3 +312,13 @@ async def test_the_tuning_says_how_many_answers_are_written_at_once(endless: Pat
         assert (engine.parallel, engine.memory_bytes) == (15, (endless / "model.bin").stat().st_size)
         await asyncio.gather(*(ask(engine, conversation("hello"), tokens(20)) for _ in range(30)))
         assert 1 <= engine.mean_batch <= 5
+
+
+async def test_a_busy_event_loop_does_not_keep_the_replicas_waiting(endless: Path) -> None:
+    before = sys.getswitchinterval()
+    try:
+        sys.setswitchinterval(0.005)
+        async with running(endless):
+            assert sys.getswitchinterval() <= 0.0002
+    finally:
+        sys.setswitchinterval(before)

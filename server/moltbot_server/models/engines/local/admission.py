@@ -9,6 +9,7 @@ PATIENCE = 60.0
 """Longest expected wait in seconds for those who name no deadline, unless four rounds of the replicas take longer."""
 
 _PATIENT_ROUNDS = 4.0
+_FLOODED_WAIT = 0.1  # seconds that those who flood may wait, unless a round takes longer
 _CALM = 1.0  # seconds without a refusal after which a flood is over, unless
 _CALM_ROUNDS = 4.0  # so many rounds take longer
 _MANY = 1024
@@ -53,7 +54,7 @@ class Admission:
             )
         own = self._queue.count(workspace)
         full = waiting >= self._limit and not self._has_less_than_its_share(own, waiting)
-        flood = wait > self._round and self._is_flooding(workspace, now)
+        flood = wait > max(self._round, _FLOODED_WAIT) and self._is_flooding(workspace, now)
         if full or flood or wait > max(PATIENCE, _PATIENT_ROUNDS * self._round):
             self._note_flood(workspace, now)
             self._refuse(f"{waiting} answers wait already, which takes {wait:.1f} s; come back later.", wait / 2)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import sys
 import threading
 from collections.abc import Callable, Sequence
 from time import perf_counter
@@ -26,6 +27,14 @@ PAYS = 5.0
 Measured with 100 million parameters, 24 answers of 512 tokens for 16 places and a short question now and then: 298
 tokens/s without giving way, with it after 64, 128 or 256 tokens 209, 235 and 260; the short question waited at most
 27 s, and 8, 16 and 22 s. The longer the context, the more it costs to read it again.
+"""
+
+LOCK_TURN = 0.0001
+"""How long a thread may keep the interpreter's lock from those that wait for it, in seconds.
+
+A replica needs the lock once per row and step. Measured with the built-in model, 16 streams, two replicas, and an event
+loop that was half busy with other calls: 4,800 tokens/s with Python's own 5 ms, 7,000 with 1 ms, 8,800 with 0.3 ms, 9,900
+with this; with an idle loop it makes no difference.
 """
 
 _NEARLY_DONE = 32
@@ -105,7 +114,8 @@ class Replicas:
         return sum(len(batch.rows) - batch.over for batch in tuple(self._running))
 
     def start(self) -> None:
-        """Start the threads."""
+        """Start the threads; from now on the interpreter's lock goes round faster in this process."""
+        sys.setswitchinterval(min(sys.getswitchinterval(), LOCK_TURN))
         for thread in self._threads:
             thread.start()
 
