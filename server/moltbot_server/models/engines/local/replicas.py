@@ -33,8 +33,8 @@ LOCK_TURN = 0.0001
 """How long a thread may keep the interpreter's lock from those that wait for it, in seconds.
 
 A replica needs the lock once per row and step. Measured with the built-in model, 16 streams, two replicas, and an event
-loop that was half busy with other calls: 4,800 tokens/s with Python's own 5 ms, 7,000 with 1 ms, 8,800 with 0.3 ms, 9,900
-with this; with an idle loop it makes no difference.
+loop that was half busy with other calls: 4,800 tokens/s with Python's own 5 ms, 7,000 with 1 ms, 8,800 with 0.3 ms and
+9,900 with this; with an idle loop it makes no difference.
 """
 
 _NEARLY_DONE = 32
