@@ -277,6 +277,19 @@ def test_a_full_queue_has_room_for_who_has_less_than_a_share_of_it() -> None:
     assert queue.count("h") >= 1
 
 
+def test_a_full_queue_has_room_for_a_session_that_has_nothing_waiting() -> None:
+    queue = filled([row(session="loud") for _ in range(20)])
+    gate = admission(queue, limit=20)
+    refusal(gate)
+    with pytest.raises(QueueFull):
+        gate.check("w", "loud", None, 0.1)
+    for name in "abcde":
+        gate.check("w", name, None, 0.1)
+        queue.put(row(session=name))
+    with pytest.raises(QueueFull):
+        gate.check("w", "f", None, 0.1)
+
+
 def test_a_refusal_costs_next_to_nothing() -> None:
     queue = filled([row(f"w{index % 50}", f"s{index}") for index in range(256)])
     gate = admission(queue, limit=256)

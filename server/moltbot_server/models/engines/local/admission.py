@@ -20,7 +20,8 @@ class Admission:
 
     A burst may fill the queue. A workspace that was refused is flooding it until it was not refused for a while:
     meanwhile only so much of it is let in as keeps the replicas busy, for more would only make all of it late. When the
-    queue is full, a workspace that has less than its share of it still gets in, up to twice the limit.
+    queue is full, a workspace that has less than its share of it still gets in, up to twice the limit, and so does a
+    session that has nothing waiting, up to a quarter more.
     """
 
     def __init__(self, queue: FairQueue, *, limit: int, replicas: int) -> None:
@@ -53,7 +54,8 @@ class Admission:
                 now + wait - deadline,
             )
         own = self._queue.count(workspace)
-        full = waiting >= self._limit and not self._has_less_than_its_share(own, waiting)
+        newcomer = bool(session) and not self._queue.holds(workspace, session)
+        full = waiting >= self._limit and not self._has_less_than_its_share(own, newcomer, waiting)
         flood = wait > max(self._round, _FLOODED_WAIT) and self._is_flooding(workspace, now)
         if full or flood or wait > max(PATIENCE, _PATIENT_ROUNDS * self._round):
             self._note_flood(workspace, now)
@@ -74,11 +76,14 @@ class Admission:
         """Seconds that a batch takes."""
         return self._round
 
-    def _has_less_than_its_share(self, own: int, waiting: int) -> bool:
+    def _has_less_than_its_share(self, own: int, newcomer: bool, waiting: int) -> bool:
+        """Tell whether there is room beyond the limit for a row of a workspace that has so many of those that wait."""
         sharing = self._queue.workspaces + (not own)
         # Half of what is left for each leaves something for whoever comes after.
         left = 2 * self._limit - waiting
-        return sharing > 1 and own < self._limit // sharing and 2 * own < left
+        if sharing > 1 and own < self._limit // sharing and 2 * own < left:
+            return True
+        return newcomer and 4 * waiting < 5 * self._limit
 
     def _is_flooding(self, workspace: str, now: float) -> bool:
         refused = self._flooding.get(workspace)

@@ -112,6 +112,11 @@ class FairQueue:
         found = self._waiting.get(workspace)
         return found.count if found else 0
 
+    def holds(self, workspace: str, session: str) -> bool:
+        """Tell whether rows of a session wait."""
+        found = self._waiting.get(workspace)
+        return found is not None and session in found.waiting
+
     @property
     def workspaces(self) -> int:
         """How many workspaces wait."""
