@@ -278,14 +278,14 @@ def test_a_full_queue_has_room_for_who_has_less_than_a_share_of_it() -> None:
 
 
 def test_a_full_queue_has_room_for_a_session_that_has_nothing_waiting() -> None:
-    queue = filled([row(session="loud") for _ in range(20)])
+    queue = filled([row(session="loud", cost=0.1) for _ in range(20)])
     gate = admission(queue, limit=20)
     refusal(gate)
     with pytest.raises(QueueFull):
         gate.check("w", "loud", None, 0.1)
     for name in "abcde":
         gate.check("w", name, None, 0.1)
-        queue.put(row(session=name))
+        queue.put(row(session=name, cost=0.1))
     with pytest.raises(QueueFull):
         gate.check("w", "f", None, 0.1)
 
