@@ -13,6 +13,7 @@ from moltbot_server.models.engines.local import LocalEngine
 from moltbot_server.models.engines.scripted import Script, ScriptedEngine
 from moltbot_server.models.folder import read_folder
 from moltbot_server.models.library import KnownModel, Library, Origin
+from moltbot_server.models.tuning import Tuning
 from moltbot_server.workspace import Workspace
 from tiny_model import make_tiny_model
 
@@ -25,11 +26,11 @@ def tiny(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def broken(tmp_path: Path) -> LocalEngine:
     folder = make_tiny_model(tmp_path / "broken")
     (folder / "model.bin").write_bytes(b"")
-    return LocalEngine(read_folder(folder, model_id="broken"), threads=1)
+    return LocalEngine(read_folder(folder, model_id="broken"), tuning=Tuning(replicas=1))
 
 
 async def test_models_are_found_by_id_and_the_first_is_the_default(tiny: Path) -> None:
-    local, scripted = LocalEngine(read_folder(tiny), threads=1), ScriptedEngine()
+    local, scripted = LocalEngine(read_folder(tiny), tuning=Tuning(replicas=1)), ScriptedEngine()
     catalog = Catalog([local, scripted])
     with pytest.raises(ModelUnavailable, match="being loaded") as caught:
         catalog.get()

@@ -16,14 +16,22 @@ from moltbot_server.errors import ContextLengthExceeded, ModelUnavailable, Queue
 from moltbot_server.models.engine import Chunk, Finished
 from moltbot_server.models.engine import stream as streamed
 from moltbot_server.models.engines.local import LocalEngine
+from moltbot_server.models.engines.local import replicas as native
 from moltbot_server.models.engines.local.rows import GONE, Row, Sampling
 from moltbot_server.models.folder import read_folder
 from moltbot_server.models.tokenizer import Tokenizer
+from moltbot_server.models.tuning import Tuning
 from moltbot_server.turns import FinishReason, GenerationOptions, Message, Role, TextPart
 from tiny_model import make_tiny_model, vocabulary
 
 ASK = GenerationOptions()
 QUESTIONS = ["hello", "怎么安装?", "how do I start it", "🎉 party", "the lazy dog", "1 2 3", "你好，世界！", "x" * 30]
+
+
+@pytest.fixture(autouse=True)
+def _patient(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Let no answer give way to others; `test_models_local_sharing` is about that."""
+    monkeypatch.setattr(native, "SLICE", 1_000_000)
 
 
 @pytest.fixture(scope="module")
@@ -41,8 +49,8 @@ def user(text: str) -> list[Message]:
 
 
 @asynccontextmanager
-async def running(folder: Path, **options: int) -> AsyncIterator[LocalEngine]:
-    engine = LocalEngine(read_folder(folder), **options)
+async def running(folder: Path, replicas: int, **options: int) -> AsyncIterator[LocalEngine]:
+    engine = LocalEngine(read_folder(folder), tuning=Tuning(replicas=replicas), **options)
     await engine.start()
     try:
         yield engine
@@ -87,7 +95,7 @@ async def opened(stream: AsyncGenerator[Chunk | Finished, None]) -> AsyncGenerat
 
 async def test_what_is_streamed_is_what_the_model_says_offline(tiny: Path) -> None:
     options = GenerationOptions(max_output_tokens=90)
-    async with running(tiny, threads=2) as engine:
+    async with running(tiny, replicas=2) as engine:
         answers = await asyncio.gather(*(ask(engine, QUESTIONS[index % 8], options) for index in range(32)))
     expected = {text: offline(tiny, text, 90) for text in QUESTIONS}
     for index, (chunks, finished) in enumerate(answers):
@@ -99,7 +107,7 @@ async def test_what_is_streamed_is_what_the_model_says_offline(tiny: Path) -> No
 
 
 async def test_an_answer_arrives_in_many_pieces_and_says_where_its_time_went(endless: Path) -> None:
-    async with running(endless, threads=1) as engine:
+    async with running(endless, replicas=1) as engine:
         chunks, finished = await ask(engine, "hello", GenerationOptions(max_output_tokens=400))
     assert len(chunks) > 20
     assert sum(chunk.tokens for chunk in chunks) <= finished.usage.output_tokens == 400
@@ -108,7 +116,7 @@ async def test_an_answer_arrives_in_many_pieces_and_says_where_its_time_went(end
 
 
 async def test_an_answer_ends_where_the_context_does(tiny: Path, endless: Path) -> None:
-    async with running(endless, threads=1, context_length=64) as engine:
+    async with running(endless, replicas=1, context_length=64) as engine:
         _, finished = await ask(engine, "hello")
         assert finished.usage.input_tokens + finished.usage.output_tokens == 64
         assert finished.finish_reason is FinishReason.LENGTH
@@ -117,7 +125,7 @@ async def test_an_answer_ends_where_the_context_does(tiny: Path, endless: Path) 
 
 
 async def test_a_temperature_is_not_ignored(tiny: Path) -> None:
-    async with running(tiny, threads=1) as engine:
+    async with running(tiny, replicas=1) as engine:
         greedy = {text_of((await ask(engine, "hello"))[0]) for _ in range(3)}
         zero = {text_of((await ask(engine, "hello", GenerationOptions(temperature=0.0)))[0]) for _ in range(3)}
         warm = {text_of((await ask(engine, "hello", GenerationOptions(temperature=2.0)))[0]) for _ in range(5)}
@@ -131,7 +139,7 @@ async def test_a_temperature_is_not_ignored(tiny: Path) -> None:
 
 async def test_a_repetition_penalty_is_not_ignored(endless: Path) -> None:
     limit = GenerationOptions(max_output_tokens=60)
-    async with running(endless, threads=1) as engine:
+    async with running(endless, replicas=1) as engine:
         plain = text_of((await ask(engine, "hello", limit))[0])
         varied = text_of(
             (await ask(engine, "hello", GenerationOptions(max_output_tokens=60, repetition_penalty=5.0)))[0]
@@ -148,7 +156,7 @@ async def test_a_seed_is_refused(tiny: Path) -> None:
 
 async def test_stop_texts_end_an_answer_wherever_tokens_are_cut(endless: Path) -> None:
     whole, _ = offline(endless, "hello", 120)
-    async with running(endless, threads=2) as engine:
+    async with running(endless, replicas=2) as engine:
         for begin in range(0, 60, 7):
             for size in (1, 3, 9):
                 stop = whole[begin : begin + size]
@@ -163,7 +171,7 @@ async def test_stop_texts_end_an_answer_wherever_tokens_are_cut(endless: Path) -
 
 
 async def test_closing_a_stream_frees_its_row_within_one_step(endless: Path) -> None:
-    async with running(endless, threads=1) as engine:
+    async with running(endless, replicas=1) as engine:
         stream = await opened(streamed(engine, user("hello"), ASK))
         (row,) = engine._rows
         await stream.aclose()
@@ -176,7 +184,7 @@ async def test_closing_a_stream_frees_its_row_within_one_step(endless: Path) -> 
 async def test_a_cancelled_row_leaves_its_batch_mates_unharmed(endless: Path) -> None:
     limit = GenerationOptions(max_output_tokens=300)
     expected = {text: offline(endless, text, 300)[0] for text in ("aaa", "bbb", "ccc")}
-    async with running(endless, threads=1) as engine:
+    async with running(endless, replicas=1) as engine:
         first = await opened(streamed(engine, user("hold the only replica"), ASK))
         mates = [asyncio.create_task(ask(engine, text, limit)) for text in expected]
         leaving = streamed(engine, user("ddd"), ASK)
@@ -193,7 +201,7 @@ async def test_a_cancelled_row_leaves_its_batch_mates_unharmed(endless: Path) ->
 
 
 async def test_a_stream_that_is_closed_while_it_waits_leaves_the_queue_at_once(endless: Path) -> None:
-    async with running(endless, threads=1) as engine:
+    async with running(endless, replicas=1) as engine:
         first = await opened(streamed(engine, user("hold"), ASK))
         waiting = asyncio.create_task(ask(engine, "never"))
         await until(lambda: engine.waiting == 1)
@@ -207,7 +215,7 @@ async def test_a_stream_that_is_closed_while_it_waits_leaves_the_queue_at_once(e
 
 
 async def test_more_than_may_wait_is_refused_with_the_time_to_come_back(endless: Path) -> None:
-    async with running(endless, threads=1, max_waiting=2) as engine:
+    async with running(endless, replicas=1, max_waiting=2) as engine:
         first = await opened(streamed(engine, user("hold"), ASK))
         waiting = [asyncio.create_task(ask(engine, "wait", GenerationOptions(max_output_tokens=2))) for _ in range(2)]
         await until(lambda: engine.waiting == 2)
@@ -221,7 +229,7 @@ async def test_more_than_may_wait_is_refused_with_the_time_to_come_back(endless:
 
 
 async def test_only_equal_options_and_similar_lengths_share_a_batch(endless: Path) -> None:
-    async with running(endless, threads=1) as engine:
+    async with running(endless, replicas=1) as engine:
         first = await opened(streamed(engine, user("hold"), ASK))
         short = GenerationOptions(max_output_tokens=20)
         asked = [("a", short), ("b", short), ("1 " * 900, short), ("c", GenerationOptions(max_output_tokens=30))]
@@ -239,7 +247,7 @@ async def test_only_equal_options_and_similar_lengths_share_a_batch(endless: Pat
 
 async def test_two_models_answer_side_by_side(tiny: Path, endless: Path) -> None:
     options = GenerationOptions(max_output_tokens=50)
-    async with running(tiny, threads=1) as one, running(endless, threads=1) as two:
+    async with running(tiny, replicas=1) as one, running(endless, replicas=1) as two:
         asked = [ask(engine, "hello", options) for engine in (one, two) * 4]
         texts = [text_of(chunks) for chunks, _ in await asyncio.gather(*asked)]
     assert set(texts[::2]) == {offline(tiny, "hello", 50)[0]}
@@ -253,7 +261,7 @@ def native_threads() -> int:
 async def test_closing_the_engine_ends_its_answers_and_all_its_threads(endless: Path) -> None:
     await asyncio.to_thread(int)  # the loop's own executor may start its threads before the count
     before = threading.active_count(), native_threads()
-    engine = LocalEngine(read_folder(endless), threads=3)
+    engine = LocalEngine(read_folder(endless), tuning=Tuning(replicas=3))
     await engine.start()
     assert (engine.healthy, threading.active_count() - before[0] >= 3) == (True, True)
     streams = [await opened(streamed(engine, user("go on"), ASK)) for _ in range(3)]
@@ -277,7 +285,7 @@ async def test_closing_the_engine_ends_its_answers_and_all_its_threads(endless: 
 async def test_a_batch_that_fails_hurts_no_other_and_the_thread_lives_on(
     tiny: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
-    async with running(tiny, threads=1) as engine:
+    async with running(tiny, replicas=1) as engine:
         row = Row(["<s>", "<|user|>"], Sampling(topk=-5), 5)
         told: asyncio.Future[list[int]] = asyncio.get_running_loop().create_future()
         row.read = told.set_result
@@ -294,7 +302,7 @@ async def test_a_batch_that_fails_hurts_no_other_and_the_thread_lives_on(
 async def test_trouble_in_the_callback_ends_one_row_only(
     endless: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    async with running(endless, threads=1) as engine:
+    async with running(endless, replicas=1) as engine:
         first = await opened(streamed(engine, user("hold"), ASK))
         options = GenerationOptions(max_output_tokens=20)
         tasks = [asyncio.create_task(ask(engine, text, options)) for text in ("aaa", "bbb", "ccc")]
@@ -320,7 +328,7 @@ async def test_trouble_in_the_callback_ends_one_row_only(
 async def test_a_thread_that_dies_makes_the_model_unavailable(
     tiny: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    async with running(tiny, threads=2) as engine:
+    async with running(tiny, replicas=2) as engine:
 
         def die(*_: object) -> None:
             raise SystemError("the native code is broken")
@@ -341,7 +349,7 @@ async def test_a_broken_weights_file_is_named(tmp_path: Path, spoil: str) -> Non
     whole = (folder / "model.bin").read_bytes()
     broken = {"cut off": whole[: len(whole) // 2], "noise": b"\x07" * 4096, "empty": b""}[spoil]
     (folder / "model.bin").write_bytes(broken)
-    engine = LocalEngine(read_folder(folder), threads=1)
+    engine = LocalEngine(read_folder(folder), tuning=Tuning(replicas=1))
     with pytest.raises(ModelUnavailable, match=r"tiny cannot be loaded: .*expected a whole CTranslate2 decoder model"):
         await engine.start()
     assert not engine.healthy
@@ -354,7 +362,7 @@ async def test_a_thousand_cancelled_answers_leave_nothing_behind(endless: Path) 
             async for _ in stream:
                 break
 
-    async with running(endless, threads=2, max_waiting=1000) as engine:
+    async with running(endless, replicas=2, max_waiting=1000) as engine:
         work: list[Awaitable[None]] = [cancelled(engine, index) for index in range(1000)]
         async with asyncio.timeout(60):
             await asyncio.gather(*work)

@@ -56,15 +56,14 @@ class LocalEngine:
         *,
         context_length: int = 0,
         tuning: Tuning | None = None,
-        threads: int = 0,
         max_waiting: int = MAX_WAITING,
         weights: Mapping[str, float] | None = None,
     ) -> None:
         """Describe the model; nothing is loaded before `start`.
 
-        `context_length` of 0 is the folder's. Without a `tuning` there are `threads` replicas of one thread each, as
-        many as fit the machine for 0. `max_waiting` answers may wait, fewer where they would wait too long. `weights`
-        of workspaces say how they share the model, 1 for those not named.
+        `context_length` of 0 is the folder's. Without a `tuning` the model uses the machine as most would. At most
+        `max_waiting` answers wait, fewer where they would wait too long. `weights` of workspaces say how they share the
+        model, 1 for those not named.
         """
         self.id = folder.id
         self.display_name = folder.display_name
@@ -78,7 +77,7 @@ class LocalEngine:
             cancellation=True,
         )
         self.memory_bytes = (folder.path / "model.bin").stat().st_size
-        self.tuning = tuning or tuning_for(None, folder.path, threads)
+        self.tuning = tuning or tuning_for(None, folder.path)
         self._folder = folder
         self._loaded: Tokenizer | None = None
         self._leads: Leads | None = None
