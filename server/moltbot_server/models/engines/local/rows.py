@@ -55,6 +55,7 @@ class Row:
         "lead",
         "left",
         "limit",
+        "named",
         "number",
         "place",
         "prompt",
@@ -85,6 +86,7 @@ class Row:
         self.left = limit
         self.lead = lead
         self.workspace = workspace
+        self.named = bool(session)
         self.session = session or f"#{self.number}"  # who names no session shares none
         self.deadline = deadline
         self.cost = self.charged = 0.0

@@ -73,7 +73,7 @@ class Waiting:
             QueueFull, ModelUnavailable: as `admit` does.
         """
         with self._changed:
-            self._admit(row.workspace, row.session, row.deadline)
+            self._admit(row.workspace, row.session if row.named else "", row.deadline)
             row.cost = self._cost(len(row.prompt), min(row.left, int(self._typical)))
             self._queue.put(row)
             self._shares.asked(row.workspace, row.session, row.arrived)
