@@ -52,12 +52,15 @@ def together(rows: Iterable[Row], most: int, costs: Costs, typical: int) -> Batc
     looked_at = iter(rows)
     first = next(looked_at)
     near = [row for row in islice(looked_at, LOOKED_AT - 1) if _may_join(row, first)]
-    plain, price = _gathered([first, *near], most, costs, typical, ())
+    plain, seconds = _gathered([first, *near], most, costs, typical, ())
     if not first.lead:
         return plain
     alike = [row for row in near if row.lead is first.lead]
-    kept, kept_price = _gathered([first, *alike], most, costs, typical, first.lead)
-    return kept if kept_price <= price else plain
+    kept, kept_seconds = _gathered([first, *alike], most, costs, typical, first.lead)
+    # The better one takes less time for what its rows would cost in full batches of their equals.
+    new = min(first.left, typical)
+    worth, kept_worth = (sum(costs(share(len(row.prompt), new, most)) for row in batch.rows) for batch in (plain, kept))
+    return kept if kept_seconds * worth <= seconds * kept_worth else plain
 
 
 def _may_join(row: Row, first: Row) -> bool:
@@ -69,7 +72,7 @@ def _may_join(row: Row, first: Row) -> bool:
 
 
 def _gathered(rows: Sequence[Row], most: int, costs: Costs, typical: int, lead: tuple[str, ...]) -> tuple[Batch, float]:
-    """Return a batch and its price: its seconds for each second that its rows would cost in full batches of equals."""
+    """Return a batch that begins with the first row, and the seconds that it takes."""
     known, new = len(lead), min(rows[0].left, typical)
     shape = Shape(known)
     shape.add(len(rows[0].prompt) - known, new)
@@ -80,14 +83,15 @@ def _gathered(rows: Sequence[Row], most: int, costs: Costs, typical: int, lead: 
         among = min(most, len(left) + (not again))
         passed = []
         for row in left:
+            if len(taken) == most:
+                return Batch(taken, lead), seconds
             size = len(row.prompt) - known
             grown = shape.with_row(size, new)
             after = costs(grown.terms)
-            if len(taken) < most and after - seconds <= DEARER * costs(share(size, new, among, known)):
+            if after - seconds <= DEARER * costs(share(size, new, among, known)):
                 shape, seconds = grown, after
                 taken.append(row)
             else:
                 passed.append(row)
         left = passed
-    worth = sum(costs(share(len(row.prompt), new, most)) for row in taken)
-    return Batch(taken, lead), seconds / worth
+    return Batch(taken, lead), seconds
