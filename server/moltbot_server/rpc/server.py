@@ -58,7 +58,7 @@ SERVICES = tuple(
 )
 
 
-_MOST_PENDING = 20_000
+_MOST_PENDING = 3_000
 
 
 class GrpcServer:
