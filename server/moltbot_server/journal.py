@@ -7,13 +7,13 @@ wait until the turn is stored, and read at their own pace; text that waited for 
 from __future__ import annotations
 
 import asyncio
-import logging
 import time
 from collections import OrderedDict
 from collections.abc import Callable
 
 from moltbot_server.errors import MoltBotError, RequestIdReused, TurnNotFound
 from moltbot_server.store import SEQUENCE_AFTER_CRASH, Store, StoredTurn
+from moltbot_server.ticker import Ticker, timer_at
 from moltbot_server.turns import (
     Accepted,
     Completed,
@@ -25,8 +25,6 @@ from moltbot_server.turns import (
     TurnInput,
     TurnKey,
 )
-
-log = logging.getLogger(__name__)
 
 _RECENT_REQUESTS = 4096
 
@@ -181,7 +179,7 @@ class LiveTurn:
     def expire_at(self, deadline: float | None) -> None:
         """End the turn at a time of the event loop's clock, if it has not ended by then."""
         if deadline is not None and not self.closing:
-            self._timer = _timer_at(deadline, self._expire)
+            self._timer = timer_at(deadline, self._expire)
 
     def allow_until(self, deadline: float | None) -> None:
         """Let the turn go on until a later deadline, or without one: somebody with more time follows it too."""
@@ -233,47 +231,6 @@ class LiveTurn:
 
 def _nobody_to_stop() -> None:
     """Stand in for whoever carries a turn out, before there is anybody."""
-
-
-class Ticker:
-    """Calls back within a time: one timer for any number of turns, armed only while somebody waits."""
-
-    def __init__(self) -> None:
-        self._due: dict[Callable[[], None], float] = {}
-        self._timer: asyncio.TimerHandle | None = None
-
-    def call_within(self, seconds: float, callback: Callable[[], None]) -> None:
-        """Call back once, when `seconds` have passed."""
-        due = asyncio.get_running_loop().time() + seconds
-        self._due[callback] = due
-        if self._timer is None:
-            self._timer = _timer_at(due, self._tick)
-        elif self._timer.when() > due:
-            self._timer.cancel()
-            self._timer = _timer_at(due, self._tick)
-
-    def forget(self, callback: Callable[[], None]) -> None:
-        """Do not call back."""
-        self._due.pop(callback, None)
-
-    def _tick(self) -> None:
-        # What is due in a moment may as well come now, with the others.
-        now = asyncio.get_running_loop().time() + 0.001
-        for callback in [callback for callback, due in self._due.items() if due <= now]:
-            if self._due.pop(callback, None) is None:
-                continue  # forgotten by one that came before it
-            try:
-                callback()
-            except Exception:
-                # The turn that it belongs to has its own ways to end; the others go on.
-                log.exception("a callback of the ticker failed")
-        self._timer = _timer_at(min(self._due.values()), self._tick) if self._due else None
-
-
-def _timer_at(when: float, callback: Callable[[], None]) -> asyncio.TimerHandle:
-    """Return a timer that knows when it is due. uvloop's do not where no millisecond is left: those get one."""
-    loop = asyncio.get_running_loop()
-    return loop.call_at(max(when, loop.time() + 0.001), callback)
 
 
 class Follower:

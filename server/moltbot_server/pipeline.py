@@ -18,9 +18,11 @@ import msgspec
 from moltbot_server.errors import (
     EmptyMessage,
     InvalidField,
+    MoltBotError,
     NotServing,
     QueueFull,
 )
+from moltbot_server.floods import Floods
 from moltbot_server.journal import Journal, LiveTurn, same_content
 from moltbot_server.metrics import Metrics
 from moltbot_server.models.catalog import Catalog, CatalogEntry
@@ -76,6 +78,7 @@ class TurnPipeline:
         self._flush_interval = flush_interval
         self._runs: set[TurnRun] = set()
         self._emptied: asyncio.Event | None = None
+        self._floods = Floods()
 
     def __len__(self) -> int:
         """How many turns are being carried out."""
@@ -109,7 +112,7 @@ class TurnPipeline:
         entry = self._catalog.ready(turn.model)
         _check_model(turn, entry.engine)
         asker = Asker(workspace=principal.workspace, session=turn.session, deadline=deadline)
-        entry.engine.admit(asker)
+        self._admit(entry.engine, asker)
         key = SessionKey(workspace=principal.workspace, session=turn.session or secrets.token_hex(12))
         session = self._at_hand(key, turn)
         waited = session is None
@@ -123,7 +126,7 @@ class TurnPipeline:
             return begun
         if waited:
             # Many others may have begun meanwhile.
-            entry.engine.admit(asker)
+            self._admit(entry.engine, asker)
         if session.claims >= _MOST_IN_A_SESSION:
             raise QueueFull("too many turns wait in this session already", retry_after=1.0)
         live = LiveTurn(
@@ -142,6 +145,32 @@ class TurnPipeline:
         run.begin()
         live.expire_at(deadline)
         return live
+
+    def refusal_unread(self, principal: Principal) -> QueueFull | None:
+        """Return why a turn that has arrived would be refused whatever it says, if so; only while its sender floods.
+
+        What has been started with its request_id before is refused as well then; the caller may ask again.
+        """
+        if not self._floods.unread(principal.workspace):
+            return None
+        try:
+            self._admit(self._catalog.ready("").engine, Asker(workspace=principal.workspace))
+        except QueueFull as refusal:
+            return refusal
+        except MoltBotError:
+            return None  # told when it was read
+        return None
+
+    def _admit(self, engine: Engine, asker: Asker) -> None:
+        """Refuse what could not begin in time, and count it for those who flood the model that most ask."""
+        try:
+            engine.admit(asker)
+        except QueueFull:
+            if engine.id == self._catalog.default:
+                self._floods.refused(asker.workspace)
+            raise
+        if engine.id != self._catalog.default:
+            self._floods.over(asker.workspace)
 
     async def _repeated(self, principal: Principal, turn: TurnInput, digest: bytes) -> LiveTurn | StoredTurn | None:
         """Return the turn that the same request_id started; one that has run out of time is waited for first."""

@@ -17,6 +17,7 @@ from moltbot_server.models.engine import Chunk, stream
 from moltbot_server.models.engines.local import LocalEngine
 from moltbot_server.models.folder import read_folder
 from moltbot_server.models.tokenizer import Tokenizer
+from moltbot_server.models.tuning import Tuning
 from moltbot_server.turns import GenerationOptions, Message, Role, TextPart
 from tiny_model import describe, make_tiny_model
 from tokenizers import Tokenizer as Library
@@ -199,7 +200,7 @@ async def test_a_model_with_a_template_and_a_tokenizer_of_its_own_answers(folder
     text = "<|im_start|>system\nBe brief.<|im_end|>\n<|im_start|>user\nhello 你好 🎉<|im_end|>\n<|im_start|>assistant\n"
     prompt = [library.id_to_token(index) for index in library.encode(text, add_special_tokens=False).ids]
     assert Tokenizer(read).prompt(messages) == prompt
-    engine = LocalEngine(read, threads=1)
+    engine = LocalEngine(read, tuning=Tuning(replicas=1))
     await engine.start()
     try:
         chunks = [item async for item in stream(engine, messages, GenerationOptions(max_output_tokens=40))]

@@ -17,6 +17,7 @@ from moltbot_server.models.engine import Chunk, stream
 from moltbot_server.models.engines.local import LocalEngine
 from moltbot_server.models.folder import read_folder
 from moltbot_server.models.tokenizer import Tokenizer
+from moltbot_server.models.tuning import Tuning
 from moltbot_server.turns import GenerationOptions, Message, Role, TextPart
 from transformers_models import MODELS, make, torch, transformers
 
@@ -51,7 +52,7 @@ async def test_a_converted_model_reads_and_writes_as_transformers_does(name: str
     assert len(set(answer)) > 5, "an answer that could not be wrong proves nothing"
     ends = {folder.vocabulary.index(token) for token in folder.template.stop}
     answer = list(itertools.takewhile(lambda index: index not in ends, answer))
-    engine = LocalEngine(folder, threads=1)
+    engine = LocalEngine(folder, tuning=Tuning(replicas=1))
     await engine.start()
     try:
         options = GenerationOptions(max_output_tokens=40)

@@ -13,7 +13,7 @@ from moltbot_server.errors import QueueFull
 from moltbot_server.models.engines.local.admission import PATIENCE, Admission
 from moltbot_server.models.engines.local.fair_queue import FairQueue
 from moltbot_server.models.engines.local.rows import Row, Sampling
-from moltbot_server.models.engines.local.shares import ALL, Shares
+from moltbot_server.models.engines.local.shares import Backlog, Shares
 
 
 def row(workspace: str = "w", session: str = "", cost: float = 1.0, deadline: float | None = None) -> Row:
@@ -302,152 +302,83 @@ def test_a_refusal_costs_next_to_nothing() -> None:
 # --- shares ------------------------------------------------------------------------------------------------------
 
 
-def shares(**weights: float) -> Shares:
-    return Shares(16, 2, lambda workspace: weights.get(workspace, 1.0))
+def backlogs(*askers: str | tuple[str, str]) -> Backlog:
+    """Workspaces that have a backlog, and sessions, each with its workspace."""
+    return lambda workspace, session: (workspace if session is None else (workspace, session)) in askers
 
 
-def use(shared: Shares, workspace: str, rows: int, now: float, cost: float = 0.1, session: str = "s") -> None:
-    for _ in range(rows):
-        shared.asked(workspace, session, now)
-        shared.took(workspace, session, cost, now)
+LOUD = backlogs("loud", ("loud", "s"))
 
 
-def give_back(shared: Shares, workspace: str, rows: int, now: float, session: str = "s") -> None:
-    for _ in range(rows):
-        shared.left(workspace, session, 0.0, now)
+def active(*askers: tuple[str, str], at: float = 0.0, replicas: int = 2) -> Shares:
+    shared = Shares(replicas)
+    shared.remember(0.1)
+    for workspace, session in askers:
+        shared.asked(workspace, session, at)
+    return shared
 
 
-def test_a_workspace_alone_may_have_every_place() -> None:
-    shared = shares()
-    use(shared, "loud", 100, 0.0)
-    assert shared.room("loud", 0.0) == ALL
-    assert shared.may_lead("loud", "s", 0.0, 1)
+def test_a_workspace_alone_crowds_nobody() -> None:
+    shared = active(("loud", "s"))
+    assert not shared.crowds("loud", "s", 0.0, LOUD)
 
 
-def test_a_burst_on_an_idle_machine_may_have_every_place_beside_others() -> None:
-    shared = shares()
-    shared.asked("quiet", "s", 0.0)
-    use(shared, "burst", 9, 0.0, cost=0.05)
-    assert shared.room("burst", 0.0) == ALL
+def test_who_has_a_backlog_beside_others_crowds_them_until_they_have_left() -> None:
+    shared = active(("loud", "s"), ("quiet", "s"))
+    assert shared.crowds("loud", "s", 0.1, LOUD)
+    assert not shared.crowds("quiet", "s", 0.1, LOUD)
+    assert not shared.crowds("loud", "s", 0.1, backlogs()), "a backlog of less than a batch hurts nobody"
+    assert not shared.crowds("loud", "s", 0.9, LOUD), "eight batches later the others count as gone"
 
 
-def test_few_long_answers_crowd_nobody() -> None:
-    shared = shares()
-    shared.asked("quiet", "s", 0.0)
-    use(shared, "slow", 8, 0.0, cost=20.0)
-    assert shared.room("slow", 0.0) == ALL
+def test_those_who_all_have_a_backlog_crowd_nobody() -> None:
+    shared = active(("a", "s"), ("b", "s"))
+    assert not shared.crowds("a", "s", 0.0, backlogs("a", "b", ("a", "s"), ("b", "s")))
 
 
-def test_who_crowds_others_out_has_its_share_of_the_places() -> None:
-    shared = shares()
-    for name in ("a", "b", "c"):
-        shared.asked(name, "s", 0.0)
-    use(shared, "loud", 20, 0.0)
-    assert shared.room("loud", 0.0) == 4 - 20
-    give_back(shared, "loud", 17, 0.0)
-    assert shared.room("loud", 0.5) == 1
-    assert shared.room("a", 0.5) == shared.room("new", 0.5) == ALL
+def test_a_session_crowds_the_others_of_its_workspace() -> None:
+    shared = active(("w", "loud"), ("w", "quiet"))
+    backlog = backlogs("w", ("w", "loud"))
+    assert shared.crowds("w", "loud", 0.0, backlog)
+    assert not shared.crowds("w", "quiet", 0.0, backlog)
 
 
-def test_who_crowds_others_out_leaves_the_last_free_replica_to_them_for_a_second() -> None:
-    shared = shares()
-    shared.asked("quiet", "s", 0.0)
-    use(shared, "loud", 20, 0.0)
-    assert shared.may_lead("loud", "s", 0.0, 2)
-    assert not shared.may_lead("loud", "s", 0.9, 1)
-    assert shared.may_lead("quiet", "s", 0.9, 1)
-    assert shared.may_lead("loud", "s", 1.1, 1)
+def test_many_sessions_that_are_one_workspaces_backlog_crowd_other_workspaces_only() -> None:
+    shared = active(("w", "a"), ("w", "b"))
+    assert not shared.crowds("w", "a", 0.0, backlogs("w"))
+    shared.asked("other", "s", 0.0)
+    assert shared.crowds("w", "a", 0.0, backlogs("w"))
 
 
-def test_the_share_follows_the_weights_and_is_never_nothing() -> None:
-    shared = shares(heavy=3.0)
-    shared.asked("light", "s", 0.0)
-    use(shared, "heavy", 20, 0.0)
-    assert shared.room("heavy", 0.0) == 12 - 20
-    give_back(shared, "heavy", 20, 0.0)
-    for index in range(100):
-        shared.asked(f"w{index}", "s", 0.0)
-    assert shared.room("heavy", 0.0) == 1
+def test_who_crowds_begins_a_batch_only_beside_a_free_replica_and_while_the_others_are_quiet() -> None:
+    shared = active(("quiet", "s"), ("loud", "s"))
+    shared.took("loud", "s", 0.1)
+    assert not shared.may_lead("loud", "s", 0.15, 2, LOUD), "somebody asked a moment ago"
+    assert shared.may_lead("loud", "s", 0.3, 2, LOUD)
+    assert not shared.may_lead("loud", "s", 0.3, 1, LOUD), "the last free replica is the others'"
+    assert shared.may_lead("loud", "s", 1.2, 1, LOUD), "not served for a second"
 
 
-def test_those_who_fill_the_machine_together_crowd_nobody() -> None:
-    shared = shares()
-    for _ in range(20):
-        for name in ("a", "b", "c"):
-            use(shared, name, 1, 0.0)
-    assert [shared.room(name, 0.0) for name in ("a", "b", "c")] == [ALL] * 3
+def test_with_one_replica_who_crowds_has_what_the_others_leave() -> None:
+    shared = active(("quiet", "s"), ("loud", "s"), replicas=1)
+    shared.took("loud", "s", 0.0)
+    assert shared.may_lead("loud", "s", 0.0, 1, LOUD)
 
 
-def test_what_was_had_is_forgotten_and_so_are_those_who_left() -> None:
-    shared = shares()
-    shared.asked("quiet", "s", 0.0)
-    use(shared, "loud", 20, 0.0)
-    give_back(shared, "loud", 20, 0.0)
-    assert shared.room("loud", 1.0) == 8
-    assert shared.room("loud", 4.0) == ALL
-    use(shared, "loud", 30, 4.0)
-    assert shared.room("loud", 4.0) == 8 - 30
-    shared.asked("loud", "s", 11.0)
-    assert len(shared) == 1, "nobody else is there any more"
-    assert shared.room("loud", 11.0) == ALL
-
-
-def test_a_machine_that_takes_long_for_a_batch_remembers_longer() -> None:
-    shared = shares()
-    shared.remember(4.0)
-    shared.asked("quiet", "s", 0.0)
-    use(shared, "loud", 20, 0.0, cost=2.0)
-    give_back(shared, "loud", 20, 0.0)
-    assert shared.room("loud", 9.0) == 8
-
-
-def test_an_answer_that_cost_less_than_expected_is_charged_less() -> None:
-    shared = shares()
-    shared.asked("quiet", "s", 0.0)
-    use(shared, "loud", 20, 0.0)
-    shared.left("loud", "s", -1.9, 0.0)
-    assert shared.room("loud", 0.0) == ALL
-
-
-def test_sessions_of_one_workspace_do_not_crowd_each_other_out_either() -> None:
-    shared = shares()
-    shared.asked("w", "quiet", 0.0)
-    use(shared, "w", 20, 0.0, session="loud")
-    give_back(shared, "w", 17, 0.0, session="loud")
-    assert (shared.room("w", 0.0), shared.room_of("w", "loud", 0.0)) == (ALL, 8 - 3)
-    assert shared.room_of("w", "quiet", 0.0) == shared.room_of("w", "new", 0.0) == ALL
-    assert not shared.may_lead("w", "loud", 0.0, 1)
-
-
-def test_what_begins_long_after_it_came_is_counted_right() -> None:
-    shared = shares()
-    shared.asked("w", "s", 0.0)
-    shared.asked("other", "s", 30.0)
-    shared.took("w", "s", 1.0, 30.0)
-    shared.asked("other", "s", 60.0)
-    assert len(shared) == 2, "it is being written"
-    shared.left("w", "s", 0.0, 60.0)
-    shared.asked("other", "s", 75.0)
-    assert len(shared) == 1
-
-
-def test_the_memory_of_who_came_is_bounded() -> None:
-    shared = shares()
+def test_who_asked_lately_is_known_and_the_memory_is_bounded() -> None:
+    shared = active(("w", "s"))
+    assert shared.knows("w", "s")
+    assert not shared.knows("w", "other")
     for index in range(5000):
         shared.asked(f"w{index}", "s", index / 10)
         shared.asked("w", f"s{index}", index / 10)
+    assert not shared.knows("w", "s")
     assert len(shared) <= 102
 
 
-def test_only_rows_that_there_is_room_for_are_served_next() -> None:
-    class Narrow:
-        def workspace(self, name: str) -> int:
-            return {"loud": 2, "full": -3}.get(name, ALL)
-
-        def session(self, workspace: str, name: str) -> int:
-            return 1 if name == "one" else ALL
-
-    rows = [row("loud", "one"), row("loud", "one"), row("loud", "two"), row("loud", "two"), row("full"), row("quiet")]
+def test_the_rows_of_some_are_walked_in_their_order() -> None:
+    rows = [row("loud", "one"), row("loud", "two"), row("quiet"), row("loud", "two")]
     queue = filled(rows)
-    assert list(queue.walk(Narrow())) == [rows[0], rows[5], rows[2]]
-    assert len(list(queue.walk())) == 6
+    assert list(queue.walk(lambda workspace, session: (workspace, session) != ("loud", "two"))) == [rows[0], rows[2]]
+    assert queue.count_of("loud", "two") == 2
+    assert queue.count_of("loud", "none") == queue.count_of("none", "s") == 0

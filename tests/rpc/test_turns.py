@@ -7,11 +7,14 @@ import gc
 import itertools
 from pathlib import Path
 
+import grpc
 import pytest
 from google.protobuf import duration_pb2
 from moltbot.v1 import chat_pb2, message_pb2, session_pb2
+from moltbot_server.errors import QueueFull
 from moltbot_server.journal import LiveTurn
-from moltbot_server.testing import RunningServer, Script, running_server
+from moltbot_server.models.engine import Asker
+from moltbot_server.testing import RunningServer, Script, ScriptedEngine, running_server
 from moltbot_server.turn_run import TurnRun
 from rpc_calls import Api, WatchedEngine, fields_of, info_of, kinds, reason_of, refused, text_of, turn
 
@@ -370,3 +373,35 @@ async def test_ended_turns_are_freed_without_the_garbage_collector(tmp_path: Pat
             gc.enable()
             await api.channel.close()
     assert left == []
+
+
+class FullEngine(ScriptedEngine):
+    """Takes nobody while it is full."""
+
+    full = True
+
+    def admit(self, asker: Asker) -> None:
+        """Refuse."""
+        if self.full:
+            raise QueueFull("Too many answers wait already.", retry_after=0.1)
+
+
+async def test_turns_of_a_flood_are_refused_alike_whether_they_were_read_or_not(tmp_path: Path) -> None:
+    engine = FullEngine()
+    async with running_server(tmp_path, engine=engine) as server:
+        api = Api.of(server)
+        refusals = [await refused(api.run(turn(f"turn {number}"))) for number in range(300)]
+        strange = turn("")  # nobody looks at it to find that it is blank
+        refusals.append(await refused(api.run(strange)))
+        assert {refusal.code() for refusal in refusals} == {grpc.StatusCode.RESOURCE_EXHAUSTED}
+        assert {reason_of(refusal) for refusal in refusals} == {"QUEUE_FULL"}
+        assert all("grpc-retry-pushback-ms" in dict(refusal.trailing_metadata() or ()) for refusal in refusals)
+
+        wrong = (("authorization", "Bearer mb_wrong"),)
+        unknown = await refused(api.chat.RunTurn(chat_pb2.RunTurnRequest(turn=turn("x")), metadata=wrong))
+        assert unknown.code() is grpc.StatusCode.UNAUTHENTICATED
+
+        engine.full = False
+        assert (await api.run(turn("hello"))).completed.text
+        page = server.core.metrics.page().decode()
+    assert 'moltbot_errors_total{reason="QUEUE_FULL"} 301.0' in page

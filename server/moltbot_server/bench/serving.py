@@ -15,12 +15,19 @@ from moltbot_server.bench.core import machine
 from moltbot_server.bench.serving_cancel import bench_cancel
 from moltbot_server.bench.serving_fair import bench_fair
 from moltbot_server.bench.serving_kill import bench_kill
-from moltbot_server.bench.serving_overload import bench_overload
+from moltbot_server.bench.serving_overload import MODELS, bench_overload
 from moltbot_server.bench.serving_steady import bench_sessions, bench_steady
 from moltbot_server.bench.serving_switch import bench_switch
 
 Report = dict[str, Any]
-Options = dict[str, tuple[type, float, str]]
+Options = dict[str, tuple[Callable[[str], Any], Any, str]]
+
+
+def _model(text: str) -> str:
+    if text not in MODELS:
+        raise argparse.ArgumentTypeError(f"there is no {text!r} here; expected one of {', '.join(MODELS)}")
+    return text
+
 
 _SCENARIOS: dict[str, tuple[str, Callable[..., Report], Options]] = {
     "steady": (
@@ -42,8 +49,9 @@ _SCENARIOS: dict[str, tuple[str, Callable[..., Report], Options]] = {
         bench_overload,
         {
             "times-peak": (float, 10.0, "how many times the peak is offered"),
-            "seconds": (float, 12.0, "how long"),
-            "step": (float, 4.0, "seconds of each step on the way to the peak"),
+            "seconds": (float, 30.0, "how long"),
+            "step": (float, 10.0, "seconds of each step on the way to the peak"),
+            "model": (_model, "random", "random, one of 134 million parameters, or builtin"),
         },
     ),
     "fair": (

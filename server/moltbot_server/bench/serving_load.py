@@ -20,7 +20,7 @@ import uvloop
 from grpc import aio
 from moltbot.v1 import chat_pb2, chat_pb2_grpc, inference_pb2, inference_pb2_grpc, message_pb2
 
-from moltbot_server.bench.chat import QUESTIONS
+from moltbot_server.bench.local_prompts import Ask, Workload
 from moltbot_server.bench.serving_calls import Ended, Hearing, failed
 from moltbot_server.turns import Value
 
@@ -45,7 +45,8 @@ class Job(Value, frozen=True, kw_only=True):
     With a `rate` calls are sent by chance, so many a second on average, whatever becomes of them (an open loop);
     without one each of `streams` asks again when it was answered. Times are in seconds; `begin` is `perf_counter`'s,
     0 for now. A session has `turns`, and `conversations` of them alternate under a rate. `deadline` 0 is a minute.
-    `workspace` and `session` are who asks an engine.
+    `work` is what is asked. `askers` are those who ask an engine, each a workspace and a session; chance picks one for
+    each call.
     """
 
     seconds: float = 0.0
@@ -55,8 +56,8 @@ class Job(Value, frozen=True, kw_only=True):
     deadline: float = 0.0
     turns: int = 5
     conversations: int = 1
-    workspace: str = ""
-    session: str = ""
+    askers: tuple[tuple[str, str], ...] = (("", ""),)
+    work: Workload = Workload()
 
 
 class Haul(Value, frozen=True, kw_only=True):
@@ -92,6 +93,7 @@ class Load:
         self._turn = itertools.count()
         self._ended: list[Ended] = []
         self._sessions: list[Conversation] = []
+        self._ask: Ask = Workload().asking(plan.seed)
 
     async def ready(self) -> None:
         """Wait until every channel is connected."""
@@ -100,6 +102,7 @@ class Load:
     async def run(self, job: Job, over: asyncio.Event) -> Haul:
         """Do a job until its time is up or `over` is set, and let every call end."""
         self._ended, self._sessions = [], []
+        self._ask = job.work.asking(self._chance.randrange(1 << 30))
         begin = job.begin or time.perf_counter()
         end = begin + job.seconds if job.seconds else float("inf")
         await asyncio.sleep(begin - time.perf_counter())
@@ -140,12 +143,12 @@ class Load:
         """Ask once and record what became of it; tell whether it was answered."""
         talk.asked += 1
         heard = Hearing(due=due, sent=time.perf_counter(), history=2 * talk.completed)
-        text, within = self._chance.choice(QUESTIONS), job.deadline or _PATIENCE
+        within = job.deadline or _PATIENCE
         try:
             if self._engine:
-                await self._generate(job, text, within, heard)
+                await self._generate(job, within, heard)
             else:
-                await self._stream_turn(talk, text, within, heard)
+                await self._stream_turn(talk, within, heard)
             ended = heard.ended()
         except aio.AioRpcError as problem:
             ended = failed(heard, problem)
@@ -153,19 +156,26 @@ class Load:
         self._ended.append(ended)
         return ended.status == "OK"
 
-    async def _stream_turn(self, talk: Conversation, text: str, within: float, heard: Hearing) -> None:
+    async def _stream_turn(self, talk: Conversation, within: float, heard: Hearing) -> None:
+        text, most = self._ask()
         turn = chat_pb2.TurnInput(session=talk.name, request_id=str(uuid.uuid4()), parts=[message_pb2.Part(text=text)])
+        if most:
+            turn.options.max_output_tokens = most
         stub = self._chats[next(self._turn) % len(self._chats)]
         call = stub.StreamTurn(chat_pb2.StreamTurnRequest(turn=turn), metadata=self._metadata, timeout=within)
         async for response in call:
             heard.event(response.event)
 
-    async def _generate(self, job: Job, text: str, within: float, heard: Hearing) -> None:
+    async def _generate(self, job: Job, within: float, heard: Hearing) -> None:
+        text, most = self._ask()
         said = message_pb2.Message(role=message_pb2.ROLE_USER, parts=[message_pb2.Part(text=text)])
+        workspace, session = self._chance.choice(job.askers)
         request = inference_pb2.GenerateRequest(
             prompt=inference_pb2.Prompt(messages=[said], trim=True),
-            asker=inference_pb2.Asker(workspace=job.workspace, session=job.session),
+            asker=inference_pb2.Asker(workspace=workspace, session=session),
         )
+        if most:
+            request.options.max_output_tokens = most
         request.flush_interval.FromNanoseconds(_FLUSH)
         stub = self._engines[next(self._turn) % len(self._engines)]
         async for response in stub.Generate(request, metadata=self._metadata, timeout=within):

@@ -22,6 +22,8 @@ class StopTexts:
 
     def feed(self, text: str) -> str:
         """Take more text and return what may be shown; nothing once a stop text was met (`stopped`)."""
+        if not self._stops:
+            return text
         if self.stopped:
             return ""
         text = self._held + text

@@ -33,6 +33,8 @@ class InferenceService(inference_pb2_grpc.InferenceServiceServicer):
     async def Generate(self, request: inference_pb2.GenerateRequest, call: Call) -> None:  # type: ignore[override]
         """Generate an answer and stream it."""
         entry = self._catalog.ready(names.read_model(request.model, "model"))
+        asker = self._asker(request, call)
+        entry.engine.admit(asker)  # before anything is read: whoever floods is to cost little
         options = self._reader.options(request.options, "options")
         entry.engine.check(options)
         messages = self._reader.messages(request.prompt.messages, "prompt.messages")
@@ -46,7 +48,6 @@ class InferenceService(inference_pb2_grpc.InferenceServiceServicer):
         interval = _FLUSH_INTERVAL
         if request.HasField("flush_interval"):
             interval = convert.seconds(request.flush_interval, "flush_interval")
-        asker = self._asker(request, call)
         key = (asker.workspace, request.request_id)
         if request.request_id and key in self._under_way:
             raise InvalidField("request_id", "a generation of this name is under way")
@@ -200,6 +201,8 @@ class _Generation:
                 position, self._position = self._position, 0
                 if not self._told and not self._pieces:
                     await write(inference_pb2.GenerateResponse(queue_position=position))
+            if self._interval > 0 and isinstance(self._end, Finished):
+                return  # the last text goes with the end
             pieces, self._pieces = self._pieces, []
             for text, tokens in pieces if self._interval <= 0 else _joined(pieces):
                 self._told += tokens
@@ -213,11 +216,15 @@ class _Generation:
         if isinstance(end, Exception):
             raise end
         assert end is not None
+        text, tokens = _joined(self._pieces)[0] if self._pieces else ("", 0)
+        self._told += tokens
         counted = end.usage if end is not _CANCELLED else Usage(output_tokens=self._told)
         if not counted.input_tokens:
             counted = msgspec.structs.replace(counted, input_tokens=prompt_tokens)
         await self._call.context.write(
             inference_pb2.GenerateResponse(
+                text=text,
+                token_count=tokens,
                 finished=inference_pb2.GenerateFinished(
                     finish_reason=convert.finish_reason(end.finish_reason),
                     usage=convert.usage(counted),
@@ -226,7 +233,7 @@ class _Generation:
                     first_token=convert.duration(end.first_token),
                     generation=convert.duration(end.generation),
                     trimmed_messages=self._trimmed,
-                )
+                ),
             )
         )
 

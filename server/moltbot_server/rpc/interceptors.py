@@ -10,8 +10,8 @@ import asyncio
 import logging
 import secrets
 import time
-from collections.abc import AsyncIterable, AsyncIterator, Awaitable, Callable, Sequence
-from typing import Any
+from collections.abc import AsyncIterable, AsyncIterator, Awaitable, Callable, Mapping, Sequence
+from typing import Any, TypeAlias
 
 import grpc
 from google.protobuf import any_pb2, duration_pb2
@@ -49,6 +49,8 @@ class Call:
 
 
 Unary = Callable[[Any, Any], Awaitable[Any]]
+Gate = Callable[[Principal], MoltBotError | None]
+"""Asked before a call is read: returns why it is refused whatever it says, if so."""
 
 
 class Guard:
@@ -76,6 +78,30 @@ class Guard:
                 )
         raise TypeError(f"{method} has no behaviour")
 
+    def gate(self, method: str, gate: Gate) -> Callable[[Any], grpc.RpcMethodHandler[Any, Any] | None]:
+        """Return what looks at a call's metadata and, where the gate refuses, returns a handler that does just that."""
+        short = method.rpartition(".")[2]
+        admit = self._authenticator.admit
+        ended, errors = self._metrics.call_ended, self._metrics.errors
+
+        def unread(metadata: Any) -> grpc.RpcMethodHandler[Any, Any] | None:
+            try:
+                refusal = gate(admit(method, _authorization(metadata)))
+            except MoltBotError:
+                return None
+            if refusal is None:
+                return None
+
+            async def refuse(_requests: Any, context: Any) -> None:
+                errors.add(refusal.reason)
+                ended(short, refusal.status.name, 0.0)
+                await _refuse(context, refusal)
+
+            # Of what is said to be a stream no request is read beforehand.
+            return grpc.stream_stream_rpc_method_handler(refuse)
+
+        return unread
+
     def _around(self, method: str, behaviour: Unary, *, one_request: bool) -> Unary:
         short = method.rpartition(".")[2]
         admit = self._authenticator.admit
@@ -86,7 +112,7 @@ class Guard:
             arrived = time.perf_counter()
             status = "OK"
             try:
-                principal = admit(method, _authorization(context))
+                principal = admit(method, _authorization(context.invocation_metadata()))
                 request = _well_formed(request) if one_request else _Requests(request)
                 return await behaviour(request, context if foreign else Call(context, principal, arrived))
             except asyncio.CancelledError:
@@ -218,23 +244,46 @@ def status_of(error: MoltBotError | TurnFailed) -> status_pb2.Status:
     return status
 
 
-def _authorization(context: Any) -> str | None:
-    for key, value in context.invocation_metadata() or ():
+def _authorization(metadata: Any) -> str | None:
+    for key, value in metadata or ():
         if key == "authorization":
             return value if isinstance(value, str) else value.decode("latin-1")
     return None
 
 
+_Handler: TypeAlias = "grpc.RpcMethodHandler[Any, Any]"
+_Unread: TypeAlias = "Callable[[Any], _Handler | None]"
+
+
+class _Methods(grpc.ServiceRpcHandler):
+    """The methods of a service by their full names; `unread` may answer for one before its call is read."""
+
+    def __init__(self, service: str, methods: Mapping[str, _Handler], unread: Mapping[str, _Unread]) -> None:
+        self._service = service
+        self._methods = methods
+        self._unread = unread
+
+    def service_name(self) -> str:
+        return self._service
+
+    def service(self, handler_call_details: grpc.HandlerCallDetails) -> _Handler | None:
+        unread = self._unread.get(handler_call_details.method)
+        refusing = unread(handler_call_details.invocation_metadata) if unread else None
+        return refusing or self._methods.get(handler_call_details.method)
+
+
 class GuardedServer:
     """Stands in for the server while services register, so that no handler gets around the guard.
 
-    It answers to the two methods that generated code calls. Handlers are handed on as generic ones only: registered
-    ones cost newer releases of grpcio more for each call (docs/decisions/0002-grpcio-version.md).
+    `gates` are asked, by the full names of methods, before a call is read. It answers to the two methods that generated
+    code calls. Handlers are handed on as generic ones only: registered ones cost newer releases of grpcio more for each
+    call (docs/decisions/0002-grpcio-version.md).
     """
 
-    def __init__(self, server: aio.Server, guard: Guard) -> None:
+    def __init__(self, server: aio.Server, guard: Guard, gates: Mapping[str, Gate] | None = None) -> None:
         self._server = server
         self._guard = guard
+        self._gates = gates or {}
         self.methods: list[str] = []
 
     def add_generic_rpc_handlers(self, handlers: Sequence[grpc.GenericRpcHandler]) -> None:
@@ -243,11 +292,12 @@ class GuardedServer:
         for handler in handlers:
             service = handler.service_name()  # type: ignore[attr-defined]
             methods = {
-                name.rpartition("/")[2]: self._guard.wrap(name, method)
+                name: self._guard.wrap(name, method)
                 for name, method in handler._method_handlers.items()  # type: ignore[attr-defined]
             }
-            self.methods.extend(f"/{service}/{name}" for name in methods)
-            guarded.append(grpc.method_handlers_generic_handler(service, methods))
+            self.methods.extend(methods)
+            gates = {name: self._gates[name] for name in methods if name in self._gates}
+            guarded.append(_Methods(service, methods, {n: self._guard.gate(n, gate) for n, gate in gates.items()}))
         self._server.add_generic_rpc_handlers(tuple(guarded))
 
     def add_registered_method_handlers(self, service: str, handlers: Any) -> None:

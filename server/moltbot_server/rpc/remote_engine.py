@@ -40,7 +40,7 @@ log = logging.getLogger(__name__)
 PATIENCE = 10.0
 """How long an engine may be away before those who wait for it are told, in seconds."""
 
-_FLUSH = 0.01
+_FLUSH = 0.02
 _LONGEST_EMBEDDING = 60.0
 _CALM = 1.0  # seconds without a refusal after which a flood is over
 _MANY = 1024

@@ -58,7 +58,8 @@ SERVICES = tuple(
 )
 
 
-_MOST_PENDING = 3_000
+_STARTING = tuple(f"/{SERVICES[0]}/{method}" for method in ("StreamTurn", "RunTurn"))
+_MOST_PENDING = 2_000
 
 
 class GrpcServer:
@@ -106,7 +107,8 @@ class GrpcServer:
         max_inline_bytes: int,
     ) -> None:
         """Add all services of a core, each method behind the guard."""
-        guarded: Any = GuardedServer(self._server, Guard(authenticator, metrics))
+        gates = dict.fromkeys(_STARTING, pipeline.refusal_unread)
+        guarded: Any = GuardedServer(self._server, Guard(authenticator, metrics), gates)
         reader = convert.Reader(max_inline_bytes=max_inline_bytes)
         chat_pb2_grpc.add_ChatServiceServicer_to_server(ChatService(pipeline, journal, reader), guarded)
         session_pb2_grpc.add_SessionServiceServicer_to_server(SessionService(store, sessions), guarded)

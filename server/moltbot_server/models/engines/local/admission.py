@@ -13,6 +13,7 @@ _FLOODED_WAIT = 0.1  # seconds that those who flood may wait, unless a round tak
 _CALM = 1.0  # seconds without a refusal after which a flood is over, unless
 _CALM_ROUNDS = 4.0  # so many rounds take longer
 _MANY = 1024
+_FEW = 4
 
 
 class Admission:
@@ -21,7 +22,7 @@ class Admission:
     A burst may fill the queue. A workspace that was refused is flooding it until it was not refused for a while:
     meanwhile only so much of it is let in as keeps the replicas busy, for more would only make all of it late. When the
     queue is full, a workspace that has less than its share of it still gets in, up to twice the limit, and so does a
-    session that has nothing waiting, up to a quarter more.
+    session that has next to nothing waiting, up to a quarter more.
     """
 
     def __init__(self, queue: FairQueue, *, limit: int, replicas: int) -> None:
@@ -38,8 +39,8 @@ class Admission:
         """Return how long another row of a session would wait, in seconds, when all replicas are busy."""
         return self._queue.ahead(workspace, session) * self._pace / self._replicas
 
-    def check(self, workspace: str, session: str, deadline: float | None, now: float) -> None:
-        """Refuse a row that could not begin in time.
+    def check(self, workspace: str, session: str, deadline: float | None, now: float, *, regular: bool = False) -> None:
+        """Refuse a row that could not begin in time; `regular`: its session has asked lately.
 
         Raises:
             QueueFull: with when to come back.
@@ -54,9 +55,11 @@ class Admission:
                 now + wait - deadline,
             )
         own = self._queue.count(workspace)
-        newcomer = bool(session) and not self._queue.holds(workspace, session)
-        full = waiting >= self._limit and not self._has_less_than_its_share(own, newcomer, waiting)
+        held = self._queue.count_of(workspace, session) if session else _MANY
+        full = waiting >= self._limit and not self._has_less_than_its_share(own, held < _FEW, waiting)
         flood = wait > max(self._round, _FLOODED_WAIT) and self._is_flooding(workspace, now)
+        # Those who talk in a workspace that somebody floods are not those who flood it.
+        flood = flood and not (regular and held < _FEW)
         if full or flood or wait > max(PATIENCE, _PATIENT_ROUNDS * self._round):
             self._note_flood(workspace, now)
             self._refuse(f"{waiting} answers wait already, which takes {wait:.1f} s; come back later.", wait / 2)
@@ -76,14 +79,14 @@ class Admission:
         """Seconds that a batch takes."""
         return self._round
 
-    def _has_less_than_its_share(self, own: int, newcomer: bool, waiting: int) -> bool:
+    def _has_less_than_its_share(self, own: int, light: bool, waiting: int) -> bool:
         """Tell whether there is room beyond the limit for a row of a workspace that has so many of those that wait."""
         sharing = self._queue.workspaces + (not own)
         # Half of what is left for each leaves something for whoever comes after.
         left = 2 * self._limit - waiting
         if sharing > 1 and own < self._limit // sharing and 2 * own < left:
             return True
-        return newcomer and 4 * waiting < 5 * self._limit
+        return light and 4 * waiting < 5 * self._limit
 
     def _is_flooding(self, workspace: str, now: float) -> bool:
         refused = self._flooding.get(workspace)

@@ -16,6 +16,10 @@ DEARER = 1.2
 at a time, batches of 8: 208 tokens/s, with 1.1 207, with 1.5 192; any 8 rows as they come 87, equal lengths 249."""
 
 
+SLOWER = 1.2
+"""How much longer a batch may take for the sake of rows of somebody who crowds those that it is for."""
+
+
 class Batch:
     """Rows that are written together; `lead` is the beginning that they share and that the model keeps.
 
@@ -61,6 +65,25 @@ def together(rows: Iterable[Row], most: int, costs: Costs, typical: int) -> Batc
     new = min(first.left, typical)
     worth, kept_worth = (sum(costs(share(len(row.prompt), new, most)) for row in batch.rows) for batch in (plain, kept))
     return kept if kept_seconds * worth <= seconds * kept_worth else plain
+
+
+def joined_by(riders: Iterable[Row], batch: Batch, most: int, costs: Costs, typical: int) -> Batch:
+    """Return a batch with those rows of others added that make it at most `SLOWER` times as long."""
+    first, known, new = batch.rows[0], len(batch.lead), min(batch.rows[0].left, typical)
+    shape, taken = Shape(known), list(batch.rows)
+    for row in taken:
+        shape.add(len(row.prompt) - known, new)
+    budget = SLOWER * costs(shape.terms)
+    for row in islice(riders, LOOKED_AT):
+        if len(taken) >= most:
+            break
+        if not _may_join(row, first) or (batch.lead and row.lead is not first.lead):
+            continue
+        grown = shape.with_row(len(row.prompt) - known, new)
+        if costs(grown.terms) <= budget:
+            shape = grown
+            taken.append(row)
+    return Batch(taken, batch.lead) if len(taken) > len(batch.rows) else batch
 
 
 def _may_join(row: Row, first: Row) -> bool:

@@ -292,8 +292,11 @@ class LocalEngine:
     def _tick(self) -> None:
         """End what waited too long, and tell the others their places if these have changed."""
         self._ticking = None
-        for row in self._waiting.expired():
+        expired = self._waiting.expired()
+        for row in expired:
             self.note(row, EXPIRED)
+        if expired:
+            self.hand_over()
         for place, row in enumerate(self._waiting.places(), 1):
             if row.place == place or row.began:
                 continue
@@ -313,13 +316,18 @@ class LocalEngine:
     # --- on the threads ----------------------------------------------------------------------------------------------
 
     def note(self, row: Row, token: int) -> None:
-        """Take a token of a row, or what ended it, to the event loop."""
+        """Take down a token of a row, or what ended it."""
         self._outbox.append((row, token))
-        if not self._armed and self._loop is not None:
-            self._armed = True
-            try:
-                self._loop.call_soon_threadsafe(self._fetch)
-            except RuntimeError:  # the loop is closed: nobody reads any more
+
+    def hand_over(self) -> None:
+        """Let the event loop read what was taken down."""
+        if self._armed or self._loop is None:
+            return
+        self._armed = True
+        try:
+            self._loop.call_soon_threadsafe(self._fetch)
+        except RuntimeError:  # the loop is closed: nobody reads any more
+            for row, _ in self._outbox:
                 row.cancelled = True
 
     def died(self) -> None:

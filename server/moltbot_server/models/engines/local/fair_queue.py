@@ -13,7 +13,6 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from functools import partial
 from heapq import heapify, heappop, heapreplace
 from itertools import islice
-from typing import Protocol
 
 from moltbot_server.models.engines.local.rows import Row
 
@@ -51,32 +50,22 @@ class _Workspace:
             found = self.sessions[name] = _Session(self.clock)
         return found
 
-    def walk(self, room: Callable[[str], int] | None = None) -> Iterator[Row]:
-        """Yield the rows in the order in which they would be served, of each session as many as there is room for."""
-        line = []
-        for name, session in self.waiting.items():
-            most = len(session.rows) if room is None else min(len(session.rows), room(name))
-            if most > 0:
-                line.append((session.tag, session.rows[0].number, 0, most, session))
+    def walk(self, of: Callable[[str], bool] | None = None) -> Iterator[Row]:
+        """Yield the rows in the order in which they would be served; only of those sessions, if told."""
+        line = [
+            (session.tag, session.rows[0].number, 0, session)
+            for name, session in self.waiting.items()
+            if of is None or of(name)
+        ]
         heapify(line)
         while line:
-            tag, _, at, most, session = line[0]
+            tag, _, at, session = line[0]
             row = session.rows[at]
             yield row
-            if at + 1 < most:
-                heapreplace(line, (tag + row.cost, session.rows[at + 1].number, at + 1, most, session))
+            if at + 1 < len(session.rows):
+                heapreplace(line, (tag + row.cost, session.rows[at + 1].number, at + 1, session))
             else:
                 heappop(line)
-
-
-class Room(Protocol):
-    """How many rows may be served now."""
-
-    def workspace(self, name: str) -> int:
-        """Return how many rows of a workspace may be served."""
-
-    def session(self, workspace: str, name: str) -> int:
-        """Return how many rows of a session may be served."""
 
 
 class FairQueue:
@@ -112,10 +101,11 @@ class FairQueue:
         found = self._waiting.get(workspace)
         return found.count if found else 0
 
-    def holds(self, workspace: str, session: str) -> bool:
-        """Tell whether rows of a session wait."""
+    def count_of(self, workspace: str, session: str) -> int:
+        """Return how many rows of a session wait."""
         found = self._waiting.get(workspace)
-        return found is not None and session in found.waiting
+        inside = found.waiting.get(session) if found else None
+        return len(inside.rows) if inside else 0
 
     @property
     def workspaces(self) -> int:
@@ -167,17 +157,14 @@ class FairQueue:
             self._workspaces.clear()  # who waits for nobody owes nobody
         return True
 
-    def walk(self, room: Room | None = None) -> Iterator[Row]:
+    def walk(self, of: Callable[[str, str], bool] | None = None) -> Iterator[Row]:
         """Yield the rows in the order in which they would be served; nothing may change meanwhile.
 
-        `room` says how many of a workspace and of a session are yielded at most.
+        `of` says, of a workspace and a session, whether rows of it are wanted.
         """
         line = []
         for index, (name, workspace) in enumerate(self._waiting.items()):
-            if room is None:
-                rows = workspace.walk()
-            else:
-                rows = islice(workspace.walk(partial(room.session, name)), max(0, room.workspace(name)))
+            rows = workspace.walk(None if of is None else partial(of, name))
             if (row := next(rows, None)) is not None:
                 line.append((workspace.tag, row.number, index, row, rows, workspace.weight))
         heapify(line)

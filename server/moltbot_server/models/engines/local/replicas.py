@@ -48,7 +48,10 @@ class Reader(Protocol):
     """Who hears from the replicas; called on their threads."""
 
     def note(self, row: Row, token: int) -> None:
-        """Hear of a token of a row, or of what ended it."""
+        """Hear of a token of a row, or of what ended it; it is read after the next `hand_over`."""
+
+    def hand_over(self) -> None:
+        """Let the event loop read what was noted."""
 
     def died(self) -> None:
         """Hear that a thread has died."""
@@ -136,6 +139,7 @@ class Replicas:
                 self._reader.note(row, GONE)
             for row in self._waiting.close():
                 self._reader.note(row, GONE)
+            self._reader.hand_over()
 
     def _write(self, batch: Batch) -> None:
         began = perf_counter()
@@ -156,6 +160,7 @@ class Replicas:
                 _log.error("a batch failed", exc_info=writing.trouble[0], extra=extra)
             for index in writing.open:
                 self._reader.note(batch.rows[index], GONE)
+            self._reader.hand_over()
         self._learn(batch, began, writing)
 
     def _generate(self, batch: Batch, callback: Callback) -> None:
@@ -186,11 +191,17 @@ class _Writing:
     """A batch that is being written. What the native code calls must not raise: that would end all mates."""
 
     __slots__ = (
+        "_alive",
+        "_at",
         "_batch",
         "_began",
         "_ends",
+        "_index",
+        "_last",
         "_note",
         "_pays_at",
+        "_reader",
+        "_rows",
         "_vocabulary",
         "_waiting",
         "first",
@@ -202,50 +213,63 @@ class _Writing:
         self, batch: Batch, reader: Reader, waiting: Waiting, ends: frozenset[int], vocabulary: Sequence[str]
     ) -> None:
         self._batch = batch
+        self._rows = batch.rows
+        self._reader = reader
         self._note = reader.note
         self._waiting = waiting
         self._ends = ends
         self._vocabulary = vocabulary
-        self._began = perf_counter()
+        self._began = self._at = perf_counter()
         self._pays_at = 0.0
+        self._alive = set(range(len(batch.rows)))
+        self._last = len(batch.rows) - 1  # of those that are written still
+        self._index = len(batch.rows)
         self.first = 0.0
-        self.open = set(range(len(batch.rows)))
+        self.open = set(self._alive)
         self.trouble: list[Exception] = []
 
     def wrote(self, step: ctranslate2.GenerationStepResult) -> bool:
-        """Take one token of one row; tell whether the row is to end."""
+        """Take one token of one row, in the order of the rows; tell whether the row is to end."""
+        index = -1
         try:
             index = step.batch_id
+            if index <= self._index:  # the first row of a step
+                self._at = perf_counter()
+                self.first = self.first or self._at
+            self._index = index
             over = self._took(index, step.token_id)
-            if over:
-                self._batch.over += 1
-            return over
         except Exception as problem:
             self.trouble.append(problem)
-            return True
+            over = True
+        if index >= self._last:
+            self._reader.hand_over()  # a step's tokens together
+        if over:
+            self._batch.over += 1
+            self._alive.discard(index)
+            self._last = max(self._alive, default=-1)
+        return over
 
     def _took(self, index: int, token: int) -> bool:
-        row = self._batch.rows[index]
-        row.last = now = perf_counter()
-        if not self.first:
-            self.first = now
+        row = self._rows[index]
         if row.cancelled:
             return True
+        row.last = self._at
         if token in self._ends:
-            self.open.discard(index)
-            self._note(row, STOPPED)
-            return True
+            return self._ended(index, row, STOPPED)
         if not row.first:
-            row.first = now
+            row.first = self._at
         tokens = self._batch.tokens[index]
         tokens.append(token)
         self._note(row, token)
         row.left -= 1
         if not row.left:
-            self.open.discard(index)
-            self._note(row, FULL)
-            return True
+            return self._ended(index, row, FULL)
         return len(tokens) >= SLICE and len(self._waiting) > 0 and self._pause(index, row, tokens)
+
+    def _ended(self, index: int, row: Row, end: int) -> bool:
+        self.open.discard(index)
+        self._note(row, end)
+        return True
 
     def _pause(self, index: int, row: Row, tokens: Sequence[int]) -> bool:
         """Let a row wait again, unless it is nearly done, would go on differently, or has not been written long."""

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Mapping, Sequence
-from itertools import chain, islice
+from collections.abc import Callable, Mapping, Sequence
+from itertools import islice
 from time import perf_counter
 
 from moltbot_server.errors import ModelUnavailable
 from moltbot_server.models.engines.local.admission import Admission
-from moltbot_server.models.engines.local.batches import Batch, together
+from moltbot_server.models.engines.local.batches import LOOKED_AT, Batch, joined_by, together
 from moltbot_server.models.engines.local.costs import Costs, Shape, share
 from moltbot_server.models.engines.local.fair_queue import FairQueue
 from moltbot_server.models.engines.local.rows import Row
@@ -19,10 +19,12 @@ _LOOKED_AT = 1024
 """Most waiting rows whose places are told and whose deadlines are watched; those behind come closer first."""
 
 _ANSWERED = 0.020  # seconds after the end of a batch in which those who were answered may ask again
-_BURST = 0.020  # longest that rows which come one by one are waited for, unless
+_BURST = 0.050  # longest that rows which come one by one are waited for, unless
 _BURST_SHARE = 0.02  # of a batch's time is less
-_GAP = 0.004  # without another row, after which none is expected any more
+_GAP = 0.004  # without another row, after which none is expected any more, unless fewer came than were answered
 _TYPICAL = 64.0
+_LEAST_BACKLOG = 8  # rows of somebody that wait before he may be found to crowd others
+_LOOK_AGAIN = 0.02
 _FEW_STEPS = 4
 
 
@@ -34,14 +36,15 @@ class Waiting:
         self.costs = Costs()
         self.pauses = self.batches = self.rows = 0
         self._batch = batch
+        self._much = max(batch, _LEAST_BACKLOG)
         self._queue = FairQueue(weights)
-        self._shares = Shares(replicas * batch, replicas, self._queue.weight)
+        self._shares = Shares(replicas)
         self._admission = Admission(self._queue, limit=limit, replicas=replicas)
         self._changed = threading.Condition()
         self._idle = 0
         self._closed = False
         self._typical = _TYPICAL  # tokens of an answer, averaged over the latest
-        self._answered = 0.0
+        self._answered, self._back = 0.0, 0  # when a batch ended, and how many of its rows were answered
 
     def __len__(self) -> int:
         return len(self._queue)
@@ -64,7 +67,8 @@ class Waiting:
     def _admit(self, workspace: str, session: str, deadline: float | None) -> None:
         if self._closed:
             raise ModelUnavailable("The model is not loaded.")
-        self._admission.check(workspace, session, deadline, perf_counter())
+        regular = bool(session) and self._shares.knows(workspace, session)
+        self._admission.check(workspace, session, deadline, perf_counter(), regular=regular)
 
     def put(self, row: Row) -> None:
         """Add a row; idle replicas hear of it by `wake` only, so that rows that come together are taken together.
@@ -117,7 +121,8 @@ class Waiting:
             self._idle += 1
             self._let_burst_grow()
             while (batch := self._form()) is None and not self._closed:
-                self._changed.wait()
+                # Whoever may not begin now may when the others are quiet, of which nobody tells.
+                self._changed.wait(_LOOK_AGAIN if self._queue else None)
                 self._let_burst_grow()
             self._idle -= 1
             return None if self._closed else batch
@@ -127,24 +132,41 @@ class Waiting:
         if self._closed or not self._queue:
             return None
         now = perf_counter()
-        rows, passed = self._queue.walk(_Room(self._shares, now)), []
-        for row in rows:
-            if self._shares.may_lead(row.workspace, row.session, now, self._idle):
-                break
-            passed.append(row)
+        rows = list(islice(self._queue.walk(self._spared(now)), LOOKED_AT))
+        riders = list(islice(self._queue.walk(self._crowding(now)), LOOKED_AT)) if len(rows) < self._batch else []
+        most = min(self._batch, -(-len(self._queue) // self._idle))
+        typical = max(1, int(self._typical))
+        if rows:
+            batch = joined_by(riders, together(rows, most, self.costs, typical), most, self.costs, typical)
+        elif riders and self._shares.may_lead(
+            riders[0].workspace, riders[0].session, now, self._idle, self._has_backlog
+        ):
+            batch = together(riders, most, self.costs, typical)
         else:
             return None
-        most = min(self._batch, -(-len(self._queue) // self._idle))
-        batch = together(chain([row], passed, rows), most, self.costs, max(1, int(self._typical)))
         self._queue.take(batch.rows)
         for row in batch.rows:
-            self._shares.took(row.workspace, row.session, row.cost, now)
+            self._shares.took(row.workspace, row.session, now)
         batch.crowded = len(self._queue) > 0
         return batch
 
     def _presses(self) -> bool:
-        """Tell whether a row waits that may be written."""
-        return next(self._queue.walk(_Room(self._shares, perf_counter())), None) is not None
+        """Tell whether a row waits for which others should give way."""
+        return next(self._queue.walk(self._spared(perf_counter())), None) is not None
+
+    def _crowding(self, now: float) -> Callable[[str, str], bool]:
+        """Return what tells whether a session is one of those who crowd others."""
+        shares, backlog = self._shares, self._has_backlog
+        return lambda workspace, session: shares.crowds(workspace, session, now, backlog)
+
+    def _spared(self, now: float) -> Callable[[str, str], bool] | None:
+        """Return what tells whether a session is none of those, unless there can be none of those."""
+        crowding = self._crowding(now)
+        return None if len(self._queue) < self._much else lambda workspace, session: not crowding(workspace, session)
+
+    def _has_backlog(self, workspace: str, session: str | None) -> bool:
+        queue = self._queue
+        return (queue.count(workspace) if session is None else queue.count_of(workspace, session)) >= self._much
 
     def ended(self, batch: Batch, began: float, first: float | None, ended: float) -> None:
         """Learn from a batch: when it began, had its first token, ended. `first` is None where it was unlike others."""
@@ -153,10 +175,11 @@ class Waiting:
             self.rows += len(batch.rows)
             self._shares.remember(self._admission.round)
             self._admission.measured(ended - began, batch.charged, crowded=batch.crowded)
-            for index in range(len(batch.rows)):
-                if index not in batch.paused:
-                    self._settle(batch, index)
-                    self._answered = ended
+            answered = [index for index in range(len(batch.rows)) if index not in batch.paused]
+            for index in answered:
+                self._settle(batch, index)
+            if answered:
+                self._answered, self._back = ended, len(answered)
             self._changed.notify()  # for who had no place before
             if first is not None:
                 self._learn(batch.shape(), first - began, ended - first)
@@ -191,11 +214,10 @@ class Waiting:
             return left
 
     def _settle(self, batch: Batch, index: int) -> None:
-        """Charge a row what it has cost in a batch, now that it is known, and give its place back."""
+        """Charge a row what it has cost in a batch, now that it is known,."""
         row = batch.rows[index]
         more = self._cost(batch.sizes[index] + len(batch.lead), len(batch.tokens[index])) - row.charged
         self._queue.charge(row, more)
-        self._shares.left(row.workspace, row.session, more, perf_counter())
 
     def _cost(self, prompt: int, new: int) -> float:
         return self.costs(share(prompt, new, self._batch))
@@ -206,28 +228,13 @@ class Waiting:
         Not longer than is little beside what a batch takes, for a row that came alone waits in vain.
         """
         now = perf_counter()
-        if not self._queue or now - self._answered > _ANSWERED:
+        most_time = min(_BURST, _BURST_SHARE * self._admission.round)
+        if not self._queue or now - self._answered > max(_ANSWERED, most_time):
             return
-        until = now + min(_BURST, _BURST_SHARE * self._admission.round)
+        until = now + most_time
         most = self._batch * self._idle
         while (left := until - perf_counter()) > 0 and len(self._queue) < most:
             size = len(self._queue)
-            self._changed.wait(min(_GAP, left))
-            if self._closed or len(self._queue) <= size:
+            self._changed.wait(left if size < self._back else min(_GAP, left))
+            if self._closed or (len(self._queue) <= size and size >= self._back):
                 return
-
-
-class _Room:
-    """How many rows may be served at a moment."""
-
-    __slots__ = ("_now", "_shares")
-
-    def __init__(self, shares: Shares, now: float) -> None:
-        self._shares = shares
-        self._now = now
-
-    def workspace(self, name: str) -> int:
-        return self._shares.room(name, self._now)
-
-    def session(self, workspace: str, name: str) -> int:
-        return self._shares.room_of(workspace, name, self._now)
