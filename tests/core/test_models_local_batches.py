@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 from moltbot_server.demo_model import ARTIFACT
-from moltbot_server.models.engines.local.batches import LOOKED_AT, Batch, together
+from moltbot_server.models.engines.local.batches import LOOKED_AT, SLOWER, Batch, joined_by, together
 from moltbot_server.models.engines.local.costs import Costs, Shape, Terms, share
 from moltbot_server.models.engines.local.leads import Leads
 from moltbot_server.models.engines.local.rows import Row, Sampling
@@ -235,3 +235,29 @@ def test_the_weights_say_what_a_token_of_context_takes(tmp_path: Path) -> None:
     (tmp_path / "model.bin").write_bytes((ARTIFACT / "model.bin").read_bytes()[:1000])
     assert context_bytes(tmp_path / "model.bin") is None
     assert context_bytes(tmp_path / "nothing.bin") is None
+
+
+def test_those_who_crowd_ride_along_as_long_as_that_costs_the_others_little() -> None:
+    costs = Costs()
+    for_others = together([row(64), row(64)], 8, costs, 64)
+    joined = joined_by([row(64) for _ in range(20)], for_others, 8, costs, 64)
+    assert joined.rows[:2] == for_others.rows
+    assert 2 < len(joined.rows) < 8
+    alone, beside = (costs(shape_of(batch).terms) for batch in (for_others, joined))
+    assert beside <= SLOWER * alone
+
+
+def test_nobody_rides_along_who_could_not_be_written_in_the_batch() -> None:
+    batch = together([row(64), row(64)], 8, Costs(), 64)
+    strangers = [row(64, sampling=Sampling(topk=5)), row(900), row(64, lead=("a",))]
+    assert [len(each.prompt) for each in joined_by(strangers, batch, 8, Costs(), 64).rows] == [64, 64, 64]
+    full = together([row(64) for _ in range(8)], 8, Costs(), 64)
+    assert joined_by([row(64)], full, 8, Costs(), 64) is full
+
+
+def shape_of(batch: Batch) -> Shape:
+    """Return the sizes of a batch whose answers have 64 tokens."""
+    shape = Shape(len(batch.lead))
+    for size in batch.sizes:
+        shape.add(size, 64)
+    return shape
