@@ -21,7 +21,7 @@ from moltbot_server.bench.serving_load import Job
 from moltbot_server.demo_model import ARTIFACT
 
 _BROKEN_EVERY = 10
-_WARM = 20
+_WARM, _WARM_UP = 20, 60.0
 _PAUSE = 5.0
 
 
@@ -34,7 +34,8 @@ def bench_switch(
         folder = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="moltbot-bench-")))
         changes = Changes(stack, installation, _damaged(folder))
         crowd = Crowd(stack, installation, processes=1)
-        warm = Job(rate=rate, seconds=min(3.0, switches / 10), conversations=math.ceil(rate * _PAUSE))
+        # The core keeps what was talked of lately: that grows with the turns, whoever answers them, up to its bounds.
+        warm = Job(rate=rate, seconds=min(_WARM_UP, switches / 10), conversations=math.ceil(rate * _PAUSE))
         crowd.run(warm)
         memory = {"before": installation.memory()}
         crowd.begin(Job(rate=rate, conversations=warm.conversations))

@@ -95,9 +95,8 @@ _FIXED = ("host", "port", "grpc_host", "grpc_port", "metrics_host", "metrics_por
 _ENGINE_PAUSE, _LONGEST_ENGINE_PAUSE = 0.1, 2.0
 # What glibc's malloc reads when a process begins. By default it keeps up to eight arenas for each processor, and what
 # a flood of calls took in one of them is not given back; two hold a core a fifth smaller after it, at the same speed.
-# Of an engine, whose threads come and go with its models, four bound what switches leave behind.
+# In an engine, whose threads come and go with its models, they bound what switches leave behind.
 _FEW_ARENAS = {"MALLOC_ARENA_MAX": "2"}
-_ENGINE_ARENAS = {"MALLOC_ARENA_MAX": "4"}
 
 
 class _Site:
@@ -140,7 +139,7 @@ class _Site:
             stage=2,
             pause=_ENGINE_PAUSE,
             longest_pause=_LONGEST_ENGINE_PAUSE,
-            environ=_ENGINE_ARENAS,
+            environ=_FEW_ARENAS,
         )
         return [
             *((models,) if own else ()),
