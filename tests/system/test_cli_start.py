@@ -144,6 +144,15 @@ async def test_all_processes_hold_few_arenas_of_memory_unless_the_user_says_how_
     assert arenas == {name: set_by_the_user or "2" for name in ("engine", "core", "http")}
 
 
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="other systems do not show a process' environment")
+@pytest.mark.parametrize(("log_json", "said"), [("true", "NONE"), ("false", None)])
+async def test_with_logs_in_json_grpc_writes_no_lines_of_its_own(home: Home, log_json: str, said: str | None) -> None:
+    home.variables["MOLTBOT_LOG_JSON"] = log_json
+    async with home.started() as started:
+        pids = started.told()["processes"].values()
+        assert {psutil.Process(pid).environ().get("GRPC_VERBOSITY") for pid in pids} == {said}
+
+
 async def test_a_second_start_in_the_workspace_is_refused(started: Started) -> None:
     ended = await started.home.run("start", *ANY_PORTS)
     assert ended.status == 69

@@ -131,6 +131,8 @@ class _Site:
         http += ["--reuse-port"] if settings.workers > 1 else []
         http += ["--trusted-proxy", *settings.trusted_proxies] if settings.trusted_proxies else []
         names = [f"http-{number}" if settings.workers > 1 else "http" for number in range(1, settings.workers + 1)]
+        # gRPC's native part writes lines of its own, which a reader of JSON cannot take.
+        environ = _FEW_ARENAS | ({"GRPC_VERBOSITY": "NONE"} if settings.log_json else {})
         # Turns wait for an engine that died, so it is back as soon as can be.
         models = Plan(
             name="engine",
@@ -139,12 +141,12 @@ class _Site:
             stage=2,
             pause=_ENGINE_PAUSE,
             longest_pause=_LONGEST_ENGINE_PAUSE,
-            environ=_FEW_ARENAS,
+            environ=environ,
         )
         return [
             *((models,) if own else ()),
-            Plan(name="core", module="moltbot_server", arguments=tuple(core), stage=1, environ=_FEW_ARENAS),
-            *(Plan(name=n, module="moltbot_adapters", arguments=tuple(http), environ=_FEW_ARENAS) for n in names),
+            Plan(name="core", module="moltbot_server", arguments=tuple(core), stage=1, environ=environ),
+            *(Plan(name=n, module="moltbot_adapters", arguments=tuple(http), environ=environ) for n in names),
         ]
 
     def renew(self) -> bool:
