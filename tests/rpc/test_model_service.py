@@ -132,6 +132,7 @@ async def test_turns_that_wait_in_their_session_are_answered_by_the_model_that_w
     await other.start()
     core.core.catalog.add(other)
     first = asyncio.create_task(api.run(turn("#1 wait=2", session="sessions/s")))
+    await until(lambda: core.core.catalog.entry("scripted").turns == 1)
     second = asyncio.create_task(api.run(turn("#1", session="sessions/s", request_id="second")))
     await until(lambda: core.core.catalog.entry("scripted").turns == 2)
     await api.models.SwitchModel(model_pb2.SwitchModelRequest(name="models/other"), metadata=api.metadata)

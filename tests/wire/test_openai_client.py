@@ -356,4 +356,4 @@ async def test_a_time_limit_reaches_the_core(client, core):
     await client.chat.completions.create(
         model="moltbot", messages=HELLO, stream=True, extra_headers={"X-Request-Timeout": "2.5"}
     )
-    assert 2.0 < core.deadlines[0] <= 2.5
+    assert 2.0 < core.deadlines[0] <= 2.6  # what gRPC tells of a deadline is rounded up
