@@ -297,6 +297,7 @@ async def test_a_message_longer_than_the_context_fails_with_its_reason(tmp_path:
     assert (error.details() or "").startswith("turn.parts: takes ")
     assert fields_of(error) == ["turn.parts"]
     assert last.failed.message.startswith("turn.parts: takes ")
+    assert last.failed.field == "turn.parts"
 
 
 async def test_a_session_goes_on_after_a_restart_with_its_history(tmp_path: Path) -> None:

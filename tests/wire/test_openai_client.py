@@ -275,6 +275,16 @@ async def test_a_turn_that_fails_before_its_first_word_has_a_status(client, core
     assert caught.value.response.headers["retry-after"] == "5"
 
 
+async def test_a_field_that_a_turn_fails_by_is_named_as_the_client_knows_it(client, core):
+    core.script.pieces = ()
+    core.script.failed = chat_pb2.Failed(
+        code=3, reason="CONTEXT_LENGTH_EXCEEDED", message="turn.parts: takes 99 tokens", field="turn.parts"
+    )
+    with pytest.raises(openai.BadRequestError, match="messages: takes 99 tokens") as caught:
+        await client.chat.completions.create(model="moltbot", messages=HELLO, stream=True)
+    assert (caught.value.code, caught.value.param) == ("context_length_exceeded", "messages")
+
+
 async def test_a_turn_that_fails_later_raises_in_the_stream(client, core):
     core.script.failed = chat_pb2.Failed(code=14, reason="MODEL_UNAVAILABLE", message="the model left")
     heard = []

@@ -221,6 +221,7 @@ def failure_of(failed: chat_pb2.Failed) -> CoreError:
         reason=failed.reason,
         message=failed.message,
         retry_after=delay.seconds + delay.nanos / 1e9 if failed.HasField("retry_delay") else None,
+        field=failed.field,
     )
 
 

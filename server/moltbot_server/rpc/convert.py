@@ -374,6 +374,7 @@ def _fill_failed(into: chat_pb2.Failed, key: TurnKey, kind: Failed) -> None:
     into.reason = kind.reason
     into.message = kind.message
     into.retryable = kind.retryable
+    into.field = kind.field
     if kind.retry_after is not None:
         _set(into.retry_delay, kind.retry_after)
     _fill(into.timings, kind.timings)

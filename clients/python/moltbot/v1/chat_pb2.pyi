@@ -918,6 +918,7 @@ class Failed(_message.Message):
     RETRYABLE_FIELD_NUMBER: _builtins.int
     RETRY_DELAY_FIELD_NUMBER: _builtins.int
     TIMINGS_FIELD_NUMBER: _builtins.int
+    FIELD_FIELD_NUMBER: _builtins.int
     code: _builtins.int
     """The `google.rpc.Code` that `RunTurn` ends with."""
     reason: _builtins.str
@@ -926,6 +927,10 @@ class Failed(_message.Message):
     """What was wrong and what to do about it, in English."""
     retryable: _builtins.bool
     """True when a new try with the same input may succeed."""
+    field: _builtins.str
+    """The field of the call that was wrong, such as `turn.parts`. Empty when it
+    was none.
+    """
     @_builtins.property
     def retry_delay(self) -> _duration_pb2.Duration:
         """How long to wait before that, when known."""
@@ -943,10 +948,11 @@ class Failed(_message.Message):
         retryable: _builtins.bool = ...,
         retry_delay: _duration_pb2.Duration | None = ...,
         timings: Global___Timings | None = ...,
+        field: _builtins.str = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["retry_delay", b"retry_delay", "timings", b"timings"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["code", b"code", "message", b"message", "reason", b"reason", "retry_delay", b"retry_delay", "retryable", b"retryable", "timings", b"timings"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["code", b"code", "field", b"field", "message", b"message", "reason", b"reason", "retry_delay", b"retry_delay", "retryable", b"retryable", "timings", b"timings"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
