@@ -20,7 +20,7 @@ from moltbot_server.testing_provider import MockProvider, Script, ScriptError
 from moltbot_server.testing_provider.server import loopback
 
 # Those of every command of ours; cli, which has their names, stands beside this and not below.
-_USAGE, _UNAVAILABLE, _CONFIG = 2, 69, 78
+_USAGE, _UNAVAILABLE, _CONFIG, _INTERRUPTED = 2, 69, 78, 130
 
 
 def main(arguments: Sequence[str]) -> int:
@@ -38,6 +38,8 @@ def main(arguments: Sequence[str]) -> int:
         return uvloop.run(_serve(script, options))
     except ScriptError as error:
         return _fail(f"the script cannot be followed: {error}", _CONFIG)
+    except KeyboardInterrupt:  # before it was ready
+        return _INTERRUPTED
     except OSError as error:
         text = f"cannot listen on {options['host']} port {options['port']}: {error.strerror or error}; try --port 0"
         return _fail(text, _UNAVAILABLE)
