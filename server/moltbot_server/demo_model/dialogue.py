@@ -30,6 +30,9 @@ BLURRED = 0.25
 MIXED = 0.15
 """How often an opening question is put together of parts of two that mean the same."""
 
+REPEATED = 0.012
+"""How often a question is said over and over."""
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Turn:
@@ -117,6 +120,8 @@ class Speaker:
             if not leaning and self._rng.random() < BLURRED:
                 text = noise.blur(text, language, self._rng)
             text = noise.roughen(text, language, self._rng)
+            if self._rng.random() < REPEATED:
+                text = noise.repeat(text, language, self._rng)
             result.append(Turn(text=text or turn.text, topic=turn.topic, language=turn.language))
         return result
 

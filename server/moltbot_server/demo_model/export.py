@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import shutil
 import struct
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -93,6 +94,18 @@ def restore(folder: Path, shape: Shape) -> Params:
     params: Params = {"embed": found["decoder/embeddings/weight"], "norm": found["decoder/layer_norm/gamma"]}
     params |= {f"layer{index}": layer(index) for index in range(shape.layers)}
     return as_arrays(params)
+
+
+def mean(several: Sequence[Params]) -> Params:
+    """Returns the mean of the weights of trainings that began from one model; it often knows more than each of them."""
+
+    def of(values: Sequence[Any]) -> Any:
+        if isinstance(values[0], dict):
+            return {name: of([value[name] for value in values]) for name in values[0]}
+        return sum(values[1:], values[0]) / len(values)
+
+    found: Params = of(several)
+    return found
 
 
 def export(params: Params, shape: Shape, tokenizer: Path, folder: Path) -> None:

@@ -73,6 +73,12 @@ def mix(first: str, second: str, language: topics.Language, rng: random.Random) 
     return (" " if language == "en" else "").join(parts) or first
 
 
+def repeat(text: str, language: topics.Language, rng: random.Random) -> str:
+    """Says it over and over, as people do who lean on a key or paste too often: up to some 240 characters."""
+    between = " " if language == "en" else ""
+    return between.join([text] * rng.randint(2, max(2, 240 // max(1, len(text)))))
+
+
 def _slip(text: str, rng: random.Random) -> str:
     """Loses, doubles, swaps or mistypes one character; Chinese characters are only ever lost or doubled."""
     if len(text) < 4:

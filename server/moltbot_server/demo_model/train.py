@@ -60,7 +60,7 @@ def parse_arguments() -> argparse.Namespace:
     add("--vocabulary", type=int, default=7000, help="pieces (default: %(default)s)")
     add("--rate", type=float, default=5e-3, help="peak learning rate (default: %(default)s)")
     add("--out", type=Path, default=ARTIFACT, help="folder to write (default: the one in the package)")
-    add("--further", type=Path, metavar="FOLDER", help="train an exported model further instead of a new one")
+    add("--further", type=Path, nargs="+", metavar="FOLDER", help="train an exported model further, or the mean of some")
     add("--every", type=int, default=0, help="also export every so many steps (default: only at the end)")
     return parser.parse_args()
 
@@ -73,13 +73,13 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as scratch:
         pieces = Path(scratch) / "tokenizer.model"
         if arguments.further:
-            shutil.copyfile(arguments.further / pieces.name, pieces)
+            shutil.copyfile(arguments.further[0] / pieces.name, pieces)
         else:
             train(vocabulary_lines(knowledge, rng), pieces, arguments.vocabulary, knowledge.topics)
         tokenizer = Tokenizer(pieces)
         shape = network.Shape(vocabulary=len(tokenizer))
         if arguments.further:
-            params = export.restore(arguments.further, shape)
+            params = export.mean([export.restore(folder, shape) for folder in arguments.further])
         else:
             params = network.init(shape, meaning.embeddings(knowledge, tokenizer, shape.width, rng), arguments.seed)
         state = network.optimizer_state(params)
