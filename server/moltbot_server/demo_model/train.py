@@ -60,7 +60,13 @@ def parse_arguments() -> argparse.Namespace:
     add("--vocabulary", type=int, default=7000, help="pieces (default: %(default)s)")
     add("--rate", type=float, default=5e-3, help="peak learning rate (default: %(default)s)")
     add("--out", type=Path, default=ARTIFACT, help="folder to write (default: the one in the package)")
-    add("--further", type=Path, nargs="+", metavar="FOLDER", help="train an exported model further, or the mean of some")
+    add(
+        "--further",
+        type=Path,
+        nargs="+",
+        metavar="FOLDER",
+        help="train exported models, or their mean, further",
+    )
     add("--every", type=int, default=0, help="also export every so many steps (default: only at the end)")
     return parser.parse_args()
 
