@@ -67,7 +67,7 @@ async def test_a_flag_goes_before_the_file(home: Home) -> None:
         "text: from the file\npace: 1ms\nfaults:\n  - {kind: error, status: 503, until: 1 call}\n"
     )
     async with (
-        provider(home, "--script", "drill.yaml", "--text", "from the flag") as (_, address),
+        provider(home, "--script", "drill.yaml", "--text", "from the flag", "--usage", "3", "4") as (_, address),
         openai.AsyncOpenAI(base_url=f"{address}/v1", api_key="k", max_retries=0) as client,
     ):
         with pytest.raises(openai.InternalServerError):
@@ -77,6 +77,8 @@ async def test_a_flag_goes_before_the_file(home: Home) -> None:
             script = await shown.json()
 
     assert answer.choices[0].message.content == "from the flag"
+    assert answer.usage is not None
+    assert answer.usage.total_tokens == 7
     assert script["pace"] == "0.001s"
 
 

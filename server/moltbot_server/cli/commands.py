@@ -104,7 +104,6 @@ def _parser() -> tuple[argparse.ArgumentParser, Collection[str]]:
     _add_chat(add)
     _add_engine(add)
     add_model(add)
-    add_mock_provider(add)
     add("link", _link, "Print a fresh link that opens the web chat once, within 15 minutes.", "moltbot link")
     status = add("status", _status, "Tell what runs, where, for how long, and what memory it takes.",
                  "moltbot status", "moltbot status --json")  # fmt: skip
@@ -112,6 +111,7 @@ def _parser() -> tuple[argparse.ArgumentParser, Collection[str]]:
     for each in (status, version):
         each.add_argument("--json", action="store_true", help="print one JSON object, for scripts")
     commands.add_parser("bench", help="measure this machine (moltbot bench --help)", add_help=False)
+    add_mock_provider(add)
     return parser, commands.choices
 
 

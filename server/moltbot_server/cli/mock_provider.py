@@ -62,6 +62,9 @@ def _add_answers(added: argparse.ArgumentParser) -> None:
     added.add_argument("--reasoning", metavar="TEXT", help="what is thought before the answer")
     added.add_argument("--chunks", metavar="N", help="stream in so many equal pieces (default: word by word)")
     added.add_argument("--first-token", metavar="TIME", help="how long to the first word: 300ms, or 200ms-2s")
+    added.add_argument(
+        "--usage", nargs=2, metavar=("INPUT", "OUTPUT"), help="the tokens it says it took (default: words)"
+    )
     added.add_argument("--pace", metavar="TIME", help="how long between two chunks (default: 0)")
 
 
@@ -78,6 +81,8 @@ def _run(given: argparse.Namespace) -> int:
         script["echo"] = False  # a file's own echo gives way to the flag, and its text to the other
     elif given.echo:
         script["text"] = None
+    if given.usage is not None:
+        script["usage"] = dict(zip(("input", "output"), given.usage, strict=True))
     options = {"host": given.host, "port": given.port, "json": given.json, "file": given.script, "script": script}
     # It becomes the provider: signals, output and exit status are the provider's own.
     os.execv(sys.executable, [sys.executable, "-m", "moltbot_server.testing_provider", json.dumps(options)])
