@@ -119,10 +119,10 @@ async def test_tools_are_called_and_thoughts_are_told(provider: MockProvider, cl
     assert "".join(str(part.delta.to_dict().get("reasoning_content", "")) for part in parts) == "hm hm"
 
 
-async def test_an_echo_says_what_was_asked_and_chunks_are_counted(
+async def test_an_echo_says_what_was_asked_in_so_many_chunks_at_its_pace(
     provider: MockProvider, client: openai.AsyncOpenAI
 ) -> None:
-    provider.follow(Script.read({"echo": True, "chunks": 3}))
+    provider.follow(Script.read({"echo": True, "chunks": 3, "pace": "1ms"}))
 
     assert await texts(client) == ["Sa", "y ", "it"]
 

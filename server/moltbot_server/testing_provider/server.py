@@ -103,7 +103,7 @@ class MockProvider:
     async def _answer(self, request: web.Request, dialect: Dialect) -> web.StreamResponse:
         key = dialect.key_of(request.headers)
         try:
-            body = await request.json()
+            body = json.loads(await request.read())
         except ValueError:
             body = None
         model = body.get("model") if isinstance(body, dict) else None
