@@ -141,7 +141,7 @@ async def test_all_processes_hold_few_arenas_of_memory_unless_the_user_says_how_
     async with home.started() as started:
         processes = started.told()["processes"]
         arenas = {name: psutil.Process(pid).environ().get("MALLOC_ARENA_MAX") for name, pid in processes.items()}
-    assert arenas == {name: set_by_the_user or "2" for name in ("engine", "core", "http")}
+    assert arenas == dict.fromkeys(("engine", "core", "http"), set_by_the_user or "2")
 
 
 @pytest.mark.skipif(not sys.platform.startswith("linux"), reason="other systems do not show a process' environment")
