@@ -51,7 +51,7 @@ def test_a_family_stands_in_for_a_missing_description(folder: Path) -> None:
 
 def test_a_folder_that_is_not_there(tmp_path: Path) -> None:
     assert problem(tmp_path / "no") == (
-        f"MODEL_PATH {tmp_path / 'no'}: found nothing; expected the folder of a CTranslate2 model."
+        f"{tmp_path / 'no'}: found nothing; expected the folder of a CTranslate2 model."
     )
     (tmp_path / "file").write_text("x")
     assert "found a file; expected the folder" in problem(tmp_path / "file")

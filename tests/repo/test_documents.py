@@ -51,7 +51,7 @@ def test_the_settings_of_the_readme_can_be_pasted_as_they_are(tmp_path: Path) ->
     (tmp_path / ".env").write_text(pasted)
     assert load_settings(tmp_path, {}, check=model_problems).port == 8000
     (tmp_path / ".env").write_text(pasted.replace("#", ""))
-    with pytest.raises(ConfigError, match=r"MODEL_PATH /path/to/model: found nothing"):
+    with pytest.raises(ConfigError, match=r"/path/to/model: found nothing"):
         load_settings(tmp_path, {}, check=model_problems)
 
 

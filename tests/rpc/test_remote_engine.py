@@ -309,6 +309,19 @@ async def test_an_engine_of_another_workspace_is_told_with_the_way_out(tmp_path:
         await core.start()
 
 
+async def test_an_engine_that_comes_back_with_another_key_is_not_blamed_on_the_caller(
+    tmp_path: Path, role: EngineRole, api: Api
+) -> None:
+    assert (await api.run(turn("#1"))).completed.text
+    await role.stop(0.0)
+    other = EngineRole(settings(tmp_path), key="other", listen=role.server.address, catalog=Catalog([AskedEngine()]))
+    await other.start()
+    error = await refused(api.run(turn("#1")))
+    await other.stop(0.0)
+    assert (error.code(), reason_of(error)) == (grpc.StatusCode.UNAVAILABLE, "MODEL_UNAVAILABLE")
+    assert "does not know this core's key" in (error.details() or "")
+
+
 @pytest.mark.parametrize(
     "listen", ["nonsense", "foo:bar", "0.0.0.0:50061", "127.0.0.1:99999", "unix:", "unix:/nowhere/engine.sock"]
 )

@@ -134,7 +134,7 @@ async def test_a_model_that_is_not_there_is_told_by_file_and_line_with_the_rest(
     ended = await home.run("start", *ANY_PORTS)
     line = 2 + bool(kind)
     assert ended.status == 78
-    assert f"{home.workspace}/.env:{line}: MODEL_PATH /nowhere/at/all: found nothing; expected the folder" in ended.err
+    assert f"{home.workspace}/.env:{line}: /nowhere/at/all: found nothing; expected the folder" in ended.err
     assert f"{home.workspace}/.env:{line - 1}: workers: found 'many'" in ended.err
     assert "level=" not in ended.err  # nothing had begun
 

@@ -12,7 +12,7 @@ from urllib.parse import urlsplit
 
 import psutil
 
-from moltbot_server.cli.running import Running
+from moltbot_server.cli.running import Running, is_held
 from moltbot_server.cli.terminal import Exit, command, shown
 from moltbot_server.workspace import Workspace
 
@@ -21,8 +21,14 @@ def status(workspace: Workspace, *, as_json: bool) -> int:
     """Print the state of a workspace's MoltBot. Return 0 when all of it serves, 69 when it does not run, else 1."""
     running = Running.read(workspace)
     if running is None:
+        starting = is_held(workspace)
         if as_json:
-            print(json.dumps({"running": False, "workspace": str(workspace.folder)}))
+            print(json.dumps({"running": False, "starting": starting, "workspace": str(workspace.folder)}))
+        elif starting:
+            print(
+                f"MoltBot in {shown(workspace.folder)} is being started and does not serve yet: "
+                "the output of `moltbot start` says what it waits for."
+            )
         else:
             print(
                 f"MoltBot is not running in {shown(workspace.folder)}: start it with `{command('start', workspace)}`."

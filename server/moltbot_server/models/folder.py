@@ -89,7 +89,7 @@ def read_folder(path: Path, model_type: str = "", *, model_id: str = "") -> Mode
     """
     if not path.is_dir():
         found = "a file" if path.exists() else "nothing"
-        raise ModelUnavailable(f"MODEL_PATH {path}: found {found}; expected the folder of a CTranslate2 model.")
+        raise ModelUnavailable(f"{path}: found {found}; expected the folder of a CTranslate2 model.")
     if model_type or (path / DESCRIPTION).is_file():
         description = _describe(path, model_type)
         _require_weights(path)

@@ -25,8 +25,10 @@ from moltbot_server.errors import (
     ModelNotLoadable,
     ModelUnavailable,
     MoltBotError,
+    PermissionDenied,
     QueueFull,
     TurnInterrupted,
+    Unauthenticated,
 )
 from moltbot_server.models.engine import NOBODY, Asker, Embedded, Engine, Finished, Generation, Listener
 from moltbot_server.models.limits import check_options
@@ -107,7 +109,14 @@ class EngineLink:
         self._watch = asyncio.create_task(self._keep_watch())
 
     def _say_waiting(self) -> None:
-        log.warning("the engine cannot be reached yet; waiting for it", extra={"address": self.address})
+        text = "the engine cannot be reached yet: start `moltbot engine` there, or correct `engine` here"
+        log.warning(text, extra={"address": self.address, "for_seconds": int(_SOON)})
+
+    def wrong_key(self) -> ModelUnavailable:
+        """Return what is told when the engine does not let this core in."""
+        return ModelUnavailable(
+            f"The engine at {self.address} does not know this core's key: copy the core's key file into its workspace."
+        )
 
     async def close(self) -> None:
         """Leave; what still waits for an answer is cancelled."""
@@ -380,6 +389,8 @@ class _RemoteGeneration:
                 return await self._read(None if self._deadline is None else max(0.0, self._deadline - begun))
             except aio.AioRpcError as problem:
                 error = error_of(problem, "the engine")
+                if isinstance(error, Unauthenticated | PermissionDenied):
+                    error = self._link.wrong_key()  # it is the core that was not let in there, not its caller
                 if isinstance(error, QueueFull):
                     self._engine.was_refused(self._request.asker.workspace)
                 if self._spoke:
@@ -417,7 +428,7 @@ def _rounded(seconds: float) -> float:
 
 def _channel(address: str, ca: Path | None) -> aio.Channel:
     host = address.rpartition("/")[2].rpartition(":")[0]
-    if address.startswith("unix:") or is_loopback(host):
+    if address.startswith("unix:") or (is_loopback(host) and ca is None):
         return aio.insecure_channel(address, options=_OPTIONS)
     roots = ca.read_bytes() if ca is not None else None
     return aio.secure_channel(address, grpc.ssl_channel_credentials(roots), options=_OPTIONS)

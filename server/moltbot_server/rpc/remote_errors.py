@@ -28,7 +28,7 @@ def error_of(problem: aio.AioRpcError, who: str) -> MoltBotError:
     if problem.code() is StatusCode.DEADLINE_EXCEEDED:
         return DeadlineExceeded("the deadline passed before the answer was complete")
     if problem.code() is StatusCode.UNAVAILABLE:
-        return ModelUnavailable(f"{who} cannot be reached", retry_after=1.0)
+        return ModelUnavailable(f"{who} cannot be reached.", retry_after=1.0)
     code = problem.code()
     return InternalError(f"{who} answered {code.name if code else 'nothing'}")
 
