@@ -8,6 +8,7 @@ import shlex
 import signal
 import sys
 import time
+from asyncio.subprocess import STDOUT
 from collections.abc import AsyncIterator
 from pathlib import Path
 from urllib.parse import urlsplit
@@ -94,6 +95,27 @@ async def test_a_killed_process_comes_back_and_sessions_are_kept(started: Starte
     reply = (await home.run("chat", "--session", "plan", "--json", "two")).json
     assert (reply["text"], reply["timings"]["history_messages"]) == ("You said: two", 2)
     assert (await home.run("status")).status == 0
+
+
+async def test_an_engine_elsewhere_is_missed_by_name_while_it_is_away_and_waited_for_at_the_start(home: Home) -> None:
+    await home.run("init")
+    engine = await home.spawn("engine", "--listen", f"unix:{home.folder}/elsewhere.sock")
+    assert engine.stdout is not None
+    home.variables["MOLTBOT_ENGINE"] = json.loads(await engine.stdout.readline())["engine"]
+    async with home.started() as started:
+        assert (await home.run("status")).status == 0
+        engine.kill()
+        await engine.wait()
+        await started.line("the engine cannot be reached")
+        told = await home.run("status")
+        assert (told.status, "The engine runs elsewhere and cannot be reached" in told.out) == (1, True)
+
+    starting = Started(home, await home.spawn("start", *ANY_PORTS, stderr=STDOUT))
+    await starting.line("start `moltbot engine` there, or correct `engine` here")
+    told = await home.run("status")
+    assert (told.status, "is being started and does not serve yet" in told.out) == (69, True)
+    starting.process.send_signal(signal.SIGINT)
+    await starting.process.wait()
 
 
 async def test_a_question_right_after_the_core_was_killed_waits_for_the_next_core(started: Started) -> None:

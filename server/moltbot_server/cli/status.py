@@ -118,6 +118,9 @@ def _in_words(found: Mapping[str, Any]) -> str:
     for name, process in found["processes"].items():
         size = f"{process['memory'] / 1e6:.0f} MB" if process["memory"] is not None else "gone"
         lines.append(f"    {name:12} pid {process['pid']:<8} {size}")
-    if not found["healthy"]:
+    engine = found["engine"]
+    if engine["where"] and not engine["healthy"] and "engine" not in found["processes"]:
+        lines.append("The engine runs elsewhere and cannot be reached: start it there, or correct `engine` here.")
+    elif not found["healthy"]:
         lines.append("Not everything serves: the output of `moltbot start` says why; what crashed is started again.")
     return "\n".join(lines)
