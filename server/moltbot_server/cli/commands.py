@@ -7,6 +7,7 @@ the frameworks that were tried cost 500 ms and 30 MB.
 from __future__ import annotations
 
 import argparse
+import errno
 import json
 import os
 import platform
@@ -53,8 +54,18 @@ def run(arguments: Sequence[str] | None = None) -> None:
     except KeyboardInterrupt:
         sys.exit(Exit.INTERRUPTED)
     except BrokenPipeError:  # whoever read our output has enough
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        _give_output_up()
         sys.exit(Exit.FAILED)
+    except OSError as error:
+        if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EIO):
+            raise
+        _give_output_up()
+        _leave(f"cannot write {error.filename or 'the output'}: {error.strerror}", Exit.FAILED)
+
+
+def _give_output_up() -> None:
+    """Let what is still to be written go nowhere: it would fail once more when Python ends."""
+    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
 def _leave(message: str, status: Exit) -> None:
