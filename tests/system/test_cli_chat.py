@@ -52,9 +52,10 @@ async def test_the_text_may_come_from_a_pipe(home: Home) -> None:
 
 @pytest.mark.skipif(not Path("/dev/full").exists(), reason="this system has no device that is always full")
 async def test_output_that_cannot_be_written_is_told_in_one_line(home: Home) -> None:
-    with Path("/dev/full").open("w") as full:
-        process = await home.spawn("chat", "Hi there", stdout=full)
-        _, err = await process.communicate()
+    full = os.open("/dev/full", os.O_WRONLY)
+    process = await home.spawn("chat", "Hi there", stdout=full)
+    os.close(full)
+    _, err = await process.communicate()
     assert (process.returncode, err.decode()) == (1, "moltbot: cannot write the output: No space left on device\n")
 
 
