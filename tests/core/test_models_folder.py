@@ -67,6 +67,14 @@ def test_missing_weights_are_named_with_what_is_there_instead(folder: Path) -> N
     assert "found model-00001-of-00002.safetensors, weights for Transformers (convert them with" in problem(folder)
 
 
+def test_weights_that_are_not_whole_are_named(folder: Path) -> None:
+    (folder / "config.json").rename(folder / "away.json")
+    assert "found no config.json beside model.bin" in problem(folder)
+    (folder / "away.json").rename(folder / "config.json")
+    (folder / "model.bin").write_bytes(b"")
+    assert "found an empty model.bin" in problem(folder)
+
+
 def test_a_missing_tokenizer_is_named(folder: Path) -> None:
     (folder / "tokenizer.model").rename(folder / "spm.model")
     assert read_folder(folder).tokenizer.name == "spm.model"

@@ -283,6 +283,24 @@ async def test_models_that_were_loaded_are_loaded_again_when_the_engine_comes_ba
     assert "MoltBot" in answer.completed.text
 
 
+async def test_a_model_that_the_engine_begins_with_is_not_missed_when_it_was_chosen_again(
+    killable: tuple[EngineProcess, Api], caplog: pytest.LogCaptureFixture
+) -> None:
+    engine, api = killable
+    own = (await api.models.ListModels(model_pb2.ListModelsRequest(), metadata=api.metadata)).models[0].name
+    await loaded(api, model_pb2.LoadModelRequest(name="models/demo", path=str(ARTIFACT)))
+    switch = api.models.SwitchModel
+    await switch(model_pb2.SwitchModelRequest(name="models/demo"), metadata=api.metadata)
+    await api.models.UnloadModel(model_pb2.UnloadModelRequest(name=own), metadata=api.metadata)
+    await loaded(api, model_pb2.LoadModelRequest(name=own, path=str(ARTIFACT)))
+    await engine.kill()
+    await engine.start()
+    answer = await api.run(turn("hello", model=own))
+
+    assert answer.completed.model == own
+    assert "a model is missing" not in caplog.text
+
+
 async def test_a_deadline_ends_the_wait_for_an_engine_that_is_away(killable: tuple[EngineProcess, Api]) -> None:
     engine, api = killable
     await engine.kill()

@@ -94,6 +94,10 @@ class TestWithoutACore:
         assert "model.safetensors" in ended.err
         assert set(await known(home)) == {BUILT_IN}
 
+    async def test_a_folder_that_is_refused_is_not_in_the_list_whatever_it_is_called(self, home: Home) -> None:
+        assert (await home.run("model", "add", "nowhere", "--name", "it")).status == 1
+        assert set(await known(home)) == {BUILT_IN}
+
     async def test_a_name_that_another_folder_has_is_refused_and_the_same_folder_may_be_added_again(
         self, home: Home
     ) -> None:

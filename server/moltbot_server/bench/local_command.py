@@ -9,6 +9,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from moltbot_server.bench.arguments import above_zero
 from moltbot_server.bench.local import FIGURES, bench_local
 from moltbot_server.bench.local_llama import Llama
 from moltbot_server.bench.local_rig import INLINE
@@ -39,8 +40,12 @@ def add_local(kinds: Any, machine: Callable[[dict[str, Any]], str]) -> None:
     local.add_argument("--only", action="append", default=[], metavar="FIGURE", choices=[*FIGURES],
                        help=f"measure this figure, may be repeated: {', '.join(FIGURES)}")  # fmt: skip
     local.add_argument("--quick", action="store_true", help="one round of short slices")
-    local.add_argument("--rounds", type=int, default=0, help="rounds of slices (default: 5; 1 with --quick)")
-    local.add_argument("--seconds", type=float, default=0.0, help="length of a slice (default: 6; 2 with --quick)")
+    local.add_argument(
+        "--rounds", type=above_zero(int), default=0, help="rounds of slices (default: 5; 1 with --quick)"
+    )
+    local.add_argument(
+        "--seconds", type=above_zero(float), default=0.0, help="length of a slice (default: 6; 2 with --quick)"
+    )
     local.add_argument("--patience", type=int, default=0, metavar="N",
                        help="repeat a slice up to N times while other programs use the machine too")  # fmt: skip
     local.add_argument("--inline", action="store_true", help="run the models inside the core, not in their own process")

@@ -11,6 +11,7 @@ import sys
 from collections.abc import Callable
 from typing import Any
 
+from moltbot_server.bench.arguments import above_zero
 from moltbot_server.bench.core import machine
 from moltbot_server.bench.serving_cancel import bench_cancel
 from moltbot_server.bench.serving_fair import bench_fair
@@ -88,7 +89,10 @@ def add_serving(kinds: Any, ending: Callable[[Report], str]) -> None:
     for name, (text, bench, options) in _SCENARIOS.items():
         scenario = scenarios.add_parser(name, help=text, description=f"{text[0].upper()}{text[1:]}.")
         for option, (kind, default, meaning) in options.items():
-            scenario.add_argument(f"--{option}", type=kind, default=default, help=f"{meaning} (default: %(default)s)")
+            reading = above_zero(kind) if kind in (int, float) else kind
+            scenario.add_argument(
+                f"--{option}", type=reading, default=default, help=f"{meaning} (default: %(default)s)"
+            )
         scenario.add_argument("--cpus", type=_cpus, default=None, metavar="0,1", help="processors of the installation")
         scenario.add_argument("--json", action="store_true", help="print JSON")
         scenario.set_defaults(

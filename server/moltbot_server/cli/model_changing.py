@@ -30,7 +30,8 @@ def add_model(given: argparse.Namespace) -> int:
     if not path.is_dir() and models.library.knows(given.path):
         model = _retyped(models, given)
     else:
-        name = given.name or name_of(open_folder(path, given.type).id)
+        opened = open_folder(path, given.type)  # what cannot be read is not taken in
+        name = given.name or name_of(opened.id)
         model = KnownModel(name=name, origin=Origin.ADDED, path=str(path), type=given.type)
         known = models.library.knows(name)
         if known and models.library.path(models.library.find(name)) != path:

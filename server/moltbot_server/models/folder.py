@@ -270,6 +270,12 @@ def _require_weights(path: Path) -> None:
     if is_encoder(path):
         raise ModelUnavailable(f"{path}: found an encoder, which embeds texts; expected a model that writes them.")
     if (path / "model.bin").is_file():
+        if not (path / "model.bin").stat().st_size:
+            raise ModelUnavailable(f"{path}: found an empty model.bin; expected a CTranslate2 model.")
+        if not (path / "config.json").is_file():
+            raise ModelUnavailable(
+                f"{path}: found no config.json beside model.bin; expected both of a CTranslate2 model."
+            )
         return
     for pattern, what in _FOREIGN.items():
         if match := next(iter(sorted(path.glob(pattern))), None):

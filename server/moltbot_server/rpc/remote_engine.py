@@ -21,6 +21,7 @@ from moltbot.v1 import inference_pb2, inference_pb2_grpc, model_pb2, model_pb2_g
 
 from moltbot_server.config import is_loopback
 from moltbot_server.errors import (
+    ModelExists,
     ModelNotFound,
     ModelNotLoadable,
     ModelUnavailable,
@@ -214,6 +215,8 @@ class EngineLink:
             try:
                 if engine.spec is not None:
                     await self.restore(engine.spec)
+            except ModelExists:
+                continue  # the engine has it by its own configuration
             except MoltBotError as problem:
                 log.error("a model is missing", extra={"model": engine.id, "problem": problem.message})
 

@@ -1,0 +1,24 @@
+"""What the command lines of the benchmarks have in common."""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Callable
+from typing import TypeVar
+
+N = TypeVar("N", int, float)
+
+
+def above_zero(kind: type[N]) -> Callable[[str], N]:
+    """Return what reads a number above zero from a command line."""
+
+    def read(text: str) -> N:
+        try:
+            number = kind(text)
+        except ValueError:
+            number = kind(0)
+        if not 0 < number < float("inf"):
+            raise argparse.ArgumentTypeError(f"found {text!r}, expected a number above 0")
+        return number
+
+    return read
