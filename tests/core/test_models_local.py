@@ -343,11 +343,11 @@ async def test_a_thread_that_dies_makes_the_model_unavailable(
             await ask(engine, "again")
 
 
-@pytest.mark.parametrize("spoil", ["cut off", "noise", "empty"])
+@pytest.mark.parametrize("spoil", ["cut off", "noise"])
 async def test_a_broken_weights_file_is_named(tmp_path: Path, spoil: str) -> None:
     folder = make_tiny_model(tmp_path / "tiny")
     whole = (folder / "model.bin").read_bytes()
-    broken = {"cut off": whole[: len(whole) // 2], "noise": b"\x07" * 4096, "empty": b""}[spoil]
+    broken = {"cut off": whole[: len(whole) // 2], "noise": b"\x07" * 4096}[spoil]
     (folder / "model.bin").write_bytes(broken)
     engine = LocalEngine(read_folder(folder), tuning=Tuning(replicas=1))
     with pytest.raises(ModelUnavailable, match=r"tiny cannot be loaded: .*expected a whole CTranslate2 decoder model"):

@@ -359,6 +359,17 @@ def test_who_crowds_begins_a_batch_only_beside_a_free_replica_and_while_the_othe
     assert shared.may_lead("loud", "s", 1.2, 1, LOUD), "not served for a second"
 
 
+def test_a_session_that_crowds_waits_for_no_longer_than_a_second_though_its_workspace_is_served() -> None:
+    shared = active(("w", "quiet"), ("w", "loud"))
+    backlog = backlogs("w", ("w", "loud"))
+    shared.took("w", "loud", 0.0)
+    for tenth in range(1, 11):
+        shared.asked("w", "quiet", tenth / 10)
+        shared.took("w", "quiet", tenth / 10)
+    assert not shared.may_lead("w", "loud", 0.9, 1, backlog)
+    assert shared.may_lead("w", "loud", 1.1, 1, backlog)
+
+
 def test_with_one_replica_who_crowds_has_what_the_others_leave() -> None:
     shared = active(("quiet", "s"), ("loud", "s"), replicas=1)
     shared.took("loud", "s", 0.0)

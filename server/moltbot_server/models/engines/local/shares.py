@@ -106,10 +106,14 @@ class Shares:
         """Tell whether somebody who crowds may begin a batch where so many replicas are free."""
         if self._replicas == 1:
             return True  # others come first in the queue, and nothing can be kept free for them
-        outer = self._workspaces.get(workspace)
-        if outer is None or now - outer.served > _LONGEST_PAUSE:
+        among, within = self._others(workspace, session, backlog)
+        # Who crowds may be the workspace, whichever session of it is next, or this session of it.
+        use = self._workspaces.get(workspace)
+        if use is not None and use.inside is not None and now - among >= self._active:
+            use = use.inside.get(session)
+        if use is None or now - use.served > _LONGEST_PAUSE:
             return True
-        return free > 1 and now - max(self._others(workspace, session, backlog)) > self._quiet
+        return free > 1 and now - max(among, within) > self._quiet
 
     def _others(self, workspace: str, session: str, backlog: Backlog) -> tuple[float, float]:
         """Return when another workspace, and another session of this one, asked last whom a backlog of these crowds."""
