@@ -132,8 +132,10 @@ class Waiting:
         if self._closed or not self._queue:
             return None
         now = perf_counter()
-        rows = list(islice(self._queue.walk(self._spared(now)), LOOKED_AT))
-        riders = list(islice(self._queue.walk(self._crowding(now)), LOOKED_AT)) if len(rows) < self._batch else []
+        spared = self._spared(now)
+        rows = list(islice(self._queue.walk(spared), LOOKED_AT))
+        more = spared is not None and len(rows) < self._batch
+        riders = list(islice(self._queue.walk(self._crowding(now)), LOOKED_AT)) if more else []
         most = min(self._batch, -(-len(self._queue) // self._idle))
         typical = max(1, int(self._typical))
         if rows:
@@ -214,7 +216,7 @@ class Waiting:
             return left
 
     def _settle(self, batch: Batch, index: int) -> None:
-        """Charge a row what it has cost in a batch, now that it is known,."""
+        """Charge a row what it has cost in a batch, now that it is known."""
         row = batch.rows[index]
         more = self._cost(batch.sizes[index] + len(batch.lead), len(batch.tokens[index])) - row.charged
         self._queue.charge(row, more)
