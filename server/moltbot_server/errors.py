@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from enum import IntEnum
-from typing import ClassVar
+from typing import Any, ClassVar
 
 
 class Status(IntEnum):
@@ -31,7 +31,8 @@ class MoltBotError(Exception):
     """A failure with a meaning: `status`, `reason` and `retryable` are fixed by the class, the text by the raiser.
 
     `message` is shown to callers: plain English that says what to do next, without secrets or user text.
-    `retry_after` is in seconds. `fields` maps a request field's path to what is wrong with it.
+    `retry_after` is in seconds. `fields` maps a request field's path to what is wrong with it. `attempts` are what
+    `turns.Attempt` says of the models that were asked before this became the outcome of a turn.
     """
 
     status: ClassVar[Status] = Status.INTERNAL
@@ -46,6 +47,7 @@ class MoltBotError(Exception):
         self.message = message
         self.retry_after = retry_after
         self.fields = dict(fields or {})
+        self.attempts: tuple[Any, ...] = ()
 
 
 class InvalidField(MoltBotError):
@@ -248,6 +250,27 @@ class ModelInUse(MoltBotError):
 
     status, reason = Status.FAILED_PRECONDITION, "MODEL_IN_USE"
     advice = "Switch to another model first."
+
+
+class BudgetExceeded(MoltBotError):
+    """The workspace, the user or the model has used up its budget; `retry_after` says when the next period begins."""
+
+    status, reason, retryable = Status.RESOURCE_EXHAUSTED, "BUDGET_EXCEEDED", True
+    advice = "Wait for the next period, or raise the budget; `moltbot usage` says what was used."
+
+
+class ModelCredential(MoltBotError):
+    """The model's provider has no key here, or refuses the ones that it was given."""
+
+    status, reason = Status.FAILED_PRECONDITION, "MODEL_CREDENTIAL"
+    advice = "Give the provider a key that works: `moltbot key add PROVIDER`."
+
+
+class InvalidConfiguration(MoltBotError):
+    """The new configuration is wrong; the old one holds."""
+
+    status, reason = Status.FAILED_PRECONDITION, "INVALID_CONFIGURATION"
+    advice = "The message says what is wrong and where; nothing was changed."
 
 
 class TurnFailed(Exception):

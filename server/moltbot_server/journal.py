@@ -21,6 +21,7 @@ from moltbot_server.turns import (
     Failed,
     Kind,
     Principal,
+    Reset,
     TextDelta,
     TurnInput,
     TurnKey,
@@ -94,7 +95,13 @@ class LiveTurn:
     @property
     def text(self) -> str:
         """The text recorded so far."""
-        return "".join(event.kind.text for event in self.events if isinstance(event.kind, TextDelta))
+        pieces: list[str] = []
+        for event in self.events:
+            if isinstance(event.kind, TextDelta):
+                pieces.append(event.kind.text)
+            elif isinstance(event.kind, Reset):
+                pieces = [event.kind.text]
+        return "".join(pieces)
 
     def say(self, text: str) -> None:
         """Record more text of the answer: the first at once, the rest together with what comes within the interval."""

@@ -27,7 +27,7 @@ from moltbot_server.journal import Journal, LiveTurn, same_content
 from moltbot_server.metrics import Metrics
 from moltbot_server.models.catalog import Catalog, CatalogEntry
 from moltbot_server.models.context import ContextWindow, Fitted
-from moltbot_server.models.engine import Asker, Engine
+from moltbot_server.models.engine import Asker, Engine, Generation, Listener
 from moltbot_server.models.limits import check_content
 from moltbot_server.sessions import OpenSession, Sessions
 from moltbot_server.store import Store, StoredTurn
@@ -211,6 +211,12 @@ class TurnPipeline:
         rules = _system(turn.system_prompt) if turn.system_prompt else self._rules
         newest = Message(role=Role.USER, parts=turn.parts)
         return window.fit(newest, turn.options, rules, overhead=engine.overhead)
+
+    def generate(
+        self, engine: Engine, messages: Sequence[Message], turn: TurnInput, listener: Listener, asker: Asker
+    ) -> Generation:
+        """Begin the answer that a run listens to; raises what `Engine.begin` does."""
+        return engine.begin(messages, turn.options, listener, asker)
 
     def over(self, run: TurnRun) -> None:
         """Let a run go."""

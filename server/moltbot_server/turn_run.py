@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import secrets
 import time
+from collections.abc import Sequence
 from typing import Protocol
 
 import msgspec
@@ -21,16 +22,21 @@ from moltbot_server.journal import Journal, LiveTurn, same_content
 from moltbot_server.metrics import Metrics
 from moltbot_server.models.catalog import CatalogEntry
 from moltbot_server.models.context import ContextWindow, Fitted
-from moltbot_server.models.engine import Asker, Engine, Finished, Generation
+from moltbot_server.models.engine import Asker, Engine, Finished, Generation, Listener
 from moltbot_server.sessions import OpenSession
 from moltbot_server.store import EndedTurn, NewTurn, Store, StoredTurn
 from moltbot_server.turns import (
     Accepted,
+    Attempt,
     Completed,
     Failed,
     FinishReason,
     Message,
+    Notice,
+    Part,
     Queued,
+    ReasoningDelta,
+    Reset,
     Role,
     Routed,
     TextPart,
@@ -56,6 +62,11 @@ class Surroundings(Protocol):
     def conversation(self, turn: TurnInput, session: OpenSession[ContextWindow], engine: Engine) -> Fitted:
         """Return what the model is to read, cut to its context."""
 
+    def generate(
+        self, engine: Engine, messages: Sequence[Message], turn: TurnInput, listener: Listener, asker: Asker
+    ) -> Generation:
+        """Begin the answer; raises what `Engine.begin` does."""
+
     def over(self, run: TurnRun) -> None:
         """Let a run go."""
 
@@ -69,6 +80,7 @@ class TurnRun:
 
     __slots__ = (
         "_asker",
+        "_attempts",
         "_ending",
         "_engine",
         "_entered",
@@ -84,6 +96,7 @@ class TurnRun:
         "_row",
         "_session",
         "_started",
+        "_thoughts",
         "_writes",
     )
 
@@ -107,6 +120,8 @@ class TurnRun:
         self._pieces: list[str] = []
         self._generation: Generation | None = None
         self._finished: Finished | None = None
+        self._thoughts = ""
+        self._attempts: tuple[Attempt, ...] = ()
         self._ending: Completed | Failed | None = None
         self._row: EndedTurn | None = None
         self._writes = 0
@@ -187,10 +202,11 @@ class TurnRun:
         live, engine = self._live, self._engine
         turn = live.input
         named = "the request names this model" if turn.model else "it is the workspace's default model"
-        live.record(Routed(kind="model", name=engine.id, reason=named))
+        if not engine.is_route:
+            live.record(Routed(kind="model", name=engine.id, reason=named))
         try:
             self._fitted = self._pipeline.conversation(turn, self._session, engine)
-            self._generation = engine.begin(self._fitted.messages, turn.options, self, self._asker)
+            self._generation = self._pipeline.generate(engine, self._fitted.messages, turn, self, self._asker)
         except Exception as error:
             self.ended(error)
 
@@ -205,6 +221,18 @@ class TurnRun:
         self._pieces.append(text)
         self._live.say(text)
 
+    def thought(self, text: str) -> None:
+        """Record more of what the model thinks; the engine calls this."""
+        self._thoughts += text
+        self._live.record(ReasoningDelta(text=text))
+
+    def noted(self, what: Routed | Notice | Reset) -> None:
+        """Record who answers, a switch, or that what was written is void; the engine calls this."""
+        if isinstance(what, Reset):
+            self._pieces = [what.text] if what.text else []
+            self._thoughts = ""
+        self._live.record(what)
+
     def ended(self, end: Finished | Exception) -> None:
         """Conclude the turn; the engine calls this."""
         try:
@@ -213,8 +241,11 @@ class TurnRun:
             self._break_off()
 
     def _end(self, end: Finished | Exception) -> None:
+        if isinstance(end, MoltBotError):
+            self._attempts = end.attempts
         if isinstance(end, Finished):
             self._finished = end
+            self._attempts = end.attempts
             self._conclude(self._completed(end.finish_reason))
         elif isinstance(end, ContextLengthExceeded):
             # The engine blames the conversation that it was given; the caller sent its newest message alone.
@@ -253,12 +284,12 @@ class TurnRun:
         """Have the end stored, before anybody sees it."""
         self._ending = ending
         events = self._live.close(ending)
-        answer: tuple[TextPart, ...] = ()
+        answer: tuple[Part, ...] = ()
         state = TurnState.FAILED
         if isinstance(ending, Completed):
             cancelled = ending.finish_reason is FinishReason.CANCELLED
             state = TurnState.CANCELLED if cancelled else TurnState.COMPLETED
-            answer = (TextPart(text=ending.text),) if ending.text else ()
+            answer = (TextPart(text=ending.text), *ending.attachments) if ending.text else ending.attachments
         self._finish(
             EndedTurn(
                 key=self._live.key,
@@ -266,7 +297,7 @@ class TurnRun:
                 end_time=events[-1].at,
                 events=events,
                 answer=answer,
-                model=self._engine.id,
+                model=ending.model if isinstance(ending, Completed) else self._engine.id,
                 finish_reason=ending.finish_reason if isinstance(ending, Completed) else None,
             )
         )
@@ -325,15 +356,25 @@ class TurnRun:
     def _completed(self, reason: FinishReason) -> Completed:
         """Return the event of an answer that ended by itself, or that a caller stopped: its text so far is kept."""
         pieces, ordinal = self._pieces, self._live.key.ordinal
+        attachments = self._finished.attachments if self._finished else ()
         spoke = pieces or reason is not FinishReason.CANCELLED
         return Completed(
             text="".join(pieces),
             finish_reason=reason,
             usage=self._usage(),
             timings=self._timings(),
-            model=self._engine.id if spoke else "",
-            message=f"{ordinal}.1" if pieces else "",
+            model=self._model() if spoke else "",
+            message=f"{ordinal}.1" if pieces or attachments else "",
+            attachments=attachments,
+            reasoning=self._thoughts,
+            cached=self._finished.cached if self._finished else False,
         )
+
+    def _model(self) -> str:
+        """Return the id of the model that answered: of a route it is known at the end, or not at all."""
+        if self._finished is not None and self._finished.model:
+            return self._finished.model
+        return self._engine.id
 
     def _failed(self, error: MoltBotError) -> Failed:
         """Return the event of an answer that an error ended."""
@@ -370,8 +411,13 @@ class TurnRun:
             total=now - arrived,
             trimmed_messages=fitted.trimmed_messages + trimmed,
             history_messages=fitted.history_messages - trimmed,
-            attempts=1 if self._started else 0,
+            attempts=len([1 for attempt in self._attempts if attempt.outcome != "SKIPPED"]) or int(self._asked()),
+            attempt_log=self._attempts,
         )
+
+    def _asked(self) -> bool:
+        """Tell whether a model was asked: not before the turn's place came, nor for an answer that was kept."""
+        return bool(self._started) and not (self._finished is not None and self._finished.cached)
 
 
 def _content_error(earlier: StoredTurn, live: LiveTurn) -> MoltBotError | None:

@@ -113,7 +113,30 @@ class Message(Value, frozen=True, kw_only=True):
         return "".join(part.text for part in parts if isinstance(part, TextPart))
 
 
-class GenerationOptions(Value, frozen=True, kw_only=True):
+class Tool(Value, frozen=True, kw_only=True):
+    """A tool that a model may ask to be called; `parameters_json` is a JSON Schema of its arguments, or empty."""
+
+    name: str
+    description: str = ""
+    parameters_json: str = ""
+
+
+class ToolMode(StrEnum):
+    """How free a model is to ask for tools."""
+
+    AUTO = "auto"
+    NONE = "none"
+    REQUIRED = "required"
+
+
+class ToolChoice(Value, frozen=True, kw_only=True):
+    """Whether and which tool a model is to ask for; a named `tool` is the one that it has to ask for."""
+
+    mode: ToolMode = ToolMode.AUTO
+    tool: str = ""
+
+
+class GenerationOptions(Value, frozen=True, kw_only=True, omit_defaults=True):
     """How an answer is to be written; None leaves the choice to the model. Units as in the contract."""
 
     max_output_tokens: int | None = None
@@ -123,6 +146,8 @@ class GenerationOptions(Value, frozen=True, kw_only=True):
     stop: tuple[str, ...] = ()
     repetition_penalty: float | None = None
     seed: int | None = None
+    tools: tuple[Tool, ...] = ()
+    tool_choice: ToolChoice | None = None
 
 
 class Usage(Value, frozen=True, kw_only=True, array_like=True):
@@ -172,10 +197,26 @@ class TurnState(StrEnum):
     FAILED = "failed"
 
 
+class Attempt(Value, frozen=True, kw_only=True, array_like=True):
+    """One time that a model was asked for an answer, or passed over. Times are in seconds.
+
+    `outcome` is `ANSWERED`, `SKIPPED`, `CANCELLED`, or the reason of an error; `start` counts from the first attempt,
+    `first_token` and `total` from this one's start; None for no token.
+    """
+
+    model: str
+    outcome: str
+    reason: str = ""
+    start: float = 0.0
+    first_token: float | None = None
+    total: float = 0.0
+
+
 class Timings(Value, frozen=True, kw_only=True, array_like=True):
     """Where a turn's time went, in seconds, and what its history was cut to, in messages.
 
-    `accept` is 0 when the answer was complete before the message was stored: both were stored together.
+    `accept` is 0 when the answer was complete before the message was stored: both were stored together. The
+    `attempt_log` is empty when one model was asked once and answered.
     """
 
     accept: float = 0.0
@@ -186,6 +227,7 @@ class Timings(Value, frozen=True, kw_only=True, array_like=True):
     trimmed_messages: int = 0
     history_messages: int = 0
     attempts: int = 0
+    attempt_log: tuple[Attempt, ...] = ()
 
 
 # --- events: one class for each kind of the contract. They are stored as arrays: fields are only added, at the end. --
@@ -215,6 +257,12 @@ class Routed(Value, frozen=True, kw_only=True, array_like=True, tag="routed"):
 
 class TextDelta(Value, frozen=True, kw_only=True, array_like=True, tag="text_delta"):
     """More text: whole characters."""
+
+    text: str
+
+
+class ReasoningDelta(Value, frozen=True, kw_only=True, array_like=True, tag="reasoning_delta"):
+    """More of what the model thinks before it answers; no part of the answer."""
 
     text: str
 
@@ -255,7 +303,7 @@ class Notice(Value, frozen=True, kw_only=True, array_like=True, tag="notice"):
 
 
 class Completed(Value, frozen=True, kw_only=True, array_like=True, tag="completed"):
-    """The turn ended well; `text` is the whole answer."""
+    """The turn ended well; `text` is the whole answer. `cached`: it was kept from before, and no model was asked."""
 
     text: str
     finish_reason: FinishReason
@@ -264,6 +312,8 @@ class Completed(Value, frozen=True, kw_only=True, array_like=True, tag="complete
     model: str = ""
     message: str = ""
     attachments: tuple[Part, ...] = ()
+    reasoning: str = ""
+    cached: bool = False
 
 
 class Failed(Value, frozen=True, kw_only=True, array_like=True, tag="failed"):
@@ -293,6 +343,7 @@ Kind = (
     | Notice
     | Completed
     | Failed
+    | ReasoningDelta
 )
 
 

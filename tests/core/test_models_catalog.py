@@ -25,7 +25,7 @@ def tiny(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def broken(tmp_path: Path) -> LocalEngine:
     folder = make_tiny_model(tmp_path / "broken")
-    (folder / "model.bin").write_bytes(b"")
+    (folder / "model.bin").write_bytes(b"no weights")
     return LocalEngine(read_folder(folder, model_id="broken"), tuning=Tuning(replicas=1))
 
 

@@ -61,6 +61,7 @@ KINDS: dict[turns.Kind, chat_pb2.Event] = {
             duration=duration_pb2.Duration(seconds=1, nanos=500_000_000),
         )
     ),
+    turns.ReasoningDelta(text="hm"): chat_pb2.Event(reasoning_delta=chat_pb2.ReasoningDelta(text="hm")),
     turns.Notice(code="FAILOVER", origin="models/a", target="models/b", reason="slow"): chat_pb2.Event(
         notice=chat_pb2.Notice(code="FAILOVER", to="models/b", reason="slow", **{"from": "models/a"})
     ),

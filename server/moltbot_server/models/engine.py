@@ -8,7 +8,20 @@ from collections.abc import AsyncGenerator, Mapping, Sequence
 from typing import NamedTuple, Protocol
 
 from moltbot_server.errors import Unimplemented
-from moltbot_server.turns import FinishReason, GenerationOptions, Message, Role, TextPart, Usage, Value
+from moltbot_server.turns import (
+    Attempt,
+    FinishReason,
+    GenerationOptions,
+    Message,
+    Notice,
+    Part,
+    Reset,
+    Role,
+    Routed,
+    TextPart,
+    Usage,
+    Value,
+)
 
 
 class Capabilities(Value, frozen=True, kw_only=True):
@@ -42,6 +55,9 @@ class Finished(Value, frozen=True, kw_only=True):
     An engine that leaves `usage.input_tokens` at 0 has not counted the prompt; the caller knows what it sent.
     `queue` is the wait for a free worker, `first_token` counts from there, `generation` from the first token to the
     last. `trimmed_messages` are those of the history that an engine left out although the caller did not.
+    `attachments` are parts of the answer that are not text, such as tools to be called. `model` is the id of the model
+    that answered, where that is not the engine's own; `attempts` are the models that were asked for it, where that is
+    worth telling. `cached`: the answer was kept from before.
     """
 
     finish_reason: FinishReason
@@ -50,6 +66,10 @@ class Finished(Value, frozen=True, kw_only=True):
     first_token: float = 0.0
     generation: float = 0.0
     trimmed_messages: int = 0
+    attachments: tuple[Part, ...] = ()
+    model: str = ""
+    attempts: tuple[Attempt, ...] = ()
+    cached: bool = False
 
 
 class Embedded(NamedTuple):
@@ -82,6 +102,12 @@ class Listener(Protocol):
 
     def wrote(self, text: str, tokens: int) -> None:
         """Hear of another piece: whole characters, and the tokens that they stand for."""
+
+    def thought(self, text: str) -> None:
+        """Hear more of what the model thinks before it answers; no part of the answer."""
+
+    def noted(self, what: Routed | Notice | Reset) -> None:
+        """Hear who answers now, of a switch, or that what was written so far is void."""
 
     def ended(self, end: Finished | Exception) -> None:
         """Hear of the end, once: a good one, or what broke the answer."""
@@ -128,6 +154,14 @@ class Engine(Protocol):
     @property
     def healthy(self) -> bool:
         """Whether the model can answer: started, not closed, nothing broken for good."""
+
+    @property
+    def is_route(self) -> bool:
+        """Whether it leaves the answer to one of several models and tells its listener which: `Listener.noted`."""
+
+    @property
+    def rest(self) -> float:
+        """Seconds until it is worth asking again, because whoever serves it said so; 0 for now."""
 
     async def start(self) -> None:
         """Load the model and prove it with a real generation.
@@ -235,6 +269,12 @@ class _Inbox:
 
     def queued(self, position: int) -> None:
         pass  # a stream of chunks says nothing of the wait
+
+    def thought(self, text: str) -> None:
+        pass  # nor of thoughts
+
+    def noted(self, what: Routed | Notice | Reset) -> None:
+        pass  # nor of who answers
 
     def wrote(self, text: str, tokens: int) -> None:
         self._put(Chunk(text=text, tokens=tokens))

@@ -30,6 +30,7 @@ def check_options(options: GenerationOptions, capabilities: Capabilities) -> Non
         "stop": bool(options.stop) and not capabilities.stop,
         "seed": options.seed is not None and not capabilities.seed,
         "repetition_penalty": options.repetition_penalty is not None and not capabilities.repetition_penalty,
+        "tools": bool(options.tools) and not capabilities.tools,
     }
     for name, unsupported in asked.items():
         if unsupported:

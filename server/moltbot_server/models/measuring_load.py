@@ -17,7 +17,7 @@ from typing import Any
 
 from moltbot_server.models.engine import Engine, Finished
 from moltbot_server.models.meter import Answer, Window
-from moltbot_server.turns import GenerationOptions, Message, Role, TextPart, Value
+from moltbot_server.turns import GenerationOptions, Message, Notice, Reset, Role, Routed, TextPart, Value
 
 PIECE, ANSWER = 20e-6, 500e-6
 """Processor time, in seconds, that a core takes for a piece of an answer and for the rest of a turn.
@@ -159,6 +159,12 @@ class _Turn:
 
     def queued(self, position: int) -> None:
         """Hear of the place in the queue."""
+
+    def thought(self, text: str) -> None:
+        """Do nothing: local models do not think apart."""
+
+    def noted(self, what: Routed | Notice | Reset) -> None:
+        """Do nothing: one model is measured."""
 
     def wrote(self, text: str, tokens: int) -> None:
         """Hear of a piece."""

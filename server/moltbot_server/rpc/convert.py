@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable
+import re
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
+import msgspec
 from google.protobuf import duration_pb2, timestamp_pb2
 from moltbot.v1 import chat_pb2, message_pb2, session_pb2
 
@@ -14,6 +16,7 @@ from moltbot_server.rpc import names
 from moltbot_server.turns import (
     Accepted,
     Attachment,
+    Attempt,
     Completed,
     Event,
     Failed,
@@ -24,6 +27,7 @@ from moltbot_server.turns import (
     Notice,
     Part,
     Queued,
+    ReasoningDelta,
     Reset,
     Role,
     Routed,
@@ -31,8 +35,11 @@ from moltbot_server.turns import (
     TextDelta,
     TextPart,
     Timings,
+    Tool,
     ToolCallPart,
+    ToolChoice,
     ToolFinished,
+    ToolMode,
     ToolResultPart,
     ToolStarted,
     TurnInput,
@@ -54,6 +61,10 @@ _FINISH = {
 }
 _STATES = {state: chat_pb2.TurnState.Value(f"TURN_STATE_{state.value.upper()}") for state in TurnState}
 
+_TOOL_MODES = {message_pb2.ToolMode.Value(f"TOOL_MODE_{mode.value.upper()}"): mode for mode in ToolMode}
+_TOOL_NAME = re.compile(r"[A-Za-z0-9_-]{1,64}")
+
+_MOST_TOOLS = 128
 _MOST_PARTS = 32
 _MOST_MESSAGES = 2000
 
@@ -155,6 +166,8 @@ class Reader:
             stop=tuple(spec.stop),
             repetition_penalty=_exact(spec.repetition_penalty) if spec.HasField("repetition_penalty") else None,
             seed=spec.seed if spec.HasField("seed") else None,
+            tools=_tools(spec.tools, f"{field}.tools") if spec.tools else (),
+            tool_choice=_tool_choice(spec, field) if spec.HasField("tool_choice") else None,
         )
         _check_options(options, field)
         return options
@@ -203,6 +216,41 @@ def _check_options(options: GenerationOptions, field: str) -> None:
     for text in options.stop:
         if not 1 <= len(text) <= 64:
             raise InvalidField(f"{field}.stop", "use texts of 1 to 64 characters")
+
+
+def _tools(entries: Sequence[message_pb2.Tool], field: str) -> tuple[Tool, ...]:
+    """Return the tools that a model may ask for.
+
+    Raises:
+        InvalidField: a name is wrong or there twice, a schema is no JSON object, or there are too many.
+    """
+    if len(entries) > _MOST_TOOLS:
+        raise ContentTooLarge(field, f"name at most {_MOST_TOOLS} tools")
+    read: dict[str, Tool] = {}
+    for index, entry in enumerate(entries):
+        if not _TOOL_NAME.fullmatch(entry.name) or entry.name in read:
+            raise InvalidField(f"{field}[{index}].name", "use 1 to 64 characters of A-Z a-z 0-9 _ -, each name once")
+        if entry.parameters_json and not _is_object(entry.parameters_json):
+            raise InvalidField(f"{field}[{index}].parameters_json", "write a JSON Schema: one JSON object")
+        read[entry.name] = Tool(name=entry.name, description=entry.description, parameters_json=entry.parameters_json)
+    return tuple(read.values())
+
+
+def _tool_choice(spec: message_pb2.GenerationOptions, field: str) -> ToolChoice:
+    choice = spec.tool_choice
+    if choice.tool and choice.tool not in {entry.name for entry in spec.tools}:
+        raise InvalidField(f"{field}.tool_choice.tool", "name one of `tools`")
+    mode = _TOOL_MODES.get(choice.mode, ToolMode.AUTO)
+    if mode is ToolMode.REQUIRED and not spec.tools:
+        raise InvalidField(f"{field}.tool_choice.mode", "there are no `tools` to ask for")
+    return ToolChoice(mode=ToolMode.REQUIRED if choice.tool else mode, tool=choice.tool)
+
+
+def _is_object(text: str) -> bool:
+    try:
+        return isinstance(msgspec.json.decode(text), dict)
+    except msgspec.DecodeError:
+        return False
 
 
 def _exact(value: float) -> float:
@@ -269,7 +317,7 @@ def part(value: Part) -> message_pb2.Part:
     if isinstance(value, TextPart):
         return message_pb2.Part(text=value.text)
     if isinstance(value, ToolCallPart):
-        return message_pb2.Part(tool_call=_tool_call(value))
+        return message_pb2.Part(tool_call=tool_call(value))
     if isinstance(value, ToolResultPart):
         return message_pb2.Part(tool_result=_tool_result(value))
     media = message_pb2.Media(
@@ -355,6 +403,10 @@ def fill_completed(into: chat_pb2.Completed, key: TurnKey, kind: Completed) -> N
     _fill(into.timings, kind.timings)
     for entry in kind.attachments:
         into.attachments.append(part(entry))
+    if kind.reasoning:
+        into.reasoning = kind.reasoning
+    if kind.cached:
+        into.cached = True
 
 
 def _fill_accepted(into: chat_pb2.Accepted, key: TurnKey, kind: Accepted) -> None:
@@ -392,9 +444,22 @@ def _fill(into: chat_pb2.Timings, value: Timings) -> None:
     if value.history_messages:
         into.history_messages = value.history_messages
     into.attempts = value.attempts
+    for attempt in value.attempt_log:
+        _fill_attempt(into.attempt_log.add(), attempt)
 
 
-def _tool_call(value: ToolCallPart) -> message_pb2.ToolCall:
+def _fill_attempt(into: chat_pb2.Attempt, value: Attempt) -> None:
+    into.model = f"models/{value.model}"
+    into.outcome = value.outcome
+    into.reason = value.reason
+    _set(into.start, value.start)
+    if value.first_token is not None:
+        _set(into.first_token, value.first_token)
+    _set(into.total, value.total)
+
+
+def tool_call(value: ToolCallPart) -> message_pb2.ToolCall:
+    """Return a tool that is to be called as the contract's."""
     return message_pb2.ToolCall(call_id=value.call_id, tool=value.tool, arguments_json=value.arguments_json)
 
 
@@ -425,9 +490,10 @@ _KINDS: dict[type[Kind], tuple[str, Callable[[Any, TurnKey, Any], None]]] = {
     Routed: ("routed", _fill_routed),
     Reset: ("reset", _fill_reset),
     Attachment: ("attachment", lambda into, _, kind: into.part.CopyFrom(part(kind.part))),
-    ToolStarted: ("tool_started", lambda into, _, kind: into.call.CopyFrom(_tool_call(kind.call))),
+    ToolStarted: ("tool_started", lambda into, _, kind: into.call.CopyFrom(tool_call(kind.call))),
     ToolFinished: ("tool_finished", _fill_tool_finished),
     Notice: ("notice", _fill_notice),
+    ReasoningDelta: ("reasoning_delta", lambda into, _, kind: setattr(into, "text", kind.text)),
     Completed: ("completed", fill_completed),
     Failed: ("failed", _fill_failed),
 }

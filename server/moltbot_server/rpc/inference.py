@@ -7,14 +7,24 @@ import asyncio
 import msgspec
 from moltbot.v1 import inference_pb2, inference_pb2_grpc
 
-from moltbot_server.errors import ContextLengthExceeded, DeadlineExceeded, InvalidField
+from moltbot_server.errors import ContextLengthExceeded, DeadlineExceeded, InvalidField, TurnInterrupted
 from moltbot_server.models.catalog import Catalog
 from moltbot_server.models.context import ContextWindow
 from moltbot_server.models.engine import Asker, Engine, Finished, Generation
 from moltbot_server.models.limits import check_content
 from moltbot_server.rpc import convert, names
 from moltbot_server.rpc.interceptors import Call
-from moltbot_server.turns import FinishReason, GenerationOptions, Message, Role, Usage
+from moltbot_server.turns import (
+    FinishReason,
+    GenerationOptions,
+    Message,
+    Notice,
+    Reset,
+    Role,
+    Routed,
+    ToolCallPart,
+    Usage,
+)
 
 _FLUSH_INTERVAL = 0.02
 _MOST_TEXTS = 256
@@ -132,6 +142,7 @@ class _Generation:
         self._timer: asyncio.TimerHandle | None = None
         self._sent_at = 0.0
         self._pieces: list[tuple[str, int]] = []
+        self._thoughts: list[str] = []
         self._position = 0
         self._generation: Generation | None = None
         self._trimmed = self._told = 0
@@ -153,6 +164,18 @@ class _Generation:
                 self._timer = self._loop.call_later(rest, self._wake.set)
             else:
                 self._wake.set()
+
+    def thought(self, text: str) -> None:
+        """Take more of what the model thinks."""
+        self._thoughts.append(text)
+        self._wake.set()
+
+    def noted(self, what: Routed | Notice | Reset) -> None:
+        """Drop what is void, if it was not sent yet; if it was, it cannot be taken back, and the answer ends."""
+        if isinstance(what, Reset):
+            if self._told:
+                self.ended(TurnInterrupted("the model broke off and another one would begin anew; ask again"))
+            self._pieces.clear()
 
     def ended(self, end: Finished | Exception) -> None:
         """Take the end."""
@@ -201,6 +224,9 @@ class _Generation:
                 position, self._position = self._position, 0
                 if not self._told and not self._pieces:
                     await write(inference_pb2.GenerateResponse(queue_position=position))
+            if self._thoughts:
+                thoughts, self._thoughts = self._thoughts, []
+                await write(inference_pb2.GenerateResponse(reasoning="".join(thoughts)))
             if self._interval > 0 and isinstance(self._end, Finished):
                 return  # the last text goes with the end
             pieces, self._pieces = self._pieces, []
@@ -228,7 +254,8 @@ class _Generation:
                 finished=inference_pb2.GenerateFinished(
                     finish_reason=convert.finish_reason(end.finish_reason),
                     usage=convert.usage(counted),
-                    model=f"models/{self._engine.id}",
+                    model=f"models/{end.model or self._engine.id}",
+                    tool_calls=[convert.tool_call(part) for part in end.attachments if isinstance(part, ToolCallPart)],
                     queue=convert.duration(end.queue),
                     first_token=convert.duration(end.first_token),
                     generation=convert.duration(end.generation),

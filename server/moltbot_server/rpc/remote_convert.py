@@ -6,9 +6,19 @@ from moltbot.v1 import inference_pb2, message_pb2, model_pb2
 
 from moltbot_server.models.engine import Capabilities, Finished
 from moltbot_server.rpc import convert
-from moltbot_server.turns import FinishReason, GenerationOptions, Message, Role, Usage
+from moltbot_server.turns import (
+    FinishReason,
+    GenerationOptions,
+    Message,
+    Role,
+    ToolCallPart,
+    ToolChoice,
+    ToolMode,
+    Usage,
+)
 
 _ROLES = {role: message_pb2.Role.Value(f"ROLE_{role.value.upper()}") for role in Role}
+_MODES = {mode: message_pb2.ToolMode.Value(f"TOOL_MODE_{mode.value.upper()}") for mode in ToolMode}
 _REASONS = {message_pb2.FinishReason.Value(f"FINISH_REASON_{reason.value.upper()}"): reason for reason in FinishReason}
 
 
@@ -27,7 +37,16 @@ def options(value: GenerationOptions) -> message_pb2.GenerationOptions:
         stop=value.stop,
         repetition_penalty=value.repetition_penalty,
         seed=value.seed,
+        tools=[
+            message_pb2.Tool(name=tool.name, description=tool.description, parameters_json=tool.parameters_json)
+            for tool in value.tools
+        ],
+        tool_choice=None if value.tool_choice is None else _tool_choice(value.tool_choice),
     )
+
+
+def _tool_choice(value: ToolChoice) -> message_pb2.ToolChoice:
+    return message_pb2.ToolChoice(mode=_MODES[value.mode], tool=value.tool)
 
 
 def finished(end: inference_pb2.GenerateFinished) -> Finished:
@@ -43,6 +62,10 @@ def finished(end: inference_pb2.GenerateFinished) -> Finished:
         first_token=end.first_token.ToNanoseconds() / 1e9,
         generation=end.generation.ToNanoseconds() / 1e9,
         trimmed_messages=end.trimmed_messages,
+        attachments=tuple(
+            ToolCallPart(call_id=call.call_id, tool=call.tool, arguments_json=call.arguments_json)
+            for call in end.tool_calls
+        ),
     )
 
 

@@ -224,6 +224,9 @@ class EngineLink:
 class RemoteEngine:
     """One model that the engine role serves. Everything is counted and cut to the context over there."""
 
+    is_route = False
+    rest = 0.0
+
     def __init__(
         self, link: EngineLink, model: model_pb2.Model, spec: ModelSpec | None = None, *, queue_limit: int = 256
     ) -> None:
@@ -417,6 +420,8 @@ class _RemoteGeneration:
             if response.text:
                 self._spoke = True
                 listener.wrote(response.text, response.token_count)
+            elif response.reasoning:
+                listener.thought(response.reasoning)
             elif response.queue_position:
                 listener.queued(response.queue_position)
             if response.HasField("finished"):

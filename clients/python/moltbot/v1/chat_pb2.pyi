@@ -522,6 +522,7 @@ class Event(_message.Message):
     NOTICE_FIELD_NUMBER: _builtins.int
     COMPLETED_FIELD_NUMBER: _builtins.int
     FAILED_FIELD_NUMBER: _builtins.int
+    REASONING_DELTA_FIELD_NUMBER: _builtins.int
     sequence: _builtins.int
     """Place of the event in its turn."""
     @_builtins.property
@@ -572,6 +573,10 @@ class Event(_message.Message):
     def failed(self) -> Global___Failed:
         """The turn ended badly. Always the last event."""
 
+    @_builtins.property
+    def reasoning_delta(self) -> Global___ReasoningDelta:
+        """More of what the model thinks before it answers; no part of the answer."""
+
     def __init__(
         self,
         *,
@@ -588,12 +593,13 @@ class Event(_message.Message):
         notice: Global___Notice | None = ...,
         completed: Global___Completed | None = ...,
         failed: Global___Failed | None = ...,
+        reasoning_delta: Global___ReasoningDelta | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["accepted", b"accepted", "attachment", b"attachment", "completed", b"completed", "create_time", b"create_time", "failed", b"failed", "kind", b"kind", "notice", b"notice", "queued", b"queued", "reset", b"reset", "routed", b"routed", "text_delta", b"text_delta", "tool_finished", b"tool_finished", "tool_started", b"tool_started"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["accepted", b"accepted", "attachment", b"attachment", "completed", b"completed", "create_time", b"create_time", "failed", b"failed", "kind", b"kind", "notice", b"notice", "queued", b"queued", "reasoning_delta", b"reasoning_delta", "reset", b"reset", "routed", b"routed", "text_delta", b"text_delta", "tool_finished", b"tool_finished", "tool_started", b"tool_started"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["accepted", b"accepted", "attachment", b"attachment", "completed", b"completed", "create_time", b"create_time", "failed", b"failed", "kind", b"kind", "notice", b"notice", "queued", b"queued", "reset", b"reset", "routed", b"routed", "sequence", b"sequence", "text_delta", b"text_delta", "tool_finished", b"tool_finished", "tool_started", b"tool_started"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["accepted", b"accepted", "attachment", b"attachment", "completed", b"completed", "create_time", b"create_time", "failed", b"failed", "kind", b"kind", "notice", b"notice", "queued", b"queued", "reasoning_delta", b"reasoning_delta", "reset", b"reset", "routed", b"routed", "sequence", b"sequence", "text_delta", b"text_delta", "tool_finished", b"tool_finished", "tool_started", b"tool_started"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
-    _WhichOneofReturnType_kind: _TypeAlias = _typing.Literal["accepted", "queued", "routed", "text_delta", "reset", "attachment", "tool_started", "tool_finished", "notice", "completed", "failed"]  # noqa: Y015
+    _WhichOneofReturnType_kind: _TypeAlias = _typing.Literal["accepted", "queued", "routed", "text_delta", "reset", "attachment", "tool_started", "tool_finished", "notice", "completed", "failed", "reasoning_delta"]  # noqa: Y015
     _WhichOneofArgType_kind: _TypeAlias = _typing.Literal["kind", b"kind"]  # noqa: Y015
     def WhichOneof(self, oneof_group: _WhichOneofArgType_kind) -> _WhichOneofReturnType_kind | None: ...
 
@@ -716,6 +722,28 @@ class TextDelta(_message.Message):
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
 Global___TextDelta: _TypeAlias = TextDelta  # noqa: Y015
+
+@_typing.final
+class ReasoningDelta(_message.Message):
+    """More of what a model thinks before it answers, where it tells."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    TEXT_FIELD_NUMBER: _builtins.int
+    text: _builtins.str
+    """To be appended to what is shown of its thoughts, apart from the answer."""
+    def __init__(
+        self,
+        *,
+        text: _builtins.str = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["text", b"text"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___ReasoningDelta: _TypeAlias = ReasoningDelta  # noqa: Y015
 
 @_typing.final
 class Reset(_message.Message):
@@ -867,6 +895,8 @@ class Completed(_message.Message):
     MODEL_FIELD_NUMBER: _builtins.int
     MESSAGE_FIELD_NUMBER: _builtins.int
     ATTACHMENTS_FIELD_NUMBER: _builtins.int
+    REASONING_FIELD_NUMBER: _builtins.int
+    CACHED_FIELD_NUMBER: _builtins.int
     text: _builtins.str
     """The whole text of the answer; complete by itself."""
     finish_reason: _message_pb2.FinishReason.ValueType
@@ -875,6 +905,10 @@ class Completed(_message.Message):
     """The model that answered: `models/{model}`. Empty when none did."""
     message: _builtins.str
     """The stored answer: `sessions/{session}/messages/{message}`."""
+    reasoning: _builtins.str
+    """What the model thought before it answered, where it tells."""
+    cached: _builtins.bool
+    """True when the answer was given before and kept, and no model was asked."""
     @_builtins.property
     def usage(self) -> _message_pb2.Usage:
         """Tokens read and written."""
@@ -885,7 +919,9 @@ class Completed(_message.Message):
 
     @_builtins.property
     def attachments(self) -> _containers.RepeatedCompositeFieldContainer[_message_pb2.Part]:
-        """Parts of the answer that are not text, in order."""
+        """Parts of the answer that are not text, in order: pictures, and the tools
+        that the model asks to be called.
+        """
 
     def __init__(
         self,
@@ -897,10 +933,12 @@ class Completed(_message.Message):
         model: _builtins.str = ...,
         message: _builtins.str = ...,
         attachments: _abc.Iterable[_message_pb2.Part] | None = ...,
+        reasoning: _builtins.str = ...,
+        cached: _builtins.bool = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["timings", b"timings", "usage", b"usage"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["attachments", b"attachments", "finish_reason", b"finish_reason", "message", b"message", "model", b"model", "text", b"text", "timings", b"timings", "usage", b"usage"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["attachments", b"attachments", "cached", b"cached", "finish_reason", b"finish_reason", "message", b"message", "model", b"model", "reasoning", b"reasoning", "text", b"text", "timings", b"timings", "usage", b"usage"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -972,12 +1010,13 @@ class Timings(_message.Message):
     TRIMMED_MESSAGES_FIELD_NUMBER: _builtins.int
     HISTORY_MESSAGES_FIELD_NUMBER: _builtins.int
     ATTEMPTS_FIELD_NUMBER: _builtins.int
+    ATTEMPT_LOG_FIELD_NUMBER: _builtins.int
     trimmed_messages: _builtins.int
     """Messages of the history that were left out to fit the context window."""
     history_messages: _builtins.int
     """Messages of the history that the model read."""
     attempts: _builtins.int
-    """How many models were tried."""
+    """How many times a model was asked."""
     @_builtins.property
     def accept(self) -> _duration_pb2.Duration:
         """From the call's arrival to the stored message. 0 when the answer was
@@ -1000,6 +1039,12 @@ class Timings(_message.Message):
     def total(self) -> _duration_pb2.Duration:
         """From the call's arrival to the end."""
 
+    @_builtins.property
+    def attempt_log(self) -> _containers.RepeatedCompositeFieldContainer[Global___Attempt]:
+        """Each time that a model was asked, in order. Empty when one was asked once
+        and answered.
+        """
+
     def __init__(
         self,
         *,
@@ -1011,14 +1056,65 @@ class Timings(_message.Message):
         trimmed_messages: _builtins.int = ...,
         history_messages: _builtins.int = ...,
         attempts: _builtins.int = ...,
+        attempt_log: _abc.Iterable[Global___Attempt] | None = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["accept", b"accept", "first_token", b"first_token", "generation", b"generation", "queue", b"queue", "total", b"total"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["accept", b"accept", "attempts", b"attempts", "first_token", b"first_token", "generation", b"generation", "history_messages", b"history_messages", "queue", b"queue", "total", b"total", "trimmed_messages", b"trimmed_messages"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["accept", b"accept", "attempt_log", b"attempt_log", "attempts", b"attempts", "first_token", b"first_token", "generation", b"generation", "history_messages", b"history_messages", "queue", b"queue", "total", b"total", "trimmed_messages", b"trimmed_messages"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
 Global___Timings: _TypeAlias = Timings  # noqa: Y015
+
+@_typing.final
+class Attempt(_message.Message):
+    """One time that a model was asked for the answer of a turn, or passed over."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    MODEL_FIELD_NUMBER: _builtins.int
+    OUTCOME_FIELD_NUMBER: _builtins.int
+    REASON_FIELD_NUMBER: _builtins.int
+    START_FIELD_NUMBER: _builtins.int
+    FIRST_TOKEN_FIELD_NUMBER: _builtins.int
+    TOTAL_FIELD_NUMBER: _builtins.int
+    model: _builtins.str
+    """The model: `models/{model}`."""
+    outcome: _builtins.str
+    """What came of it: `ANSWERED`, `SKIPPED`, `CANCELLED` because another one
+    was faster, or a name of the enum `ErrorReason` without its prefix.
+    """
+    reason: _builtins.str
+    """Why, in English."""
+    @_builtins.property
+    def start(self) -> _duration_pb2.Duration:
+        """When it was asked, counted from the first one."""
+
+    @_builtins.property
+    def first_token(self) -> _duration_pb2.Duration:
+        """Until its first token. Not set when there was none."""
+
+    @_builtins.property
+    def total(self) -> _duration_pb2.Duration:
+        """Until its end."""
+
+    def __init__(
+        self,
+        *,
+        model: _builtins.str = ...,
+        outcome: _builtins.str = ...,
+        reason: _builtins.str = ...,
+        start: _duration_pb2.Duration | None = ...,
+        first_token: _duration_pb2.Duration | None = ...,
+        total: _duration_pb2.Duration | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["first_token", b"first_token", "start", b"start", "total", b"total"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["first_token", b"first_token", "model", b"model", "outcome", b"outcome", "reason", b"reason", "start", b"start", "total", b"total"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___Attempt: _TypeAlias = Attempt  # noqa: Y015
 
 @_typing.final
 class Turn(_message.Message):

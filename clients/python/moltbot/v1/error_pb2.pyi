@@ -82,6 +82,12 @@ class _ErrorReasonEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[_ErrorReas
     """
     ERROR_REASON_MODEL_IN_USE: _ErrorReason.ValueType  # 27
     """FAILED_PRECONDITION: the model answers by default."""
+    ERROR_REASON_BUDGET_EXCEEDED: _ErrorReason.ValueType  # 28
+    """RESOURCE_EXHAUSTED: the workspace, user or model has used up its budget."""
+    ERROR_REASON_MODEL_CREDENTIAL: _ErrorReason.ValueType  # 29
+    """FAILED_PRECONDITION: a provider has no key here, or refuses the one it has."""
+    ERROR_REASON_INVALID_CONFIGURATION: _ErrorReason.ValueType  # 30
+    """FAILED_PRECONDITION: the new configuration is wrong; the old one holds."""
 
 class ErrorReason(_ErrorReason, metaclass=_ErrorReasonEnumTypeWrapper):
     """Why a call failed. Every error status carries `google.rpc.ErrorInfo` with
@@ -149,4 +155,10 @@ memory would not suffice.
 """
 ERROR_REASON_MODEL_IN_USE: ErrorReason.ValueType  # 27
 """FAILED_PRECONDITION: the model answers by default."""
+ERROR_REASON_BUDGET_EXCEEDED: ErrorReason.ValueType  # 28
+"""RESOURCE_EXHAUSTED: the workspace, user or model has used up its budget."""
+ERROR_REASON_MODEL_CREDENTIAL: ErrorReason.ValueType  # 29
+"""FAILED_PRECONDITION: a provider has no key here, or refuses the one it has."""
+ERROR_REASON_INVALID_CONFIGURATION: ErrorReason.ValueType  # 30
+"""FAILED_PRECONDITION: the new configuration is wrong; the old one holds."""
 Global___ErrorReason: _TypeAlias = ErrorReason  # noqa: Y015

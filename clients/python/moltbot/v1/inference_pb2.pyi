@@ -145,6 +145,7 @@ class GenerateResponse(_message.Message):
     TOKEN_COUNT_FIELD_NUMBER: _builtins.int
     FINISHED_FIELD_NUMBER: _builtins.int
     QUEUE_POSITION_FIELD_NUMBER: _builtins.int
+    REASONING_FIELD_NUMBER: _builtins.int
     text: _builtins.str
     """More text. Whole characters, never half of one."""
     token_count: _builtins.int
@@ -153,6 +154,8 @@ class GenerateResponse(_message.Message):
     """The place in the queue before the model, 1 for the next to be served. Sent
     while the generation waits, alone and whenever it has changed much.
     """
+    reasoning: _builtins.str
+    """More of what the model thinks before it answers; no part of the answer."""
     @_builtins.property
     def finished(self) -> Global___GenerateFinished:
         """Set in the last response."""
@@ -164,10 +167,11 @@ class GenerateResponse(_message.Message):
         token_count: _builtins.int = ...,
         finished: Global___GenerateFinished | None = ...,
         queue_position: _builtins.int = ...,
+        reasoning: _builtins.str = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["finished", b"finished"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["finished", b"finished", "queue_position", b"queue_position", "text", b"text", "token_count", b"token_count"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["finished", b"finished", "queue_position", b"queue_position", "reasoning", b"reasoning", "text", b"text", "token_count", b"token_count"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -186,6 +190,7 @@ class GenerateFinished(_message.Message):
     FIRST_TOKEN_FIELD_NUMBER: _builtins.int
     GENERATION_FIELD_NUMBER: _builtins.int
     TRIMMED_MESSAGES_FIELD_NUMBER: _builtins.int
+    TOOL_CALLS_FIELD_NUMBER: _builtins.int
     finish_reason: _message_pb2.FinishReason.ValueType
     """Why it ended."""
     model: _builtins.str
@@ -208,6 +213,10 @@ class GenerateFinished(_message.Message):
     def generation(self) -> _duration_pb2.Duration:
         """From the first token to the last."""
 
+    @_builtins.property
+    def tool_calls(self) -> _containers.RepeatedCompositeFieldContainer[_message_pb2.ToolCall]:
+        """Tools that the model asks to be called."""
+
     def __init__(
         self,
         *,
@@ -218,10 +227,11 @@ class GenerateFinished(_message.Message):
         first_token: _duration_pb2.Duration | None = ...,
         generation: _duration_pb2.Duration | None = ...,
         trimmed_messages: _builtins.int = ...,
+        tool_calls: _abc.Iterable[_message_pb2.ToolCall] | None = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["first_token", b"first_token", "generation", b"generation", "queue", b"queue", "usage", b"usage"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["finish_reason", b"finish_reason", "first_token", b"first_token", "generation", b"generation", "model", b"model", "queue", b"queue", "trimmed_messages", b"trimmed_messages", "usage", b"usage"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["finish_reason", b"finish_reason", "first_token", b"first_token", "generation", b"generation", "model", b"model", "queue", b"queue", "tool_calls", b"tool_calls", "trimmed_messages", b"trimmed_messages", "usage", b"usage"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

@@ -15,6 +15,9 @@ from moltbot_server.turns import GenerationOptions, Message
 class EmbeddingEngine:
     """An encoder's folder as an engine. Whatever would have it write is refused."""
 
+    is_route = False
+    rest = 0.0
+
     def __init__(self, folder: EncoderFolder, *, threads: int = 1) -> None:
         """Describe the model; nothing is loaded before `start`. `threads` are those of one batch."""
         self._encoder = Encoder(folder, threads=threads)

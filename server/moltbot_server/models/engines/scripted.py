@@ -141,6 +141,8 @@ class ScriptedEngine:
 
     type = "scripted"
     memory_bytes = parallel = overhead = 0
+    is_route = False
+    rest = 0.0
     numbers: ClassVar[Mapping[str, float]] = {}
 
     def __init__(self, script: Script | None = None, *, capabilities: Capabilities | None = None) -> None:

@@ -50,6 +50,9 @@ _log = logging.getLogger(__name__)
 class LocalEngine:
     """A model folder that answers. Its replicas share the weights; each writes one batch at a time."""
 
+    is_route = False
+    rest = 0.0
+
     def __init__(
         self,
         folder: ModelFolder,
