@@ -13,7 +13,10 @@ from dataclasses import MISSING, dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
-from moltbot_server.config_keys import ENV_NAMES, KEYS, OTHER_NAMES, OTHERS_NAMES, PLAIN_NAMES, SECTIONS
+from moltbot_server.config_keys import ENV_NAMES, KEYS, OTHER_NAMES, OTHERS_NAMES, PLAIN_NAMES, PROVIDER_KEY_NAME
+from moltbot_server.config_models import Budget, Cache, ModelRoute, Price, Provider, ProviderModel
+from moltbot_server.config_reading import flat, read
+from moltbot_server.config_sections import route, route_problems
 from moltbot_server.config_sources import (
     ConfigError,
     Given,
@@ -23,37 +26,28 @@ from moltbot_server.config_sources import (
     read_flags,
     read_yaml,
 )
+from moltbot_server.config_spelling import nearest, slips, unknown
 
-__all__ = ["Autoscaling", "Cache", "ConfigError", "ModelRoute", "Problem", "Settings", "is_loopback", "load_settings"]
+__all__ = [
+    "Autoscaling",
+    "Budget",
+    "Cache",
+    "ConfigError",
+    "ModelRoute",
+    "Price",
+    "Problem",
+    "Provider",
+    "ProviderModel",
+    "Settings",
+    "is_loopback",
+    "load_settings",
+]
 
-BUILT_IN_MODEL = "moltbot-demo"
 INLINE = "inline"
 """The value of `engine` for models in the core's own process."""
 
 _ADDRESS = re.compile(r"unix:.+|(dns:///)?(\[[0-9A-Fa-f:.]+\]|[^:/\[\]\s]+):\d{1,5}")
-_LISTED = 8  # more names than these are not told in a message
 _NEED_NO_PATH = frozenset({"", "moltbot-demo", "builtin", "built-in", "scripted"})
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class ModelRoute:
-    """Which model answers, which ones stand in, and when. `latency` in seconds, `error_rate` as a share of 1."""
-
-    primary: str = ""
-    fallback: tuple[str, ...] = ()
-    latency: float = 3.0
-    error_rate: float = 0.05
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Cache:
-    """Where answers are kept for another time. `ttl` in seconds."""
-
-    type: str = "memory"
-    host: str = "127.0.0.1"
-    port: int = 6379
-    password: str = field(default="", repr=False)
-    ttl: float = 3600.0
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -72,6 +66,7 @@ class Settings:
     `origins` maps a key to the place that set it, such as `.env:4`, for messages about a value that turns out wrong.
     `engine` is empty for models of MoltBot's own choosing, `inline`, or the address of an engine that runs elsewhere.
     `shares` are weights of workspaces: how they share a model when all of them want it; 1 for those not named.
+    `models` is the route of turns that name no model, `routes` are the others; prices and budgets are in `currency`.
     `notices` tells what was asked for and is not acted on by this release, one sentence each.
 
     Raises:
@@ -104,8 +99,12 @@ class Settings:
     queue_limit: int = 256
     shares: tuple[tuple[str, int], ...] = ()
     drain_grace: float = 10.0
-    models: ModelRoute = ModelRoute()
-    cache: Cache = Cache()
+    providers: tuple[Provider, ...] = ()
+    models: ModelRoute = field(default_factory=ModelRoute)
+    routes: tuple[ModelRoute, ...] = ()
+    cache: Cache = field(default_factory=Cache)
+    budgets: tuple[Budget, ...] = ()
+    currency: str = "USD"
     autoscaling: Autoscaling | None = None
     origins: Mapping[str, str] = field(default_factory=dict, repr=False, compare=False)
 
@@ -121,7 +120,9 @@ class Settings:
     @property
     def notices(self) -> tuple[str, ...]:
         """What was asked for and is not acted on by this release; to be told once at start."""
-        return tuple(_notices(self))
+        if self.autoscaling is None:
+            return ()
+        return ("autoscaling: this release does not start or stop replicas by itself; the section is not used yet.",)
 
     def _unsafe(self) -> Iterator[Problem]:
         """A port that others can reach needs TLS of its own or a proxy that has it; there is no way around it."""
@@ -160,11 +161,20 @@ class Settings:
         if scaling and scaling.min_replicas > scaling.max_replicas:
             text = f"autoscaling: min_replicas {scaling.min_replicas} is above max_replicas {scaling.max_replicas}"
             yield self._problem("autoscaling.min_replicas", text)
+        yield from self._wrong_routes()
         ports = [("port", self.port), ("grpc_port", self.grpc_port), ("metrics_port", self.metrics_port)]
         for index, (key, port) in enumerate(ports):
             for other, taken in ports[:index]:
                 if port and port == taken:
                     yield self._problem(key, f"{key} and {other} are both {port}; give each its own")
+
+    def _wrong_routes(self) -> Iterator[Problem]:
+        yield from (self._problem("models.primary", f"models: {text}") for text in route_problems(self.models))
+        names = {route.name for route in self.routes}
+        for one in (self.models, *self.routes):
+            for model in names.intersection((one.primary, *one.fallback)):
+                key, title = ("routes", f"routes.{one.name}") if one.name else ("models.primary", "models")
+                yield self._problem(key, f"{title}: `{model}` is a route; a route names models")
 
     def _problem(self, key: str, text: str) -> Problem:
         return Problem(where=self.origins.get(key, ""), text=text)
@@ -178,19 +188,6 @@ def is_loopback(host: str) -> bool:
         return ipaddress.ip_address(host.strip("[]")).is_loopback
     except ValueError:
         return False
-
-
-def _notices(settings: Settings) -> Iterator[str]:
-    models, cache = settings.models, settings.cache
-    local = settings.model_path.name if settings.model_path else BUILT_IN_MODEL
-    if models.primary not in ("", local):
-        yield f"models.primary: this release answers with {local}; {models.primary} is not reached yet."
-    if models.fallback:
-        yield "models.fallback: this release has one model and nothing to fall back to; the list is not used yet."
-    if cache.type == "redis":
-        yield f"cache: this release keeps everything in the workspace; Redis at {cache.host} is not used yet."
-    if settings.autoscaling is not None:
-        yield "autoscaling: this release does not start or stop replicas by itself; the section is not used yet."
 
 
 # Yields a key among those given and what is wrong with it.
@@ -215,20 +212,20 @@ def load_settings(
         ConfigError: something is wrong; all of it is told, each with its place and what was expected.
     """
     problems: list[Problem] = []
-    given: dict[str, Given] = dict(_flat("", read_yaml(workspace / "moltbot.yaml", problems), problems))
+    given: dict[str, Given] = dict(flat(read_yaml(workspace / "moltbot.yaml", problems), KEYS, problems))
     current = current or Path.cwd()
     if current.resolve() != workspace.resolve():
         # Other programs keep their own names in this file: only the five are ours.
         given |= _named(read_env_file(current / ".env", []).items(), PLAIN_NAMES)
     own = read_env_file(workspace / ".env", problems)
-    problems += (_unknown(name, place.where, ENV_NAMES) for name, place in own.items() if not _known(name))
+    problems += (unknown(name, place.where, ENV_NAMES) for name, place in own.items() if not _known(name))
     given |= _named(own.items(), ENV_NAMES) | _named(read_environ(environ), ENV_NAMES)
     for key, flag in read_flags(overrides or {}):
         if key in KEYS:
             given[key] = flag
         else:
-            problems.append(_unknown(key, flag.where, KEYS))
-    values = _read(given, problems)
+            problems.append(unknown(key, flag.where, KEYS))
+    values = read(given, KEYS, problems)
     if check is not None:
         problems += (Problem(where=given[key].where, text=text) for key, text in check(values))
     return _settings(workspace, values, {key: place.where for key, place in given.items()}, problems)
@@ -236,7 +233,7 @@ def load_settings(
 
 def misspelled(environ: Mapping[str, str]) -> tuple[str, ...]:
     """Return a sentence for each `MOLTBOT_` variable of the environment that is none of ours but close to one."""
-    near = ((name, _nearest(name, ENV_NAMES)) for name in environ if name.startswith("MOLTBOT_") and not _known(name))
+    near = ((name, nearest(name, ENV_NAMES)) for name in environ if name.startswith("MOLTBOT_") and not _known(name))
     return tuple(
         f"environment variable {name} is not known and not used; did you mean {own}?" for name, own in near if own
     )
@@ -266,29 +263,15 @@ def _unused(name: str, workspace: Path) -> str:
         place = "the environment" if name in OTHER_NAMES else str(workspace / ".env")
         return f"{name} is not used: only {', '.join(PLAIN_NAMES)} are read from this file; put it into {place}"
     if name.startswith("MOLTBOT_"):
-        near = _nearest(name, ENV_NAMES)
+        near = nearest(name, ENV_NAMES)
         hint = f"did you mean {near}?" if near else "docs/configuration.md has all that are known"
         return f"{name} is not known and not used; {hint}"
-    meant = next((own for own in PLAIN_NAMES if _slips(name.upper(), own) <= (2 if len(own) > 10 else 1)), "")
+    meant = next((own for own in PLAIN_NAMES if slips(name.upper(), own) <= (2 if len(own) > 10 else 1)), "")
     return f"{name} is not known and not used; did you mean {meant}?" if meant else ""
 
 
-def _slips(one: str, other: str) -> int:
-    """Return how many slips of the hand lie between two words: a letter more, less, another, or two exchanged."""
-    before: list[int] = []
-    row = list(range(len(other) + 1))
-    for at, letter in enumerate(one, 1):
-        earlier, before, row = before, row, [at]
-        for end, wanted in enumerate(other, 1):
-            fewest = min(before[end] + 1, row[-1] + 1, before[end - 1] + (letter != wanted))
-            if at > 1 and end > 1 and letter == other[end - 2] and one[at - 2] == wanted:
-                fewest = min(fewest, earlier[end - 2] + 1)
-            row.append(fewest)
-    return row[-1]
-
-
 def _known(name: str) -> bool:
-    return name in ENV_NAMES or name in OTHER_NAMES
+    return name in ENV_NAMES or name in OTHER_NAMES or bool(PROVIDER_KEY_NAME.fullmatch(name))
 
 
 def _named(variables: Iterable[tuple[str, Given]], names: Mapping[str, str]) -> dict[str, Given]:
@@ -298,76 +281,18 @@ def _named(variables: Iterable[tuple[str, Given]], names: Mapping[str, str]) -> 
     return {names[name]: value for name, value in known}
 
 
-def _flat(prefix: str, level: Mapping[str, Given], problems: list[Problem]) -> Iterator[tuple[str, Given]]:
-    for name, value in level.items():
-        key = f"{prefix}{name}"
-        if key in KEYS:
-            yield key, value
-        elif key not in SECTIONS:
-            siblings = {k[len(prefix) :].split(".")[0] for k in KEYS if k.startswith(prefix)}
-            problems.append(_unknown(name, value.where, siblings, prefix))
-        elif isinstance(value.value, Mapping):
-            yield from _flat(f"{key}.", value.value, problems)
-        elif value.value is not None:
-            inside = sorted(k.removeprefix(f"{key}.") for k in KEYS if k.startswith(f"{key}."))
-            problems.append(
-                Problem(where=value.where, text=f"{key}: found {value}, expected the keys {', '.join(inside)}")
-            )
-
-
-def _nearest(name: str, known: Iterable[str]) -> str:
-    """Return the known name that was probably meant, or nothing. The prefix of variables makes no likeness."""
-    import difflib  # late: only a message about a mistake needs it
-
-    known = list(known)
-    if (prefixed := f"MOLTBOT_{name.upper()}") in known:
-        return prefixed
-    prefix = "MOLTBOT_" if name.startswith("MOLTBOT_") else ""
-    by_lower = {word.removeprefix(prefix).lower(): word for word in known if word.startswith(prefix)}
-    wanted = name.removeprefix(prefix).lower().replace("-", "_")
-    found = difflib.get_close_matches(wanted, by_lower, n=1, cutoff=0.6)
-    return by_lower[found[0]] if found else ""
-
-
-def _unknown(name: str, where: str, known: Iterable[str], prefix: str = "") -> Problem:
-    known = list(known)
-    near = _nearest(name, known)
-    if near:
-        hint = f"did you mean `{near}`?"
-    elif len(known) > _LISTED:
-        hint = "docs/configuration.md has all that are known"
-    else:
-        hint = f"known are {', '.join(sorted(known))}"
-    section = f" in `{prefix[:-1]}`" if prefix else ""
-    return Problem(where=where, text=f"unknown key `{name}`{section}; {hint}")
-
-
-def _read(given: Mapping[str, Given], problems: list[Problem]) -> dict[str, Any]:
-    values: dict[str, Any] = {}
-    for key, value in given.items():
-        kind = KEYS[key]
-        try:
-            values[key] = kind.read(value)
-        except ValueError:
-            found = "a secret that does not fit" if key == "cache.password" else str(value)
-            # A flag is the key's own name already.
-            subject = "" if value.where.startswith("--") else f"{key}: "
-            problems.append(Problem(where=value.where, text=f"{subject}found {found}, expected {kind.expected}"))
-    return values
-
-
 def _settings(
     workspace: Path, values: Mapping[str, Any], origins: Mapping[str, str], problems: list[Problem]
 ) -> Settings:
     """Make the value; when problems were found already, make it only to find those of combinations too."""
     flat = {key: value for key, value in values.items() if "." not in key}
-    models = {key.rpartition(".")[2]: value for key, value in values.items() if key.startswith("models.")}
+    models = {key.removeprefix("models."): value for key, value in values.items() if key.startswith("models.")}
     cache = {key.rpartition(".")[2]: value for key, value in values.items() if key.startswith("cache.")}
     scaling = {key.rpartition(".")[2]: value for key, value in values.items() if key.startswith("autoscaling.")}
     try:
         settings = Settings(
             workspace=workspace,
-            models=ModelRoute(**models),
+            models=route(models),
             cache=Cache(**cache),
             autoscaling=Autoscaling(**scaling) if scaling else None,
             origins=origins,

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
 
+from moltbot_server.config_reading import sections_of
+from moltbot_server.config_sections import BUDGETS, PROVIDERS, ROUTE_KEYS, ROUTES
 from moltbot_server.config_values import (
     HOST,
     NETWORK,
@@ -16,6 +19,7 @@ from moltbot_server.config_values import (
     duration,
     records,
     several,
+    shaped,
     size,
     text,
     whole,
@@ -48,21 +52,24 @@ KEYS: Mapping[str, Kind] = {
     "queue_limit": whole(1, 1_000_000),
     "shares": records({"workspace": text(64, blank=False), "weight": whole(1, 1000)}),
     "drain_grace": duration(0, 3600),
-    "models.primary": text(128),
-    "models.fallback": several(text(128, blank=False)),
-    "models.threshold.latency": duration(0.001, 3600, bare=False),
-    "models.threshold.error_rate": PERCENT,
+    "providers": PROVIDERS,
+    **{f"models.{key}": kind for key, kind in ROUTE_KEYS.items()},
+    "routes": ROUTES,
     "cache.type": choice("memory", "redis"),
     "cache.host": HOST,
     "cache.port": whole(1, 65535, "a port"),
-    "cache.password": text(512),
+    "cache.password": text(512, secret=True),
     "cache.ttl": duration(0, 365 * 86400),
+    "cache.max_bytes": size(64 << 10, 1 << 40),
+    "cache.answers": choice("deterministic", "always", "off"),
+    "budgets": BUDGETS,
+    "currency": shaped("[A-Z]{3}", "three capitals such as USD or CNY"),
     "autoscaling.min_replicas": whole(1, 10_000),
     "autoscaling.max_replicas": whole(1, 10_000),
     "autoscaling.metrics": records({"type": choice("cpu", "memory", "queue_depth"), "target": PERCENT}),
 }
 
-SECTIONS = frozenset(key[:end] for key in KEYS for end in range(len(key)) if key[end] == ".")
+SECTIONS = sections_of(KEYS)
 
 # The names that work without the prefix MOLTBOT_, in the environment and in environment files.
 PLAIN_NAMES: Mapping[str, str] = {
@@ -75,11 +82,25 @@ PLAIN_NAMES: Mapping[str, str] = {
 
 ENV_NAMES: Mapping[str, str] = {
     **PLAIN_NAMES,
-    **{"MOLTBOT_" + key.upper().replace(".", "_"): key for key in KEYS if key not in ("autoscaling.metrics", "shares")},
+    **{"MOLTBOT_" + key.upper().replace(".", "_"): key for key, kind in KEYS.items() if kind.flat},
 }
 
 # Names of other programs that are one slip away from a plain name of ours.
 OTHERS_NAMES = frozenset({"PORTS", "POST", "WORKER"})
 
 # Variables of MoltBot that are no settings of the server.
-OTHER_NAMES = frozenset({"MOLTBOT_WORKSPACE", "MOLTBOT_KEY", "MOLTBOT_ADDRESS", "MOLTBOT_HUB", "MOLTBOT_HUB_TOKEN"})
+OTHER_NAMES = frozenset(
+    {
+        "MOLTBOT_WORKSPACE",
+        "MOLTBOT_KEY",
+        "MOLTBOT_ADDRESS",
+        "MOLTBOT_HUB",
+        "MOLTBOT_HUB_TOKEN",
+        "MOLTBOT_VAULT_KEY",
+        "MOLTBOT_VAULT_KEY_FILE",
+        "MOLTBOT_PROVIDER_ENV",
+    }
+)
+
+# Names by which people give the keys of providers, such as OPENAI_API_KEY. They may stand in the workspace's `.env`.
+PROVIDER_KEY_NAME = re.compile(r"[A-Z][A-Z0-9_]*_API_KEY")

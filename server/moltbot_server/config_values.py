@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from moltbot_server.config_sources import Given
+from moltbot_server.config_sources import Given, Problem
 
 _DURATION = re.compile(r"(\d+(?:\.\d+)?)\s*(ms|s|m|h|d)?")
 _SECONDS = {"ms": 0.001, "s": 1.0, "m": 60.0, "h": 3600.0, "d": 86400.0}
@@ -20,10 +20,27 @@ _WORDS = {"true": True, "yes": True, "on": True, "1": True, "false": False, "no"
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Kind:
-    """A kind of value: `read` turns what was written into it or raises ValueError; `expected` says what is right."""
+    """A kind of value: `read` turns what was written into it or raises ValueError; `expected` says what is right.
+
+    What was found of a `secret` one is not told. One that is not `flat` is written in YAML alone.
+    """
 
     read: Callable[[Given], Any]
     expected: str
+    secret: bool = False
+    flat: bool = True
+
+
+class Unfit(ValueError):
+    """A value has the right form and may not be, for a reason that the text tells after the key's name."""
+
+
+class Misread(ValueError):
+    """A value with parts is wrong, and `problems` tells each of its mistakes at its own place."""
+
+    def __init__(self, *problems: Problem) -> None:
+        super().__init__("\n".join(map(str, problems)))
+        self.problems = problems
 
 
 def _text_of(given: Given) -> str:
@@ -75,11 +92,30 @@ def size(lowest: int, highest: int) -> Kind:
     return Kind(read=read, expected=f"a size such as 4MiB, from {lowest} to {highest} bytes")
 
 
-def _percent(given: Given) -> float:
+def _share(given: Given) -> float:
     match = re.fullmatch(r"(\d{1,3}(?:\.\d+)?)\s*%", _text_of(given))
-    if match is None or not 0 < float(match[1]) <= 100:
+    if match is None or float(match[1]) > 100:
         raise ValueError
     return float(match[1]) / 100
+
+
+def _percent(given: Given) -> float:
+    share = _share(given)
+    if not share:
+        raise ValueError
+    return share
+
+
+def amount(highest: float) -> Kind:
+    """A number that may have decimals, from 0."""
+
+    def read(given: Given) -> float:
+        found = _text_of(given)
+        if not re.fullmatch(r"\d{1,15}(?:\.\d{1,15})?", found) or float(found) > highest:
+            raise ValueError
+        return float(found)
+
+    return Kind(read=read, expected=f"a number such as 2.5, from 0 to {highest:g}")
 
 
 def _truth(given: Given) -> bool:
@@ -111,6 +147,7 @@ def _host(given: Given) -> str:
 
 
 PERCENT = Kind(read=_percent, expected="a percentage such as 5%, above 0% and up to 100%")
+SHARE = Kind(read=_share, expected="a percentage such as 20%, from 0% to 100%")
 TRUTH = Kind(read=_truth, expected="true or false")
 PATH = Kind(read=_path, expected="a path")
 NETWORK = Kind(read=_network, expected="an address or network such as 10.0.0.5 or 10.0.0.0/8, not every address")
@@ -118,7 +155,7 @@ HOST = Kind(read=_host, expected="an address or host name such as 127.0.0.1")
 PORT = whole(0, 65535, "a port (0 takes any free one)")
 
 
-def text(longest: int, *, blank: bool = True) -> Kind:
+def text(longest: int, *, blank: bool = True, secret: bool = False) -> Kind:
     """Free text up to a number of characters."""
 
     def read(given: Given) -> str:
@@ -127,7 +164,19 @@ def text(longest: int, *, blank: bool = True) -> Kind:
             raise ValueError
         return found
 
-    return Kind(read=read, expected=f"text of {0 if blank else 1} to {longest} characters")
+    return Kind(read=read, expected=f"text of {0 if blank else 1} to {longest} characters", secret=secret)
+
+
+def shaped(pattern: str, expected: str) -> Kind:
+    """Text that a regular expression matches whole."""
+
+    def read(given: Given) -> str:
+        found = _text_of(given)
+        if not re.fullmatch(pattern, found):
+            raise ValueError
+        return found
+
+    return Kind(read=read, expected=expected)
 
 
 def choice(*words: str) -> Kind:
@@ -173,4 +222,4 @@ def records(kinds: Mapping[str, Kind]) -> Kind:
         return tuple(rows)
 
     shape = "; ".join(f"`{key}`: {kind.expected}" for key, kind in kinds.items())
-    return Kind(read=read, expected=f"a list of mappings with exactly {shape}")
+    return Kind(read=read, expected=f"a list of mappings with exactly {shape}", flat=False)

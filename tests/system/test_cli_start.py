@@ -136,7 +136,7 @@ async def test_a_core_that_stays_away_is_told_to_be_started_again(started: Start
 
 
 async def test_hints_of_another_workspace_name_it_and_notices_are_told_once(home: Home) -> None:
-    home.variables |= {"WORKERS": "2", "MOLTBOT_MODELS_FALLBACK": "other"}
+    home.variables |= {"WORKERS": "2", "MOLTBOT_AUTOSCALING_MIN_REPLICAS": "2"}
     (home.folder / ".env").write_text("CONTEXT_LENGHT=5\n")
     async with home.started("--workspace", "w2") as started:
         assert "link --workspace ~/w2" in started.said
@@ -149,7 +149,7 @@ async def test_hints_of_another_workspace_name_it_and_notices_are_told_once(home
         psutil.Process(told["processes"]["core"]).kill()
         await started.line("a process was started again")
         await started.line("the core serves")
-        assert started.said.count("models.fallback:") == 1
+        assert started.said.count("autoscaling:") == 1
         assert started.said.count(".env:1: CONTEXT_LENGHT is not known and not used; did you mean CONTEXT_LENGTH?") == 1
 
 
