@@ -8,7 +8,8 @@ from __future__ import annotations
 
 from bisect import bisect_left
 from collections import defaultdict
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
+from typing import Protocol
 
 from prometheus_client import CollectorRegistry, generate_latest
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, HistogramMetricFamily
@@ -21,6 +22,7 @@ from prometheus_client.registry import Collector
 from moltbot_server.turns import Completed, Failed
 
 _SECONDS = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0, 60.0)
+_MOST_MODELS = 200
 
 
 class Tally(Collector):
@@ -117,6 +119,72 @@ class Readings(Collector):
         yield family
 
 
+class CacheCounts:
+    """What one cache counts of itself: had, had not, and had because somebody else was waiting for the same."""
+
+    __slots__ = ("hits", "joined", "misses")
+
+    def __init__(self) -> None:
+        self.hits = self.misses = self.joined = 0
+
+
+class CountedCache(Protocol):
+    """A cache as its counters are read: see `moltbot_server.rpc.cache` for what else it can."""
+
+    @property
+    def name(self) -> str:
+        """What it is called, such as `answers`."""
+
+    @property
+    def counts(self) -> CacheCounts:
+        """Its counters."""
+
+    @property
+    def failures(self) -> int:
+        """How often what is kept could not be reached."""
+
+    @property
+    def entries(self) -> int:
+        """How many entries it holds here."""
+
+    @property
+    def size(self) -> int:
+        """What they take, in bytes."""
+
+
+class CacheReadings(Collector):
+    """The counters of all caches, read from them when somebody asks."""
+
+    def __init__(self) -> None:
+        self._caches: Sequence[CountedCache] = ()
+
+    def read(self, caches: Sequence[CountedCache]) -> None:
+        """Name the caches."""
+        self._caches = caches
+
+    def collect(self) -> Iterable[Metric]:
+        """Yield the counters for Prometheus."""
+        label = ("cache",)
+        totals = {
+            "hits": CounterMetricFamily("moltbot_cache_hits", "What a cache had.", labels=label),
+            "misses": CounterMetricFamily("moltbot_cache_misses", "What a cache had not.", labels=label),
+            "joined": CounterMetricFamily(
+                "moltbot_cache_joined", "Who waited for what another asked for.", labels=label
+            ),
+        }
+        failures = CounterMetricFamily("moltbot_cache_failures", "How often a cache was out of reach.", labels=label)
+        entries = GaugeMetricFamily("moltbot_cache_entries", "Entries that a cache holds here.", labels=label)
+        sizes = GaugeMetricFamily("moltbot_cache_bytes", "What they take in memory.", labels=label)
+        for cache in self._caches:
+            name = (cache.name,)
+            for what, family in totals.items():
+                family.add_metric(name, getattr(cache.counts, what))
+            failures.add_metric(name, cache.failures)
+            entries.add_metric(name, cache.entries)
+            sizes.add_metric(name, cache.size)
+        yield from (*totals.values(), failures, entries, sizes)
+
+
 class Metrics:
     """The core's counters, in a registry of their own."""
 
@@ -131,15 +199,18 @@ class Metrics:
         self.first_token_seconds = Spreads("moltbot_first_token_seconds", "From arrival of a turn to its first text.")
         self.queue_seconds = Spreads("moltbot_queue_seconds", "Wait of a turn for its session and a free engine.")
         self.tokens = Tally("moltbot_tokens", "Tokens read and written.", ("model", "direction"))
+        self.cost = Tally("moltbot_cost", "Cost of answers, in the currency of the prices.", ("model",))
         self.errors = Tally("moltbot_errors", "Calls and turns that failed.", ("reason",))
         self.trimmed = Tally("moltbot_trimmed_messages", "Messages left out to fit the context.")
         self.turns_under_way = Measure("moltbot_turns_under_way", "Turns that run or wait.")
         self.sessions_at_hand = Measure("moltbot_sessions_at_hand", "Sessions kept in memory.")
         self.models = Readings("moltbot_model", "What a model's engine counts of itself.", ("model", "number"))
+        self._models: set[str] = set()
+        self.caches = CacheReadings()
         self._turns, self._queues = self.turn_seconds.of(), self.queue_seconds.of()
         self._first_tokens = self.first_token_seconds.of()
         for own in vars(self).values():
-            if isinstance(own, Tally | Spreads | Measure | Readings):
+            if isinstance(own, Tally | Spreads | Measure | Readings | CacheReadings):
                 self.registry.register(own)
 
     def call_ended(self, method: str, status: str, seconds: float) -> None:
@@ -158,10 +229,25 @@ class Metrics:
         self.turns.add(ending.finish_reason.value)
         self._queues.observe(timings.queue)
         self._first_tokens.observe(timings.queue + timings.first_token)
-        self.tokens.add(model, "input", amount=ending.usage.input_tokens)
-        self.tokens.add(model, "output", amount=ending.usage.output_tokens)
+        if not ending.cached:
+            label = self._model(model)
+            self.tokens.add(label, "input", amount=ending.usage.input_tokens)
+            self.tokens.add(label, "output", amount=ending.usage.output_tokens)
         if timings.trimmed_messages:
             self.trimmed.add(amount=timings.trimmed_messages)
+
+    def spent(self, model: str, cost: float) -> None:
+        """Count what an answer cost, in millionths of the currency."""
+        self.cost.add(self._model(model), amount=cost / 1e6)
+
+    def _model(self, model: str) -> str:
+        """Return the label of a model: callers may name any that a provider has, and labels are never forgotten."""
+        if model in self._models:
+            return model
+        if len(self._models) >= _MOST_MODELS:
+            return "others"
+        self._models.add(model)
+        return model
 
     def page(self) -> bytes:
         """Return the metrics in Prometheus' text format."""

@@ -8,6 +8,22 @@ from moltbot_server.store.protocol import (
     Store,
     StoredSession,
     StoredTurn,
+    UsagePage,
+    UsagePlace,
+    UsageQuery,
+    UsageRow,
 )
 
-__all__ = ["SEQUENCE_AFTER_CRASH", "EndedTurn", "NewTurn", "Pending", "Store", "StoredSession", "StoredTurn"]
+__all__ = [
+    "SEQUENCE_AFTER_CRASH",
+    "EndedTurn",
+    "NewTurn",
+    "Pending",
+    "Store",
+    "StoredSession",
+    "StoredTurn",
+    "UsagePage",
+    "UsagePlace",
+    "UsageQuery",
+    "UsageRow",
+]

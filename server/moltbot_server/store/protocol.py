@@ -64,8 +64,52 @@ class StoredSession(Value, frozen=True, kw_only=True):
     messages: tuple[Message, ...]
 
 
+class UsageRow(Value, frozen=True, kw_only=True):
+    """What turns of one day, model and user used, or a sum of such, in which what was summed over is empty.
+
+    `day` is `YYYY-MM-DD` in UTC; `cost` is in millionths of the currency that prices are in. Turns that were answered
+    from a cache of ours are among the `turns` and have no tokens.
+    """
+
+    workspace: str
+    day: str = ""
+    model: str = ""
+    user: str = ""
+    turns: int = 0
+    input_tokens: int = 0
+    output_tokens: int = 0
+    cached_input_tokens: int = 0
+    cached_turns: int = 0
+    cost: float = 0.0
+
+
+UsagePlace = tuple[str, str, str]
+"""A row's day, model and user: its place in a list."""
+
+
+class UsageQuery(Value, frozen=True, kw_only=True):
+    """Which usage is asked for: from the day `first` to `last`, told apart `by` day, model or user.
+
+    Empty names stand for all: of workspaces, each has rows of its own.
+    """
+
+    first: str
+    last: str
+    by: tuple[str, ...]
+    workspace: str = ""
+    model: str = ""
+    user: str = ""
+
+
+class UsagePage(Value, frozen=True, kw_only=True):
+    """Rows of usage, and the total over all that was asked for."""
+
+    rows: tuple[UsageRow, ...]
+    total: UsageRow
+
+
 class Store(Protocol):
-    """Keeps sessions and turns.
+    """Keeps sessions and turns, and what they used.
 
     What a pending write or a coroutine has answered is on the disk. Every method raises `StorageFull` or
     `StorageUnavailable` when the store cannot do it.
@@ -114,3 +158,12 @@ class Store(Protocol):
 
     async def prune(self, before: float) -> int:
         """Delete ephemeral sessions last used before a time; answer how many."""
+
+    def add_usage(self, rows: Sequence[UsageRow]) -> Pending[None]:
+        """Add rows to what is stored of the same workspace, day, model and user."""
+
+    async def list_usage(self, query: UsageQuery, *, after: UsagePlace | None, limit: int) -> UsagePage:
+        """Return rows by workspace, newest day, model and user that come after a place; `limit` below 0: all."""
+
+    async def forget_usage(self, before: str) -> None:
+        """Delete the usage of days before one."""

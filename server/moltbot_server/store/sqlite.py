@@ -15,9 +15,20 @@ from typing import Any, TypeVar
 import msgspec
 
 from moltbot_server.errors import MoltBotError, StorageUnavailable
-from moltbot_server.store import EndedTurn, NewTurn, Pending, StoredSession, StoredTurn
+from moltbot_server.store import (
+    EndedTurn,
+    NewTurn,
+    Pending,
+    StoredSession,
+    StoredTurn,
+    UsagePage,
+    UsagePlace,
+    UsageQuery,
+    UsageRow,
+)
 from moltbot_server.store.reader import GroupReader
-from moltbot_server.store.writer import GroupWriter, Rows
+from moltbot_server.store.sqlite_usage import USAGE_SCHEMA, add_usage, forget_usage, read_usage
+from moltbot_server.store.writer import GroupWriter, Rows, storage_error
 from moltbot_server.turns import (
     Event,
     Failed,
@@ -34,9 +45,9 @@ from moltbot_server.turns import (
 
 T = TypeVar("T")
 
-SCHEMA_VERSION = 2
+SCHEMA_VERSION = 3
 
-_SCHEMA = """
+_SCHEMA = f"""
 CREATE TABLE sessions (
     workspace TEXT NOT NULL, id TEXT NOT NULL, title TEXT NOT NULL, user TEXT NOT NULL, channel TEXT NOT NULL,
     create_time REAL NOT NULL, update_time REAL NOT NULL, base_ordinal INTEGER NOT NULL, ephemeral INTEGER NOT NULL,
@@ -51,12 +62,13 @@ CREATE TABLE turns (
 CREATE UNIQUE INDEX turns_by_session ON turns (workspace, session, ordinal);
 CREATE UNIQUE INDEX turns_by_request ON turns (workspace, request_id);
 CREATE INDEX turns_running ON turns (state) WHERE state = 'running';
-"""
+{USAGE_SCHEMA}"""
 
 # From each version of the schema to the next. Of answers that were kept before, only a cancelled one can be told.
 _STEPS = {
     1: "ALTER TABLE turns ADD COLUMN finish TEXT NOT NULL DEFAULT ''; "
     "UPDATE turns SET finish = 'cancelled' WHERE state = 'cancelled';",
+    2: USAGE_SCHEMA,
 }
 
 _INSERT_TURN = Rows(
@@ -184,6 +196,14 @@ class SqliteStore:
 
         return int(await self._writer.submit(write))
 
+    def add_usage(self, rows: Sequence[UsageRow]) -> Pending[None]:
+        """Add rows to what was used."""
+        return self._writer.submit(lambda connection: add_usage(connection, rows))
+
+    async def forget_usage(self, before: str) -> None:
+        """Delete the usage of days before one."""
+        await self._writer.submit(lambda connection: forget_usage(connection, before))
+
     # --- reading -------------------------------------------------------------------------------------------------
 
     async def find_turn(self, key: TurnKey) -> StoredTurn | None:
@@ -270,6 +290,15 @@ class SqliteStore:
             return messages[start : start + limit]
 
         return await self._reader.read(read)
+
+    async def list_usage(self, query: UsageQuery, *, after: UsagePlace | None, limit: int) -> UsagePage:
+        """Return what was used."""
+        if self._closed:
+            raise StorageUnavailable("the store is closed")
+        try:
+            return await asyncio.to_thread(read_usage, self._path, query, after=after, limit=limit)
+        except sqlite3.Error as error:
+            raise storage_error(error) from None
 
     # --- inside --------------------------------------------------------------------------------------------------
 
