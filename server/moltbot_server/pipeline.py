@@ -44,7 +44,7 @@ from moltbot_server.turns import (
 )
 
 _MOST_IN_A_SESSION = 128
-_NAME = re.compile(r"[A-Za-z0-9._~-]{1,128}\Z")
+_NAME = re.compile(r"(?!\.+\Z)[A-Za-z0-9._~-]{1,128}\Z")  # dots alone are no name but a way up, in a path or a URL
 _CHANNEL = re.compile(r"[a-z0-9_-]{0,32}\Z")
 
 # A text says something when anything of it can be seen: not blanks, controls, fillers, joiners, marks of direction,
@@ -252,7 +252,9 @@ def _check(turn: TurnInput) -> None:
         raise EmptyMessage("turn.parts", "the message is blank; say something")
     if turn.session:
         if not _NAME.match(turn.session):
-            raise InvalidField("turn.session", "use `sessions/` and 1 to 128 characters of A-Z a-z 0-9 . _ ~ -")
+            raise InvalidField(
+                "turn.session", "use `sessions/` and 1 to 128 characters of A-Z a-z 0-9 . _ ~ -, not only dots"
+            )
         if turn.transcript is not None:
             raise InvalidField("turn.transcript", "leave turn.session empty: a transcript stands in for a session")
     if len(turn.request_id) > 128 or not turn.request_id.isprintable():

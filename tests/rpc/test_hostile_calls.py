@@ -166,6 +166,25 @@ async def test_a_field_out_of_bounds_is_refused_and_named(api: Api, fields: dict
     assert len(error.details() or "") < 500
 
 
+@pytest.mark.parametrize("name", [".", "..", "...", "." * 128])
+async def test_a_session_named_by_dots_alone_is_refused_wherever_it_is_named(api: Api, name: str) -> None:
+    session = f"sessions/{name}"
+    for call, field in (
+        (api.run(turn("hello", session=session)), "turn.session"),
+        (api.session(session), "name"),
+        (api.cancel(f"{session}/turns/1"), "name"),
+    ):
+        error = await refused(call)
+        assert (clear(error), fields_of(error)) == (("INVALID_ARGUMENT", "INVALID_FIELD"), [field])
+
+
+@pytest.mark.parametrize("name", ["..a", "a..", ".-.", "~"])
+async def test_a_session_named_by_more_than_dots_is_taken(api: Api, name: str) -> None:
+    await api.run(turn("hello", session=f"sessions/{name}"))
+
+    assert await api.said(f"sessions/{name}") == ["hello", "You said: hello"]
+
+
 @pytest.mark.parametrize("text", ["?", "\U0001f44b", "\u200b\u4f60", "\u3164x", "\u202e!", "\x00 0", "\u0301"])
 async def test_a_message_of_which_anything_can_be_seen_is_answered(api: Api, text: str) -> None:
     assert (await api.run(turn(text))).completed.text.startswith("You said:")

@@ -12,8 +12,8 @@ import msgspec
 from moltbot_server.errors import InvalidField, InvalidPageToken
 from moltbot_server.turns import SessionKey, TurnKey
 
-_SESSION = re.compile(r"sessions/([A-Za-z0-9._~-]{1,128})\Z")
-_TURN = re.compile(r"sessions/([A-Za-z0-9._~-]{1,128})/turns/([1-9][0-9]{0,17})\Z")
+_SESSION = re.compile(r"sessions/(?!\.+\Z)([A-Za-z0-9._~-]{1,128})\Z")
+_TURN = re.compile(r"sessions/(?!\.+/)([A-Za-z0-9._~-]{1,128})/turns/([1-9][0-9]{0,17})\Z")
 _MODEL = re.compile(r"models/([A-Za-z0-9._~:/-]{1,128})\Z")
 _PLUGIN = re.compile(r"plugins/([A-Za-z0-9._~-]{1,128})\Z")
 
@@ -41,7 +41,9 @@ def read_session(workspace: str, name: str, field: str) -> SessionKey:
     """
     found = _SESSION.match(name)
     if found is None:
-        raise InvalidField(field, "use `sessions/{session}` with 1 to 128 characters of A-Z a-z 0-9 . _ ~ -")
+        raise InvalidField(
+            field, "use `sessions/{session}` with 1 to 128 characters of A-Z a-z 0-9 . _ ~ -, not only dots"
+        )
     return SessionKey(workspace=workspace, session=found[1])
 
 
