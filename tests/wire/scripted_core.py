@@ -62,6 +62,12 @@ class Script:
     failed: chat_pb2.Failed | None = None
     reset: chat_pb2.Reset | None = None
     """Comes after the pieces."""
+    thoughts: tuple[str, ...] = ()
+    """Come before the pieces."""
+    switch: str = ""
+    """Another model that takes over after the first piece, as `models/{model}`."""
+    completion: chat_pb2.Completed = field(default_factory=chat_pb2.Completed)
+    """What the last event says besides."""
     finish: "message_pb2.FinishReason.ValueType" = message_pb2.FINISH_REASON_STOP
     gate: asyncio.Event | None = None
     """The turn waits for it after its first piece."""
@@ -108,9 +114,13 @@ class ScriptedTurn:
         await self.tell(routed=chat_pb2.Routed(model=self.input.model or "models/demo", reason="default"))
         if script.silent and script.gate is not None:
             await self._wait(script.gate)
+        for thought in script.thoughts:
+            await self.tell(reasoning_delta=chat_pb2.ReasoningDelta(text=thought))
         for index, piece in enumerate(script.pieces):
             text += piece
             await self.tell(text_delta=chat_pb2.TextDelta(text=piece))
+            if index == 0 and script.switch:
+                await self.tell(routed=chat_pb2.Routed(model=script.switch, reason="the other one broke"))
             if index == 0 and script.gate is not None:
                 await self._wait(script.gate)
             if self.cancelled.is_set():
@@ -125,7 +135,7 @@ class ScriptedTurn:
             await self.tell(failed=script.failed)
             return
         finish = message_pb2.FINISH_REASON_CANCELLED if self.cancelled.is_set() else script.finish
-        await self.tell(completed=_completed(text, finish, self))
+        await self.tell(completed=_completed(text, finish, self, script.completion))
 
     async def _wait(self, gate: asyncio.Event) -> None:
         waits = [asyncio.create_task(gate.wait()), asyncio.create_task(self.cancelled.wait())]
@@ -147,8 +157,10 @@ class ScriptedTurn:
                 return
 
 
-def _completed(text: str, finish: "message_pb2.FinishReason.ValueType", turn: ScriptedTurn) -> chat_pb2.Completed:
-    return chat_pb2.Completed(
+def _completed(
+    text: str, finish: "message_pb2.FinishReason.ValueType", turn: ScriptedTurn, besides: chat_pb2.Completed
+) -> chat_pb2.Completed:
+    completed = chat_pb2.Completed(
         text=text,
         finish_reason=finish,
         usage=message_pb2.Usage(input_tokens=7, output_tokens=4, cached_input_tokens=2),
@@ -156,6 +168,8 @@ def _completed(text: str, finish: "message_pb2.FinishReason.ValueType", turn: Sc
         model=turn.input.model or "models/demo",
         message=f"{turn.session}/messages/m2",
     )
+    completed.MergeFrom(besides)
+    return completed
 
 
 class ScriptedCore(

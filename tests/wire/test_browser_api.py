@@ -43,6 +43,9 @@ async def test_a_turn_streams_every_event(browser, core):
         "timings": TIMINGS,
         "model": "demo",
         "message": "m2",
+        "attachments": [],
+        "reasoning": "",
+        "cached": False,
     }
     turn = core.turns[0].input
     assert (turn.user, turn.channel, turn.request_id, turn.cancel_on_disconnect) == ("owner", "web", "r-1", False)
@@ -98,7 +101,7 @@ async def test_events_that_are_rare_have_their_shape(browser, core):
             "tool_finished",
             {"sequence": 7, "call_id": "c", "tool": "t", "output": "o", "is_error": True, "duration_ms": 1.5},
         ),
-        ("notice", {"sequence": 8, "code": "FAILOVER", "from": "models/a", "to": "models/b", "reason": "slow"}),
+        ("notice", {"sequence": 8, "code": "FAILOVER", "from": "a", "to": "b", "reason": "slow"}),
         (
             "failed",
             {
@@ -121,6 +124,27 @@ async def _finished_turn(browser, core) -> str:
     async with browser.post("/api/turns", json=SAY) as answer:
         await all_frames(answer)
     return f"/api/sessions/{core.turns[0].session.removeprefix('sessions/')}/turns/t1"
+
+
+async def test_thoughts_models_asked_and_a_kept_answer_reach_the_page(browser, core):
+    call = message_pb2.ToolCall(call_id="c", tool="clock", arguments_json="{}")
+    core.script.thoughts = ("Hm.",)
+    core.script.completion = chat_pb2.Completed(
+        model="models/openai/gpt",
+        attachments=[_picture(), message_pb2.Part(tool_call=call)],
+        reasoning="Hm.",
+        cached=True,
+        timings=chat_pb2.Timings(attempt_log=[chat_pb2.Attempt(model="models/openai/gpt", outcome="ANSWERED")]),
+    )
+    async with browser.post("/api/turns", json={**SAY, "model": "openai/gpt"}) as answer:
+        heard = await all_frames(answer)
+    assert core.turns[0].input.model == "models/openai/gpt"
+    assert heard[1].data["model"] == "openai/gpt"
+    assert (heard[2].event, heard[2].data) == ("reasoning_delta", {"sequence": 3, "text": "Hm."})
+    end = heard[-1].data
+    assert (end["model"], end["reasoning"], end["cached"]) == ("openai/gpt", "Hm.", True)
+    assert [part["kind"] for part in end["attachments"]] == ["image", "tool_call"]
+    assert [(each["model"], each["outcome"]) for each in end["timings"]["attempt_log"]] == [("openai/gpt", "ANSWERED")]
 
 
 async def test_a_reload_in_mid_answer_resumes_the_turn(browser, core):

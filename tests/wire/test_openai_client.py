@@ -177,7 +177,7 @@ async def test_tool_calls_of_the_past_are_kept(client, core):
     )
     said = core.turns[0].input.transcript.messages
     assert said[1].parts[0].tool_call == message_pb2.ToolCall(call_id="c1", tool="clock", arguments_json="{}")
-    assert said[2].parts[0].tool_result == message_pb2.ToolResult(call_id="c1", output="noon")
+    assert said[2].parts[0].tool_result == message_pb2.ToolResult(call_id="c1", tool="clock", output="noon")
 
 
 @pytest.mark.parametrize(
@@ -185,7 +185,7 @@ async def test_tool_calls_of_the_past_are_kept(client, core):
     [
         ({"n": 2}, "n"),
         ({"logprobs": True}, "logprobs"),
-        ({"tools": [{"type": "function", "function": {"name": "f"}}]}, "tools"),
+        ({"functions": [{"name": "f"}]}, "functions"),
         ({"response_format": {"type": "json_object"}}, "response_format"),
         ({"presence_penalty": 0.5}, "presence_penalty"),
         ({"frequency_penalty": -1}, "frequency_penalty"),

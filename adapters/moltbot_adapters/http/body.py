@@ -13,6 +13,9 @@ from moltbot_adapters.http.settings import Settings
 NAME = re.compile(r"[A-Za-z0-9._~-]{1,128}")
 """The form of ids in resource names."""
 
+MODEL = re.compile(r"[A-Za-z0-9._~:/-]{1,128}")
+"""The form of a model's id, which may name its provider too: `openrouter/meta-llama/llama-3:free`."""
+
 
 async def read_json(request: web.Request, settings: Settings) -> dict[str, Any]:
     """Returns the body as a JSON object. Raises `HttpError` 400, 408, 413 or 415."""

@@ -75,10 +75,21 @@ _CODES = {
     "UNSUPPORTED_CONTENT": "unsupported_value",
     "QUEUE_FULL": "rate_limit_exceeded",
     "INTERNAL": "internal_error",
+    "BUDGET_EXCEEDED": "insufficient_quota",
 }
-_STATUSES = {"STORAGE_FULL": 507}
-# The openai clients repeat 409 and 5xx by themselves; where that cannot help they are told.
-_IN_VAIN = {"REQUEST_ID_REUSED", "STORAGE_FULL", "TURN_CANCELLED", "UNIMPLEMENTED"}
+# A provider that refuses the core's key is no fault of the caller, whose own key is good: no 401, and no 4xx at all.
+_STATUSES = {"STORAGE_FULL": 507, "MODEL_CREDENTIAL": 503}
+_KINDS = {"BUDGET_EXCEEDED": "insufficient_quota"}
+# The openai clients repeat 409, 429 and 5xx by themselves; where that cannot help they are told.
+_IN_VAIN = {
+    "BUDGET_EXCEEDED",
+    "INVALID_CONFIGURATION",
+    "MODEL_CREDENTIAL",
+    "REQUEST_ID_REUSED",
+    "STORAGE_FULL",
+    "TURN_CANCELLED",
+    "UNIMPLEMENTED",
+}
 _PARAMS = {
     "model": "model",
     "parts": "messages",
@@ -88,6 +99,8 @@ _PARAMS = {
     "request_id": "request_id",
     "user": "user",
     "max_output_tokens": "max_tokens",
+    "tools": "tools",
+    "tool_choice": "tool_choice",
     "page_token": "page_token",
 }
 
@@ -98,9 +111,9 @@ def from_core(error: CoreError) -> HttpError:
     if error.reason in REASONS:
         code = _CODES.get(error.reason, error.reason.lower())
         status = _STATUSES.get(error.reason, status)
-        kind = SERVER if status >= 500 else kind
+        kind = _KINDS.get(error.reason, SERVER if status >= 500 else kind)
     headers: dict[str, str] = {}
-    if status in (429, 503):
+    if status in (429, 503) and (error.reason not in _IN_VAIN or error.retry_after is not None):
         wait_s = 1.0 if error.retry_after is None else error.retry_after
         headers["Retry-After"] = str(max(1, -int(-wait_s // 1)))
         headers["retry-after-ms"] = str(max(1, round(wait_s * 1000)))

@@ -5,7 +5,7 @@ import re
 import uuid
 from collections.abc import AsyncGenerator
 from contextlib import aclosing
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 from aiohttp import web
@@ -14,13 +14,16 @@ from moltbot.v1 import chat_pb2, message_pb2, model_pb2
 
 from moltbot_adapters.core_client import CoreClient
 from moltbot_adapters.core_errors import CoreError, code_of
-from moltbot_adapters.http import openai_chunks, web_events
-from moltbot_adapters.http.body import NAME, read_json, text_field, wrong_type
+from moltbot_adapters.http import web_events
+from moltbot_adapters.http.body import MODEL, NAME, read_json, text_field, wrong_type
 from moltbot_adapters.http.context import CONTEXT, RequestContext
 from moltbot_adapters.http.errors import HttpError, from_core
 from moltbot_adapters.http.metrics import Metrics
+from moltbot_adapters.http.openai_chunks import whole_answer
 from moltbot_adapters.http.openai_messages import conversation_of
 from moltbot_adapters.http.openai_options import flag, options_of
+from moltbot_adapters.http.openai_progress import Progress
+from moltbot_adapters.http.openai_tools import calls_of
 from moltbot_adapters.http.settings import Settings
 from moltbot_adapters.http.sse import EventStream, Streams
 
@@ -38,33 +41,9 @@ class Ask:
     model: str
     streamed: bool
     with_usage: bool
+    one_call: bool
     limit_s: float
     headers: dict[str, str]
-
-
-@dataclass(slots=True)
-class Progress:
-    """How much of a streamed answer its reader has."""
-
-    model: str
-    with_usage: bool
-    chunks: openai_chunks.Chunks | None = None
-    shown: list[str] = field(default_factory=list)
-    length: int = 0
-
-    def add(self, text: str) -> bytes:
-        """Returns the bytes that show more text; the first ones bring the role along."""
-        self.shown.append(text)
-        self.length += len(text)
-        if self.chunks is None:
-            self.chunks = openai_chunks.Chunks(self.model, with_usage=self.with_usage)
-            return self.chunks.role() + (self.chunks.text(text) if text else b"")
-        return self.chunks.text(text)
-
-    def missing(self, text: str) -> str | None:
-        """Returns what must be added so that `text` is shown, or None when something else is shown already."""
-        shown = "".join(self.shown)
-        return text[len(shown) :] if text.startswith(shown) else None
 
 
 class OpenAiApi:
@@ -78,8 +57,7 @@ class OpenAiApi:
 
     async def chat_completions(self, request: web.Request) -> web.StreamResponse:
         """`POST /v1/chat/completions`."""
-        body = await read_json(request, self._settings)
-        ask = read_ask(body, request, self._settings)
+        ask = read_ask(await read_json(request, self._settings), request, self._settings)
         context = request[CONTEXT]
         if ask.streamed:
             return await self._stream(request, context, ask)
@@ -87,7 +65,9 @@ class OpenAiApi:
         if answer.finish_reason == message_pb2.FINISH_REASON_CANCELLED:
             raise _cancelled()
         self._count(answer)
-        return web.json_response(openai_chunks.whole_answer(answer, ask.model), headers=ask.headers)
+        body = whole_answer(answer, ask.model, calls_of(answer.attachments, one=ask.one_call))
+        cached = {"X-MoltBot-Cached": "true"} if answer.cached else {}
+        return web.json_response(body, headers=ask.headers | cached)
 
     async def _stream(self, request: web.Request, context: RequestContext, ask: Ask) -> web.StreamResponse:
         events = self._core.stream_turn(ask.turn, context.caller, ask.limit_s)
@@ -117,40 +97,37 @@ class OpenAiApi:
     async def _answer(
         self, out: EventStream, events: AsyncGenerator[chat_pb2.Event, None], context: RequestContext, ask: Ask
     ) -> web.StreamResponse:
-        progress = Progress(ask.model, ask.with_usage)
+        progress = Progress(ask.model, with_usage=ask.with_usage)
         async for event in events:
             match event.WhichOneof("kind"):
                 case "text_delta":
-                    if progress.chunks is None:
-                        self._metrics.first_token(context.route, context.seconds())
+                    self._begins(progress, context)
                     await out.write(progress.add(event.text_delta.text))
+                case "reasoning_delta":
+                    self._begins(progress, context)
+                    await out.write(progress.think(event.reasoning_delta.text))
                 case "routed":
-                    progress.model = web_events.last_of(event.routed.model) or progress.model
+                    progress.rename(web_events.model_id(event.routed.model))
                 case "reset":
                     missing = progress.missing(event.reset.text)
                     if missing is None:
-                        raise HttpError(
-                            503, "answer_replaced", "The answer had to be begun anew; ask again.", type="server_error"
-                        )
+                        raise _replaced()
                     if missing:
                         await out.write(progress.add(missing))
                 case "completed":
-                    await self._complete(out, progress, event.completed)
+                    if event.completed.finish_reason == message_pb2.FINISH_REASON_CANCELLED:
+                        raise _cancelled()
+                    self._count(event.completed)
+                    calls = calls_of(event.completed.attachments, one=ask.one_call)
+                    await out.write(progress.end(event.completed, calls))
                     return await out.end()
                 case "failed":
                     raise failure_of(event.failed)
         raise CoreError(StatusCode.INTERNAL)  # the contract knows no stream without a last event
 
-    async def _complete(self, out: EventStream, progress: Progress, answer: chat_pb2.Completed) -> None:
-        if answer.finish_reason == message_pb2.FINISH_REASON_CANCELLED:
-            raise _cancelled()
-        self._count(answer)
-        progress.model = web_events.last_of(answer.model) or progress.model
-        data = b""
-        if progress.chunks is None or progress.length < len(answer.text):
-            data = progress.add(progress.missing(answer.text) or "")
-        assert progress.chunks is not None
-        await out.write(data + progress.chunks.last(answer))
+    def _begins(self, progress: Progress, context: RequestContext) -> None:
+        if not progress.begun:
+            self._metrics.first_token(context.route, context.seconds())
 
     def _count(self, answer: chat_pb2.Completed) -> None:
         usage = answer.usage
@@ -172,7 +149,7 @@ class OpenAiApi:
             if default is None:
                 raise _no_model(wanted)
             return web.json_response({**_model(default), "id": wanted})
-        if not NAME.fullmatch(wanted):
+        if not MODEL.fullmatch(wanted):
             raise _no_model(wanted)
         return web.json_response(_model(await self._core.get_model(f"models/{wanted}", caller)))
 
@@ -181,12 +158,12 @@ def read_ask(body: dict[str, Any], request: web.Request, settings: Settings) -> 
     """Reads a request for a chat completion. Raises `HttpError` 400 or 404."""
     streamed = flag(body, "stream")
     model = text_field(body, "model", default="").removeprefix("models/")
-    if model not in DEFAULT_MODELS and not NAME.fullmatch(model):
+    if model not in DEFAULT_MODELS and not MODEL.fullmatch(model):
         raise _no_model(model)
     options = options_of(body)
-    said = conversation_of(body.get("messages"))
     repeat_key = _header(request, "Idempotency-Key", _IDEMPOTENCY_KEY)
     session = _header(request, "X-Session-Id", NAME)
+    said = conversation_of(body.get("messages"), closed=not session)
     turn = chat_pb2.TurnInput(
         parts=said.parts,
         request_id=repeat_key or uuid.uuid4().hex,
@@ -208,6 +185,7 @@ def read_ask(body: dict[str, Any], request: web.Request, settings: Settings) -> 
         model=model or "moltbot",
         streamed=streamed,
         with_usage=streamed and _with_usage(body.get("stream_options")),
+        one_call=_one_call(body, options, session),
         limit_s=_limit_s(request, settings),
         headers={"X-Session-Id": session} if session else {},
     )
@@ -233,6 +211,22 @@ def _with_usage(options: Any) -> bool:
     return flag(options, "include_usage")
 
 
+def _one_call(body: dict[str, Any], options: message_pb2.GenerationOptions, session: str) -> bool:
+    """Tells whether an answer may ask for one tool at most."""
+    several = flag(body, "parallel_tool_calls", default=True)
+    if several or not options.tools:
+        return False
+    if session:
+        # The session keeps the calls that the caller would not be told of, and waits for their results.
+        raise HttpError(
+            400,
+            "unsupported_value",
+            "'parallel_tool_calls' cannot be false together with the header X-Session-Id.",
+            param="parallel_tool_calls",
+        )
+    return True
+
+
 def _header(request: web.Request, name: str, form: re.Pattern[str]) -> str:
     value = request.headers.get(name)
     if value is None:
@@ -255,7 +249,7 @@ def _limit_s(request: web.Request, settings: Settings) -> float:
 
 def _model(model: model_pb2.Model) -> dict[str, Any]:
     return {
-        "id": web_events.last_of(model.name),
+        "id": web_events.model_id(model.name),
         "object": "model",
         "created": model.load_time.seconds,
         "owned_by": "moltbot",
@@ -264,6 +258,10 @@ def _model(model: model_pb2.Model) -> dict[str, Any]:
 
 def _no_model(name: str) -> HttpError:
     return HttpError(404, "model_not_found", f"The model '{name[:128]}' does not exist.", param="model")
+
+
+def _replaced() -> HttpError:
+    return HttpError(503, "answer_replaced", "The answer had to be begun anew; ask again.", type="server_error")
 
 
 def _cancelled() -> HttpError:

@@ -3,6 +3,7 @@
 import json
 import secrets
 import time
+from collections.abc import Sequence
 from json.encoder import encode_basestring_ascii as quoted
 from typing import Any
 
@@ -21,6 +22,9 @@ FINISH = {
     message_pb2.FINISH_REASON_TOOL_CALLS: "tool_calls",
 }
 
+Calls = Sequence[dict[str, Any]]
+"""Tools to be called, as the API has them."""
+
 
 def new_id() -> str:
     """Returns an id for an answer."""
@@ -37,24 +41,28 @@ def usage(value: message_pb2.Usage) -> dict[str, Any]:
     }
 
 
-def whole_answer(answer: chat_pb2.Completed, model: str) -> dict[str, Any]:
+def whole_answer(answer: chat_pb2.Completed, model: str, calls: Calls) -> dict[str, Any]:
     """Returns the body of an answer that is not streamed."""
+    message: dict[str, Any] = {"role": "assistant", "content": answer.text, "refusal": None}
+    if answer.reasoning:
+        message["reasoning_content"] = answer.reasoning
+    if calls:
+        message |= {"content": answer.text or None, "tool_calls": calls}
     return {
         "id": new_id(),
         "object": "chat.completion",
         "created": int(time.time()),
-        "model": web_events.last_of(answer.model) or model,
-        "choices": [
-            {
-                "index": 0,
-                "message": {"role": "assistant", "content": answer.text, "refusal": None},
-                "logprobs": None,
-                "finish_reason": FINISH.get(answer.finish_reason, "stop"),
-            }
-        ],
+        "model": web_events.model_id(answer.model) or model,
+        "choices": [{"index": 0, "message": message, "logprobs": None, "finish_reason": _finish(answer, calls)}],
         "usage": usage(answer.usage),
         "timings": web_events.timings(answer.timings),
+        "cached": answer.cached,
     }
+
+
+def _finish(answer: chat_pb2.Completed, calls: Calls) -> str:
+    reason = FINISH.get(answer.finish_reason, "stop")
+    return "tool_calls" if calls and reason == "stop" else reason
 
 
 class Chunks:
@@ -62,20 +70,20 @@ class Chunks:
 
     def __init__(self, model: str, *, with_usage: bool) -> None:
         self._with_usage = with_usage
-        self._head = (
-            f'data: {{"id":"{new_id()}","object":"chat.completion.chunk","created":{int(time.time())},'
-            f'"model":{quoted(model)},'
-        )
+        self._start = f'data: {{"id":"{new_id()}","object":"chat.completion.chunk","created":{int(time.time())},'
         self._tail = ',"usage":null}\n\n' if with_usage else "}\n\n"
-        self._before = f'{self._head}"choices":[{{"index":0,"delta":{{"content":'
         self._after = f'}},"logprobs":null,"finish_reason":null}}]{self._tail}'
+        self.rename(model)
+
+    def rename(self, model: str) -> None:
+        """Says in the chunks that follow that this model writes them."""
+        self._head = f'{self._start}"model":{quoted(model)},'
+        self._delta = f'{self._head}"choices":[{{"index":0,"delta":{{'
+        self._before = f'{self._delta}"content":'
 
     def role(self) -> bytes:
         """Returns the first chunk."""
-        return (
-            f'{self._head}"choices":[{{"index":0,"delta":{{"role":"assistant","content":"","refusal":null}},'
-            f'"logprobs":null,"finish_reason":null}}]{self._tail}'
-        ).encode()
+        return f'{self._delta}"role":"assistant","content":"","refusal":null{self._after}'.encode()
 
     def text(self, text: str) -> bytes:
         """Returns the chunk of a piece of text.
@@ -84,13 +92,23 @@ class Chunks:
         """
         return f"{self._before}{quoted(text)}{self._after}".encode()
 
-    def last(self, answer: chat_pb2.Completed) -> bytes:
+    def thought(self, text: str) -> bytes:
+        """Returns the chunk of a piece of what the model thinks before it answers, named as others name it."""
+        return f'{self._delta}"reasoning_content":{quoted(text)}{self._after}'.encode()
+
+    def call(self, index: int, call: dict[str, Any]) -> bytes:
+        """Returns the chunk of a tool to be called, with all its arguments."""
+        told = json.dumps([{"index": index, **call}], separators=(",", ":"))
+        return f'{self._delta}"tool_calls":{told}{self._after}'.encode()
+
+    def last(self, answer: chat_pb2.Completed, calls: Calls) -> bytes:
         """Returns the end of the stream: why it ended, the usage when it was asked for, and `[DONE]`."""
-        reason = FINISH.get(answer.finish_reason, "stop")
         timings = json.dumps(web_events.timings(answer.timings), separators=(",", ":"))
+        cached = "true" if answer.cached else "false"
         end = (
-            f'{self._head}"timings":{timings},'
-            f'"choices":[{{"index":0,"delta":{{}},"logprobs":null,"finish_reason":"{reason}"}}]{self._tail}'
+            f'{self._head}"timings":{timings},"cached":{cached},'
+            f'"choices":[{{"index":0,"delta":{{}},"logprobs":null,"finish_reason":"{_finish(answer, calls)}"}}]'
+            f"{self._tail}"
         ).encode()
         if self._with_usage:
             counted = json.dumps(usage(answer.usage), separators=(",", ":"))

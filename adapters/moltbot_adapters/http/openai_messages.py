@@ -31,28 +31,55 @@ class Conversation:
     parts: tuple[message_pb2.Part, ...]
 
 
-def conversation_of(messages: Any) -> Conversation:
-    """Returns the messages as the core takes them. Raises `HttpError` 400, naming the message and the part."""
+def conversation_of(messages: Any, *, closed: bool) -> Conversation:
+    """Returns the messages as the core takes them. Raises `HttpError` 400, naming the message and the part.
+
+    `closed`: they are all that there is, so that what a tool answered must answer a call among them. What several
+    tools answered last is answered together.
+    """
     if not isinstance(messages, list) or not messages:
         raise wrong_type("messages", "a list of at least one message")
     rules: list[str] = []
     said: list[message_pb2.Message] = []
+    called: dict[str, str] = {}
     for index, message in enumerate(messages):
-        role, parts = _message(message, f"messages[{index}]")
+        where = f"messages[{index}]"
+        role, parts = _message(message, where)
+        if role == message_pb2.ROLE_TOOL:
+            _name_the_tool(parts[0].tool_result, called, where, closed=closed)
+        called |= {part.tool_call.call_id: part.tool_call.tool for part in parts if part.HasField("tool_call")}
         if role == message_pb2.ROLE_SYSTEM and not said:
-            rules.append(_rules(parts, f"messages[{index}].content"))
+            rules.append(_only_text(parts, f"{where}.content"))
         elif parts or index == len(messages) - 1:
             said.append(message_pb2.Message(role=role, parts=parts))
-    if not said or said[-1].role != message_pb2.ROLE_USER:
-        raise HttpError(400, "invalid_value", "The last message must be of the role 'user'.", param="messages")
+    newest = _newest(said)
     return Conversation(
         system_prompt="\n\n".join(rule for rule in rules if rule),
-        history=tuple(said[:-1]),
-        parts=tuple(said[-1].parts),
+        history=tuple(said[: len(said) - len(newest)]),
+        parts=tuple(part for message in newest for part in message.parts),
     )
 
 
-def _rules(parts: list[message_pb2.Part], where: str) -> str:
+def _newest(said: list[message_pb2.Message]) -> list[message_pb2.Message]:
+    """Return the last messages, which are to be answered: one of the user, or what tools answered one after another."""
+    if not said or said[-1].role not in (message_pb2.ROLE_USER, message_pb2.ROLE_TOOL):
+        raise HttpError(
+            400, "invalid_value", "The last message must be of the role 'user' or 'tool'.", param="messages"
+        )
+    if said[-1].role == message_pb2.ROLE_USER:
+        return said[-1:]
+    before = next((at for at in range(len(said), 0, -1) if said[at - 1].role != message_pb2.ROLE_TOOL), 0)
+    return said[before:]
+
+
+def _name_the_tool(result: message_pb2.ToolResult, called: dict[str, str], where: str, *, closed: bool) -> None:
+    if closed and result.call_id not in called:
+        problem = f"'{where}' answers no call: no 'tool_calls' of a message before it has this 'tool_call_id'."
+        raise HttpError(400, "invalid_value", problem, param=f"{where}.tool_call_id")
+    result.tool = called.get(result.call_id, "")
+
+
+def _only_text(parts: list[message_pb2.Part], where: str) -> str:
     if not all(part.HasField("text") for part in parts):
         raise HttpError(400, "unsupported_value", f"'{where}' may hold text only.", param=where)
     return "".join(part.text for part in parts)
@@ -69,8 +96,8 @@ def _message(message: Any, where: str) -> tuple["message_pb2.Role.ValueType", li
         )
     content = message.get("content")
     if role == message_pb2.ROLE_TOOL:
-        output = "".join(part.text for part in _parts(content, where))
-        call_id = _text(message.get("tool_call_id", ""), f"{where}.tool_call_id")
+        output = _only_text(_parts(content, where), f"{where}.content")
+        call_id = _text(message.get("tool_call_id"), f"{where}.tool_call_id")
         return role, [message_pb2.Part(tool_result=message_pb2.ToolResult(call_id=call_id, output=output))]
     if role == message_pb2.ROLE_ASSISTANT:
         return role, [*([] if content is None else _parts(content, where)), *_tool_calls(message, where)]
@@ -170,7 +197,7 @@ def _tool_call(call: Any, where: str) -> message_pb2.Part:
         raise wrong_type(f"{where}.function", "an object")
     return message_pb2.Part(
         tool_call=message_pb2.ToolCall(
-            call_id=_text(call.get("id", ""), f"{where}.id"),
+            call_id=_text(call.get("id"), f"{where}.id"),
             tool=_text(function.get("name"), f"{where}.function.name"),
             arguments_json=_text(function.get("arguments", ""), f"{where}.function.arguments"),
         )

@@ -6,6 +6,7 @@ from moltbot.v1 import message_pb2
 
 from moltbot_adapters.http.body import whole, wrong_type
 from moltbot_adapters.http.errors import HttpError
+from moltbot_adapters.http.openai_tools import tools_into
 
 _INT32 = 2**31 - 1
 _INT64 = 2**63 - 1
@@ -26,14 +27,15 @@ def options_of(body: dict[str, Any]) -> message_pb2.GenerationOptions:
     if (seed := _integer(body, "seed", -_INT64 - 1, _INT64)) is not None:
         options.seed = seed
     options.stop.extend(_stop(body.get("stop")))
+    tools_into(options, body)
     return options
 
 
-def flag(body: dict[str, Any], name: str) -> bool:
-    """Returns a boolean of the body, False when it is absent. Raises `HttpError` 400."""
+def flag(body: dict[str, Any], name: str, *, default: bool = False) -> bool:
+    """Returns a boolean of the body, `default` when it is absent. Raises `HttpError` 400."""
     value = body.get(name)
     if value is None:
-        return False
+        return default
     if not isinstance(value, bool):
         raise wrong_type(name, "a boolean")
     return value
@@ -57,8 +59,6 @@ _NEUTRAL: dict[str, tuple[Any, ...]] = {
     "logprobs": (False,),
     "top_logprobs": (0,),
     "logit_bias": ({},),
-    "tools": ([],),
-    "tool_choice": ("none", "auto"),
     "functions": ([],),
     "function_call": ("none", "auto"),
     "frequency_penalty": (0,),

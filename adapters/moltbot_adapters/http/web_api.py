@@ -10,7 +10,7 @@ from moltbot.v1 import chat_pb2, message_pb2, model_pb2
 from moltbot_adapters.core_client import CoreClient
 from moltbot_adapters.core_errors import CoreError
 from moltbot_adapters.http import web_events
-from moltbot_adapters.http.body import NAME, read_json, text_field
+from moltbot_adapters.http.body import MODEL, NAME, read_json, text_field
 from moltbot_adapters.http.context import CONTEXT
 from moltbot_adapters.http.errors import HttpError, from_core
 from moltbot_adapters.http.metrics import Metrics
@@ -76,7 +76,7 @@ class WebApi:
         if session and not NAME.fullmatch(session):
             raise HttpError(400, "invalid_value", "'session' is not a session's id.", param="session")
         model = text_field(body, "model", default="")
-        if model and not NAME.fullmatch(model):
+        if model and not MODEL.fullmatch(model):
             raise HttpError(404, "model_not_found", "There is no such model.", param="model")
         turn = chat_pb2.TurnInput(
             session=f"sessions/{session}" if session else "",
@@ -108,7 +108,7 @@ class WebApi:
         async with self._streams.stream(request, open_after_s=open_after_s) as out, aclosing(events):
             try:
                 async for event in events:
-                    if waiting and event.HasField("text_delta"):
+                    if waiting and (event.HasField("text_delta") or event.HasField("reasoning_delta")):
                         waiting = False
                         self._metrics.first_token(context.route, context.seconds())
                     elif event.HasField("completed"):
@@ -127,7 +127,7 @@ class WebApi:
 
 
 def _model(model: model_pb2.Model) -> dict[str, str]:
-    name = web_events.last_of(model.name)
+    name = web_events.model_id(model.name)
     return {"id": name, "display_name": model.display_name or name}
 
 

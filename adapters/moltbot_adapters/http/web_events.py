@@ -38,9 +38,14 @@ def last_of(name: str) -> str:
     return name.rpartition("/")[2]
 
 
+def model_id(name: str) -> str:
+    """Returns the id of a model's resource name, which may have slashes of its own: `a/b` for `models/a/b`."""
+    return name.removeprefix("models/")
+
+
 def timings(value: chat_pb2.Timings) -> dict[str, Any]:
-    """Returns where a turn's time went, in milliseconds."""
-    return {
+    """Returns where a turn's time went, in milliseconds, and which models were asked where it was not simply one."""
+    shown: dict[str, Any] = {
         "accept_ms": _ms(value.accept),
         "queue_ms": _ms(value.queue),
         "first_token_ms": _ms(value.first_token),
@@ -49,6 +54,20 @@ def timings(value: chat_pb2.Timings) -> dict[str, Any]:
         "trimmed_messages": value.trimmed_messages,
         "history_messages": value.history_messages,
         "attempts": value.attempts,
+    }
+    if value.attempt_log:
+        shown["attempt_log"] = [_attempt(attempt) for attempt in value.attempt_log]
+    return shown
+
+
+def _attempt(value: chat_pb2.Attempt) -> dict[str, Any]:
+    return {
+        "model": model_id(value.model),
+        "outcome": value.outcome,
+        "reason": value.reason,
+        "start_ms": _ms(value.start),
+        "first_token_ms": _ms(value.first_token) if value.HasField("first_token") else None,
+        "total_ms": _ms(value.total),
     }
 
 
@@ -74,7 +93,7 @@ def message(value: message_pb2.Message) -> dict[str, Any]:
         "text": "\n\n".join(part.text for part in value.parts if part.HasField("text")),
         "create_time": _time(value.create_time),
         "turn": last_of(value.turn),
-        "model": last_of(value.model),
+        "model": model_id(value.model),
     }
     if value.finish_reason:
         shown["finish_reason"] = _FINISH.get(value.finish_reason, "stop")
@@ -88,6 +107,8 @@ def part(value: message_pb2.Part) -> dict[str, Any]:
     kind = value.WhichOneof("content")
     if kind == "text":
         return {"kind": kind, "text": value.text}
+    if kind == "tool_call":
+        return {"kind": kind, "tool": value.tool_call.tool}
     if kind not in ("image", "audio", "file"):
         return {"kind": kind or "unknown"}
     media: message_pb2.Media = getattr(value, kind)
@@ -116,6 +137,8 @@ def _accepted(value: chat_pb2.Accepted) -> dict[str, Any]:
 
 def _routed(value: chat_pb2.Routed) -> dict[str, Any]:
     target = value.WhichOneof("target")
+    if target == "model":
+        return {target: model_id(value.model), "reason": value.reason}
     return {**({target: last_of(getattr(value, target))} if target else {}), "reason": value.reason}
 
 
@@ -129,8 +152,11 @@ def _completed(value: chat_pb2.Completed) -> dict[str, Any]:
             "cached_input_tokens": value.usage.cached_input_tokens,
         },
         "timings": timings(value.timings),
-        "model": last_of(value.model),
+        "model": model_id(value.model),
         "message": last_of(value.message),
+        "attachments": [part(piece) for piece in value.attachments],
+        "reasoning": value.reasoning,
+        "cached": value.cached,
     }
 
 
@@ -161,6 +187,7 @@ _BODIES: Mapping[str, Callable[[Any], dict[str, Any]]] = {
     "queued": lambda value: {"position": value.position},
     "routed": _routed,
     "reset": lambda value: {"text": value.text, "reason": value.reason},
+    "reasoning_delta": lambda value: {"text": value.text},
     "attachment": lambda value: {"part": part(value.part)},
     "tool_started": lambda value: {
         "call_id": value.call.call_id,
@@ -170,8 +197,8 @@ _BODIES: Mapping[str, Callable[[Any], dict[str, Any]]] = {
     "tool_finished": _tool_finished,
     "notice": lambda value: {
         "code": value.code,
-        "from": getattr(value, "from"),
-        "to": value.to,
+        "from": model_id(getattr(value, "from")),
+        "to": model_id(value.to),
         "reason": value.reason,
     },
     "completed": _completed,

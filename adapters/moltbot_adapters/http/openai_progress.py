@@ -1,0 +1,65 @@
+"""How far a streamed answer of the OpenAI-compatible API has come: what its reader has, and what is missing."""
+
+from moltbot.v1 import chat_pb2
+
+from moltbot_adapters.http import web_events
+from moltbot_adapters.http.openai_chunks import Calls, Chunks
+
+
+class Progress:
+    """What the reader of one stream has been shown."""
+
+    def __init__(self, model: str, *, with_usage: bool) -> None:
+        self._model = model
+        self._with_usage = with_usage
+        self._chunks: Chunks | None = None
+        self._shown: list[str] = []
+        self._length = 0
+        self._thought = False
+
+    @property
+    def begun(self) -> bool:
+        """Tells whether the reader has anything."""
+        return self._chunks is not None
+
+    def rename(self, model: str) -> None:
+        """Takes note of who writes from now on; an empty name is no news."""
+        if model and model != self._model:
+            self._model = model
+            if self._chunks is not None:
+                self._chunks.rename(model)
+
+    def add(self, text: str) -> bytes:
+        """Returns the bytes that show more text; the first ones bring the role along."""
+        self._shown.append(text)
+        self._length += len(text)
+        head, chunks = self._writer()
+        return head + chunks.text(text) if text else head
+
+    def think(self, text: str) -> bytes:
+        """Returns the bytes that show more of what the model thinks."""
+        self._thought = True
+        head, chunks = self._writer()
+        return head + chunks.thought(text)
+
+    def missing(self, text: str) -> str | None:
+        """Returns what must be added so that `text` is shown, or None when something else is shown already."""
+        shown = "".join(self._shown)
+        return text[len(shown) :] if text.startswith(shown) else None
+
+    def end(self, answer: chat_pb2.Completed, calls: Calls) -> bytes:
+        """Returns the bytes that bring what is missing of an answer, and its end."""
+        self.rename(web_events.model_id(answer.model))
+        data = self.think(answer.reasoning) if answer.reasoning and not self._thought else b""
+        if self._length < len(answer.text):
+            data += self.add(self.missing(answer.text) or "")
+        head, chunks = self._writer()
+        told = b"".join(chunks.call(index, call) for index, call in enumerate(calls))
+        return data + head + told + chunks.last(answer, calls)
+
+    def _writer(self) -> tuple[bytes, Chunks]:
+        """Returns what has to come before the next chunk, and who writes it."""
+        if self._chunks is not None:
+            return b"", self._chunks
+        self._chunks = Chunks(self._model, with_usage=self._with_usage)
+        return self._chunks.role(), self._chunks
