@@ -25,6 +25,7 @@ from moltbot_server.rpc.server import GrpcServer
 from moltbot_server.sessions import Sessions
 from moltbot_server.store.sqlite import SqliteStore
 from moltbot_server.turns import Message, Principal
+from moltbot_server.usage import Ledger
 from moltbot_server.workspace import Workspace, parse_key
 
 log = logging.getLogger(__name__)
@@ -43,6 +44,7 @@ class Core:
         self.settings = settings
         self.metrics = Metrics()
         self.store = SqliteStore(Workspace(folder=settings.workspace).database)
+        self.ledger = Ledger(self.store, settings.budgets, currency=settings.currency, metrics=self.metrics)
         self.journal = Journal(self.store)
         self.catalog, self._link, loader = _models(settings, key, catalog)
         self.sessions = Sessions(self.store, self._window)
@@ -82,6 +84,8 @@ class Core:
         async with contextlib.AsyncExitStack() as undo:
             await self.store.open()
             undo.push_async_callback(self.store.close)
+            await self.ledger.open()
+            undo.push_async_callback(self.ledger.close)
             undo.push_async_callback(self._close_models)
             await self._open_models()
             self.server.register(
@@ -93,6 +97,7 @@ class Core:
                 store=self.store,
                 catalog=self.catalog,
                 manager=self.models,
+                ledger=self.ledger,
                 max_inline_bytes=self.settings.max_inline_bytes,
             )
             self.metrics.turns_under_way.ask(lambda: len(self.journal))
@@ -119,6 +124,7 @@ class Core:
         # Streams deliver the last events of turns that have ended by now.
         await self.server.stop(1.0)
         await self._close_models()
+        await self.ledger.close()
         await self.store.close()
         if self.ops is not None:
             await asyncio.to_thread(self.ops.close)

@@ -9,7 +9,7 @@ OWNER = "owner"
 """The workspace's own key: everything."""
 
 MEMBER = "member"
-"""May talk and read; may not change models."""
+"""May talk and read; may not change models, nor see what everybody used."""
 
 _EVERYBODY = frozenset({OWNER, MEMBER})
 _OWNERS = frozenset({OWNER})
@@ -38,6 +38,8 @@ POLICY: Mapping[str, frozenset[str] | None] = MappingProxyType(
         "/moltbot.v1.InferenceService/CountTokens": _EVERYBODY,
         "/moltbot.v1.InferenceService/Abort": _EVERYBODY,
         "/moltbot.v1.InferenceService/Embed": _EVERYBODY,
+        "/moltbot.v1.UsageService/ListUsage": _OWNERS,
+        "/moltbot.v1.UsageService/ListBudgets": _OWNERS,
         "/moltbot.v1.PluginService/GetPlugin": _EVERYBODY,
         "/moltbot.v1.PluginService/ListPlugins": _EVERYBODY,
         "/moltbot.v1.PluginService/CallPlugin": _EVERYBODY,

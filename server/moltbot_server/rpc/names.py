@@ -109,7 +109,7 @@ def page_size(asked: int, *, default: int, most: int) -> int:
     return min(asked, most) or default
 
 
-def write_token(scope: tuple[str, ...], position: tuple[float, str] | tuple[int, int]) -> str:
+def write_token(scope: tuple[str, ...], position: tuple[float | str, ...]) -> str:
     """Return an opaque page token for a position; only the list that `scope` names takes it back."""
     return base64.urlsafe_b64encode(msgspec.json.encode((_mark(scope), *position))).decode().rstrip("=")
 
@@ -136,6 +136,18 @@ def read_place_token(scope: tuple[str, ...], token: str) -> tuple[int, int]:
         return 0, 0
     ordinal, index = _read_token(scope, token, tuple[str, _Place, _Place])
     return ordinal, index
+
+
+def read_text_token(scope: tuple[str, ...], token: str) -> tuple[str, str, str] | None:
+    """Return the position of a token of a list ordered by three texts, or None for the first page.
+
+    Raises:
+        InvalidPageToken: this list did not give it.
+    """
+    if not token:
+        return None
+    first, second, third = _read_token(scope, token, tuple[str, str, str, str])
+    return first, second, third
 
 
 _Place = Annotated[int, msgspec.Meta(ge=0, le=1 << 62)]

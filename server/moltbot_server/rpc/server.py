@@ -23,6 +23,8 @@ from moltbot.v1 import (
     plugin_pb2_grpc,
     session_pb2,
     session_pb2_grpc,
+    usage_pb2,
+    usage_pb2_grpc,
 )
 
 from moltbot_server.auth.keys import Authenticator
@@ -41,8 +43,10 @@ from moltbot_server.rpc.model import ModelService
 from moltbot_server.rpc.plugin import PluginService
 from moltbot_server.rpc.reflection import SERVICE_NAME, ReflectionService
 from moltbot_server.rpc.session import SessionService
+from moltbot_server.rpc.usage import UsageService
 from moltbot_server.sessions import Sessions
 from moltbot_server.store import Store
+from moltbot_server.usage import Ledger
 
 log = logging.getLogger(__name__)
 
@@ -54,6 +58,7 @@ SERVICES = tuple(
         (model_pb2, "ModelService"),
         (inference_pb2, "InferenceService"),
         (plugin_pb2, "PluginService"),
+        (usage_pb2, "UsageService"),
     )
 )
 
@@ -104,6 +109,7 @@ class GrpcServer:
         store: Store,
         catalog: Catalog,
         manager: ModelManager,
+        ledger: Ledger,
         max_inline_bytes: int,
     ) -> None:
         """Add all services of a core, each method behind the guard."""
@@ -115,6 +121,7 @@ class GrpcServer:
         model_pb2_grpc.add_ModelServiceServicer_to_server(ModelService(catalog, manager), guarded)
         inference_pb2_grpc.add_InferenceServiceServicer_to_server(InferenceService(catalog, reader), guarded)
         plugin_pb2_grpc.add_PluginServiceServicer_to_server(PluginService(), guarded)
+        usage_pb2_grpc.add_UsageServiceServicer_to_server(UsageService(store, ledger), guarded)
         health_pb2_grpc.add_HealthServicer_to_server(self._health, guarded)
         self._reflect(guarded)
         self.methods = tuple(guarded.methods)
