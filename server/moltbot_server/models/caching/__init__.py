@@ -1,0 +1,1 @@
+"""What is kept for another time: answers, and what was looked up elsewhere."""
