@@ -36,7 +36,9 @@ _VALUE = re.compile(r"[\x20-\x7e]{0,1024}")
 _KEY_WORDS = frozenset({"api_key", "api_keys", "apikey", "key", "keys", "token", "secret", "password"})
 _KEY_HEADERS = frozenset({"authorization", "proxy-authorization", "api-key", "x-api-key", "x-goog-api-key"})
 # Names that no name server outside answers for: single words, as in a compose file, and endings of one's own network.
-_NEAR = re.compile(r"[^.]+|.+\.(localhost|local|internal|lan|home|svc|cluster\.local|home\.arpa)", re.IGNORECASE)
+_NEAR = re.compile(
+    r"[^.]+|.+\.(localhost|local|localdomain|internal|lan|svc|cluster\.local|home\.arpa|test)", re.IGNORECASE
+)
 
 
 def _near(host: str) -> bool:

@@ -139,6 +139,16 @@ class Workspace:
         return Path(tempfile.gettempdir()) / f"moltbot-{os.geteuid()}-{name}.sock"
 
     @property
+    def vault_file(self) -> Path:
+        """The keys of providers, encrypted."""
+        return self.folder / "vault.json"
+
+    @property
+    def vault_key_file(self) -> Path:
+        """The master key that opens the vault, unless it is kept elsewhere."""
+        return self.folder / "vault.key"
+
+    @property
     def history_file(self) -> Path:
         """What was typed into `moltbot chat`."""
         return self.folder / "chat_history"

@@ -48,8 +48,10 @@ def test_a_provider_of_a_preset_needs_nothing_but_its_name(tmp_path: Path) -> No
 )
 def test_a_provider_is_read_whole_and_its_models_as_a_list_or_a_mapping(tmp_path: Path, models: str) -> None:
     yaml = (
-        "providers:\n  office:\n    preset: azure\n    dialect: anthropic\n    base_url: https://llm.example.com/v1/\n"
-        "    headers: {X-Team: support}\n    api_version: 2024-10-21\n    connect_timeout: 500ms\n    idle_timeout: 2m\n"
+        "providers:\n  office:\n    preset: azure\n    dialect: anthropic\n"
+        "    base_url: https://llm.example.com/v1/\n"
+        "    headers: {X-Team: support}\n    api_version: 2024-10-21\n"
+        "    connect_timeout: 500ms\n    idle_timeout: 2m\n"
         f"    models: {models}\n"
     )
     large = ProviderModel(
