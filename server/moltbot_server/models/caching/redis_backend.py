@@ -147,14 +147,14 @@ class RedisBackend:
         self._give_up_waiting()
 
     async def _exchange(self, names: list[str], written: dict[str, bytes]) -> list[bytes | None]:
-        """Read and write in one go and return what was read."""
+        """Write and read in one go and return what was read."""
         pipeline: Any = self._client.pipeline(transaction=False)
-        for name in names:
-            pipeline.get(name)
         for name, value in written.items():
             pipeline.set(name, value, px=self._keep_ms)
+        for name in names:
+            pipeline.get(name)
         answers = await pipeline.execute(raise_on_error=False)
-        read = answers[: len(names)]
+        read = answers[len(written) :]
         for answer in read:
             if isinstance(answer, Exception):
                 raise answer
