@@ -42,6 +42,7 @@ async def test_its_help_teaches_with_examples_and_names_every_fault(home: Home) 
     told = (await home.run("mock-provider", "--help")).out
 
     assert "moltbot mock-provider --port" in told
+    assert "--workspace" not in told
     kinds = (
         "error rate_limit hang hang_after_first cut broken_sse split_utf8 slow empty wrong_content_type unauthorized"
     )

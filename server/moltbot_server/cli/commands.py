@@ -104,7 +104,7 @@ def _parser() -> tuple[argparse.ArgumentParser, Collection[str]]:
             allow_abbrev=False,
         )
         added.set_defaults(run=run)
-        if name != "version":
+        if name not in ("version", "mock-provider"):  # they need no workspace
             text = "the workspace folder (default: MOLTBOT_WORKSPACE, else ./.moltbot if it exists, else ~/.moltbot)"
             added.add_argument("-w", "--workspace", type=Path, metavar="DIR", help=text)
         return added

@@ -22,6 +22,10 @@ faults: KIND, its options, and how often, in one word or with spaces in quotes; 
   broken_sse [how=not_json|truncated|no_done]
 how often: share=10% of the calls, every=3 for each third one, until="5 calls" or until=30s; without, every call"""
 
+_FIELDS = (
+    *("seed", "text", "echo", "reasoning", "use_tools", "chunks", "first_token", "pace"),
+    *("faults", "keys", "out_of_quota"),
+)
 _Add = Callable[..., argparse.ArgumentParser]
 
 
@@ -60,6 +64,9 @@ def _add_answers(added: argparse.ArgumentParser) -> None:
     said.add_argument("--text", help="what is answered (default: a greeting)")
     said.add_argument("--echo", action="store_const", const=True, help="answer with the user's last text")
     added.add_argument("--reasoning", metavar="TEXT", help="what is thought before the answer")
+    added.add_argument(
+        "--use-tools", action="store_const", const=True, help="call a tool where some are offered, then tell its answer"
+    )
     added.add_argument("--chunks", metavar="N", help="stream in so many equal pieces (default: word by word)")
     added.add_argument("--first-token", metavar="TIME", help="how long to the first word: 300ms, or 200ms-2s")
     added.add_argument(
@@ -75,8 +82,7 @@ def _port(written: str) -> int:
 
 
 def _run(given: argparse.Namespace) -> int:
-    names = ("seed", "text", "echo", "reasoning", "chunks", "first_token", "pace", "faults", "keys", "out_of_quota")
-    script: dict[str, Any] = {name: getattr(given, name) for name in names if getattr(given, name) is not None}
+    script: dict[str, Any] = {name: getattr(given, name) for name in _FIELDS if getattr(given, name) is not None}
     if given.text is not None:
         script["echo"] = False  # a file's own echo gives way to the flag, and its text to the other
     elif given.echo:

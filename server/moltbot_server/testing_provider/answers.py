@@ -10,6 +10,7 @@ from functools import lru_cache
 from typing import Any
 
 from moltbot_server.testing_provider.script import Script, ToolCall, Usage
+from moltbot_server.testing_provider.tools import Tools, text_of, tools_of
 
 DEFAULT_TEXT = "Hello from the mock provider! 你好 我是模拟的模型。 Ask me anything, for example: ¿qué tal? 🙂"
 """What is answered when the script says nothing; some of its characters take two, three and four bytes."""
@@ -26,6 +27,7 @@ class Asked:
     """The last text of the user."""
     words: int
     """How many words all messages have: the input tokens where the script says no usage."""
+    tools: Tools
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -58,12 +60,9 @@ class Frames:
 
 def answer_of(script: Script, asked: Asked, number: int, created: int, *, empty: bool) -> Answer:
     """Return what a script answers to a request."""
-    said = asked.last if script.echo else script.text
-    if said is None:
-        said = "" if script.tool_calls else DEFAULT_TEXT
-    text = () if empty else pieces(said, script.chunks)
+    calls = () if empty else _calls(script, asked.tools)
+    text = () if empty else pieces(_said(script, asked, calls), script.chunks)
     reasoning = () if empty else pieces(script.reasoning, None)
-    calls = () if empty else script.tool_calls
     output = len(text) + len(reasoning) + sum(len(call.arguments.split()) for call in calls)
     return Answer(
         number=number,
@@ -74,6 +73,24 @@ def answer_of(script: Script, asked: Asked, number: int, created: int, *, empty:
         tool_calls=calls,
         usage=script.usage or Usage(input=asked.words, output=output),
     )
+
+
+def _calls(script: Script, tools: Tools) -> tuple[ToolCall, ...]:
+    if script.use_tools and (call := tools.call()) is not None:
+        return (call,)
+    return script.tool_calls
+
+
+def _said(script: Script, asked: Asked, calls: tuple[ToolCall, ...]) -> str:
+    if script.use_tools and calls:
+        return ""  # what the script says is for the answer that knows what the tool found
+    if script.echo:
+        return asked.last
+    if script.text is not None:
+        return script.text
+    if script.use_tools and asked.tools.results:
+        return f"The tool answered: {' '.join(asked.tools.results)}"
+    return "" if calls else DEFAULT_TEXT
 
 
 @lru_cache(maxsize=1024)
@@ -98,14 +115,6 @@ def arguments_in_two(call: ToolCall) -> tuple[str, str]:
 def compact(value: Any) -> bytes:
     """Return a value as JSON in UTF-8, so that characters are there to be cut."""
     return json.dumps(value, ensure_ascii=False, separators=(",", ":")).encode("utf-8", "replace")
-
-
-def text_of(content: object) -> str:
-    """Return the text of a message's content, which is a text or a list of parts."""
-    if isinstance(content, str):
-        return content
-    parts = content if isinstance(content, list) else []
-    return "".join(str(part["text"]) for part in parts if isinstance(part, dict) and "text" in part)
 
 
 class BadRequest(ValueError):
@@ -138,4 +147,5 @@ def read_request(body: object) -> Asked:
         include_usage=isinstance(options, dict) and options.get("include_usage") is True,
         last=mine[-1] if mine else "",
         words=sum(len(text.split()) for text in [*texts, text_of(body.get("system"))]),
+        tools=tools_of(body, messages),
     )

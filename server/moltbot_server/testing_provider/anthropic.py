@@ -61,7 +61,7 @@ def whole(answer: Answer) -> bytes:
 
 def frames(answer: Answer, asked: Asked) -> Frames:
     """Return an answer as a stream of events; a block's start and end travel with the chunks beside them."""
-    used = {"input_tokens": answer.usage.input, "output_tokens": 0}
+    used = {**_usage(answer), "output_tokens": 0}
     message = {**_head(answer), "content": [], "stop_reason": None, "stop_sequence": None, "usage": used}
     opening = _event("message_start", message=message) + _event("ping")
     blocks: list[tuple[dict[str, Any], list[dict[str, Any]]]] = []
@@ -104,7 +104,10 @@ def _tool_use(answer: Answer, at: int) -> dict[str, Any]:
 
 
 def _usage(answer: Answer) -> dict[str, int]:
-    return {"input_tokens": answer.usage.input, "output_tokens": answer.usage.output}
+    used = answer.usage
+    # In this dialect the tokens of the input are those that no cache served.
+    fresh = {"input_tokens": used.input - used.cached, "output_tokens": used.output}
+    return {**fresh, "cache_creation_input_tokens": 0, "cache_read_input_tokens": used.cached}
 
 
 def _stop(answer: Answer) -> str:

@@ -95,12 +95,13 @@ def _head(answer: Answer, kind: str) -> dict[str, Any]:
     }
 
 
-def _usage(answer: Answer) -> dict[str, int]:
+def _usage(answer: Answer) -> dict[str, Any]:
     used = answer.usage
     return {
         "prompt_tokens": used.input,
         "completion_tokens": used.output,
         "total_tokens": used.input + used.output,
+        "prompt_tokens_details": {"cached_tokens": used.cached},
     }
 
 

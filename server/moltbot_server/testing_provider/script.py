@@ -14,6 +14,7 @@ from moltbot_server.config_values import TRUTH, Kind, choice, duration, text, wh
 
 _DAY = 86_400.0
 _SPAN = duration(0, _DAY)
+_COUNTS = ("input", "output", "cached")
 _MOST = 1_000_000_000
 
 _OPTIONS: Mapping[str, Mapping[str, tuple[Kind, Any]]] = {
@@ -80,10 +81,11 @@ class ToolCall:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Usage:
-    """The tokens that an answer says it cost."""
+    """The tokens that an answer says it cost; `cached` of those of the input came from a cache."""
 
     input: int
     output: int
+    cached: int = 0
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -94,6 +96,7 @@ class Script:
     echo: bool = False
     reasoning: str = ""
     tool_calls: tuple[ToolCall, ...] = ()
+    use_tools: bool = False
     chunks: int | None = None
     first_token: tuple[float, float] = (0.0, 0.0)
     pace: float = 0.0
@@ -127,10 +130,11 @@ class Script:
             "echo": self.echo,
             "reasoning": self.reasoning,
             "tool_calls": [{"name": call.name, "arguments": json.loads(call.arguments)} for call in self.tool_calls],
+            "use_tools": self.use_tools,
             "chunks": self.chunks,
             "first_token": f"{low:g}s" if low == high else [f"{low:g}s", f"{high:g}s"],
             "pace": f"{self.pace:g}s",
-            "usage": self.usage and {"input": self.usage.input, "output": self.usage.output},
+            "usage": self.usage and {name: getattr(self.usage, name) for name in _COUNTS},
             "faults": [fault.shown() for fault in self.faults],
             "keys": list(self.keys),
             "out_of_quota": list(self.out_of_quota),
@@ -189,9 +193,12 @@ def _first_token(value: object, where: str) -> tuple[float, float]:
 
 
 def _usage(value: object, where: str) -> Usage:
-    given = _mapping(value, where, ["input", "output"])
+    given = _mapping(value, where, list(_COUNTS))
     count = whole(0, _MOST)
-    return Usage(**{name: _value(count, given.get(name, 0), f"{where}.{name}") for name in ("input", "output")})
+    used = Usage(**{name: _value(count, given.get(name, 0), f"{where}.{name}") for name in _COUNTS})
+    if used.cached > used.input:
+        raise ScriptError(f"{where}.cached: a cache cannot serve more than the input")
+    return used
 
 
 def _tool_call(value: object, where: str) -> ToolCall:
@@ -249,6 +256,7 @@ _READERS: Mapping[str, Callable[[object, str], Any]] = {
     "echo": _of(TRUTH),
     "reasoning": _text,
     "tool_calls": _each(_tool_call),
+    "use_tools": _of(TRUTH),
     "chunks": _of(whole(1, 100_000)),
     "first_token": _first_token,
     "pace": _of(_SPAN),
