@@ -17,7 +17,7 @@ OWN = {"moltbot", "moltbot_server", "moltbot_adapters"}
 PARTS = {
     "clients/python/moltbot": (),
     "adapters/moltbot_adapters": ("http",),
-    "server/moltbot_server": ("server", "cli", "convert", "train"),
+    "server/moltbot_server": ("server", "cli", "redis", "convert", "train"),
 }
 IMPORTED_BY_NAME = {"jax", "torch", "transformers"}
 """The recipe and the conversion import them by their names as texts, because type checkers run where they are not."""
