@@ -21,6 +21,7 @@ from moltbot_server.cli.mock_provider import add_mock_provider
 from moltbot_server.cli.model import add_model
 from moltbot_server.cli.running import Running, joined, reachable
 from moltbot_server.cli.terminal import Exit, Failure, command, shown
+from moltbot_server.cli.usage import add_usage
 from moltbot_server.config import ConfigError, load_settings
 from moltbot_server.workspace import WorkspaceError, find_workspace
 
@@ -115,6 +116,7 @@ def _parser() -> tuple[argparse.ArgumentParser, Collection[str]]:
     _add_chat(add)
     _add_engine(add)
     add_model(add)
+    add_usage(add)
     add("link", _link, "Print a fresh link that opens the web chat once, within 15 minutes.", "moltbot link")
     status = add("status", _status, "Tell what runs, where, for how long, and what memory it takes.",
                  "moltbot status", "moltbot status --json")  # fmt: skip
