@@ -1,0 +1,108 @@
+"""How a model is asked: the head of its requests, ready for each key, and the dialect of their bodies."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Sequence
+from importlib import metadata
+from typing import NamedTuple
+from urllib.parse import urlsplit
+
+from moltbot_server.errors import InvalidConfiguration
+from moltbot_server.models.engine import Listener
+from moltbot_server.models.providers import anthropic_request, openai_request
+from moltbot_server.models.providers.anthropic_reading import AnthropicReading
+from moltbot_server.models.providers.drafts import Reading
+from moltbot_server.models.providers.keys import ProviderKey
+from moltbot_server.models.providers.openai_reading import OpenAIReading
+from moltbot_server.models.providers.pool import Origin, Pool, proxy_for, proxy_headers
+from moltbot_server.models.providers.presets import Terms
+from moltbot_server.turns import GenerationOptions, Message, Tool
+
+_NAME = re.compile(r"[A-Za-z0-9!#$%&'*+.^_`|~-]+")
+_OURS = frozenset({"host", "content-length", "transfer-encoding", "connection", "content-type", "accept-encoding"})
+
+
+class Dialect(NamedTuple):
+    """A dialect: how a request is written and how its answer is read."""
+
+    request: Callable[[Terms, Sequence[Message], GenerationOptions], bytes]
+    reading: Callable[[Listener, Sequence[Tool], bool], Reading]
+
+
+DIALECTS = {
+    "openai": Dialect(
+        openai_request.request, lambda listener, tools, inline: OpenAIReading(listener, tools, inline_thoughts=inline)
+    ),
+    "anthropic": Dialect(
+        anthropic_request.request,
+        lambda listener, tools, inline: AnthropicReading(listener, tools, inline_thoughts=inline),
+    ),
+}
+
+
+class Heads:
+    """The heads of the requests to one model: all of them but the length of the body is written once for each key."""
+
+    def __init__(self, terms: Terms, pool: Pool) -> None:
+        """Write what all requests have in common.
+
+        Raises:
+            InvalidConfiguration: a header of the configuration is none.
+        """
+        _check(terms)
+        parts = urlsplit(terms.url)
+        origin = Origin.of(parts)
+        target = f"{parts.path}?{parts.query}" if parts.query else parts.path
+        proxy = proxy_for(origin) if pool.sends_whole_addresses else None
+        if proxy is not None:
+            target = f"{parts.scheme}://{parts.netloc}{target}"
+        lines = [
+            f"POST {target} HTTP/1.1",
+            f"Host: {parts.netloc}",
+            "Content-Type: application/json",
+            "Accept: text/event-stream",
+            "Accept-Encoding: identity",
+            *(proxy_headers(proxy) if proxy is not None else ()),
+        ]
+        given = {name.lower(): (name, value) for name, value in terms.headers}
+        usual = {"user-agent": ("User-Agent", f"moltbot/{_version()}")}
+        if terms.dialect == "anthropic":
+            usual["anthropic-version"] = ("anthropic-version", anthropic_request.VERSION)
+        lines += [f"{name}: {value}" for name, value in (usual | given).values()]
+        self._key_header = "" if terms.key_header in given else terms.key_header
+        self._common = "\r\n".join(lines).encode("latin-1")
+        self._heads: dict[str, bytes] = {}
+
+    def head(self, key: ProviderKey, length: int) -> bytes:
+        """Return the head of a request with a body of so many bytes; a key without a text is none."""
+        head = self._heads.get(key.text)
+        if head is None:
+            if len(self._heads) >= 256:  # keys that were replaced long ago
+                self._heads.clear()
+            head = self._heads[key.text] = self._common + self._opening(key) + b"\r\nContent-Length: "
+        return b"%b%d\r\n\r\n" % (head, length)
+
+    def _opening(self, key: ProviderKey) -> bytes:
+        if not key.text or not self._key_header:
+            return b""
+        # A line break in a key would be a header of its own; such a key is none and the provider will say so.
+        text = "".join(key.text.split())
+        scheme = "Bearer " if self._key_header == "authorization" else ""
+        return f"\r\n{self._key_header}: {scheme}{text}".encode("latin-1", "replace")
+
+
+def _check(terms: Terms) -> None:
+    for name, value in terms.headers:
+        where = f"providers.{terms.provider}.headers"
+        if not _NAME.fullmatch(name) or name.lower() in _OURS:
+            raise InvalidConfiguration(f"{where}: {name!r} is no header that can be set here.")
+        if not value.isascii() or not value.isprintable():
+            raise InvalidConfiguration(f"{where}: the value of {name} has to be printable ASCII.")
+
+
+def _version() -> str:
+    try:
+        return metadata.version("moltbot")
+    except metadata.PackageNotFoundError:
+        return "0"

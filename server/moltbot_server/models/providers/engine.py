@@ -1,0 +1,228 @@
+"""A remote model as an engine: asked over HTTP with one of several keys, its answer told as it streams in."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from urllib.parse import urlsplit
+
+from moltbot_server.config_models import Price, Provider, ProviderModel
+from moltbot_server.errors import InvalidField, ModelCredential, ModelUnavailable, QueueFull, UnsupportedOption
+from moltbot_server.models.engine import (
+    NOBODY,
+    Asker,
+    Capabilities,
+    Embedded,
+    Generation,
+    Listener,
+    counted,
+    no_embeddings,
+)
+from moltbot_server.models.limits import check_options
+from moltbot_server.models.providers.answer import ProviderAnswer
+from moltbot_server.models.providers.calls import DIALECTS, Heads
+from moltbot_server.models.providers.contents import estimate
+from moltbot_server.models.providers.cooldowns import Cause, Cooldowns, Place
+from moltbot_server.models.providers.keys import KeyRing, NoKeys, ProviderKey
+from moltbot_server.models.providers.pool import Origin, Pool
+from moltbot_server.models.providers.pools import Pools
+from moltbot_server.models.providers.presets import Terms, terms
+from moltbot_server.turns import GenerationOptions, Message, ToolMode
+
+_KEYLESS = (ProviderKey(id="", text=""),)
+_OPTIONS = ("max_output_tokens", "temperature", "top_p", "top_k", "repetition_penalty", "seed")
+
+
+class ProviderEngine:
+    """One model of one provider.
+
+    It never waits for a key: one that rests is passed over, and when all rest it refuses with the time to come back.
+    """
+
+    memory_bytes = parallel = overhead = 0
+    is_route = False
+
+    def __init__(
+        self,
+        provider: Provider,
+        model: ProviderModel,
+        *,
+        keys: KeyRing | None = None,
+        cooldowns: Cooldowns | None = None,
+        pools: Pools | None = None,
+    ) -> None:
+        """`cooldowns` and `pools` are shared by all engines, so that what they know outlives a new configuration.
+
+        Raises:
+            InvalidConfiguration: the model cannot be asked as the configuration has it.
+        """
+        self.terms: Terms = terms(provider, model)
+        self.id = model.name
+        self.display_name = f"{self.terms.id} ({self.terms.title})"
+        self.type = provider.name
+        self.capabilities = _capabilities(self.terms)
+        self.provider = provider
+        self.dialect = DIALECTS[self.terms.dialect]
+        self.cooldowns = cooldowns or Cooldowns()
+        self._ring: KeyRing = keys or NoKeys()
+        self._pools = pools or Pools()
+        self._origin = Origin.of(urlsplit(self.terms.url))
+        self._pool: Pool | None = None
+        self._turn = 0
+        self.whole = Place(self.terms.provider, self.terms.id)
+        self._answers: set[ProviderAnswer] = set()
+        self._heads = Heads(self.terms, Pool(self._origin))
+
+    @property
+    def price(self) -> Price | None:
+        """What it costs, as the configuration or the preset has it; None when that is not known."""
+        return self.terms.price
+
+    @property
+    def healthy(self) -> bool:
+        """Whether it is started and has a key, or needs none."""
+        return self._pool is not None and bool(self._keys())
+
+    @property
+    def rest(self) -> float:
+        """Seconds until one of its keys may be used again."""
+        whole = self.cooldowns.rest(self.whole)
+        keys = self._keys()
+        return max(whole, min((self.cooldowns.rest(self.place(key)) for key in keys), default=0.0))
+
+    @property
+    def numbers(self) -> Mapping[str, float]:
+        """Answers under way, its keys, and how many of them rest."""
+        keys = self._keys()
+        resting = sum(self.cooldowns.rest(self.place(key)) > 0 for key in keys)
+        return {"answers": len(self._answers), "keys": sum(bool(key.text) for key in keys), "keys_resting": resting}
+
+    async def start(self) -> None:
+        """Become ready. The provider is not asked: a provider that is away must not keep a core from starting."""
+        if self._pool is None:
+            self._pool = self._pools.lend(self._origin)
+
+    async def close(self) -> None:
+        """End the answers under way, and let the connections go."""
+        if self._pool is None:
+            return
+        self._pool = None
+        for answer in tuple(self._answers):
+            answer.fail(ModelUnavailable(f"The model {self.id} was taken away while it answered."))
+        self._pools.give_back(self._origin)
+
+    def check(self, options: GenerationOptions) -> None:
+        """Refuse options that are out of range, or that the provider would ignore."""
+        check_options(options, self.capabilities)
+        known = self.terms
+        for name in _OPTIONS:
+            if getattr(options, name) is not None and not known.takes(name):
+                raise UnsupportedOption(f"options.{name}", f"{known.title} does not honour it; leave it out")
+        if options.temperature is not None and options.temperature > known.max_temperature:
+            raise InvalidField("options.temperature", f"{known.title} takes at most {known.max_temperature:g}")
+        if len(options.stop) > known.max_stops:
+            raise InvalidField("options.stop", f"{known.title} takes at most {known.max_stops}")
+        choice = options.tool_choice
+        if choice is not None and not known.forced_tools and (choice.tool or choice.mode is ToolMode.REQUIRED):
+            raise UnsupportedOption("options.tool_choice", "this model chooses for itself whether it calls a tool")
+
+    def count(self, message: Message) -> int:
+        """Return about how many tokens a message takes, rather too many than too few."""
+        return estimate(message)
+
+    async def tokens(self, content: str | Sequence[Message]) -> int:
+        """Return about how many tokens a text or a conversation takes: what it really is, only the provider knows."""
+        return counted(self, content)
+
+    async def embed(self, texts: Sequence[str]) -> Embedded:
+        """Refuse: it is asked for answers alone."""
+        raise no_embeddings(self)
+
+    def admit(self, asker: Asker) -> None:
+        """Refuse while it has no key, or none that may be used now."""
+        if self._pool is None:
+            raise ModelUnavailable(f"The model {self.id} is not started.")
+        keys = self._keys()
+        if not keys:
+            raise ModelCredential(f"{self.terms.title} needs a key; add one with `moltbot key add {self.type}`.")
+        if (rest := self.cooldowns.rest(self.whole)) > 0:
+            text = f"{self.terms.title} said that it is down."
+            raise ModelUnavailable(text, retry_after=rest)
+        places = [self.place(key) for key in keys]
+        if any(not self.cooldowns.rest(place) for place in places):
+            return
+        if all(self.cooldowns.cause(place) is Cause.CREDENTIAL for place in places):
+            raise ModelCredential(f"{self.terms.title} refused each key that it was given for {self.id}.")
+        text = f"{self.terms.title} takes no more requests for {self.id} now."
+        raise QueueFull(text, retry_after=self.rest)
+
+    def begin(
+        self, messages: Sequence[Message], options: GenerationOptions, listener: Listener, asker: Asker = NOBODY
+    ) -> Generation:
+        """Ask for an answer; see `Engine.begin`.
+
+        Raises:
+            ModelCredential: it has no key.
+            QueueFull: each of its keys rests.
+            ModelUnavailable: it is not started, or the provider said that it is down.
+            UnsupportedContent: a picture lies where the provider cannot fetch it.
+        """
+        self.admit(asker)
+        body = self.dialect.request(self.terms, messages, options)
+        key = self.next_key(())
+        if key is None:  # `admit` has found one
+            raise QueueFull(f"{self.terms.title} takes no more requests for {self.id} now.", retry_after=self.rest)
+        answer = ProviderAnswer(self, key, body, options.tools, listener)
+        self._answers.add(answer)
+        answer.begin()
+        return answer
+
+    # --- what an answer asks for -------------------------------------------------------------------------------------
+
+    @property
+    def pool(self) -> Pool:
+        """Where connections come from."""
+        if self._pool is None:
+            raise ModelUnavailable(f"The model {self.id} is not started.")
+        return self._pool
+
+    def place(self, key: ProviderKey) -> Place:
+        """Return what rests when a key is refused."""
+        return Place(self.terms.provider, self.terms.id, key.id or "-")
+
+    def next_key(self, tried: Sequence[str]) -> ProviderKey | None:
+        """Return a key that may be used now and is not among those tried, all in turn; None when there is none."""
+        keys = self._keys()
+        for step in range(len(keys)):
+            key = keys[(self._turn + step) % len(keys)]
+            if key.id not in tried and not self.cooldowns.rest(self.place(key)):
+                self._turn = (self._turn + step + 1) % len(keys)
+                return key
+        return None
+
+    def head(self, key: ProviderKey, length: int) -> bytes:
+        """Return the head of a request."""
+        return self._heads.head(key, length)
+
+    def secrets(self) -> list[str]:
+        """Return everything that must not be told."""
+        return [*(key.text for key in self._keys()), *(value for _, value in self.terms.headers)]
+
+    def over(self, answer: ProviderAnswer) -> None:
+        """Let an answer go."""
+        self._answers.discard(answer)
+
+    def _keys(self) -> Sequence[ProviderKey]:
+        return self._ring.keys(self.terms.provider) or (() if self.terms.needs_key else _KEYLESS)
+
+
+def _capabilities(known: Terms) -> Capabilities:
+    return Capabilities(
+        context_length=known.context_length,
+        sampling=any(known.takes(name) for name in ("temperature", "top_p", "top_k")),
+        stop=known.takes("stop"),
+        seed=known.takes("seed"),
+        repetition_penalty=known.takes("repetition_penalty"),
+        image_input=known.vision,
+        tools=known.tools,
+        cancellation=True,
+    )

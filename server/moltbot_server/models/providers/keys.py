@@ -1,0 +1,45 @@
+"""The keys that open providers: where they come from, and how they stay out of every text."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field
+from typing import Protocol
+
+_SHORTEST = 6
+_LIKE_A_KEY = re.compile(
+    r"(?i)\b(?:bearer\s+\S{4,}|(?:sk|pk|rk|ak|gsk|xai|key|api[-_]?key|token)[-_=][^\s'\"<>,;]{6,})"
+)
+_HIDDEN = "[key]"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ProviderKey:
+    """A key of a provider: `id` tells it from others and may be shown, `text` opens the provider and never is."""
+
+    id: str
+    text: str = field(repr=False)
+
+
+class KeyRing(Protocol):
+    """Who has the keys. What it answers may change at any time: a key that was added is used by the next turn."""
+
+    def keys(self, provider: str) -> Sequence[ProviderKey]:
+        """Return the keys of a provider in the order in which they are to be tried; none is no mistake."""
+
+
+class NoKeys:
+    """A key ring without a key, for providers that need none."""
+
+    def keys(self, provider: str) -> Sequence[ProviderKey]:
+        """Return nothing."""
+        return ()
+
+
+def scrubbed(text: str, secrets: Iterable[str]) -> str:
+    """Return a text without these secrets, and without anything that has the form of a key."""
+    for secret in secrets:
+        if len(secret) >= _SHORTEST:
+            text = text.replace(secret, _HIDDEN)
+    return _LIKE_A_KEY.sub(_HIDDEN, text)
