@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import time
 from collections import OrderedDict
 from collections.abc import AsyncGenerator, Callable, Coroutine, Iterable, Sequence
 from contextlib import asynccontextmanager
@@ -11,10 +12,12 @@ from typing import Any, Generic, Protocol, TypeVar
 
 from moltbot_server.errors import SessionBusy, SessionNotFound
 from moltbot_server.journal import LiveTurn
+from moltbot_server.metrics import CacheCounts
 from moltbot_server.store import Store
 from moltbot_server.turns import Message, Queued, SessionKey
 
 _SESSIONS_AT_HAND = 10_000
+_OVERHEAD = 1_000  # bytes of memory that a session at hand takes beside its messages
 _TURNS_LOADED = 200
 _TOLD_EACH_STEP = 32
 
@@ -35,14 +38,30 @@ class OpenSession(Generic[H]):
     `exists` is False while the session's row may be missing or untitled.
     """
 
-    __slots__ = ("claims", "exists", "history", "key", "last_ordinal", "moved", "running", "waiting")
+    __slots__ = (
+        "claims",
+        "exists",
+        "history",
+        "key",
+        "last_ordinal",
+        "moved",
+        "on_release",
+        "running",
+        "size",
+        "used",
+        "waiting",
+    )
 
     def __init__(self, key: SessionKey, history: H, *, last_ordinal: int = 0, exists: bool = False) -> None:
+        """`size` is what it counts for, in bytes; `used` is when it was last asked for; both are `Sessions`' own."""
         self.key = key
         self.history = history
         self.last_ordinal = last_ordinal
         self.exists = exists
         self.claims = 0
+        self.size = 0
+        self.used = 0.0
+        self.on_release: Callable[[OpenSession[H]], None] | None = None
         self.running: LiveTurn | None = None
         self.waiting: dict[LiveTurn, Callable[[], None]] = {}
         self.moved: asyncio.Event | None = None
@@ -57,6 +76,8 @@ class OpenSession(Generic[H]):
         """Give a claim back: its turn has ended."""
         self.claims -= 1
         self._tell_moved()
+        if self.on_release is not None:
+            self.on_release(self)
 
     def enter(self, live: LiveTurn, go: Callable[[], None]) -> bool:
         """Tell whether the session is this turn's now; if not, `go` is called when it is.
@@ -106,12 +127,35 @@ class OpenSession(Generic[H]):
 
 
 class Sessions(Generic[H]):
-    """The sessions of this node, the latest used at hand and the others in the store."""
+    """The sessions of this node: the latest used at hand, with what their model reads, and the others in the store.
 
-    def __init__(self, store: Store, history: Callable[[Sequence[Message]], H]) -> None:
-        """`history` makes what a session remembers from the messages that are stored, oldest first."""
+    What is at hand is a cache: bounded in number, bytes and time, counted, and cleared by `clear`.
+    """
+
+    name = "sessions"
+    backend = "memory"
+    failures = 0
+
+    def __init__(
+        self,
+        store: Store,
+        history: Callable[[Sequence[Message]], H],
+        *,
+        size_of: Callable[[H], int] = lambda history: 0,
+        max_bytes: int = 1 << 40,
+        ttl: float = float("inf"),
+        clock: Callable[[], float] = time.monotonic,
+    ) -> None:
+        """`history` makes what a session remembers from the messages that are stored, oldest first.
+
+        `size_of` tells what that takes, in bytes. A session is at hand for `ttl` seconds after its last use; `clock`
+        tells seconds that only grow.
+        """
         self._store = store
         self._history = history
+        self._size_of, self.max_bytes, self.ttl, self._clock = size_of, max_bytes, ttl, clock
+        self.counts = CacheCounts()
+        self.size = 0
         self._open: OrderedDict[SessionKey, OpenSession[H]] = OrderedDict()
         self._loading: dict[SessionKey, asyncio.Event] = {}
         self._changes: dict[SessionKey, asyncio.Event] = {}
@@ -121,10 +165,20 @@ class Sessions(Generic[H]):
         """How many sessions are at hand."""
         return len(self._open)
 
+    @property
+    def entries(self) -> int:
+        """How many sessions are at hand."""
+        return len(self._open)
+
     def forget_idle(self) -> None:
         """Let go the sessions without a turn: what is remembered of them is read from the store again."""
-        for key in [key for key, session in self._open.items() if not session.claims]:
-            del self._open[key]
+        self._forget([key for key, session in self._open.items() if not session.claims])
+
+    async def clear(self, workspace: str) -> int:
+        """Let go the sessions of a workspace without a turn, and return how many that were."""
+        found = [key for key, session in self._open.items() if key.workspace == workspace and not session.claims]
+        self._forget(found)
+        return len(found)
 
     def at_hand(self, key: SessionKey) -> OpenSession[H] | None:
         """Return the session if it is at hand."""
@@ -135,23 +189,26 @@ class Sessions(Generic[H]):
         session = self._open.get(key)
         if session is None or key in self._changes:
             return None
-        self._open.move_to_end(key)
-        return session
+        return self._use(session)
 
     async def open(self, key: SessionKey) -> OpenSession[H]:
         """Return a session, read from the store when it is not at hand, or a new one.
 
         A session that is being reset or deleted is waited for. Whoever gets it claims it before anything else runs.
         """
+        looked = False
         while True:
             if (change := self._changes.get(key)) is not None:
                 await change.wait()
-            elif (session := self._open.get(key)) is not None:
-                self._open.move_to_end(key)
-                return session
+            elif (session := self._open.get(key)) is not None and (used := self._use(session, counted=looked)):
+                return used
             elif (loading := self._loading.get(key)) is not None:
+                self.counts.joined += not looked
+                looked = True
                 await loading.wait()
             else:
+                self.counts.misses += not looked
+                looked = True
                 await self._load(key)
 
     def create(self, key: SessionKey, *, keep: bool) -> OpenSession[H]:
@@ -176,7 +233,7 @@ class Sessions(Generic[H]):
             if await self._store.get_session(key) is None:
                 raise SessionNotFound("there is no such session in this workspace")
             await self._store.reset_session(key)
-            self._open.pop(key, None)
+            self._forget([key])
 
     async def delete(self, key: SessionKey) -> None:
         """Delete a session; turns that run or wait in it are cancelled first.
@@ -191,7 +248,7 @@ class Sessions(Generic[H]):
             session = self._open.get(key)
             if session is not None:
                 await session.clear()
-            self._open.pop(key, None)
+            self._forget([key])
             if not await self._store.delete_session(key):
                 raise SessionNotFound("there is no such session in this workspace")
 
@@ -238,12 +295,45 @@ class Sessions(Generic[H]):
             del self._loading[key]
             loading.set()
 
+    def _use(self, session: OpenSession[H], *, counted: bool = False) -> OpenSession[H] | None:
+        """Return a session at hand as the latest used one; None when it was at hand for too long."""
+        now = self._clock()
+        if now - session.used > self.ttl and not session.claims:
+            self._forget([session.key])
+            return None
+        self.counts.hits += not counted
+        session.used = now
+        self._open.move_to_end(session.key)
+        return session
+
     def _keep(self, session: OpenSession[H]) -> OpenSession[H]:
         self._open[session.key] = session
-        while len(self._open) > _SESSIONS_AT_HAND:
-            key, oldest = next(iter(self._open.items()))
-            if oldest.claims:
-                self._open.move_to_end(key)
-                break
-            del self._open[key]
+        session.used = self._clock()
+        session.on_release = self._weigh
+        self._weigh(session)
         return session
+
+    def _weigh(self, session: OpenSession[H]) -> None:
+        """Take note of what the latest used session has become, and let go others that are too old or too much."""
+        if self._open.get(session.key) is not session:
+            return  # it was let go while it was used
+        size = _OVERHEAD + self._size_of(session.history)
+        self.size += size - session.size
+        session.size, session.used = size, self._clock()
+        self._open.move_to_end(session.key)
+        too_old = session.used - self.ttl
+        while (oldest := next(iter(self._open.values()))) is not session:
+            if len(self._open) <= _SESSIONS_AT_HAND and self.size <= self.max_bytes and oldest.used >= too_old:
+                break
+            if oldest.claims:
+                oldest.used = session.used
+                self._open.move_to_end(oldest.key)
+                break
+            self._forget([oldest.key])
+
+    def _forget(self, keys: Iterable[SessionKey]) -> None:
+        for key in keys:
+            session = self._open.pop(key, None)
+            if session is not None:
+                self.size -= session.size
+                session.size = 0

@@ -8,15 +8,17 @@ history the oldest turns go first, each from its user message to the next one.
 
 from __future__ import annotations
 
+import sys
 from collections import deque
 from collections.abc import Callable, Iterable, Sequence
 from itertools import islice
 from typing import NamedTuple
 
 from moltbot_server.errors import ContextLengthExceeded
-from moltbot_server.turns import GenerationOptions, Message, Role
+from moltbot_server.turns import GenerationOptions, MediaPart, Message, Role, TextPart
 
 MARGIN = 16
+_OVERHEAD = 500  # bytes of memory that a message takes beside what it says
 
 Count = Callable[[Message], int]
 """How many tokens a message takes: `Engine.count`."""
@@ -46,6 +48,7 @@ class ContextWindow:
         self._head: Sequence[Message] = ()
         self._tokens = 0
         self._gone = 0
+        self._bytes = 0
 
     @classmethod
     def of(cls, history: Sequence[Message], count: Count, context_length: int) -> ContextWindow:
@@ -63,6 +66,8 @@ class ContextWindow:
             window._kept.appendleft(message)
             window._sizes.appendleft(tokens)
             window._tokens += tokens
+            window._bytes += _weight(message)
+        window._bytes += sum(map(_weight, window._head))
         window._gone = len(history) - heads - len(window._kept)
         window._shorten()
         return window
@@ -84,6 +89,11 @@ class ContextWindow:
         """Tokens of the messages that are kept."""
         return self._tokens
 
+    @property
+    def size(self) -> int:
+        """What the messages that are kept take in memory, in bytes; an estimate."""
+        return self._bytes
+
     def extend(self, messages: Iterable[Message]) -> None:
         """Add the messages of a turn that has ended."""
         for message in messages:
@@ -91,6 +101,7 @@ class ContextWindow:
             self._kept.append(message)
             self._sizes.append(tokens)
             self._tokens += tokens
+            self._bytes += _weight(message)
         self._shorten()
 
     def fit(
@@ -142,9 +153,20 @@ class ContextWindow:
             self._forget()
 
     def _forget(self) -> None:
-        self._kept.popleft()
+        self._bytes -= _weight(self._kept.popleft())
         self._tokens -= self._sizes.popleft()
         self._gone += 1
+
+
+def _weight(message: Message) -> int:
+    """Return what a message takes in memory, in bytes; that of text depends on its script."""
+    weight = _OVERHEAD
+    for part in message.parts:
+        if isinstance(part, TextPart):
+            weight += sys.getsizeof(part.text)
+        elif isinstance(part, MediaPart):
+            weight += len(part.data) + len(part.uri)
+    return weight
 
 
 def answer_reserve(context_length: int, options: GenerationOptions) -> int:
