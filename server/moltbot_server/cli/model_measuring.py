@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import asyncio
 import json
+import random
 import sys
 import time
 from collections.abc import Mapping, Sequence
@@ -123,11 +124,10 @@ async def _bench(
 def _prompt(engine: Engine, tokens: int) -> tuple[str, int]:
     """Return a text of about so many tokens, at most half of what the model reads, and how many it really has."""
     tokens = min(tokens, engine.capabilities.context_length // 2)
-    words = _WORDS.split() * 8
-    text = " ".join(words)
-    each = max(engine.count(_user(text)) / len(words), 0.1)
-    wanted = max(int(tokens / each), 1)
-    text = " ".join((words * (wanted // len(words) + 1))[:wanted])
+    # In another order each time: some models read only once what is said again and again.
+    chance, words = random.Random(1), _WORDS.split()
+    each = max(engine.count(_user(" ".join(chance.choices(words, k=8 * len(words))))) / (8 * len(words)), 0.1)
+    text = " ".join(chance.choices(words, k=max(int(tokens / each), 1)))
     return text, engine.count(_user(text))
 
 

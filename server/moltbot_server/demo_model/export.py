@@ -34,6 +34,7 @@ def description(shape: Shape) -> dict[str, object]:
         "family": "moltbot-demo",
         "name": "MoltBot built-in model",
         "context_length": CONTEXT_LENGTH,
+        "repeats": 2,
         "languages": ["en", "zh"],
         "chat_template": {
             "bos": "<s>",

@@ -7,6 +7,7 @@ import re
 import struct
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Annotated
 
 import msgspec
 
@@ -43,7 +44,8 @@ class Description(Value, frozen=True, kw_only=True):
     """A folder's moltbot.yaml; what else stands there (licence, provenance) is for people.
 
     `chat_template` goes before the template that the model came with. `template_options` are names that such a template
-    may read, such as `enable_thinking: false`.
+    may read, such as `enable_thinking: false`. `repeats`: how often something may stand in a row in what the model
+    reads; what is repeated more is read so often, for small models that lose their thread over it. 0: nothing is cut.
     """
 
     context_length: int
@@ -53,13 +55,14 @@ class Description(Value, frozen=True, kw_only=True):
     id: str = ""
     name: str = ""
     display_name: str = ""
+    repeats: Annotated[int, msgspec.Meta(ge=0)] = 0
 
 
 class ModelFolder(Value, frozen=True, kw_only=True):
     """A folder that holds all that is needed: CTranslate2 weights, a tokenizer, a chat template.
 
     `jinja` is the template that the model came with, empty where `template` lays conversations out; `template.stop` and
-    `eos_token` are what ends an answer, either way.
+    `eos_token` are what ends an answer, either way. `repeats` is that of `Description`.
     """
 
     path: Path
@@ -73,6 +76,7 @@ class ModelFolder(Value, frozen=True, kw_only=True):
     eos_token: str
     jinja: str = ""
     template_options: Mapping[str, str | int | float | bool] = msgspec.field(default_factory=dict)
+    repeats: int = 0
 
 
 def families() -> dict[str, Family]:
@@ -113,6 +117,7 @@ def read_folder(path: Path, model_type: str = "", *, model_id: str = "") -> Mode
         eos_token=str(read_json(path / "config.json", {}).get("eos_token") or "</s>"),
         jinja=jinja,
         template_options={**declared.specials, **description.template_options},
+        repeats=description.repeats,
     )
 
 

@@ -11,6 +11,7 @@ from moltbot_server.models.detokenizer import Surfaces
 from moltbot_server.models.folder import ModelFolder
 from moltbot_server.models.markers import APART, CUT
 from moltbot_server.models.pieces import Pieces
+from moltbot_server.models.repeats import without_repeats
 from moltbot_server.turns import Message, Role
 
 _KEPT = 4096
@@ -41,6 +42,7 @@ class Tokenizer:
             raise ModelUnavailable(f"{folder.path}: the chat template begins with {bos!r}, which is no token.")
         self._kept: OrderedDict[str, tuple[str, ...]] = OrderedDict()
         self._most_characters = self._pieces.longest * folder.context_length
+        self._repeats = folder.repeats
         self.surfaces: Surfaces = self._pieces.surfaces
         self.overhead = self._measure_overhead()
 
@@ -72,7 +74,10 @@ class Tokenizer:
 
     def _said(self, message: Message) -> Said:
         role = message.role if message.role in (Role.SYSTEM, Role.ASSISTANT) else Role.USER
-        text = self._pieces.markers.guarded(message.text)
+        text = message.text
+        if self._repeats and role is Role.USER:
+            text = text.strip() or text  # a lone blank behind a question is a token that says nothing
+        text = self._pieces.markers.guarded(text)
         if role is Role.ASSISTANT and CUT in text:
             for word in _REASONING:
                 text = text.replace(word[0] + CUT + word[1:], word)
@@ -97,6 +102,8 @@ class Tokenizer:
         first, *rest = text.split(CUT)
         encode = self._pieces.encode
         tokens = (*(encode(first) if first else ()), *(token for part in rest for token in encode(part, joined=True)))
+        if self._repeats:
+            tokens = without_repeats(tokens, self._repeats)
         if len(text) <= _KEPT_CHARACTERS:
             self._kept[text] = tokens
             if len(self._kept) > _KEPT:
