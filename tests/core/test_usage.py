@@ -12,7 +12,7 @@ from kept_turns import Reopen, keep, new
 from moltbot_server.config_models import Budget, Price
 from moltbot_server.errors import StorageFull
 from moltbot_server.metrics import Metrics
-from moltbot_server.store import Store, UsageQuery, UsageRow
+from moltbot_server.store import Pending, Store, UsageQuery, UsageRow
 from moltbot_server.turns import Usage
 from moltbot_server.usage import OTHERS
 from moltbot_server.usage import ledger as ledger_module
@@ -122,13 +122,29 @@ async def test_writes_that_fail_are_tried_again_and_nothing_is_lost_or_counted_t
     assert (row.turns, row.input_tokens) == (5, 400)
 
 
-async def test_whoever_waits_for_a_write_may_leave_and_it_is_made(store: Store) -> None:
-    async with books(store) as kept:
+async def test_what_is_written_is_not_written_again_when_old_usage_cannot_be_forgotten(failing: FailingStore) -> None:
+    async with books(failing) as kept:
+        failing.keeps_old = True
+        kept.clock.now += DAY
         kept.use()
-        waiting = asyncio.ensure_future(kept.ledger.flush())
-        await asyncio.sleep(0)
+        with pytest.raises(StorageFull):
+            await kept.ledger.flush()
+        failing.keeps_old = False
+        await kept.ledger.flush()
+
+        assert [row.turns for row in await kept.rows()] == [1]
+
+
+async def test_whoever_waits_for_a_write_may_leave_and_nothing_is_lost(failing: FailingStore) -> None:
+    async with books(failing) as kept:
+        failing.held, failing.wrote = Pending(), asyncio.Event()
+        kept.use()
+        waiting = asyncio.create_task(kept.ledger.flush())
+        await failing.wrote.wait()
         waiting.cancel()
         await asyncio.gather(waiting, return_exceptions=True)
+        failing.held.settle(StorageFull("full"))
+        failing.held = None
         kept.use()
         await kept.ledger.flush()
 

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import asyncio
+import random
+from collections import Counter
 from collections.abc import AsyncIterator
 from pathlib import Path
 
@@ -186,3 +188,47 @@ async def test_of_a_budget_of_users_the_one_who_used_most_of_it_is_told(store: S
 
         assert kept.ledger.budgets("w") == [BudgetUse(budget=budget, tokens=10, cost=500.0)]
         assert kept.ledger.budgets("nobody") == [BudgetUse(budget=budget, tokens=0, cost=0.0)]
+
+
+@pytest.mark.parametrize("seed", range(20))
+async def test_whatever_comes_between_every_turn_is_counted_once(failing: FailingStore, seed: int) -> None:
+    chance = random.Random(seed)
+    month = Budget(scope="workspace", period="month", max_tokens=10**9)
+    user = Budget(scope="user", period="month", max_tokens=10**9)
+    model = Budget(scope="model", model="m1", period="month", max_tokens=10**9)
+    turns: Counter[tuple[str, str]] = Counter()
+    background: list[asyncio.Task[None]] = []
+    async with books(failing, month, user, model, now=NOON - 29 * DAY) as kept:
+        for _ in range(300):
+            match chance.choice(("use", "use", "use", "use", "flush", "disk", "day", "replace", "wait")):
+                case "use":
+                    who, what = f"u{chance.randrange(4)}", f"m{chance.randrange(3)}"
+                    turns[who, what] += 1
+                    kept.use(who, what)
+                case "flush":
+                    background.append(asyncio.create_task(kept.ledger.flush()))
+                case "disk":
+                    failing.full = not failing.full
+                case "day":
+                    kept.clock.now += DAY if chance.random() < 0.1 and kept.clock.now < NOON else 0
+                case "replace":
+                    background.append(asyncio.create_task(kept.ledger.replace([month, user, model], "USD")))
+                case _:
+                    await asyncio.sleep(chance.choice((0, 0.001)))
+        failing.full = False
+        await asyncio.gather(*background, return_exceptions=True)
+        grown = [use.tokens for use in kept.ledger.budgets("w")]
+        await kept.ledger.replace([month, user, model], "USD")
+        fresh = [use.tokens for use in kept.ledger.budgets("w")]
+        kept.use("u0", "m1")
+        turns["u0", "m1"] += 1
+        await kept.ledger.flush()
+        rows = await kept.rows("model", "user")
+
+    assert {(row.user, row.model): row.turns for row in rows} == turns
+    users = Counter[str]()
+    for (who, _), count in turns.items():
+        users[who] += count
+    users["u0"] -= 1
+    models = sum(count for (_, what), count in turns.items() if what == "m1") - 1
+    assert grown == fresh == [100 * (turns.total() - 1), 100 * max(users.values()), 100 * models]

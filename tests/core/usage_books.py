@@ -33,9 +33,10 @@ class Clock:
 
 
 class FailingStore(SqliteStore):
-    """A store whose disk is full as far as usage is concerned, when it is told so; it can hold its answers back."""
+    """A store that refuses usage, or to forget it, when it is told so; it can hold its answers back."""
 
-    full = False
+    full = keeps_old = False
+    held: Pending[None] | None = None
     wrote = asyncio.Event()
     asked: asyncio.Event | None = None
     go_on: asyncio.Event | None = None
@@ -43,11 +44,19 @@ class FailingStore(SqliteStore):
     def add_usage(self, rows: Sequence[UsageRow]) -> Pending[None]:
         """Refuse while full."""
         self.wrote.set()
+        if self.held is not None:
+            return self.held
         if not self.full:
             return super().add_usage(rows)
         refused: Pending[None] = Pending()
         refused.settle(StorageFull("full"))
         return refused
+
+    async def forget_usage(self, before: str) -> None:
+        """Refuse while old usage is kept."""
+        if self.keeps_old:
+            raise StorageFull("full")
+        await super().forget_usage(before)
 
     async def list_usage(self, query: UsageQuery, **place: Any) -> UsagePage:
         """Find, then wait where that was asked for."""
