@@ -195,7 +195,10 @@ async def test_a_reset_replaces_what_is_shown_and_unknown_kinds_are_skipped(brow
         await shown(visit, "Wrong start")
         site.gate("seen").set()
         assert await answered(visit) == "Right answer"
-        assert await visit.page.locator(".chip.warn").inner_text() == "opus did not answer; builtin took over"
+        assert await visit.page.locator(".notice").all_inner_texts() == [
+            "The answer was started again",
+            "Switched from opus to builtin: latency",
+        ]
         assert visit.problems == []
 
 

@@ -47,7 +47,7 @@ GROW = """async ([text, seed]) => {
 
 AUDIT = """() => {
   const known = new Set(["ARTICLE", "DIV", "P", "H2", "H3", "H4", "H5", "H6", "UL", "OL", "LI", "BLOCKQUOTE", "HR", "BR", "EM", "STRONG", "DEL", "CODE", "PRE",
-    "FIGURE", "FIGCAPTION", "SPAN", "A", "TABLE", "THEAD", "TBODY", "TR", "TH", "TD", "INPUT", "BUTTON", "FOOTER", "I", "svg", "path", "circle"]);
+    "FIGURE", "FIGCAPTION", "SPAN", "A", "TABLE", "THEAD", "TBODY", "TR", "TH", "TD", "INPUT", "BUTTON", "FOOTER", "I", "DETAILS", "SUMMARY", "svg", "path", "circle"]);
   const found = [];
   for (const node of document.querySelectorAll(".thread *")) {
     if (!known.has(node.tagName)) found.push(`element ${node.tagName}`);
@@ -157,6 +157,7 @@ async def test_no_hostile_output_runs_or_loads_anything(browser: Browser) -> Non
     def script(text: str) -> list[Say | Emit]:
         return [
             Emit(kind="routed", data={"plugin": PAYLOADS[180]}),
+            Emit(kind="reasoning_delta", data={"text": "\n".join(PAYLOADS[:120])}),
             Emit(kind="tool_started", data={**names, "arguments": "{}"}),
             Emit(kind="tool_finished", data={**names, "is_error": False, "duration_ms": 1}),
             Emit(

@@ -4,13 +4,13 @@ import { ApiError, listMessages } from "./api.js";
 import { duration } from "./i18n.js";
 import { store } from "./store.js";
 import { ConnectionLost, TurnFollower } from "./turn.js";
-import { attachmentName } from "./view/answer.js";
 
 /** Sentences by the core's reason, by its status, and by the HTTP code or status of a refusal: the most telling one is looked up first. */
 const WORDS = {
   CONTEXT_LENGTH_EXCEEDED: "error.context", CONTENT_TOO_LARGE: "error.toolarge", EMPTY_MESSAGE: "error.blank", QUEUE_FULL: "error.busy",
   MODEL_UNAVAILABLE: "error.model.away", STORAGE_FULL: "error.storage", NOT_SERVING: "error.serving", CORE_UNAVAILABLE: "error.serving",
   UNAUTHENTICATED: "error.key", INVALID_API_KEY: "error.key", WORKSPACE_KEY_REFUSED: "error.key", DEADLINE_EXCEEDED: "error.slow",
+  BUDGET_EXCEEDED: "error.budget", INSUFFICIENT_QUOTA: "error.budget", MODEL_CREDENTIAL: "error.credential",
   RESOURCE_EXHAUSTED: "error.busy", UNAVAILABLE: "error.model", PERMISSION_DENIED: "error.forbidden", NOT_FOUND: "error.gone",
   403: "error.forbidden", 404: "error.gone", 413: "error.toolarge", 429: "error.busy", 503: "error.model", 504: "error.slow", 507: "error.storage",
 };
@@ -134,13 +134,12 @@ export class Chat {
     else if (kind === "routed") routed(view, data);
     else if (kind === "text_delta") view.append(data.text);
     else if (kind === "reset") view.replace(data.text);
-    else if (kind === "attachment") view.chip("clip", "attachment", { name: attachmentName(data.part) });
+    else if (kind === "reasoning_delta") view.think(data.text);
+    else if (kind === "attachment") view.attach(data.part);
     else if (kind === "tool_started") view.toolStarted(data);
     else if (kind === "tool_finished") view.toolFinished(data);
-    else if (kind === "notice") {
-      if (data.from && data.to) view.chip("swap", "notice.failover", { from: data.from, to: data.to }, "warn");
-      else view.chip("swap", "notice.other", { code: data.code });
-    } else if (kind === "completed") view.complete(data);
+    else if (kind === "notice") noticed(view, data);
+    else if (kind === "completed") view.complete(data);
     else if (kind === "failed") this.#failed(view, data, start);
   }
 
@@ -219,6 +218,11 @@ function routed(view, { model, plugin, skill, command }) {
   else if (plugin) view.chip("bolt", "routed.plugin", { name: plugin });
   else if (skill) view.chip("bolt", "routed.skill", { name: skill });
   else if (command) view.chip("bolt", "routed.command", { name: command });
+}
+
+function noticed(view, { code, from, to, reason }) {
+  if (from && to) view.notice("swap", reason ? "notice.switch" : "notice.switch.bare", { from, to, reason });
+  else view.notice("alert", "notice.other", { what: reason || code });
 }
 
 /** A random request id; crypto.randomUUID exists only on https and localhost. */

@@ -4,6 +4,7 @@ import { h, icon, mark } from "../dom.js";
 import { duration, say } from "../i18n.js";
 import { MarkdownView } from "../markdown/render.js";
 import { copyButton } from "./copy.js";
+import { Thoughts } from "./thoughts.js";
 
 const HEAVY_MS = 8; // a drawing that takes longer than this is not repeated in the very next frame
 
@@ -15,13 +16,16 @@ export class AnswerView {
     this.unschedule = null;
     this.model = "";
     this.tools = new Map();
+    this.attached = 0;
     this.chips = h("div", { class: "chips" });
+    this.notices = h("div", { class: "notices", attrs: { role: "status" } });
+    this.thoughts = new Thoughts();
     this.prose = h("div", { class: "prose" });
     this.status = h("p", { class: "status", hidden: true });
     this.problem = h("div", { class: "problem-place" });
     this.foot = h("footer", { class: "answer-foot", hidden: true });
     this.markdown = new MarkdownView(this.prose);
-    const body = h("div", { class: "answer-body" }, this.chips, this.prose, this.status, this.problem, this.foot);
+    const body = h("div", { class: "answer-body" }, this.chips, this.notices, this.thoughts.node, this.prose, this.status, this.problem, this.foot);
     const name = say(h("h2", { class: "visually-hidden" }), "bot");
     this.node = h("article", { class: "message answer" }, name, h("div", { class: "avatar" }, mark()), body);
   }
@@ -31,9 +35,9 @@ export class AnswerView {
     const view = new AnswerView();
     view.text = message.text;
     view.model = message.model ?? "";
-    for (const part of message.attachments ?? []) view.chip("clip", "attachment", { name: attachmentName(part) });
+    for (const part of message.attachments ?? []) view.attach(part);
     view.#draw(true);
-    view.#ending(message.finish_reason, message.attachments?.length > 0);
+    view.#ending(message.finish_reason);
     view.#footer({ model: view.model });
     return view;
   }
@@ -61,8 +65,12 @@ export class AnswerView {
     this.#schedule();
   }
 
+  /** What was shown is void. */
   replace(text) {
+    const before = this.text;
     this.text = text.replaceAll("\r", "");
+    this.thoughts.clear();
+    if (!this.text.startsWith(before)) this.notice("retry", "reset");
     if (this.text) this.quiet();
     else this.begin();
     this.#schedule();
@@ -72,6 +80,25 @@ export class AnswerView {
     const chip = h("span", { class: `chip ${kind}` }, icon(iconName), say(h("span"), key, { vars }));
     this.chips.append(chip);
     return chip;
+  }
+
+  /** A line about how the answer comes about, such as a switch of the model. */
+  notice(iconName, key, vars = {}) {
+    this.notices.append(h("p", { class: "notice" }, icon(iconName), say(h("span"), key, { vars })));
+    this.onDrawn();
+  }
+
+  think(text) {
+    if (!this.text && this.thoughts.node.hidden) this.say("thinking"); // it waits in no line any more
+    this.thoughts.append(text);
+    this.onDrawn();
+  }
+
+  /** A part of the answer that is not text and that the page does not show. */
+  attach(part) {
+    this.attached += 1;
+    if (part?.kind === "tool_call") this.chip("tool", "tool.asked", { tool: part.tool });
+    else this.chip("clip", "attachment", { name: attachmentName(part) });
   }
 
   toolStarted({ call_id: id, tool }) {
@@ -89,6 +116,8 @@ export class AnswerView {
   complete(data, stopped = false) {
     const text = data?.text?.replaceAll("\r", "");
     if (text) this.text = text;
+    this.thoughts.whole(data?.reasoning);
+    for (const part of data?.attachments?.slice(this.attached) ?? []) this.attach(part); // those that no event told
     this.#end();
     this.#ending(stopped ? "cancelled" : data?.finish_reason);
     this.model = data?.model || this.model;
@@ -96,11 +125,11 @@ export class AnswerView {
   }
 
   /** Says why there is no more, where that is not plain. */
-  #ending(reason, shown = false) {
+  #ending(reason) {
     if (reason === "cancelled") this.chipBelow("stop", "stopped");
     else if (reason === "length") this.chipBelow("alert", "end.length");
     else if (reason === "content_filter") this.chipBelow("alert", "end.filter");
-    else if (this.text.trim() === "" && !shown) this.chipBelow("alert", "empty");
+    else if (this.text.trim() === "" && this.attached === 0) this.chipBelow("alert", "empty");
   }
 
   chipBelow(iconName, key) {
@@ -153,11 +182,12 @@ export class AnswerView {
     this.onDrawn();
   }
 
-  #footer({ model = "", usage, timings, finish_reason: reason }) {
+  #footer({ model = "", usage, timings, finish_reason: reason, cached }) {
     const copy = copyButton("copy.answer", () => this.text);
     const meta = h("span", { class: "meta" });
     const facts = [];
     if (model) facts.push(["meta.model", () => ({ model })]);
+    if (cached) facts.push(["meta.cached", () => ({})]);
     if (timings?.first_token_ms != null && reason) facts.push(["meta.first", () => ({ time: duration(timings.first_token_ms) })]);
     if (timings?.total_ms != null) facts.push(["meta.total", () => ({ time: duration(timings.total_ms) })]);
     if (usage?.output_tokens) facts.push(["meta.tokens", () => ({ input: usage.input_tokens, output: usage.output_tokens })]);
