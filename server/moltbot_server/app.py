@@ -15,6 +15,7 @@ from moltbot_server.config import INLINE, Settings
 from moltbot_server.errors import ModelUnavailable, MoltBotError, Unauthenticated
 from moltbot_server.journal import Journal
 from moltbot_server.metrics import Metrics
+from moltbot_server.models.caching.building import Caches
 from moltbot_server.models.catalog import Catalog
 from moltbot_server.models.context import ContextWindow
 from moltbot_server.models.manager import Loader, ModelManager
@@ -34,6 +35,7 @@ WORKSPACE = "default"
 _KEEP_EPHEMERAL = 24 * 3600.0
 _PRUNE_EVERY = 600.0
 _ENGINE_START = 60.0
+_SHORTEST_AT_HAND = 60.0
 
 
 class Core:
@@ -47,7 +49,14 @@ class Core:
         self.ledger = Ledger(self.store, settings.budgets, currency=settings.currency, metrics=self.metrics)
         self.journal = Journal(self.store)
         self.catalog, self._link, loader = _models(settings, key, catalog)
-        self.sessions = Sessions(self.store, self._window)
+        self.caches = Caches.of(settings)
+        self.sessions = Sessions(
+            self.store,
+            self._window,
+            size_of=lambda window: window.size,
+            max_bytes=settings.cache.max_bytes,
+            ttl=max(settings.cache.ttl, _SHORTEST_AT_HAND),
+        )
         # What fits into another model's context may be more of a session than is at hand.
         self.models = ModelManager(self.catalog, loader, on_switch=self.sessions.forget_idle)
         self.pipeline = TurnPipeline(
@@ -56,6 +65,7 @@ class Core:
             sessions=self.sessions,
             catalog=self.catalog,
             metrics=self.metrics,
+            answers=self.caches.answers,
             system_prompt=settings.system_prompt,
             flush_interval=settings.flush_interval,
         )
@@ -87,7 +97,10 @@ class Core:
             await self.ledger.open()
             undo.push_async_callback(self.ledger.close)
             undo.push_async_callback(self._close_models)
+            await self.caches.start()
+            undo.push_async_callback(self.caches.close)
             await self._open_models()
+            caches = (self.caches.answers, self.sessions, self.caches.metadata)
             self.server.register(
                 authenticator=self.authenticator,
                 metrics=self.metrics,
@@ -98,11 +111,13 @@ class Core:
                 catalog=self.catalog,
                 manager=self.models,
                 ledger=self.ledger,
+                caches=caches,
                 max_inline_bytes=self.settings.max_inline_bytes,
             )
             self.metrics.turns_under_way.ask(lambda: len(self.journal))
             self.metrics.sessions_at_hand.ask(lambda: len(self.sessions))
             self.metrics.models.ask(self.catalog.numbers)
+            self.metrics.caches.read(caches)
             host, port = self.settings.metrics_host, self.settings.metrics_port
             self.ops = OpsServer(host=host, port=port, metrics=self.metrics.page, health=self.health)
             undo.callback(self.ops.close)
@@ -123,6 +138,7 @@ class Core:
         await self.pipeline.drain(grace)
         # Streams deliver the last events of turns that have ended by now.
         await self.server.stop(1.0)
+        await self.caches.close()
         await self._close_models()
         await self.ledger.close()
         await self.store.close()

@@ -25,6 +25,7 @@ from moltbot_server.errors import (
 from moltbot_server.floods import Floods
 from moltbot_server.journal import Journal, LiveTurn, same_content
 from moltbot_server.metrics import Metrics
+from moltbot_server.models.caching.answers import AnswerCache
 from moltbot_server.models.catalog import Catalog, CatalogEntry
 from moltbot_server.models.context import ContextWindow, Fitted
 from moltbot_server.models.engine import Asker, Engine, Generation, Listener
@@ -66,6 +67,7 @@ class TurnPipeline:
         sessions: Sessions[ContextWindow],
         catalog: Catalog,
         metrics: Metrics,
+        answers: AnswerCache,
         system_prompt: str,
         flush_interval: float,
     ) -> None:
@@ -74,6 +76,7 @@ class TurnPipeline:
         self.metrics = metrics
         self._sessions = sessions
         self._catalog = catalog
+        self._answers = answers
         self._rules = _system(system_prompt)
         self._flush_interval = flush_interval
         self._runs: set[TurnRun] = set()
@@ -216,7 +219,7 @@ class TurnPipeline:
         self, engine: Engine, messages: Sequence[Message], turn: TurnInput, listener: Listener, asker: Asker
     ) -> Generation:
         """Begin the answer that a run listens to; raises what `Engine.begin` does."""
-        return engine.begin(messages, turn.options, listener, asker)
+        return self._answers.begin(engine, messages, turn, asker.workspace, listener, asker)
 
     def over(self, run: TurnRun) -> None:
         """Let a run go."""

@@ -40,6 +40,8 @@ POLICY: Mapping[str, frozenset[str] | None] = MappingProxyType(
         "/moltbot.v1.InferenceService/Embed": _EVERYBODY,
         "/moltbot.v1.UsageService/ListUsage": _OWNERS,
         "/moltbot.v1.UsageService/ListBudgets": _OWNERS,
+        "/moltbot.v1.CacheService/ListCaches": _EVERYBODY,
+        "/moltbot.v1.CacheService/ClearCache": _OWNERS,
         "/moltbot.v1.PluginService/GetPlugin": _EVERYBODY,
         "/moltbot.v1.PluginService/ListPlugins": _EVERYBODY,
         "/moltbot.v1.PluginService/CallPlugin": _EVERYBODY,

@@ -13,6 +13,8 @@ from grpc import aio
 from grpc_health.v1 import health, health_pb2, health_pb2_grpc
 from grpc_reflection.v1alpha import reflection_pb2_grpc
 from moltbot.v1 import (
+    cache_pb2,
+    cache_pb2_grpc,
     chat_pb2,
     chat_pb2_grpc,
     inference_pb2,
@@ -36,6 +38,7 @@ from moltbot_server.models.context import ContextWindow
 from moltbot_server.models.manager import ModelManager
 from moltbot_server.pipeline import TurnPipeline
 from moltbot_server.rpc import convert
+from moltbot_server.rpc.cache import CacheService, ClearableCache
 from moltbot_server.rpc.chat import ChatService
 from moltbot_server.rpc.inference import InferenceService
 from moltbot_server.rpc.interceptors import Guard, GuardedServer
@@ -59,6 +62,7 @@ SERVICES = tuple(
         (inference_pb2, "InferenceService"),
         (plugin_pb2, "PluginService"),
         (usage_pb2, "UsageService"),
+        (cache_pb2, "CacheService"),
     )
 )
 
@@ -110,6 +114,7 @@ class GrpcServer:
         catalog: Catalog,
         manager: ModelManager,
         ledger: Ledger,
+        caches: Sequence[ClearableCache],
         max_inline_bytes: int,
     ) -> None:
         """Add all services of a core, each method behind the guard."""
@@ -122,6 +127,7 @@ class GrpcServer:
         inference_pb2_grpc.add_InferenceServiceServicer_to_server(InferenceService(catalog, reader), guarded)
         plugin_pb2_grpc.add_PluginServiceServicer_to_server(PluginService(), guarded)
         usage_pb2_grpc.add_UsageServiceServicer_to_server(UsageService(store, ledger), guarded)
+        cache_pb2_grpc.add_CacheServiceServicer_to_server(CacheService(caches), guarded)
         health_pb2_grpc.add_HealthServicer_to_server(self._health, guarded)
         self._reflect(guarded)
         self.methods = tuple(guarded.methods)
