@@ -98,6 +98,7 @@ OTHER_NAMES = frozenset(
         "MOLTBOT_HUB_TOKEN",
         "MOLTBOT_VAULT_KEY",
         "MOLTBOT_VAULT_KEY_FILE",
+        "MOLTBOT_VAULT_KEY_NEW",
         "MOLTBOT_PROVIDER_ENV",
     }
 )

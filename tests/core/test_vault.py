@@ -99,12 +99,12 @@ def test_a_key_can_be_removed_and_an_unknown_one_cannot(workspace: Workspace) ->
     first, second = vault.add("openai", SECRET), vault.add("anthropic", SECRET)
     assert vault.remove(first.id) == first
     assert opened(workspace).keys == (second,)
-    with pytest.raises(VaultError, match="there is no key"):
+    with pytest.raises(VaultError, match="no key of this id"):
         vault.remove(first.id)
 
 
 def test_a_workspace_without_a_vault_has_no_key_to_remove(workspace: Workspace) -> None:
-    with pytest.raises(VaultError, match="there is no key 'x' in the vault"):
+    with pytest.raises(VaultError, match="no key of this id"):
         Vault(workspace, {}).remove("x")
 
 

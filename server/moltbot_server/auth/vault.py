@@ -149,7 +149,7 @@ class Vault:
                     if gone.id == name:
                         self._write(master, tuple(one for one in known if one is not gone))
                         return gone
-        raise VaultError(f"there is no key {name!r} in the vault; `moltbot key list` has all.")
+        raise VaultError("the vault has no key of this id; `moltbot key list` has all.")
 
     def rotate_master(self) -> str:
         """Encrypt everything under a new master key; return the new key's id.

@@ -17,6 +17,7 @@ from collections.abc import Callable, Collection, Sequence
 from importlib import metadata
 from pathlib import Path
 
+from moltbot_server.cli.key import add_key
 from moltbot_server.cli.mock_provider import add_mock_provider
 from moltbot_server.cli.model import add_model
 from moltbot_server.cli.running import Running, joined, reachable
@@ -116,6 +117,7 @@ def _parser() -> tuple[argparse.ArgumentParser, Collection[str]]:
     _add_chat(add)
     _add_engine(add)
     add_model(add)
+    add_key(add)
     add_usage(add)
     add("link", _link, "Print a fresh link that opens the web chat once, within 15 minutes.", "moltbot link")
     status = add("status", _status, "Tell what runs, where, for how long, and what memory it takes.",
