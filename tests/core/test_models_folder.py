@@ -9,7 +9,9 @@ from pathlib import Path
 
 import pytest
 from moltbot_server.errors import ModelUnavailable
+from moltbot_server.models.engines.local import LocalEngine
 from moltbot_server.models.folder import families, read_folder
+from moltbot_server.models.tuning import Tuning
 from tiny_model import TEMPLATE, describe, make_tiny_model
 
 
@@ -94,7 +96,9 @@ def test_an_unknown_family_names_the_nearest_one(folder: Path) -> None:
         "llama3.1, llama3.2, llama3.3, mistral, mistral-instruct, phi-3, phi3, qwen, qwen2, qwen2.5, qwen3, tinyllama, "
         "zephyr. Did you mean llama2?"
     )
-    assert "so MODEL_TYPE must name its family: one of chatml" in problem(folder)
+    assert "neither a moltbot.yaml nor a chat template, so MODEL_TYPE must name its family: one of chatml" in problem(
+        folder
+    )
 
 
 def test_a_family_that_the_folder_denies_is_refused(folder: Path) -> None:
@@ -152,6 +156,45 @@ def test_the_template_that_a_model_came_with_goes_before_its_familys(folder: Pat
     read = read_folder(folder, "llama2")
     assert (read.jinja, read.template_options, read.context_length) == (JINJA, {"bos_token": "<s>"}, 4096)
     assert read.template.stop == ("<|end|>",), "what the template writes after an answer"
+
+
+@pytest.mark.parametrize("place", ["chat_template.jinja", "tokenizer_config.json"])
+def test_a_template_that_a_model_came_with_needs_no_family_beside_it(folder: Path, place: str) -> None:
+    (folder / "moltbot.yaml").unlink()
+    (folder / place).write_text(json.dumps({"chat_template": JINJA}) if place.endswith("json") else JINJA)
+    read = read_folder(folder)
+    assert (read.jinja, read.family, read.template.stop) == (JINJA, "", ("<|end|>",))
+    assert read.context_length == 2048, "the least of the families that end answers with these tokens"
+
+
+async def test_a_model_with_a_template_alone_answers(folder: Path) -> None:
+    (folder / "moltbot.yaml").unlink()
+    (folder / "chat_template.jinja").write_text(JINJA)
+    engine = LocalEngine(read_folder(folder), tuning=Tuning())
+    await engine.start()
+    assert engine.healthy
+    await engine.close()
+
+
+@pytest.mark.parametrize(("written", "expected"), [(300, 300), (10**30, 2048), (4, 2048), ("long", 2048), (None, 2048)])
+def test_the_context_length_of_a_model_without_a_family_is_that_of_its_tokenizer_where_it_has_one(
+    folder: Path, written: object, expected: int
+) -> None:
+    (folder / "moltbot.yaml").unlink()
+    (folder / "tokenizer_config.json").write_text(json.dumps({"chat_template": JINJA, "model_max_length": written}))
+    assert read_folder(folder).context_length == expected
+    assert read_folder(folder, "llama2").context_length == 4096, "a family that was named goes before it"
+
+
+@pytest.mark.parametrize("text", ["", " \n\t\n"])
+def test_an_empty_template_is_refused_unless_the_description_has_one(folder: Path, text: str) -> None:
+    (folder / "chat_template.jinja").write_text(text)
+    assert read_folder(folder).template.user.prefix == "<|user|>"
+    for model_type in ("llama2", ""):
+        (folder / "moltbot.yaml").unlink(missing_ok=True)
+        assert "chat_template.jinja: found an empty file; expected a chat template in Jinja." in problem(
+            folder, model_type
+        )
 
 
 @pytest.mark.parametrize(

@@ -22,6 +22,7 @@ BUILTIN = "builtin"
 BUILTIN_ID = "moltbot-demo"
 BUILTIN_NAMES = frozenset({BUILTIN, "built-in", BUILTIN_ID})
 SCRIPTED = "scripted"
+_SAFE_CONTEXT = 2048
 _FAMILIES = Path(__file__).with_name("families.yaml")
 _TOKENIZERS = ("tokenizer.json", "tokenizer.model", "sentencepiece.model", "sentencepiece.bpe.model")
 _FOREIGN = {
@@ -86,7 +87,7 @@ def families() -> dict[str, Family]:
 
 
 def read_folder(path: Path, model_type: str = "", *, model_id: str = "") -> ModelFolder:
-    """Read a model's folder. `model_type` may be empty where the folder has a moltbot.yaml.
+    """Read a model's folder. `model_type` may be empty where the folder has a moltbot.yaml or a chat template.
 
     Raises:
         ModelUnavailable: something is missing or wrong; the text says what was found and what was expected.
@@ -94,15 +95,14 @@ def read_folder(path: Path, model_type: str = "", *, model_id: str = "") -> Mode
     if not path.is_dir():
         found = "a file" if path.exists() else "nothing"
         raise ModelUnavailable(f"{path}: found {found}; expected the folder of a CTranslate2 model.")
-    if model_type or (path / DESCRIPTION).is_file():
-        description = _describe(path, model_type)
-        _require_weights(path)
-    else:
-        # Whoever named no family hears first of what no family would mend.
-        _require_weights(path)
-        description = _describe(path, model_type)
+    description = _describe(path, model_type)
+    _require_weights(path)  # whoever named no family hears first of what no family would mend
     tokenizer, vocabulary = _tokenizer(path), _vocabulary(path)
     declared = read_declared(path, vocabulary)
+    if not declared.jinja and not (description and description.chat_template):
+        _refuse_empty_template(path)
+    if description is None:
+        description = _describe_by_template(path, declared, vocabulary)
     jinja = "" if description.chat_template else declared.jinja
     name = description.display_name or description.name
     return ModelFolder(
@@ -204,7 +204,8 @@ def is_encoder(path: Path) -> bool:
     return head[6 : 6 + size - 1] == b"TransformerEncoderSpec"
 
 
-def _describe(path: Path, model_type: str) -> Description:
+def _describe(path: Path, model_type: str) -> Description | None:
+    """Return what the folder says of itself, or what is known of the family that was named; None without either."""
     known = families()
     description = read_description(path)
     if description is not None:
@@ -217,13 +218,34 @@ def _describe(path: Path, model_type: str) -> Description:
             )
         return description
     if not model_type:
-        raise ModelUnavailable(
-            f"{path} has no {DESCRIPTION}, so MODEL_TYPE must name its family: one of {', '.join(sorted(known))}."
-        )
+        return None
     family = known.get(model_type.lower())
     if family is None:
         raise unknown_type(model_type, sorted(known))
     return Description(context_length=family.context_length, family=model_type.lower())
+
+
+def _refuse_empty_template(path: Path) -> None:
+    """Refuse a template's file with nothing in it: a download that broke off, and no wish for another template."""
+    if (path / CHAT_TEMPLATE).is_file():
+        raise ModelUnavailable(
+            f"{path / CHAT_TEMPLATE}: found an empty file; expected a chat template in Jinja. Fetch the file again, or "
+            "delete it where the model has none: then its family says how conversations are laid out."
+        )
+
+
+def _describe_by_template(path: Path, declared: Declared, vocabulary: tuple[str, ...]) -> Description:
+    """Return what can be told of a model of which nobody said more than how it lays conversations out."""
+    known = families()
+    if not declared.jinja:
+        raise ModelUnavailable(
+            f"{path} has neither a {DESCRIPTION} nor a chat template, so MODEL_TYPE must name its family: one of "
+            f"{', '.join(sorted(known))}."
+        )
+    tokens = frozenset(vocabulary)
+    # All families that end answers as this one may can read so much.
+    lengths = [each.context_length for each in known.values() if not tokens.isdisjoint(each.chat_template.stop)]
+    return Description(context_length=declared.context_length or min(lengths, default=_SAFE_CONTEXT))
 
 
 def _template(path: Path, description: Description, declared: Declared, vocabulary: tuple[str, ...]) -> ChatTemplate:

@@ -11,6 +11,7 @@ from moltbot_server.errors import ModelUnavailable
 CHAT_TEMPLATE = "chat_template.jinja"
 TOKENIZER_CONFIG = "tokenizer_config.json"
 GENERATION_CONFIG = "generation_config.json"
+_LONGEST_CONTEXT = 1 << 24
 _SPECIAL = ("bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls_token", "mask_token")
 
 
@@ -18,12 +19,13 @@ class Declared(NamedTuple):
     """What the files say; empty where they say nothing.
 
     `jinja` is the chat template, `specials` the special tokens by the names that templates know them under, `ends` the
-    tokens that end an answer.
+    tokens that end an answer, `context_length` the most tokens that the model reads.
     """
 
     jinja: str
     specials: dict[str, str]
     ends: tuple[str, ...]
+    context_length: int
 
 
 def read_declared(path: Path, vocabulary: tuple[str, ...]) -> Declared:
@@ -36,7 +38,12 @@ def read_declared(path: Path, vocabulary: tuple[str, ...]) -> Declared:
     specials = {name: text for name in _SPECIAL if (text := _token(config.get(name)))}
     ids = _ids(_mapping(path / GENERATION_CONFIG)) + _ids(_mapping(path / "config.json"))
     ends = [specials.get("eos_token", ""), *(vocabulary[index] for index in ids if index < len(vocabulary))]
-    return Declared(_jinja(path, config), specials, tuple(dict.fromkeys(end for end in ends if end in vocabulary)))
+    return Declared(
+        _jinja(path, config),
+        specials,
+        tuple(dict.fromkeys(end for end in ends if end in vocabulary)),
+        _length(config.get("model_max_length")),
+    )
 
 
 def read_json(file: Path, default: Any) -> Any:
@@ -62,12 +69,15 @@ def _mapping(file: Path) -> dict[str, Any]:
 
 def _jinja(path: Path, config: dict[str, Any]) -> str:
     """Return the chat template: of its own file, else of the configuration; of several the one named default."""
+    file = path / CHAT_TEMPLATE
     try:
-        return (path / CHAT_TEMPLATE).read_text("utf-8")
+        template = file.read_text("utf-8")
     except FileNotFoundError:
         template = config.get("chat_template")
     except (OSError, UnicodeDecodeError) as problem:
-        raise ModelUnavailable(f"{path / CHAT_TEMPLATE} cannot be read: {problem}.") from None
+        raise ModelUnavailable(f"{file} cannot be read: {problem}.") from None
+    else:
+        return template.strip() and template
     if isinstance(template, list):
         named = {entry.get("name"): entry.get("template") for entry in template if isinstance(entry, dict)}
         template = named.get("default", next(iter(named.values()), None))
@@ -80,6 +90,11 @@ def _token(value: Any) -> str:
     """Return a special token, which stands as a text or as an object with its `content`."""
     text = value.get("content") if isinstance(value, dict) else value
     return text if isinstance(text, str) else ""
+
+
+def _length(value: Any) -> int:
+    """Return a context length, 0 where there is none: files without one say so by an astronomical number."""
+    return value if isinstance(value, int) and 16 <= value <= _LONGEST_CONTEXT else 0
 
 
 def _ids(config: dict[str, Any]) -> list[int]:
