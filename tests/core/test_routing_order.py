@@ -180,8 +180,10 @@ def test_what_a_route_can_do_is_what_any_of_its_models_can() -> None:
     route = rig.route
     assert route.capabilities == msgspec.structs.replace(EVERYTHING, context_length=4000)
     rig.b.capabilities = msgspec.structs.replace(rig.b.capabilities, context_length=5000)
+    rig.clock.pass_by(0.1)
     assert route.capabilities.context_length == 5000
     rig.b.healthy = False
+    rig.clock.pass_by(0.1)
     assert route.capabilities.context_length == 5000, "sessions are not cut because a model is ill"
     assert (route.parallel, route.id, route.is_route, route.rest) == (12, "default", True, 0.0)
     rig.a.parallel = 0
@@ -204,6 +206,7 @@ async def test_a_route_counts_as_its_first_model_that_counts() -> None:
     with pytest.raises(Unimplemented):
         await rig.route.embed(["text"])
     rig.entries.clear()
+    rig.clock.pass_by(0.1)
     with pytest.raises(ModelUnavailable):
         rig.route.count(said("four"))
 

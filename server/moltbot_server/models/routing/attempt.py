@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Protocol
 
 from moltbot_server.models.catalog import CatalogEntry
@@ -37,21 +38,27 @@ class AttemptUnderWay:
         "_generation",
         "_judged",
         "_over",
+        "_straight",
+        "_time",
         "_trial",
         "began",
         "first_token",
         "is_slow",
+        "last_sign",
         "model",
         "said",
         "trimmed",
         "turn",
     )
 
-    def __init__(self, turn: Hearer, entry: CatalogEntry, breaker: Breaker, now: float) -> None:
+    def __init__(
+        self, turn: Hearer, entry: CatalogEntry, breaker: Breaker, now: float, time: Callable[[], float]
+    ) -> None:
+        """`now` is when it begins, on the route's clock; `time` asks that clock."""
         entry.hold()
         self.turn = turn
         self.model = entry.engine.id
-        self.began = now
+        self.began = self.last_sign = now
         self.first_token: float | None = None
         self.is_slow = self.said = False
         self.trimmed = 0
@@ -60,6 +67,8 @@ class AttemptUnderWay:
         self._trial: Trial = breaker.begin(now)
         self._generation: Generation | None = None
         self._judged = self._over = False
+        self._time = time
+        self._straight: Callable[[str, int], None] | None = None
 
     # --- what the engine tells -------------------------------------------------------------------------------------
 
@@ -70,7 +79,10 @@ class AttemptUnderWay:
 
     def wrote(self, text: str, tokens: int) -> None:
         """Hear a piece of the answer."""
-        if not self._over:
+        if self._straight is not None:
+            self.last_sign = self._time()
+            self._straight(text, tokens)
+        elif not self._over:
             self.turn.spoken(self, text, tokens)
 
     def thought(self, text: str) -> None:
@@ -95,6 +107,10 @@ class AttemptUnderWay:
             generation.stop()
         else:
             self._generation = generation
+
+    def speak_to(self, hear: Callable[[str, int], None]) -> None:
+        """Pass all pieces on from now on without asking the turn: most of what a turn costs is its many pieces."""
+        self._straight = hear
 
     def speaks(self, now: float) -> None:
         """Take note of the first token."""
@@ -132,6 +148,7 @@ class AttemptUnderWay:
 
     def _close(self, now: float, outcome: str, why: str) -> Attempt:
         self._over = True
+        self._straight = None
         self._entry.release()
         if self._generation is not None:
             self._generation.stop()

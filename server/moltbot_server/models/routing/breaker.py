@@ -81,15 +81,18 @@ class Breaker:
         return self._open
 
     def may_ask(self, now: float) -> bool:
-        """Tell whether a turn that comes now may ask the model like any other, or is the one that tries it."""
-        return not self._open or (now >= self._until and not self._probing)
+        """Tell whether a turn that comes now may ask the model: any turn, or as the one that tries it.
 
-    def is_last_resort(self, now: float) -> bool:
-        """Tell whether a model that should rest may be asked all the same by a turn that has nobody else.
-
-        A dead one may not, unless nobody has tried it for so long that it may be well for all that is known.
+        When nobody has tried it for long although its pause was over, what is known of it is worth nothing any more.
         """
-        return not self._dead or now - self._until > self.limits.cooldown
+        if not self._open:
+            return True
+        return now >= self._until and (not self._probing or now - self._until > self.limits.cooldown)
+
+    @property
+    def is_last_resort(self) -> bool:
+        """Whether a model that should rest may be asked all the same by a turn that has nobody else."""
+        return not self._dead
 
     def rest(self, now: float) -> float:
         """Return the seconds until the model is tried again; 0 when it may be asked."""

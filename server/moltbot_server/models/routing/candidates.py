@@ -88,7 +88,7 @@ class Candidate:
         if not anyway and not breaker.may_ask(now):
             told = f"{entry.engine.id} rests: {breaker.reason}"
             error = ModelUnavailable(told, retry_after=breaker.rest(now))
-            return Obstacle(error, last_resort=breaker.is_last_resort(now))
+            return Obstacle(error, last_resort=breaker.is_last_resort)
         return entry
 
     def shown(self, now: float) -> ModelOfRoute:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import NamedTuple
 
 from moltbot_server.errors import ContextLengthExceeded, ModelUnavailable, MoltBotError
@@ -27,9 +27,9 @@ class Pick(NamedTuple):
 
 
 class Choice:
-    """The models of one turn, each of which comes up once."""
+    """The models of one turn, each of which comes up once. `passed_over` gathers those that do not, and why."""
 
-    __slots__ = ("_asker", "_conversation", "_longest", "_next", "_on_pass", "_order", "_resting", "_too_short")
+    __slots__ = ("_asker", "_conversation", "_longest", "_next", "_order", "_resting", "_too_short", "passed_over")
 
     def __init__(
         self,
@@ -37,15 +37,14 @@ class Choice:
         conversation: Conversation,
         longest: int,
         asker: Asker,
-        on_pass: Callable[[str, MoltBotError], None],
     ) -> None:
-        """`longest` is the context that the conversation was cut to; `on_pass` hears of each model passed over."""
+        """`longest` is the context, in tokens, that the conversation was cut to."""
         self._order = order
         self._conversation = conversation
         self._longest = longest
         self._asker = asker
-        self._on_pass = on_pass
         self._next = 0
+        self.passed_over: list[tuple[str, MoltBotError]] = []
         self._resting: list[Candidate] = []
         self._too_short: list[Candidate] = []
 
@@ -58,11 +57,11 @@ class Choice:
             if isinstance(found, Obstacle):
                 if found.last_resort:
                     self._resting.append(candidate)
-                self._on_pass(candidate.model, found.error)
+                self.passed_over.append((candidate.model, found.error))
             elif (refusal := self._refusal(found)) is not None:
                 if isinstance(refusal, ContextLengthExceeded):
                     self._too_short.append(candidate)
-                self._on_pass(found.engine.id, refusal)
+                self.passed_over.append((found.engine.id, refusal))
             else:
                 return self._pick(candidate, found)
         return None

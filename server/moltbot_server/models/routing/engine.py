@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
-import contextlib
+import asyncio
+import time
 from collections.abc import Mapping, Sequence
+from typing import NamedTuple
 
 import msgspec
 
@@ -23,7 +25,7 @@ from moltbot_server.models.engine import (
 from moltbot_server.models.routing.breaker import Breakers
 from moltbot_server.models.routing.budget import RetryBudget
 from moltbot_server.models.routing.candidates import Candidate, Find, ModelOfRoute, Obstacle, Order
-from moltbot_server.models.routing.clock import Clock, LoopClock
+from moltbot_server.models.routing.clock import Clock
 from moltbot_server.models.routing.outcome import Refusal, final_error
 from moltbot_server.models.routing.run import RouteRun, Terms
 from moltbot_server.models.routing.suitability import Conversation
@@ -31,6 +33,9 @@ from moltbot_server.turns import GenerationOptions, Message
 
 DEFAULT_ROUTE = "default"
 """The id of the route that has no name: the one for turns that name no model."""
+
+
+_FRESH = 0.05  # seconds
 
 
 class RouteEngine:
@@ -54,33 +59,31 @@ class RouteEngine:
         """
         self.id = name or spec.name or DEFAULT_ROUTE
         self.display_name = f"Route {self.id}"
-        self._clock = clock or LoopClock()
-        self._terms = Terms(name=self.id, spec=spec, clock=self._clock, budget=RetryBudget(spec.retry_budget))
+        self._clock = clock
+        self._terms = Terms(name=self.id, spec=spec, budget=RetryBudget(spec.retry_budget))
         breakers = Breakers() if breakers is None else breakers
         names = (spec.primary, *spec.fallback)
         self._candidates = tuple(Candidate(name, spec, self.id, find, breakers) for name in names)
         self._order = Order(self._candidates, spec.weights)
-        self._union: tuple[tuple[Capabilities, ...], Capabilities] = ((), Capabilities(context_length=0))
+        self._seen = _seen(())
+        self._seen_at = -_FRESH
 
     # --- what it can do --------------------------------------------------------------------------------------------
 
     @property
     def capabilities(self) -> Capabilities:
-        """What any of its models can do; the longest of their contexts."""
-        each = tuple(engine.capabilities for engine in self._engines())
-        if each != self._union[0]:
-            self._union = (each, _united(each))
-        return self._union[1]
+        """What any of its models can do, be it well or not; the longest of their contexts."""
+        return self._look().capabilities
 
     @property
     def overhead(self) -> int:
         """The most that any of its models needs beside the messages of a prompt, in tokens."""
-        return max((engine.overhead for engine in self._engines()), default=0)
+        return self._look().overhead
 
     @property
     def parallel(self) -> int:
         """How many answers its models write at the same time; 0 when one of them does not know."""
-        each = [engine.parallel for engine in self._engines()]
+        each = [engine.parallel for engine in self._look().engines]
         return sum(each) if all(each) else 0
 
     @property
@@ -91,12 +94,12 @@ class RouteEngine:
     @property
     def rest(self) -> float:
         """Seconds until any of its models may be asked, as far as their providers said so."""
-        return min((engine.rest for engine in self._engines()), default=0.0)
+        return min((engine.rest for engine in self._look().engines), default=0.0)
 
     @property
     def models(self) -> tuple[ModelOfRoute, ...]:
         """Its models as they are now, first choice first."""
-        now = self._clock.time()
+        now = self._time().time()
         return tuple(candidate.shown(now) for candidate in self._candidates)
 
     @property
@@ -124,7 +127,7 @@ class RouteEngine:
     def check(self, options: GenerationOptions) -> None:
         """Refuse options that none of its models would honour; see `Engine.check`."""
         problems: list[MoltBotError] = []
-        for engine in self._engines():
+        for engine in self._look().engines:
             try:
                 engine.check(options)
                 return
@@ -149,7 +152,7 @@ class RouteEngine:
 
     def admit(self, asker: Asker) -> None:
         """Refuse a turn that none of its models would take now; see `Engine.admit`."""
-        now = self._clock.time()
+        now = self._time().time()
         refusals: list[Refusal] = []
         hope: list[CatalogEntry] = []
         for candidate in self._candidates:
@@ -175,28 +178,60 @@ class RouteEngine:
     ) -> Generation:
         """Begin an answer by whichever of its models can give one; see `Engine.begin`."""
         conversation = Conversation(messages, options)
-        longest = self.capabilities.context_length
-        run = RouteRun(self._terms, self._order(asker), conversation, longest, listener, asker)
+        longest = self._look().capabilities.context_length
+        run = RouteRun(self._terms, self._time(), self._order(asker), conversation, longest, listener, asker)
         run.begin()
         return run
+
+    def _time(self) -> Clock:
+        # A route is made before the loop runs that its turns belong to.
+        if self._clock is None:
+            self._clock = asyncio.get_running_loop()
+        return self._clock
+
+    def _look(self) -> _Seen:
+        """Return what the models can do, as it was a moment ago at most: it is asked for many times in each turn."""
+        now = time.monotonic() if self._clock is None else self._clock.time()
+        if now - self._seen_at >= _FRESH:
+            # Those that are ill count as well: sessions must not be cut to the context of who is well just now.
+            engines = tuple(entry.engine for entry in self._entries())
+            if engines != self._seen.engines or [engine.capabilities for engine in engines] != self._seen.each:
+                self._seen = _seen(engines)
+            self._seen_at = now
+        return self._seen
 
     def _entries(self) -> list[CatalogEntry]:
         """Return those of its models that are there, ready or not, in order."""
         entries = []
         for candidate in self._candidates:
-            with contextlib.suppress(MoltBotError):
+            try:
                 entries.append(candidate.entry())
+            except MoltBotError:
+                continue
         return entries
 
-    def _engines(self) -> list[Engine]:
-        # What a route can do must not change with the health of its models: sessions are cut to its context.
-        return [entry.engine for entry in self._entries()]
-
     def _counting(self) -> Engine:
-        engines = self._engines()
-        if not engines:
+        counting = self._look().counting
+        if counting is None:
             raise ModelUnavailable(f"None of the models of the route {self.id} is there.")
-        return next((engine for engine in engines if engine.capabilities.token_counts), engines[0])
+        return counting
+
+
+class _Seen(NamedTuple):
+    """The engines of a route, and what comes of them together."""
+
+    engines: tuple[Engine, ...]
+    each: list[Capabilities]
+    capabilities: Capabilities
+    overhead: int
+    counting: Engine | None
+
+
+def _seen(engines: tuple[Engine, ...]) -> _Seen:
+    each = [engine.capabilities for engine in engines]
+    counting = next((engine for engine in engines if engine.capabilities.token_counts), None)
+    overhead = max((engine.overhead for engine in engines), default=0)
+    return _Seen(engines, each, _united(each), overhead, counting or next(iter(engines), None))
 
 
 def _admits(entry: CatalogEntry, asker: Asker) -> bool:

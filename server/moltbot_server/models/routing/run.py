@@ -56,7 +56,6 @@ class Terms:
 
     name: str
     spec: ModelRoute
-    clock: Clock
     budget: RetryBudget
     counts: Counts = field(default_factory=Counts)
 
@@ -69,11 +68,11 @@ class RouteRun:
         "_asker",
         "_carried",
         "_choice",
+        "_clock",
         "_conversation",
         "_culprit",
         "_due",
         "_empty",
-        "_last_sign",
         "_latency",
         "_listener",
         "_log",
@@ -87,6 +86,7 @@ class RouteRun:
         "_told",
         "_under_way",
         "_visible",
+        "_waits_since",
         "_why",
         "_winner",
         "began",
@@ -95,6 +95,7 @@ class RouteRun:
     def __init__(
         self,
         terms: Terms,
+        clock: Clock,
         order: Sequence[Candidate],
         conversation: Conversation,
         longest: int,
@@ -106,8 +107,9 @@ class RouteRun:
         self._conversation = conversation
         self._listener = listener
         self._asker = asker
-        self._choice = Choice(order, conversation, longest, asker, self._passed_over)
-        self.began = self._last_sign = now = terms.clock.time()
+        self._choice = Choice(order, conversation, longest, asker)
+        self._clock = clock
+        self.began = self._waits_since = now = clock.time()
         self._latency = terms.spec.latency
         if asker.deadline is not None:
             self._latency = min(self._latency, max(asker.deadline - now, 0.0) / _SHARE_OF_DEADLINE)
@@ -147,8 +149,10 @@ class RouteRun:
 
     def _advance(self) -> None:
         """Ask the next model that can serve the turn; give up when none is left and none is under way."""
-        now = self._terms.clock.time()
+        now = self._clock.time()
         pick = self._choice.well(now)
+        if self._choice.passed_over:
+            self._pass_over(now)
         if pick is None and not self._under_way:
             # Better an answer from one that is ill, or that reads less of the history, than none.
             if not self._asked or self._terms.budget.has(now):
@@ -159,24 +163,26 @@ class RouteRun:
         elif not self._under_way:
             self._give_up()
 
-    def _passed_over(self, model: str, error: MoltBotError) -> None:
-        self._terms.counts.passed_over += 1
-        start = self._terms.clock.time() - self.began
-        self._log.append(Attempt(model=model, outcome="SKIPPED", reason=error.message, start=start))
-        self._refusals.append(Refusal(model, error, asked=False))
-        if not self._asked and not self._why:
-            self._why = error.message
+    def _pass_over(self, now: float) -> None:
+        """Take note of those that were not asked."""
+        for model, error in self._choice.passed_over:
+            self._log.append(Attempt(model=model, outcome="SKIPPED", reason=error.message, start=now - self.began))
+            self._refusals.append(Refusal(model, error, asked=False))
+            if not self._asked and not self._why:
+                self._why = error.message
+        self._terms.counts.passed_over += len(self._choice.passed_over)
+        self._choice.passed_over.clear()
 
     def _ask(self, pick: Pick, now: float) -> None:
         if self._asked and not self._terms.budget.spend(now) and self._culprit is not None:
             self._culprit.rests(now, "too many turns of late had to ask another model after it")
         self._asked += 1
         self._terms.counts.attempts += 1
-        attempt = AttemptUnderWay(self, pick.entry, pick.breaker, now)
+        attempt = AttemptUnderWay(self, pick.entry, pick.breaker, now, self._clock.time)
         attempt.trimmed = pick.trimmed
         self._under_way.append(attempt)
         if len(self._under_way) == 1:
-            self._last_sign = now
+            self._waits_since = now
             self._tell(attempt)
         else:
             self._terms.counts.hedges += 1
@@ -209,7 +215,7 @@ class RouteRun:
 
     def spoken(self, attempt: AttemptUnderWay, text: str, tokens: int) -> None:
         """Pass on a piece of the answer."""
-        self._last_sign = self._terms.clock.time()
+        attempt.last_sign = self._clock.time()
         if attempt is not self._winner:
             self._wins(attempt)
         attempt.said = True
@@ -218,17 +224,19 @@ class RouteRun:
         if not self._visible and not text.isspace():
             self._visible = bool(text)
         self._listener.wrote(text, tokens)
+        if self._visible and self._terms.spec.on_failure != "continue":
+            attempt.speak_to(self._listener.wrote)  # nobody will need the text again
 
     def mused(self, attempt: AttemptUnderWay, text: str) -> None:
         """Pass on what the model thinks."""
-        self._last_sign = self._terms.clock.time()
+        attempt.last_sign = self._clock.time()
         if attempt is not self._winner:
             self._wins(attempt)
         self._listener.thought(text)
 
     def _wins(self, attempt: AttemptUnderWay) -> None:
         """Let the one that gave a sign answer, and stop the others."""
-        now = self._last_sign
+        now = attempt.last_sign
         attempt.speaks(now)
         self._winner = attempt
         for other in self._under_way:
@@ -271,9 +279,9 @@ class RouteRun:
         self._arm()
 
     def _finished(self, attempt: AttemptUnderWay, end: Finished) -> None:
-        now = self._terms.clock.time()
+        now = self._clock.time()
         if attempt is not self._winner:
-            self._last_sign = now
+            attempt.last_sign = now
             self._wins(attempt)
         self._under_way.clear()
         self._log.append(attempt.finish(now))
@@ -295,7 +303,7 @@ class RouteRun:
 
     def _failed(self, attempt: AttemptUnderWay, error: Exception) -> None:
         """Take note of how a model broke, and go on to the next one unless another may still answer."""
-        now = self._terms.clock.time()
+        now = self._clock.time()
         self._under_way.remove(attempt)
         told = message_of(error)
         self._log.append(self._judged(attempt, error, now, told))
@@ -345,9 +353,12 @@ class RouteRun:
             self._timer.cancel()
             self._timer = None
         if self._under_way:
-            now = self._terms.clock.time()
+            now = self._clock.time()
             self._log += [attempt.leave(now, "CANCELLED", why) for attempt in self._under_way]
             self._under_way = []
+        # Nothing may be left in a circle for the garbage collector to find.
+        self._winner = self._culprit = self._empty = None
+        self._refusals = []
 
     # --- time ------------------------------------------------------------------------------------------------------
 
@@ -355,7 +366,7 @@ class RouteRun:
         """Have the timer come when the next thing is due; one that comes too early does no harm."""
         if self._over:
             return
-        due = self._last_sign + self._terms.spec.timeout
+        due = self._silent_since + self._terms.spec.timeout
         if self._winner is None:
             for attempt in self._under_way:
                 if not attempt.is_slow:
@@ -365,12 +376,16 @@ class RouteRun:
                 return
             self._timer.cancel()
         self._due = due
-        self._timer = self._terms.clock.call_later(max(due - self._terms.clock.time(), 0.0), self._tick)
+        self._timer = self._clock.call_later(max(due - self._clock.time(), 0.0), self._tick)
+
+    @property
+    def _silent_since(self) -> float:
+        return self._waits_since if self._winner is None else self._winner.last_sign
 
     def _tick(self) -> None:
         self._timer = None
-        now = self._terms.clock.time()
-        if now >= self._last_sign + self._terms.spec.timeout - _EARLY:
+        now = self._clock.time()
+        if now >= self._silent_since + self._terms.spec.timeout - _EARLY:
             self._time_out(now)
         elif self._winner is None:
             self._hedge(now)
@@ -391,7 +406,7 @@ class RouteRun:
 
     def _time_out(self, now: float) -> None:
         """Give those up that have given no sign for as long as a turn may wait."""
-        self._last_sign = now
+        self._waits_since = now
         for attempt in tuple(self._under_way):
             waited = _seconds(self._terms.spec.timeout)
             if attempt in self._under_way:

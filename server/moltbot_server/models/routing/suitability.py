@@ -53,7 +53,12 @@ class Conversation:
 
     def _is_plain(self) -> bool:
         if self._plain is None:
-            self._plain = all(type(part) is TextPart for message in self.messages for part in message.parts)
+            self._plain = True
+            for message in self.messages:
+                for part in message.parts:
+                    if type(part) is not TextPart:
+                        self._plain = False
+                        return False
         return self._plain
 
     def _check_length(self, engine: Engine, longest: int) -> None:
