@@ -113,6 +113,10 @@ class Terms(Value, frozen=True, kw_only=True):
     reasoning: bool
     price: Price | None
 
+    def __repr__(self) -> str:
+        # What the configuration sends along in `headers` may be a secret.
+        return f"Terms(provider={self.provider!r}, model={self.model!r}, id={self.id!r}, url={self.url!r})"
+
     def takes(self, option: str) -> bool:
         """Tell whether the model honours one of our options."""
         return self.options.get(option) is not None
