@@ -30,6 +30,16 @@ def home(tmp_path: Path) -> Home:
     return Home(tmp_path / "home", variables={})
 
 
+def encoder(folder: Path) -> Path:
+    """Make a folder that says that it holds an encoder; return it."""
+    folder.mkdir()
+    name = b"TransformerEncoderSpec\0"
+    (folder / "model.bin").write_bytes(struct.pack("<IH", 6, len(name)) + name)
+    (folder / "tokenizer.json").write_text("{}")
+    (folder / "moltbot.yaml").write_text("family: bert\ncontext_length: 512\n")
+    return folder
+
+
 async def test_help_teaches_every_command_by_example(home: Home) -> None:
     overview = (await home.run("model")).out
     assert overview == (await home.run("model", "--help")).out
@@ -94,6 +104,19 @@ class TestWithoutACore:
         assert "model.safetensors" in ended.err
         assert set(await known(home)) == {BUILT_IN}
 
+    async def test_a_family_that_there_is_not_is_refused_with_those_that_are(self, home: Home) -> None:
+        twin(home.folder / "twin")
+        (twin(home.folder / "bare") / "moltbot.yaml").unlink()
+        for folder in ("twin", "bare", str(encoder(home.folder / "embeds"))):
+            ended = await home.run("model", "add", folder, "--type", "nonsense")
+            assert ended.status == 1
+            assert "'nonsense'" in ended.err
+            assert "llama2, llama3" in ended.err
+        await home.run("model", "add", "twin")
+        retyped = await home.run("model", "add", "twin", "--type", "nonsense")
+        assert (retyped.status, "llama2, llama3" in retyped.err) == (1, True)
+        assert set(await known(home)) == {BUILT_IN, "twin"}
+
     async def test_a_folder_that_is_refused_is_not_in_the_list_whatever_it_is_called(self, home: Home) -> None:
         assert (await home.run("model", "add", "nowhere", "--name", "it")).status == 1
         assert set(await known(home)) == {BUILT_IN}
@@ -147,12 +170,7 @@ class TestWithoutACore:
         assert (await home.run("model", "list", "--json")).json["at_start"] == BUILT_IN
 
     async def test_a_model_that_embeds_is_listed_and_never_answers(self, home: Home) -> None:
-        folder = home.folder / "embeds"
-        folder.mkdir()
-        name = b"TransformerEncoderSpec\0"
-        (folder / "model.bin").write_bytes(struct.pack("<IH", 6, len(name)) + name)
-        (folder / "tokenizer.json").write_text("{}")
-        (folder / "moltbot.yaml").write_text("family: bert\ncontext_length: 512\n")
+        encoder(home.folder / "embeds")
         added = await home.run("model", "add", "embeds")
         assert (added.status, added.err) == (0, "")
         assert "switch" not in added.out

@@ -115,6 +115,14 @@ async def test_weights_of_no_use_are_refused_before_they_are_fetched(home: Home,
     assert (await home.run("model", "pull", "acme/llama", "--include", "config.json")).status == 0
 
 
+async def test_a_family_that_there_is_not_is_refused_before_anything_is_fetched(home: Home, hub: SmallHub) -> None:
+    ended = await home.run("model", "pull", "acme/twin", "--type", "lama2")
+    assert (ended.status, ended.out, hub.asked) == (2, "", [])
+    assert "--type: found 'lama2', expected one of chatml, gemma," in ended.err
+    assert "Did you mean llama2?" in ended.err
+    assert not home.workspace.exists(), "nothing is made for a command that cannot be meant"
+
+
 async def test_a_token_of_the_workspace_opens_a_private_model_and_is_never_shown(home: Home, hub: SmallHub) -> None:
     async with SmallHub(hub.folder, token="hf_secret").running() as private:
         await home.run("init")

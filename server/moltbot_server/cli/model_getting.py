@@ -10,7 +10,7 @@ import shutil
 import sys
 from pathlib import Path
 
-from moltbot_server.cli.model_place import Models, told
+from moltbot_server.cli.model_place import Models, check_family, told
 from moltbot_server.cli.progress import Progress
 from moltbot_server.cli.terminal import Exit, Failure, command, harmless, shown
 from moltbot_server.config_sources import read_env_file
@@ -27,6 +27,7 @@ HUB, TOKEN = "MOLTBOT_HUB", "MOLTBOT_HUB_TOKEN"
 @told
 def pull_model(given: argparse.Namespace) -> int:
     """Fetch a model from a hub and add it; return the exit status."""
+    check_family(given.type)
     models = Models.of(given, make=True)
     try:
         address, token = _hub(models.workspace)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import difflib
 import json
 import os
 from collections.abc import Callable
@@ -18,7 +19,7 @@ from moltbot_server.cli.terminal import Exit, Failure, command
 from moltbot_server.config import Settings, load_settings
 from moltbot_server.errors import InvalidField, ModelNotFound, ModelUnavailable, MoltBotError
 from moltbot_server.models.encoder_folder import EncoderFolder
-from moltbot_server.models.folder import BUILTIN_ID, SCRIPTED, ModelFolder, configured_folder
+from moltbot_server.models.folder import BUILTIN_ID, SCRIPTED, ModelFolder, configured_folder, families
 from moltbot_server.models.library import KnownModel, Library, Origin, default_model
 from moltbot_server.workspace import Workspace, find_workspace
 
@@ -126,6 +127,20 @@ class Models:
             return None
         key = os.environ.get("MOLTBOT_KEY", "").strip() or self.workspace.read_key()
         return Place(address=find_core(self.workspace, ""), key=key)
+
+
+def check_family(kind: str) -> None:
+    """Refuse a family that is none of those known, before anything is fetched for it; empty is for the folder to say.
+
+    Raises:
+        Failure: with all families, and the nearest one.
+    """
+    expected = sorted(families())
+    if kind and kind.lower() not in expected:
+        near = difflib.get_close_matches(kind.lower(), expected, n=1, cutoff=0.4)
+        hint = f" Did you mean {near[0]}?" if near else ""
+        text = f"--type: found {kind[:64]!r}, expected one of {', '.join(expected)}; or leave it to the folder.{hint}"
+        raise Failure(text, Exit.USAGE)
 
 
 def told(body: _Body) -> _Body:

@@ -212,9 +212,10 @@ def _describe(path: Path, model_type: str) -> Description | None:
         asked = known.get(model_type.lower())
         same = model_type.lower() == description.family or (asked and asked == known.get(description.family))
         if model_type and not same:
+            others = "" if asked else f" It is no family either; these are known: {', '.join(sorted(known))}."
             raise ModelUnavailable(
                 f"MODEL_TYPE is {model_type!r}, but {path / DESCRIPTION} says {description.family!r}; "
-                f"leave MODEL_TYPE empty or set it to {description.family!r}."
+                f"leave MODEL_TYPE empty or set it to {description.family!r}.{others}"
             )
         return description
     if not model_type:

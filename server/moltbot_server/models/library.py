@@ -22,7 +22,15 @@ from moltbot_server.config import Settings
 from moltbot_server.demo_model import ARTIFACT
 from moltbot_server.errors import InvalidField, ModelExists, ModelInUse, ModelNotFound, ModelUnavailable
 from moltbot_server.models.encoder_folder import EncoderFolder, read_encoder_folder
-from moltbot_server.models.folder import BUILTIN_ID, BUILTIN_NAMES, SCRIPTED, ModelFolder, is_encoder, read_folder
+from moltbot_server.models.folder import (
+    BUILTIN_ID,
+    BUILTIN_NAMES,
+    SCRIPTED,
+    ModelFolder,
+    families,
+    is_encoder,
+    read_folder,
+)
 from moltbot_server.turns import Value
 from moltbot_server.workspace import Workspace
 
@@ -264,7 +272,13 @@ def open_folder(path: Path, model_type: str, model_id: str = "") -> ModelFolder 
         ModelUnavailable: it cannot be used; the text says what was found and what was expected.
     """
     if is_encoder(path):
-        return read_encoder_folder(path, model_id=model_id)
+        encoder = read_encoder_folder(path, model_id=model_id)
+        if model_type and model_type.lower() != encoder.family.lower():
+            raise ModelUnavailable(
+                f"MODEL_TYPE is {model_type!r}, but {path} holds an encoder of the family {encoder.family!r}; leave "
+                f"MODEL_TYPE empty. The families of models that write are {', '.join(sorted(families()))}."
+            )
+        return encoder
     return read_folder(path, model_type, model_id=model_id)
 
 
