@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import asyncio
+import functools
 import gc
 import json
 import logging
@@ -36,7 +37,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     try:
         key = workspace.read_key()
         overrides = {name: value for name, value in vars(flags).items() if name not in _OWN}
-        settings = load_settings(workspace.folder, os.environ, overrides)
+        reread = functools.partial(load_settings, workspace.folder, os.environ, overrides)
+        settings = reread()
     except (ConfigError, WorkspaceError) as error:
         print(f"moltbot: {error}", file=sys.stderr)
         return _BAD_CONFIGURATION
@@ -46,7 +48,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if flags.role == "engine":
         listen = flags.listen or f"unix:{workspace.engine_socket}"
         return uvloop.run(_run(lambda: _start_engine(settings, key, listen, flags.metrics_port)))
-    return uvloop.run(_run(lambda: _start_core(settings, key)))
+    return uvloop.run(_run(lambda: _start_core(settings, key, reread)))
 
 
 async def _run(start: Callable[[], Awaitable[tuple[Mapping[str, Any], Leave]]]) -> int:
@@ -80,11 +82,12 @@ async def _run(start: Callable[[], Awaitable[tuple[Mapping[str, Any], Leave]]]) 
 # Each role imports late what only it needs: the core none of the models' native code, the engine no store.
 
 
-async def _start_core(settings: Settings, key: str) -> tuple[Mapping[str, Any], Leave]:
+async def _start_core(settings: Settings, key: str, reread: Callable[[], Settings]) -> tuple[Mapping[str, Any], Leave]:
     from moltbot_server.app import Core
 
-    core = Core(settings, key=key)
+    core = Core(settings, key=key, reread=reread, environ=os.environ)
     await core.start()
+    asyncio.get_running_loop().add_signal_handler(signal.SIGHUP, core.reload_soon)
     ready = {
         "ready": True,
         "grpc": core.server.address,

@@ -7,10 +7,12 @@ import contextlib
 import logging
 import time
 from collections.abc import Mapping, Sequence
+from types import MappingProxyType
 from typing import Any
 
 from moltbot_server.auth.keys import Authenticator
 from moltbot_server.auth.policy import OWNER
+from moltbot_server.auth.provider_keys import ProviderKeys
 from moltbot_server.config import INLINE, Settings
 from moltbot_server.errors import ModelUnavailable, MoltBotError, Unauthenticated
 from moltbot_server.journal import Journal
@@ -18,9 +20,12 @@ from moltbot_server.metrics import Metrics
 from moltbot_server.models.caching.building import Caches
 from moltbot_server.models.catalog import Catalog
 from moltbot_server.models.context import ContextWindow
+from moltbot_server.models.lineup import Lineup
 from moltbot_server.models.manager import Loader, ModelManager
+from moltbot_server.models.providers import ProviderKey
 from moltbot_server.ops import OpsServer
 from moltbot_server.pipeline import TurnPipeline
+from moltbot_server.reloading import Reloading, Reread
 from moltbot_server.rpc.remote_engine import EngineLink, RemoteEngine
 from moltbot_server.rpc.server import GrpcServer
 from moltbot_server.sessions import Sessions
@@ -32,6 +37,7 @@ from moltbot_server.workspace import Workspace, parse_key
 log = logging.getLogger(__name__)
 
 WORKSPACE = "default"
+_EMPTY: Mapping[str, str] = MappingProxyType({})
 _KEEP_EPHEMERAL = 24 * 3600.0
 _PRUNE_EVERY = 600.0
 _ENGINE_START = 60.0
@@ -41,8 +47,19 @@ _SHORTEST_AT_HAND = 60.0
 class Core:
     """A running core: gRPC, its turns, its store, its model."""
 
-    def __init__(self, settings: Settings, *, key: str, catalog: Catalog | None = None) -> None:
-        """`key` is the workspace's own; `catalog` stands in for the configured model."""
+    def __init__(
+        self,
+        settings: Settings,
+        *,
+        key: str,
+        catalog: Catalog | None = None,
+        reread: Reread | None = None,
+        environ: Mapping[str, str] = _EMPTY,
+    ) -> None:
+        """`key` is the workspace's own; `catalog` stands in for the configured model.
+
+        `reread` reads the settings again, for a reload; `environ` may have keys of providers.
+        """
         self.settings = settings
         self.metrics = Metrics()
         self.store = SqliteStore(Workspace(folder=settings.workspace).database)
@@ -58,7 +75,17 @@ class Core:
             ttl=max(settings.cache.ttl, _SHORTEST_AT_HAND),
         )
         # What fits into another model's context may be more of a session than is at hand.
-        self.models = ModelManager(self.catalog, loader, on_switch=self.sessions.forget_idle)
+        self.keys = ProviderKeys(Workspace(folder=settings.workspace), environ, make=ProviderKey)
+        self.lineup = Lineup(self.catalog, self.keys, exhausted=lambda model: self.ledger.exhausted(WORKSPACE, model))
+        self.models = ModelManager(self.catalog, loader, on_switch=self.sessions.forget_idle, stays=self.lineup.owns)
+        self.reloading = Reloading(
+            settings,
+            reread=reread or (lambda: settings),
+            keys=self.keys,
+            lineup=self.lineup,
+            ledger=self.ledger,
+            answers=self.caches.answers,
+        )
         self.pipeline = TurnPipeline(
             store=self.store,
             journal=self.journal,
@@ -66,6 +93,8 @@ class Core:
             catalog=self.catalog,
             metrics=self.metrics,
             answers=self.caches.answers,
+            ledger=self.ledger,
+            price=self.lineup.price,
             system_prompt=settings.system_prompt,
             flush_interval=settings.flush_interval,
         )
@@ -81,6 +110,7 @@ class Core:
         self.ops: OpsServer | None = None
         self._serving = False
         self._pruning: asyncio.Task[None] | None = None
+        self._reloads: asyncio.Task[None] | None = None
 
     async def start(self) -> None:
         """Open the store, load and prove the model, then serve.
@@ -100,6 +130,8 @@ class Core:
             await self.caches.start()
             undo.push_async_callback(self.caches.close)
             await self._open_models()
+            undo.push_async_callback(self.lineup.close)
+            await self.reloading.open()
             caches = (self.caches.answers, self.sessions, self.caches.metadata)
             self.server.register(
                 authenticator=self.authenticator,
@@ -111,6 +143,7 @@ class Core:
                 catalog=self.catalog,
                 manager=self.models,
                 ledger=self.ledger,
+                reloading=self.reloading,
                 caches=caches,
                 max_inline_bytes=self.settings.max_inline_bytes,
             )
@@ -140,11 +173,26 @@ class Core:
         await self.server.stop(1.0)
         await self.caches.close()
         await self._close_models()
+        await self.lineup.close()
         await self.ledger.close()
         await self.store.close()
         if self.ops is not None:
             await asyncio.to_thread(self.ops.close)
         log.info("the core has left")
+
+    def reload_soon(self) -> None:
+        """Read the configuration again, as `ReloadRoutes` does; the log says how that went."""
+        if self._reloads is None or self._reloads.done():
+            self._reloads = asyncio.create_task(self._reload())
+
+    async def _reload(self) -> None:
+        try:
+            needs_restart = await self.reloading.reload()
+        except MoltBotError as error:
+            log.error("the configuration was not read again; the old one holds", extra={"problem": error.message})
+            return
+        if needs_restart:
+            log.warning("some of it needs a restart", extra={"keys": ", ".join(needs_restart)})
 
     def health(self) -> Mapping[str, Any]:
         """Return how the core is, for `/health`."""

@@ -11,10 +11,11 @@ import contextlib
 import hashlib
 import re
 import secrets
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import msgspec
 
+from moltbot_server.config_models import Price
 from moltbot_server.errors import (
     EmptyMessage,
     InvalidField,
@@ -34,6 +35,7 @@ from moltbot_server.sessions import OpenSession, Sessions
 from moltbot_server.store import Store, StoredTurn
 from moltbot_server.turn_run import TurnRun
 from moltbot_server.turns import (
+    Completed,
     Message,
     Principal,
     Role,
@@ -43,6 +45,7 @@ from moltbot_server.turns import (
     TurnKey,
     encode,
 )
+from moltbot_server.usage import Ledger
 
 _MOST_IN_A_SESSION = 128
 _NAME = re.compile(r"(?!\.+\Z)[A-Za-z0-9._~-]{1,128}\Z")  # dots alone are no name but a way up, in a path or a URL
@@ -68,15 +71,20 @@ class TurnPipeline:
         catalog: Catalog,
         metrics: Metrics,
         answers: AnswerCache,
+        ledger: Ledger,
+        price: Callable[[str], Price | None],
         system_prompt: str,
         flush_interval: float,
     ) -> None:
+        """`price` tells what a model costs; None for nothing."""
         self.store = store
         self.journal = journal
         self.metrics = metrics
         self._sessions = sessions
         self._catalog = catalog
         self._answers = answers
+        self._ledger = ledger
+        self._price = price
         self._rules = _system(system_prompt)
         self._flush_interval = flush_interval
         self._runs: set[TurnRun] = set()
@@ -114,6 +122,7 @@ class TurnPipeline:
             raise NotServing("the core is leaving; repeat with the same request_id", retry_after=1.0)
         entry = self._catalog.ready(turn.model)
         _check_model(turn, entry.engine)
+        warning = self._ledger.check(principal.workspace, turn.user, entry.engine.id)
         asker = Asker(workspace=principal.workspace, session=turn.session, deadline=deadline)
         self._admit(entry.engine, asker)
         key = SessionKey(workspace=principal.workspace, session=turn.session or secrets.token_hex(12))
@@ -145,7 +154,7 @@ class TurnPipeline:
         # The turn ends by its own deadline, which those who attach to it may move; the engine is stopped then.
         run = TurnRun(self, live, session, entry, Asker(workspace=asker.workspace, session=key.session))
         self._runs.add(run)
-        run.begin()
+        run.begin(warning)
         live.expire_at(deadline)
         return live
 
@@ -220,6 +229,11 @@ class TurnPipeline:
     ) -> Generation:
         """Begin the answer that a run listens to; raises what `Engine.begin` does."""
         return self._answers.begin(engine, messages, turn, asker.workspace, listener, asker)
+
+    def used(self, live: LiveTurn, ending: Completed, model: str) -> None:
+        """Count what an answer took."""
+        workspace, user = live.key.session.workspace, live.input.user
+        self._ledger.record(workspace, user, model, ending.usage, ending.cached, live.events[-1].at, self._price(model))
 
     def over(self, run: TurnRun) -> None:
         """Let a run go."""

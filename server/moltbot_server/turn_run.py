@@ -67,6 +67,9 @@ class Surroundings(Protocol):
     ) -> Generation:
         """Begin the answer; raises what `Engine.begin` does."""
 
+    def used(self, live: LiveTurn, ending: Completed, model: str) -> None:
+        """Count what an answer took."""
+
     def over(self, run: TurnRun) -> None:
         """Let a run go."""
 
@@ -129,10 +132,12 @@ class TurnRun:
 
     # --- accept --------------------------------------------------------------------------------------------------
 
-    def begin(self) -> None:
-        """Have the turn stored, and set out as soon as the session is free."""
+    def begin(self, warning: str = "") -> None:
+        """Have the turn stored, and set out as soon as the session is free. `warning` is told to its caller."""
         live, session = self._live, self._session
         live.record(Accepted(session=session.key.session, ordinal=live.key.ordinal, request_id=live.input.request_id))
+        if warning:
+            live.record(Notice(code="BUDGET", origin="", target="", reason=warning))
         self._accept()
         if session.enter(live, self._answer):
             self._answer()
@@ -330,6 +335,8 @@ class TurnRun:
             self._session.history.extend((question, said))
         live.end(last)
         self._pipeline.metrics.turn_ended(ending, row.model)
+        if isinstance(ending, Completed) and row.model:
+            self._pipeline.used(live, ending, row.model)
         self._leave()
 
     def _break_off(self) -> None:

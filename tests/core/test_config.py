@@ -174,8 +174,7 @@ def test_every_mistake_is_told_at_once_with_its_line_and_the_nearest_key(workspa
         "moltbot.yaml:4: unknown key `primry` in `models`; did you mean `primary`?",
         "moltbot.yaml:5: models.threshold.latency: found '3000', expected a duration with its unit, such as 3000ms "
         "or 3s, from 0.001 to 3600 seconds",
-        "moltbot.yaml:6: cache: found 'redis', expected the keys answers, host, max_bytes, "
-        "password, port, ttl, type",
+        "moltbot.yaml:6: cache: found 'redis', expected the keys answers, host, max_bytes, password, port, ttl, type",
         "moltbot.yaml:7: host 0.0.0.0 can be reached from other machines and nothing would encrypt what passes; "
         "name the proxy that ends TLS in `trusted_proxies`, or use 127.0.0.1",
         "environment variable WORKERS: workers: found '0', expected a whole number from 1 to 64",

@@ -34,6 +34,8 @@ POLICY: Mapping[str, frozenset[str] | None] = MappingProxyType(
         "/moltbot.v1.ModelService/LoadModel": _OWNERS,
         "/moltbot.v1.ModelService/SwitchModel": _OWNERS,
         "/moltbot.v1.ModelService/UnloadModel": _OWNERS,
+        "/moltbot.v1.RouteService/ListRoutes": _EVERYBODY,
+        "/moltbot.v1.RouteService/ReloadRoutes": _OWNERS,
         "/moltbot.v1.InferenceService/Generate": _EVERYBODY,
         "/moltbot.v1.InferenceService/CountTokens": _EVERYBODY,
         "/moltbot.v1.InferenceService/Abort": _EVERYBODY,

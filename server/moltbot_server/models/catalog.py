@@ -104,6 +104,10 @@ class Catalog:
         """The id of the model that answers when a turn names none."""
         return self._default
 
+    def __contains__(self, model: str) -> bool:
+        """Tell whether there is a model by this id."""
+        return model in self._entries
+
     @property
     def entries(self) -> list[CatalogEntry]:
         """All models, the default one first."""
@@ -172,6 +176,17 @@ class Catalog:
         if self._entries.get(entry.engine.id) is entry:
             del self._entries[entry.engine.id]
         return entry.engine
+
+    def take_out(self, model: str) -> CatalogEntry:
+        """Remove a model at once and return it; turns that hold it end with it, and it is still to be closed.
+
+        Another one has to be chosen if it was the default.
+
+        Raises:
+            ModelNotFound: no model has this id.
+        """
+        entry = self.entry(model)
+        return self._entries.pop(entry.engine.id)
 
     def numbers(self) -> Iterator[tuple[tuple[str, str], float]]:
         """Yield what is counted of each model: (its id, what), how many."""

@@ -8,7 +8,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Protocol
 
-from moltbot_server.errors import ModelExists, ModelNotLoadable, ModelUnavailable
+from moltbot_server.errors import ModelExists, ModelInUse, ModelNotLoadable, ModelUnavailable
 from moltbot_server.models.catalog import Catalog, CatalogEntry
 from moltbot_server.models.engine import Engine
 from moltbot_server.models.limits import can_write
@@ -52,8 +52,16 @@ class ModelManager:
     A turn is answered by the model that was chosen when it was accepted, whatever happens after that.
     """
 
-    def __init__(self, catalog: Catalog, loader: Loader, *, on_switch: Callable[[], None] = lambda: None) -> None:
-        """`on_switch` is called when another model has become the default."""
+    def __init__(
+        self,
+        catalog: Catalog,
+        loader: Loader,
+        *,
+        on_switch: Callable[[], None] = lambda: None,
+        stays: Callable[[str], bool] = lambda model: False,
+    ) -> None:
+        """`on_switch` is called when another model has become the default; `stays` tells what cannot be unloaded."""
+        self._stays = stays
         self._catalog = catalog
         self._on_switch = on_switch
         self._loader = loader
@@ -100,7 +108,8 @@ class ModelManager:
         """
         entry = self._catalog.ready(name)
         can_write(entry.engine.capabilities, "name")
-        await self._loader.prefer(entry.engine)
+        if not self._stays(name):
+            await self._loader.prefer(entry.engine)
         previous = self._catalog.default
         self._catalog.choose(name)
         if name != previous:
@@ -113,8 +122,10 @@ class ModelManager:
 
         Raises:
             ModelNotFound: no model has this name.
-            ModelInUse: it is the default model.
+            ModelInUse: it is the default model, or belongs to the configuration.
         """
+        if self._stays(name):
+            raise ModelInUse(f"{name} is there by the configuration; take it out of moltbot.yaml and reload that.")
         await asyncio.shield(asyncio.create_task(self._unload(name)))
 
     async def _load(self, spec: ModelSpec, progress: Progress) -> CatalogEntry:

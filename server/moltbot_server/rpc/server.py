@@ -23,6 +23,8 @@ from moltbot.v1 import (
     model_pb2_grpc,
     plugin_pb2,
     plugin_pb2_grpc,
+    route_pb2,
+    route_pb2_grpc,
     session_pb2,
     session_pb2_grpc,
     usage_pb2,
@@ -37,6 +39,7 @@ from moltbot_server.models.catalog import Catalog
 from moltbot_server.models.context import ContextWindow
 from moltbot_server.models.manager import ModelManager
 from moltbot_server.pipeline import TurnPipeline
+from moltbot_server.reloading import Reloading
 from moltbot_server.rpc import convert
 from moltbot_server.rpc.cache import CacheService, ClearableCache
 from moltbot_server.rpc.chat import ChatService
@@ -45,6 +48,7 @@ from moltbot_server.rpc.interceptors import Guard, GuardedServer
 from moltbot_server.rpc.model import ModelService
 from moltbot_server.rpc.plugin import PluginService
 from moltbot_server.rpc.reflection import SERVICE_NAME, ReflectionService
+from moltbot_server.rpc.route import RouteService
 from moltbot_server.rpc.session import SessionService
 from moltbot_server.rpc.usage import UsageService
 from moltbot_server.sessions import Sessions
@@ -62,6 +66,7 @@ SERVICES = tuple(
         (inference_pb2, "InferenceService"),
         (plugin_pb2, "PluginService"),
         (usage_pb2, "UsageService"),
+        (route_pb2, "RouteService"),
         (cache_pb2, "CacheService"),
     )
 )
@@ -114,6 +119,7 @@ class GrpcServer:
         catalog: Catalog,
         manager: ModelManager,
         ledger: Ledger,
+        reloading: Reloading,
         caches: Sequence[ClearableCache],
         max_inline_bytes: int,
     ) -> None:
@@ -127,6 +133,7 @@ class GrpcServer:
         inference_pb2_grpc.add_InferenceServiceServicer_to_server(InferenceService(catalog, reader), guarded)
         plugin_pb2_grpc.add_PluginServiceServicer_to_server(PluginService(), guarded)
         usage_pb2_grpc.add_UsageServiceServicer_to_server(UsageService(store, ledger), guarded)
+        route_pb2_grpc.add_RouteServiceServicer_to_server(RouteService(reloading, catalog), guarded)
         cache_pb2_grpc.add_CacheServiceServicer_to_server(CacheService(caches), guarded)
         health_pb2_grpc.add_HealthServicer_to_server(self._health, guarded)
         self._reflect(guarded)

@@ -1,0 +1,210 @@
+"""The models that the configuration adds to those of the engine: of providers, and the routes over all of them.
+
+What a configuration comes to is prepared whole, so that all that is wrong is found before anything changes, and then
+put into the catalog in one step. Turns under way keep the engine that they began with; one that is of no use any more
+is closed when its last turn has ended. What stays the same stays: its connections, what is known of its health.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import re
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, field, replace
+
+from moltbot_server.config_models import ModelRoute, Price, Provider, ProviderModel
+from moltbot_server.errors import BudgetExceeded, InvalidConfiguration, ModelNotFound
+from moltbot_server.models.catalog import Catalog, CatalogEntry
+from moltbot_server.models.engine import Engine
+from moltbot_server.models.providers import Cooldowns, KeyRing, Pools, ProviderEngine, resolve
+from moltbot_server.models.routing import Breakers, RouteEngine
+from moltbot_server.models.routing.engine import DEFAULT_ROUTE
+
+_log = logging.getLogger(__name__)
+
+_OTHER = re.compile(r"[^A-Za-z0-9._~-]+")
+
+LOCAL = frozenset({"local", "builtin", "built-in"})
+"""What a route may call the engine's own default model."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Plan:
+    """What a configuration asks for. `default`, the route of turns that name no model, counts if it has a primary."""
+
+    providers: tuple[Provider, ...]
+    default: ModelRoute
+    routes: tuple[ModelRoute, ...]
+
+    @property
+    def all_routes(self) -> tuple[ModelRoute, ...]:
+        """All routes that lead somewhere, the default one first."""
+        return ((self.default,) if self.default.primary else ()) + self.routes
+
+
+@dataclass(frozen=True, slots=True)
+class _Lines:
+    """A plan that was found to be sound: who serves which name, and the engines for it."""
+
+    plan: Plan
+    served: Mapping[str, str]
+    """The catalog's id of each name that a route uses."""
+    engines: Mapping[str, Engine]
+    sources: Mapping[str, object]
+    """What each engine was made from, by its id: one made from the same is kept."""
+    prices: Mapping[str, Price] = field(default_factory=dict)
+
+
+class Lineup:
+    """Keeps a catalog's remote models and routes as the configuration says. Belongs to the event loop's thread."""
+
+    def __init__(self, catalog: Catalog, keys: KeyRing, *, exhausted: Callable[[str], str] = lambda model: "") -> None:
+        """`exhausted` tells why a model must not be asked now for what it has cost; empty when it may."""
+        self._catalog = catalog
+        self._keys = keys
+        self._exhausted = exhausted
+        self._local = ""
+        self._lines = _Lines(Plan(providers=(), default=ModelRoute(), routes=()), {}, {}, {})
+        self._breakers = Breakers()
+        self._cooldowns = Cooldowns()
+        self._pools = Pools()
+        self._leaving: set[asyncio.Task[None]] = set()
+
+    def prepare(self, plan: Plan) -> _Lines:
+        """Return what a plan comes to; nothing changes.
+
+        Raises:
+            InvalidConfiguration: a route names a model that nobody serves, or two models want one name.
+        """
+        local = {entry.engine.id for entry in self._catalog.entries} - set(self._lines.engines)
+        problems: list[str] = []
+        served: dict[str, str] = {}
+        remote: dict[str, tuple[Provider, ProviderModel]] = {}
+        for where, name in _named(plan):
+            if name in served:
+                continue
+            if name in LOCAL or name in local:
+                served[name] = self._local if name in LOCAL else name
+                continue
+            try:
+                provider, model = resolve(name, plan.providers)
+            except ModelNotFound as problem:
+                here = ", ".join(sorted(local)) or "none is loaded"
+                problems.append(f"{where}: {problem.message} Local models: {here}.")
+                continue
+            served[name] = _slug(model.name)
+            remote.setdefault(served[name], (provider, replace(model, name=served[name], id=model.id or model.name)))
+        for provider in plan.providers:
+            for model in provider.models:
+                source = (provider, replace(model, name=_slug(model.name), id=model.id or model.name))
+                if remote.setdefault(source[1].name, source) != source:
+                    problems.append(
+                        f"providers: two of them have a model {model.name}; give one another name and an id"
+                    )
+        routes = {route.name or DEFAULT_ROUTE: route for route in plan.all_routes}
+        for name in sorted((routes.keys() & remote.keys()) | ((routes.keys() | remote.keys()) & local)):
+            problems.append(f"{name} is the name of two models; give one of them another name")
+        if problems:
+            raise InvalidConfiguration("; ".join(problems))
+        return self._made(plan, served, remote, routes)
+
+    def _made(
+        self,
+        plan: Plan,
+        served: Mapping[str, str],
+        remote: Mapping[str, tuple[Provider, ProviderModel]],
+        routes: Mapping[str, ModelRoute],
+    ) -> _Lines:
+        """Make the engines, keeping those that would be made from the same."""
+        sources: dict[str, object] = {**remote, **routes}
+        engines: dict[str, Engine] = {}
+        for name, source in sources.items():
+            old = self._lines.engines.get(name)
+            if old is not None and self._lines.sources.get(name) == source:
+                engines[name] = old
+            elif isinstance(source, ModelRoute):
+                engines[name] = RouteEngine(source, self._find, breakers=self._breakers)
+            else:
+                engines[name] = ProviderEngine(
+                    *remote[name], keys=self._keys, cooldowns=self._cooldowns, pools=self._pools
+                )
+        prices = {name: engine.price for name, engine in engines.items() if isinstance(engine, ProviderEngine)}
+        return _Lines(plan, served, engines, sources, {name: price for name, price in prices.items() if price})
+
+    async def open(self, plan: Plan) -> None:
+        """Put the first plan into the catalog, beside the engine's own models; raises what `prepare` does."""
+        self._local = self._catalog.default
+        await self.apply(self.prepare(plan))
+
+    async def apply(self, lines: _Lines) -> None:
+        """Put what was prepared in the place of what there is, in one step."""
+        fresh = [engine for name, engine in lines.engines.items() if self._lines.engines.get(name) is not engine]
+        for engine in fresh:
+            await engine.start()
+        old, self._lines = self._lines, lines
+        had_route = bool(old.plan.default.primary)
+        for name in old.engines:
+            if lines.engines.get(name) is not old.engines[name]:
+                self._let_go(self._catalog.take_out(name))
+        for engine in fresh:
+            self._catalog.add(engine)
+        # Whoever switched to another model by hand keeps it for as long as it is there.
+        gone = self._catalog.default not in self._catalog
+        if lines.plan.default.primary and (gone or not had_route):
+            self._catalog.choose(DEFAULT_ROUTE)
+        elif gone:
+            self._catalog.choose(self._local)
+
+    async def close(self) -> None:
+        """Close what is leaving; what is in the catalog is closed with that."""
+        leaving = tuple(self._leaving)
+        for task in leaving:
+            task.cancel()
+        await asyncio.gather(*leaving, return_exceptions=True)
+
+    def price(self, model: str) -> Price | None:
+        """Return what a model costs; None when nothing is known of it or it is local."""
+        return self._lines.prices.get(model)
+
+    def owns(self, model: str) -> bool:
+        """Tell whether a model is there by the configuration, and so cannot be unloaded."""
+        return model in self._lines.engines
+
+    def routes(self) -> Iterator[RouteEngine]:
+        """Yield the routes, the default one first."""
+        yield from (engine for engine in self._lines.engines.values() if isinstance(engine, RouteEngine))
+
+    def _find(self, name: str) -> CatalogEntry:
+        """Return the model that a route means by a name."""
+        model = self._lines.served.get(name, name)
+        if why := self._exhausted(model):
+            raise BudgetExceeded(why)
+        return self._catalog.entry(model)
+
+    def _let_go(self, entry: CatalogEntry) -> None:
+        task = asyncio.create_task(_leave(entry))
+        self._leaving.add(task)
+        task.add_done_callback(self._leaving.discard)
+
+
+async def _leave(entry: CatalogEntry) -> None:
+    """Close an engine that is in the catalog no longer when its last turn has ended."""
+    try:
+        await entry.drain()
+    finally:
+        await entry.engine.close()
+        _log.info("a model of the configuration was let go", extra={"model": entry.engine.id})
+
+
+def _named(plan: Plan) -> Iterator[tuple[str, str]]:
+    """Yield each name that a route has for a model, with the place where it is written."""
+    for route in plan.all_routes:
+        where = f"routes.{route.name}" if route.name else "models"
+        yield f"{where}.primary", route.primary
+        yield from ((f"{where}.fallback", name) for name in route.fallback)
+
+
+def _slug(name: str) -> str:
+    """Return a name as a resource id: what it has of other characters becomes a dash."""
+    return _OTHER.sub("-", name)[:128]

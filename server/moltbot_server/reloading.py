@@ -1,0 +1,114 @@
+"""What of a running core's configuration can change: providers, their keys, routes, budgets. All of it or nothing."""
+
+from __future__ import annotations
+
+import asyncio
+import dataclasses
+import hashlib
+import logging
+from collections.abc import Callable, Sequence
+
+from moltbot_server.auth.provider_keys import HeldKeys, ProviderKeys, variables_of
+from moltbot_server.config import ConfigError, Settings
+from moltbot_server.errors import InvalidConfiguration
+from moltbot_server.models.caching.answers import AnswerCache
+from moltbot_server.models.lineup import Lineup, Plan
+from moltbot_server.models.providers import ProviderKey, presets
+from moltbot_server.models.routing import RouteEngine
+from moltbot_server.usage import Ledger
+from moltbot_server.workspace import WorkspaceError
+
+log = logging.getLogger(__name__)
+
+Reread = Callable[[], Settings]
+"""Reads the configuration as the core was started with it; raises ConfigError."""
+
+_LIVE = frozenset({"providers", "models", "routes", "budgets", "currency"})
+_NO_SETTINGS = frozenset({"origins", "workspace"})
+
+
+class Reloading:
+    """Puts a configuration to use, the first one and those that come while turns run."""
+
+    def __init__(
+        self,
+        settings: Settings,
+        *,
+        reread: Reread,
+        keys: ProviderKeys[ProviderKey],
+        lineup: Lineup,
+        ledger: Ledger,
+        answers: AnswerCache,
+    ) -> None:
+        self._started_with = settings
+        self._reread = reread
+        self._keys = keys
+        self._lineup = lineup
+        self._ledger = ledger
+        self._answers = answers
+        self._one_at_a_time = asyncio.Lock()
+
+    @property
+    def routes(self) -> Sequence[RouteEngine]:
+        """The routes that are in use, the default one first."""
+        return tuple(self._lineup.routes())
+
+    async def open(self) -> None:
+        """Put the configuration to use that the core was started with.
+
+        Raises:
+            InvalidConfiguration: a route leads nowhere, or the vault cannot be opened.
+        """
+        settings = self._started_with
+        self._use_keys(self._read_keys(settings))
+        await self._lineup.open(_plan(settings))
+        self._answers.renew(_salt(settings))
+
+    async def reload(self) -> Sequence[str]:
+        """Read the configuration and the keys again and put them to use; return what only the next start would use.
+
+        Raises:
+            InvalidConfiguration: something is wrong; nothing has changed.
+            StorageUnavailable: the budgets cannot be counted now; nothing has changed.
+        """
+        async with self._one_at_a_time:
+            try:
+                settings = await asyncio.to_thread(self._reread)
+                held = await asyncio.to_thread(self._read_keys, settings)
+            except (ConfigError, WorkspaceError) as problem:
+                raise InvalidConfiguration(str(problem)) from None
+            lines = self._lineup.prepare(_plan(settings))
+            await self._ledger.replace(settings.budgets, settings.currency)
+            self._use_keys(held)
+            await self._lineup.apply(lines)
+            self._answers.renew(_salt(settings))
+            log.info("the configuration was read again", extra={"routes": len(self.routes)})
+            return _needs_restart(self._started_with, settings)
+
+    def _read_keys(self, settings: Settings) -> HeldKeys[ProviderKey]:
+        known = {name: preset.key_env for name, preset in presets().items()}
+        try:
+            return self._keys.read(variables_of(settings.providers, known))
+        except (ConfigError, WorkspaceError) as problem:
+            raise InvalidConfiguration(str(problem)) from None
+
+    def _use_keys(self, held: HeldKeys[ProviderKey]) -> None:
+        for problem in held.problems:
+            log.warning("a provider key is not used", extra={"problem": problem})
+        self._keys.use(held)
+
+
+def _plan(settings: Settings) -> Plan:
+    return Plan(providers=settings.providers, default=settings.models, routes=settings.routes)
+
+
+def _salt(settings: Settings) -> bytes:
+    """Return what tells one way to answer from another: with other routes, what was kept counts no more."""
+    told = repr((settings.providers, settings.models, settings.routes))
+    return hashlib.blake2b(told.encode(), digest_size=8).digest()
+
+
+def _needs_restart(before: Settings, now: Settings) -> Sequence[str]:
+    names = (item.name for item in dataclasses.fields(Settings))
+    changed = (name for name in names if getattr(before, name) != getattr(now, name))
+    return sorted(set(changed) - _LIVE - _NO_SETTINGS)

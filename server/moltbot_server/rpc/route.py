@@ -1,0 +1,52 @@
+"""RouteService: which models answer, how they are, and the configuration read again."""
+
+from __future__ import annotations
+
+from moltbot.v1 import route_pb2, route_pb2_grpc
+
+from moltbot_server.models.catalog import Catalog
+from moltbot_server.models.routing import BreakerState, ModelOfRoute, RouteEngine
+from moltbot_server.reloading import Reloading
+from moltbot_server.rpc import convert
+from moltbot_server.rpc.interceptors import Call
+
+_STATES = {state: route_pb2.BreakerState.Value(f"BREAKER_STATE_{state.value.upper()}") for state in BreakerState}
+
+
+class RouteService(route_pb2_grpc.RouteServiceServicer):
+    """Serves routes."""
+
+    def __init__(self, reloading: Reloading, catalog: Catalog) -> None:
+        self._reloading = reloading
+        self._catalog = catalog
+
+    async def ListRoutes(self, request: route_pb2.ListRoutesRequest, call: Call) -> route_pb2.ListRoutesResponse:  # type: ignore[override]
+        """Answer the routes and how their models are."""
+        return route_pb2.ListRoutesResponse(routes=self._routes())
+
+    async def ReloadRoutes(self, request: route_pb2.ReloadRoutesRequest, call: Call) -> route_pb2.ReloadRoutesResponse:  # type: ignore[override]
+        """Read the configuration and the keys again."""
+        needs_restart = await self._reloading.reload()
+        return route_pb2.ReloadRoutesResponse(routes=self._routes(), needs_restart=needs_restart)
+
+    def _routes(self) -> list[route_pb2.Route]:
+        default = self._catalog.default
+        return [_route(engine, is_default=engine.id == default) for engine in self._reloading.routes]
+
+
+def _route(engine: RouteEngine, *, is_default: bool) -> route_pb2.Route:
+    return route_pb2.Route(
+        name=f"routes/{engine.id}", is_default=is_default, models=[_model(model) for model in engine.models]
+    )
+
+
+def _model(model: ModelOfRoute) -> route_pb2.RouteModel:
+    return route_pb2.RouteModel(
+        model=f"models/{model.model}",
+        state=_STATES[model.state],
+        reason=model.reason,
+        error_rate=model.error_rate,
+        recent_attempts=model.recent_attempts,
+        rest=convert.duration(model.rest) if model.rest else None,
+        first_token=None if model.first_token is None else convert.duration(model.first_token),
+    )
