@@ -74,10 +74,9 @@ class Core:
             max_bytes=settings.cache.max_bytes,
             ttl=max(settings.cache.ttl, _SHORTEST_AT_HAND),
         )
-        # What fits into another model's context may be more of a session than is at hand.
         self.keys = ProviderKeys(Workspace(folder=settings.workspace), environ, make=ProviderKey)
         self.lineup = Lineup(self.catalog, self.keys, exhausted=lambda model: self.ledger.exhausted(WORKSPACE, model))
-        self.models = ModelManager(self.catalog, loader, on_switch=self.sessions.forget_idle, stays=self.lineup.owns)
+        self.models = ModelManager(self.catalog, loader, on_switch=self._switched, stays=self.lineup.owns)
         self.reloading = Reloading(
             settings,
             reread=reread or (lambda: settings),
@@ -234,6 +233,13 @@ class Core:
     def _window(self, history: Sequence[Message]) -> ContextWindow:
         engine = self.catalog.entries[0].engine
         return ContextWindow.of(history, engine.count, engine.capabilities.context_length)
+
+    def _switched(self) -> None:
+        """Take note that another model answers by default."""
+        # What fits into its context may be more of a session than is at hand.
+        self.sessions.forget_idle()
+        # What the model before would have said is not what this one says.
+        self.reloading.renew_answers()
 
     async def _prune(self) -> None:
         """Forget the sessions of stateless callers once their calls are no longer repeated."""

@@ -17,6 +17,7 @@ from collections.abc import Callable, Collection, Sequence
 from importlib import metadata
 from pathlib import Path
 
+from moltbot_server.cli.cache import add_cache
 from moltbot_server.cli.key import add_key
 from moltbot_server.cli.mock_provider import add_mock_provider
 from moltbot_server.cli.model import add_model
@@ -119,6 +120,7 @@ def _parser() -> tuple[argparse.ArgumentParser, Collection[str]]:
     add_model(add)
     add_key(add)
     add_usage(add)
+    add_cache(add)
     add("link", _link, "Print a fresh link that opens the web chat once, within 15 minutes.", "moltbot link")
     status = add("status", _status, "Tell what runs, where, for how long, and what memory it takes.",
                  "moltbot status", "moltbot status --json")  # fmt: skip

@@ -247,6 +247,11 @@ class RemoteEngine:
         self._refused: dict[str, float] = {}
 
     @property
+    def greedy(self) -> bool:
+        """Whether it says the same to the same question unless it is told to vary: a script may do as it likes."""
+        return self.type != "scripted"
+
+    @property
     def healthy(self) -> bool:
         """Whether its engine answers, or has been away for a short while only."""
         return self._link.lost_for < PATIENCE

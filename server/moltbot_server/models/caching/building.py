@@ -33,7 +33,6 @@ class Caches(NamedTuple):
             ttl=cache.ttl,
             max_bytes=0 if shared else cache.max_bytes,
             answers=cache.answers if cache.ttl > 0 else "off",
-            salt=routing_digest(settings),
         )
         return cls(answers, MetadataCache(ttl=cache.ttl, max_bytes=_METADATA_BYTES))
 
@@ -47,9 +46,9 @@ class Caches(NamedTuple):
         await self.answers.close()
 
 
-def routing_digest(settings: Settings) -> bytes:
-    """Return a digest of what decides which model answers: for `AnswerCache.renew` when settings change."""
-    decides = (settings.models, settings.routes, settings.providers)
+def routing_digest(settings: Settings, default: str) -> bytes:
+    """Return a digest of what decides which model answers, for `AnswerCache.renew`; `default` is the default model."""
+    decides = (settings.models, settings.routes, settings.providers, default)
     return blake2b(repr(decides).encode(), digest_size=16).digest()
 
 

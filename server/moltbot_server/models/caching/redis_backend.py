@@ -28,6 +28,7 @@ REST = 5.0
 """Seconds after which Redis is tried again when it failed."""
 
 _LONGEST_CONNECT = 2.0
+_SOON = 0.5  # seconds that a start waits for Redis
 _LONGEST_CLEAR = 30.0
 _TOGETHER = 256
 _LARGEST = 1 << 20
@@ -74,7 +75,7 @@ class RedisBackend:
 
     async def start(self) -> None:
         """Connect; where nobody answers it is tried again and again, and nothing is kept meanwhile."""
-        if not await self._answers():
+        if not await self._answers(_SOON):
             log.warning("the cache cannot be reached; answers are not kept until it can", extra={"at": self.address})
             self._probe = asyncio.create_task(self._wait_for_it(REST))
 
@@ -202,14 +203,14 @@ class RedisBackend:
         """Try every now and then whether Redis is there again."""
         while True:
             await asyncio.sleep(rest)
-            if await self._answers():
+            if await self._answers(_LONGEST_CONNECT):
                 break
             rest = REST
         log.info("the cache is there again", extra={"at": self.address})
 
-    async def _answers(self) -> bool:
+    async def _answers(self, within: float) -> bool:
         with contextlib.suppress(*_PROBLEMS):
-            async with asyncio.timeout(_LONGEST_CONNECT):
+            async with asyncio.timeout(within):
                 await self._client.ping()
                 self._there = True
                 return True

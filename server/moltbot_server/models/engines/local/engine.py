@@ -52,6 +52,7 @@ class LocalEngine:
 
     is_route = False
     rest = 0.0
+    greedy = True  # without a temperature it takes the likeliest token, so its answers may be kept
 
     def __init__(
         self,

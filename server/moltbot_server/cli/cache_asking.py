@@ -1,0 +1,104 @@
+"""What `moltbot cache` does: asks the core that runs, and prints a table or JSON."""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import json
+from collections.abc import Awaitable, Callable, Mapping, Sequence
+from typing import Any, TypeVar
+
+import grpc
+from moltbot.channel import open_channel
+from moltbot.errors import from_status
+from moltbot.v1 import cache_pb2, cache_pb2_grpc
+
+from moltbot_server.cli.asking import Place
+from moltbot_server.cli.model_place import Models, told
+from moltbot_server.cli.terminal import Exit, Failure, command
+from moltbot_server.models.sizes import readable
+
+_Answer = TypeVar("_Answer")
+_PATIENCE = 60.0
+
+
+@told
+def list_caches(given: argparse.Namespace) -> int:
+    """Print the caches; return the exit status."""
+
+    async def ask(service: Any, metadata: Any) -> Sequence[cache_pb2.Cache]:
+        answer = await service.ListCaches(cache_pb2.ListCachesRequest(), metadata=metadata, timeout=_PATIENCE)
+        return list(answer.caches)
+
+    caches = [_entry(cache) for cache in asyncio.run(_asked(_core(given), ask))]
+    print(json.dumps({"caches": caches}) if given.json else _table(caches))
+    return int(Exit.OK)
+
+
+@told
+def clear_caches(given: argparse.Namespace) -> int:
+    """Clear a cache or all of them; return the exit status."""
+    request = cache_pb2.ClearCacheRequest(name=f"caches/{given.name or '-'}")
+
+    async def ask(service: Any, metadata: Any) -> int:
+        return int((await service.ClearCache(request, metadata=metadata, timeout=_PATIENCE)).cleared)
+
+    cleared = asyncio.run(_asked(_core(given), ask))
+    if given.json:
+        print(json.dumps({"cleared": cleared}))
+    else:
+        print(f"{cleared} {'entry was' if cleared == 1 else 'entries were'} forgotten.")
+    return int(Exit.OK)
+
+
+def _core(given: argparse.Namespace) -> Place:
+    models = Models.of(given)
+    place = models.core()
+    if place is None:
+        start = command("start", models.workspace)
+        raise Failure(f"MoltBot is not running, and only it has caches: start it with `{start}`.", Exit.UNAVAILABLE)
+    return place
+
+
+async def _asked(place: Place, ask: Callable[[Any, Any], Awaitable[_Answer]]) -> _Answer:
+    channel = open_channel(place.address, None)
+    try:
+        return await ask(cache_pb2_grpc.CacheServiceStub(channel), (("authorization", f"Bearer {place.key}"),))
+    except grpc.aio.AioRpcError as error:
+        raise from_status(error, place.address) from None
+    finally:
+        await channel.close()
+
+
+def _entry(cache: cache_pb2.Cache) -> dict[str, Any]:
+    return {
+        "name": cache.name.removeprefix("caches/"),
+        "backend": cache.backend,
+        "entries": cache.entries,
+        "bytes": cache.bytes,
+        "max_bytes": cache.max_bytes,
+        "ttl": cache.ttl.ToTimedelta().total_seconds(),
+        "hits": cache.hits,
+        "misses": cache.misses,
+        "joined": cache.joined,
+    }
+
+
+def _table(caches: Sequence[Mapping[str, Any]]) -> str:
+    rows = [("NAME", "KEPT IN", "ENTRIES", "SIZE", "AT MOST", "FOR", "HITS", "MISSES", "JOINED")]
+    for cache in caches:
+        here = cache["backend"] == "memory"
+        rows.append(
+            (
+                cache["name"],
+                cache["backend"],
+                str(cache["entries"]) if here else "-",
+                readable(cache["bytes"]) if here else "-",
+                readable(cache["max_bytes"]) if cache["max_bytes"] else "-",
+                f"{cache['ttl']:g} s",
+                *(str(cache[count]) for count in ("hits", "misses", "joined")),
+            )
+        )
+    widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
+    lines = ("  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)) for row in rows)
+    return "\n".join(line.rstrip() for line in lines)
