@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import dataclasses
-import hashlib
 import logging
 from collections.abc import Callable, Sequence
 
@@ -12,6 +11,7 @@ from moltbot_server.auth.provider_keys import HeldKeys, ProviderKeys, variables_
 from moltbot_server.config import ConfigError, Settings
 from moltbot_server.errors import InvalidConfiguration
 from moltbot_server.models.caching.answers import AnswerCache
+from moltbot_server.models.caching.building import routing_digest
 from moltbot_server.models.lineup import Lineup, Plan
 from moltbot_server.models.providers import ProviderKey, presets
 from moltbot_server.models.routing import RouteEngine
@@ -40,7 +40,7 @@ class Reloading:
         ledger: Ledger,
         answers: AnswerCache,
     ) -> None:
-        self._started_with = settings
+        self._started_with = self._settings = settings
         self._reread = reread
         self._keys = keys
         self._lineup = lineup
@@ -62,7 +62,11 @@ class Reloading:
         settings = self._started_with
         self._use_keys(self._read_keys(settings))
         await self._lineup.open(_plan(settings))
-        self._answers.renew(_salt(settings))
+        self.renew_answers()
+
+    def renew_answers(self) -> None:
+        """Let no answer be given again that others than those who answer now have said."""
+        self._answers.renew(routing_digest(self._settings, self._lineup.default))
 
     async def reload(self) -> Sequence[str]:
         """Read the configuration and the keys again and put them to use; return what only the next start would use.
@@ -81,7 +85,8 @@ class Reloading:
             await self._ledger.replace(settings.budgets, settings.currency)
             self._use_keys(held)
             await self._lineup.apply(lines)
-            self._answers.renew(_salt(settings))
+            self._settings = settings
+            self.renew_answers()
             log.info("the configuration was read again", extra={"routes": len(self.routes)})
             return _needs_restart(self._started_with, settings)
 
@@ -100,12 +105,6 @@ class Reloading:
 
 def _plan(settings: Settings) -> Plan:
     return Plan(providers=settings.providers, default=settings.models, routes=settings.routes)
-
-
-def _salt(settings: Settings) -> bytes:
-    """Return what tells one way to answer from another: with other routes, what was kept counts no more."""
-    told = repr((settings.providers, settings.models, settings.routes))
-    return hashlib.blake2b(told.encode(), digest_size=8).digest()
 
 
 def _needs_restart(before: Settings, now: Settings) -> Sequence[str]:

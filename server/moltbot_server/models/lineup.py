@@ -163,6 +163,11 @@ class Lineup:
             task.cancel()
         await asyncio.gather(*leaving, return_exceptions=True)
 
+    @property
+    def default(self) -> str:
+        """The id of the model or route that answers when a turn names none."""
+        return self._catalog.default
+
     def price(self, model: str) -> Price | None:
         """Return what a model costs; None when nothing is known of it or it is local."""
         return self._lines.prices.get(model)
