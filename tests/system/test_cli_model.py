@@ -146,6 +146,18 @@ class TestWithoutACore:
         assert (await home.run("model", "list", "--json")).json["at_start"] == BUILT_IN
         assert (await home.run("model", "remove", "twin")).status == 0
 
+    async def test_a_choice_that_an_engine_elsewhere_would_never_read_is_refused(self, home: Home) -> None:
+        twin(home.folder / "twin")
+        await home.run("model", "add", "twin")
+        (home.workspace / "moltbot.yaml").write_text("engine: dns:///models.example.com:50061\n")
+        for words in (("twin",), ("--configured",)):
+            refused = await home.run("model", "switch", *words)
+            assert (refused.status, refused.out) == (1, "")
+            assert "Switch in the engine's own workspace" in refused.err
+        (home.workspace / "moltbot.yaml").write_text(f"engine: unix:{home.workspace}/run/engine.sock\n")
+        assert (await home.run("model", "switch", "twin")).status == 0
+        assert (await home.run("model", "list", "--json")).json["at_start"] == "twin", "the workspace is the engine's"
+
     async def test_a_switch_that_the_environment_would_overrule_says_so(self, home: Home) -> None:
         twin(home.folder / "twin")
         await home.run("model", "add", "twin")
@@ -341,6 +353,22 @@ class TestWithAScriptedCore:
         words = (await home.run("model", "list")).out
         assert "answers, 2.4 MB" in words
         assert f"After the next start {BUILT_IN} answers, not twin." in words
+
+    async def test_with_an_engine_elsewhere_what_answers_after_a_start_is_not_guessed(
+        self, home: Home, core: Scripted
+    ) -> None:
+        (home.workspace / "moltbot.yaml").write_text("engine: dns:///models.example.com:50061\n")
+        found = (await home.run("model", "list", "--json")).json
+        assert (found["answers"], found["at_start"]) == (BUILT_IN, None)
+        assert found["engine"] == "dns:///models.example.com:50061"
+        words = (await home.run("model", "list")).out
+        assert "The engine at dns:///models.example.com:50061 answers; its own workspace says" in words
+        assert "at start" not in words
+        switched = await home.run("model", "switch", "twin")
+        assert switched.status == 0
+        assert switched.out.startswith("twin answers. Which model answers after a start is for the engine at dns:///")
+        assert (await home.run("model", "switch", "twin", "--default")).status == 1
+        assert "name the model" in (await home.run("model", "tune")).err
 
     async def test_what_answers_is_not_removed_and_what_is_loaded_is_unloaded_first(
         self, home: Home, core: Scripted

@@ -93,6 +93,11 @@ def switch_model(given: argparse.Namespace) -> int:
     if bool(given.name) == given.configured:
         raise Failure("name the model that is to answer, or give --configured alone.", Exit.USAGE)
     models = Models.of(given, make=True)
+    place = models.core() if given.name else None
+    if models.elsewhere and (place is None or given.default):
+        # What would be written down here is read by nobody.
+        there = "Switch in the engine's own workspace, or here while MoltBot runs and without --default"
+        raise Failure(f"{_decides(models)} {there}.")
     if given.configured:
         models.library.choose("")
         _say(given, {"at_start": models.at_start}, f"From the next start on {models.at_start} answers.")
@@ -100,7 +105,6 @@ def switch_model(given: argparse.Namespace) -> int:
     model = models.find(given.name)
     if is_encoder(models.library.path(model)):
         raise Failure(f"{model.name} turns texts into vectors and writes no answers; switch to a model that does.")
-    place = models.core()
     names = loaded_models(place)
     if model.name not in names:
         _check_folder(models, model)
@@ -181,10 +185,12 @@ def _keep(models: Models, model: KnownModel) -> None:
 
 def _tell(given: argparse.Namespace, models: Models, model: KnownModel, *, running: bool, previous: str) -> None:
     at_start = models.at_start
-    found = {"name": model.name, "running": running, "previous": previous, "at_start": at_start}
+    found = {"name": model.name, "running": running, "previous": previous, "at_start": at_start or None}
     again = command(f"model switch {model.name} --default", models.workspace)
     if not running:
         words = f"From the next start on {at_start} answers: {command('start', models.workspace)}"
+    elif models.elsewhere:
+        words = f"{model.name} answers. {_decides(models)}"
     elif at_start == model.name:
         words = f"{model.name} answers, also after the next start."
     elif given.default:
@@ -192,6 +198,10 @@ def _tell(given: argparse.Namespace, models: Models, model: KnownModel, *, runni
     else:
         words = f"{model.name} answers. After the next start {at_start} does; to keep this one: {again}"
     _say(given, found, words)
+
+
+def _decides(models: Models) -> str:
+    return f"Which model answers after a start is for the engine at {models.elsewhere} to say."
 
 
 def _say(given: argparse.Namespace, found: dict[str, object], words: str) -> None:

@@ -32,12 +32,15 @@ def list_models(given: argparse.Namespace) -> int:
     at_start = models.at_start
     answers = next((name for name, model in loaded.items() if model.is_default), None)
     if given.json:
-        print(json.dumps({"running": place is not None, "answers": answers, "at_start": at_start, "models": entries}))
+        found = {"running": place is not None, "answers": answers, "at_start": at_start or None, "models": entries}
+        print(json.dumps(found | {"engine": models.elsewhere}))
         return int(Exit.OK)
     print(_table(entries, at_start))
     if place is None:
         print(f"\nMoltBot is not running: start it with `{command('start', models.workspace)}`.")
-    elif answers != at_start:
+    if models.elsewhere:
+        print(f"\nThe engine at {models.elsewhere} answers; its own workspace says with which model after a start.")
+    elif place is not None and answers != at_start:
         print(f"\nAfter the next start {at_start} answers, not {answers}.")
     return int(Exit.OK)
 

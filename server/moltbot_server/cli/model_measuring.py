@@ -72,6 +72,8 @@ def _model(models: Models, name: str) -> KnownModel:
     path = Path(name).expanduser().absolute()
     if name and path.is_dir() and not models.library.knows(name):
         return KnownModel(name=name_of(path.name), origin=Origin.ADDED, path=str(path))
+    if not name and models.elsewhere:
+        raise Failure(f"name the model: which one answers is for the engine at {models.elsewhere} to say.", Exit.USAGE)
     return models.find(name or models.at_start)
 
 

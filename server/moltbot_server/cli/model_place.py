@@ -16,7 +16,7 @@ from moltbot_server.cli.asking import Place, failure
 from moltbot_server.cli.reaching import find_core
 from moltbot_server.cli.running import is_held
 from moltbot_server.cli.terminal import Exit, Failure, command
-from moltbot_server.config import Settings, load_settings
+from moltbot_server.config import INLINE, Settings, load_settings
 from moltbot_server.errors import InvalidField, ModelNotFound, ModelUnavailable, MoltBotError
 from moltbot_server.models.encoder_folder import EncoderFolder
 from moltbot_server.models.folder import BUILTIN_ID, SCRIPTED, ModelFolder, configured_folder, families
@@ -75,8 +75,16 @@ class Models:
         return known
 
     @property
+    def elsewhere(self) -> str:
+        """The address of an engine that is not this workspace's, and has a choice of its own; empty without one."""
+        engine = self.settings.engine
+        return "" if engine in ("", INLINE, f"unix:{self.workspace.engine_socket}") else engine
+
+    @property
     def at_start(self) -> str:
-        """The name of the model that would answer after a start."""
+        """The name of the model that would answer after a start; empty where an engine elsewhere decides that."""
+        if self.elsewhere:
+            return ""
         try:
             chosen = default_model(self.settings)
         except ModelUnavailable:
