@@ -64,11 +64,12 @@ class Provider:
 class ModelRoute:
     """Which model answers, which ones stand in, and when; the route of the key `models` has no name.
 
-    An empty `primary` is the local model. Seconds: `latency`, after which another model is asked as well; `timeout` of
-    a whole turn; `cooldown` of a model that failed; `window` in which failures are counted. Shares of 1: `error_rate`,
-    from which a model rests once it was asked `min_attempts` times in the window; `retry_budget`, how many attempts
-    more than turns there may be. `on_failure` says what becomes of an answer that broke after its first word.
-    `weights` share turns among the models named in it; without, the order alone counts.
+    An empty `primary` is the local model. Seconds: `latency`, after which another model is asked as well; `timeout`,
+    after which a silent model is given up; `cooldown` of one that failed; `window` in which failures are counted.
+    Shares of 1: `error_rate`, above which a model rests once it was asked `min_attempts` times in the window;
+    `retry_budget`, how many attempts more than turns there should be. `on_failure` says what becomes of an answer that
+    broke after its first word. `weights` share conversations among the models that they name; without, the order alone
+    counts.
     """
 
     name: str = ""
