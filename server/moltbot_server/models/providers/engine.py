@@ -62,9 +62,9 @@ class ProviderEngine:
         self.capabilities = _capabilities(self.terms)
         self.provider = provider
         self.dialect = DIALECTS[self.terms.dialect]
-        self.cooldowns = cooldowns or Cooldowns()
-        self._ring: KeyRing = keys or NoKeys()
-        self._pools = pools or Pools()
+        self.cooldowns = Cooldowns() if cooldowns is None else cooldowns  # an empty one is false
+        self._ring: KeyRing = NoKeys() if keys is None else keys
+        self._pools = Pools() if pools is None else pools
         self._origin = Origin.of(urlsplit(self.terms.url))
         self._pool: Pool | None = None
         self._turn = 0

@@ -53,6 +53,10 @@ class Pool:
         self._all: set[Connection] = set()
         self._closed = False
 
+    def __len__(self) -> int:
+        """How many connections there are."""
+        return len(self._all)
+
     @property
     def sends_whole_addresses(self) -> bool:
         """Whether requests name the whole address, as a proxy without a tunnel wants it."""
@@ -113,17 +117,15 @@ class Pool:
         loop = asyncio.get_running_loop()
         origin, proxy = self._origin, self._proxy
         sock = await _dial(Origin.of(proxy) if proxy else origin)
+        connection = Connection(self._free, self._gone)
         try:
             if proxy is not None and origin.tls:
                 await _tunnel(sock, origin, proxy)
             tls: Any = (self._tls or trusted()) if origin.tls else None
-            _, connection = await loop.create_connection(
-                lambda: Connection(self._free, self._gone),
-                sock=sock,
-                ssl=tls,
-                server_hostname=origin.host if tls else None,
-            )
+            name = origin.host if tls else None
+            await loop.create_connection(lambda: connection, sock=sock, ssl=tls, server_hostname=name)
         except BaseException:
+            connection.abort()  # it may be there already when whoever wanted it has left
             sock.close()
             raise
         return connection
