@@ -1,23 +1,18 @@
 """`moltbot chat`: one question for scripts, and a conversation at a terminal."""
 
 import asyncio
-import fcntl
 import json
 import os
-import pty
 import signal
 import socket
 import stat
-import struct
-import termios
-from asyncio.subprocess import Process
 from collections.abc import AsyncIterator
-from contextlib import asynccontextmanager
 from pathlib import Path
 
 import pytest
 import pytest_asyncio
-from cli_process import COMMAND, Home, Started
+from cli_process import Home, Started
+from cli_terminal import terminal
 from moltbot import MoltBot
 
 RED = "\x1b[31m"
@@ -163,72 +158,6 @@ async def test_a_second_ctrl_c_leaves_a_core_that_does_not_answer(home: Home) ->
             connection.close()
         assert process.returncode == 130
         assert (await ended)[1] == b""
-
-
-class Terminal:
-    """A terminal with a `moltbot chat` in it."""
-
-    def __init__(self, process: Process, descriptor: int) -> None:
-        self.process = process
-        self._descriptor = descriptor
-        self._arrived = asyncio.Event()
-        self.shown = ""
-        asyncio.get_running_loop().add_reader(descriptor, self._read)
-
-    def _read(self) -> None:
-        try:
-            self.shown += os.read(self._descriptor, 65536).decode("utf-8", "replace")
-        except OSError:  # Linux says that the other end is closed
-            self.close()
-        self._arrived.set()
-
-    async def until(self, text: str, *, after: int = 0) -> int:
-        """Wait for a text on the screen; return where it ends."""
-        async with asyncio.timeout(20):
-            while (found := self.shown.find(text, after)) < 0:
-                self._arrived.clear()
-                await self._arrived.wait()
-        return found + len(text)
-
-    def type(self, text: str) -> None:
-        """Type a text."""
-        os.write(self._descriptor, text.encode())
-
-    def close(self) -> None:
-        """Look no longer."""
-        asyncio.get_running_loop().remove_reader(self._descriptor)
-
-
-@asynccontextmanager
-async def terminal(home: Home, *arguments: str) -> AsyncIterator[Terminal]:
-    """Run `moltbot chat` at a terminal of 100 columns."""
-    ours, theirs = pty.openpty()
-    fcntl.ioctl(theirs, termios.TIOCSWINSZ, struct.pack("HHHH", 40, 100, 0, 0))
-    home.variables["TERM"] = "xterm"
-
-    def take() -> None:
-        os.setsid()
-        fcntl.ioctl(0, termios.TIOCSCTTY, 0)
-
-    process = await asyncio.create_subprocess_exec(
-        *(*COMMAND, "chat", *arguments),
-        cwd=home.folder,
-        env=home.environ,
-        stdin=theirs,
-        stdout=theirs,
-        stderr=theirs,
-        preexec_fn=take,
-    )
-    os.close(theirs)
-    screen = Terminal(process, ours)
-    try:
-        yield screen
-    finally:
-        if process.returncode is None:
-            process.kill()
-            await process.wait()
-        screen.close()
-        os.close(ours)
 
 
 async def test_a_conversation_streams_remembers_and_is_left_by_ctrl_d(home: Home) -> None:

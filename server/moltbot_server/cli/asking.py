@@ -12,11 +12,13 @@ from contextlib import aclosing, asynccontextmanager
 from dataclasses import dataclass
 from typing import Any
 
+from google.protobuf.duration_pb2 import Duration
 from google.protobuf.json_format import MessageToDict
 from moltbot import MoltBot, MoltBotClientError
 from moltbot.errors import from_event
 from moltbot.v1 import chat_pb2, message_pb2
 
+from moltbot_server.cli.showing import Shown
 from moltbot_server.cli.terminal import Exit, Failure, harmless
 
 CHANNEL = "cli"
@@ -100,7 +102,8 @@ async def ask(place: Place, text: str, *, session: str, model: str, form: str) -
     async with place.connect() as bot, interrupts() as pressed:
         turn: list[str] = []
         completed: chat_pb2.Completed | None = None
-        shown = _Shown(form)
+        shown = Shown()
+        show = {"text": shown.show, "events": _print_event}.get(form)
         try:
             stream = bot.stream_turn(text, session=session, model=_model(model), channel=CHANNEL)
             async with aclosing(stream) as events, cancelling(bot, turn, pressed):
@@ -109,11 +112,13 @@ async def ask(place: Place, text: str, *, session: str, model: str, form: str) -
                         turn.append(event.accepted.turn)
                         if pressed.is_set():
                             await bot.cancel_turn(turn[0])
-                    shown.show(event)
+                    if show is not None:
+                        show(event)
                     if event.HasField("completed"):
                         completed = event.completed
                     elif event.HasField("failed"):
                         raise from_event(event.failed)
+            shown.end()
             if form == "text" and completed is not None and (what := remark(completed)):
                 print(f"moltbot: {what}", file=sys.stderr, flush=True)
         except MoltBotClientError as error:
@@ -128,36 +133,9 @@ async def ask(place: Place, text: str, *, session: str, model: str, form: str) -
     return int(Exit.INTERRUPTED if pressed.is_set() else Exit.OK)
 
 
-class _Shown:
-    """Prints events as they come."""
-
-    def __init__(self, form: str) -> None:
-        self._form = form
-        self._clean = harmless if sys.stdout.isatty() else str  # a file gets the text as it is
-        self._ends_line = True
-
-    def show(self, event: chat_pb2.Event) -> None:
-        """Print what an event adds."""
-        if self._form == "events":
-            shape = MessageToDict(event, preserving_proto_field_name=True)
-            print(json.dumps(shape, ensure_ascii=False), flush=True)
-        elif self._form == "text":
-            if event.HasField("text_delta"):
-                self._write(event.text_delta.text)
-            elif event.HasField("reset"):
-                self._write(f"\n{event.reset.text}")
-            elif event.HasField("completed"):
-                self.end()
-
-    def end(self) -> None:
-        """End the last line."""
-        if not self._ends_line:
-            self._write("\n")
-
-    def _write(self, text: str) -> None:
-        if text:
-            print(self._clean(text), end="", flush=True)
-            self._ends_line = text.endswith("\n")
+def _print_event(event: chat_pb2.Event) -> None:
+    shape = MessageToDict(event, preserving_proto_field_name=True)
+    print(json.dumps(shape, ensure_ascii=False), flush=True)
 
 
 def remark(completed: chat_pb2.Completed) -> str:
@@ -166,7 +144,7 @@ def remark(completed: chat_pb2.Completed) -> str:
         return ""
     if completed.finish_reason == message_pb2.FINISH_REASON_LENGTH:
         return "the answer was cut at the limit of its length"
-    return "" if completed.text.strip() else "the answer is empty"
+    return "" if completed.text.strip() or completed.attachments else "the answer is empty"
 
 
 def outcome(turn: str, completed: chat_pb2.Completed) -> dict[str, Any]:
@@ -179,6 +157,8 @@ def outcome(turn: str, completed: chat_pb2.Completed) -> dict[str, Any]:
         "session": turn.partition("/turns/")[0],
         "turn": turn,
         "model": completed.model,
+        "reasoning": completed.reasoning,
+        "cached": completed.cached,
         "finish_reason": reason,
         "usage": {
             "input_tokens": completed.usage.input_tokens,
@@ -186,12 +166,29 @@ def outcome(turn: str, completed: chat_pb2.Completed) -> dict[str, Any]:
             "cached_input_tokens": completed.usage.cached_input_tokens,
         },
         "timings": {
-            **{f"{stage}_ms": round(getattr(timings, stage).ToNanoseconds() / 1e6, 3) for stage in stages},
+            **{f"{stage}_ms": _ms(getattr(timings, stage)) for stage in stages},
             "history_messages": timings.history_messages,
             "trimmed_messages": timings.trimmed_messages,
             "attempts": timings.attempts,
         },
+        "attempts": [_attempt(attempt) for attempt in timings.attempt_log],
     }
+
+
+def _attempt(attempt: chat_pb2.Attempt) -> dict[str, Any]:
+    first = attempt.first_token
+    return {
+        "model": attempt.model,
+        "outcome": attempt.outcome,
+        "reason": attempt.reason,
+        "start_ms": _ms(attempt.start),
+        "first_token_ms": _ms(first) if attempt.HasField("first_token") else None,
+        "total_ms": _ms(attempt.total),
+    }
+
+
+def _ms(span: Duration) -> float:
+    return round(span.ToNanoseconds() / 1e6, 3)
 
 
 def _as_json(error: MoltBotClientError) -> dict[str, Any]:
@@ -219,6 +216,8 @@ async def ask_first(place: Place, text: str) -> None:
                 if event.HasField("text_delta"):
                     first = first or time.perf_counter()
                     print(harmless(event.text_delta.text), end="", flush=True)
+                elif event.HasField("reset"):
+                    print(f"\nMoltBot  {harmless(event.reset.text)}", end="", flush=True)
                 elif event.HasField("failed"):
                     raise from_event(event.failed)
         total = time.perf_counter() - began

@@ -13,9 +13,10 @@ from moltbot.v1 import chat_pb2, message_pb2, session_pb2
 from prompt_toolkit import PromptSession
 from prompt_toolkit.completion import WordCompleter
 from prompt_toolkit.formatted_text import HTML
-from prompt_toolkit.history import FileHistory
+from prompt_toolkit.history import FileHistory, History, InMemoryHistory
 
 from moltbot_server.cli.asking import CHANNEL, Place, cancelling, failure, interrupts, remark
+from moltbot_server.cli.showing import Shown
 from moltbot_server.cli.terminal import Exit, harmless
 from moltbot_server.workspace import Workspace
 
@@ -85,6 +86,7 @@ class Talk:
 
     async def _say(self, text: str) -> None:
         turn: list[str] = []
+        shown = Shown()
         async with interrupts() as pressed:
             stream = self._bot.stream_turn(text, session=self._session, model=self._model, channel=CHANNEL)
             async with aclosing(stream) as events, cancelling(self._bot, turn, pressed):
@@ -94,7 +96,7 @@ class Talk:
                         self._session = event.accepted.session
                         if pressed.is_set():
                             await self._bot.cancel_turn(turn[0])
-                    _show(event)
+                    _show(shown, event)
         print(flush=True)
 
     async def _new(self, _rest: str) -> None:
@@ -160,16 +162,9 @@ class Talk:
         self._leaving = True
 
 
-def _show(event: chat_pb2.Event) -> None:
-    if event.HasField("text_delta"):
-        print(harmless(event.text_delta.text), end="", flush=True)
-    elif event.HasField("reset"):
-        print(f"\n[{harmless(event.reset.reason)}]\n{harmless(event.reset.text)}", end="", flush=True)
-    elif event.HasField("notice"):
-        print(f"[{harmless(event.notice.reason)}]", flush=True)
-    elif event.HasField("queued") and event.queued.position > 1:
-        print(f"[{event.queued.position} are ahead]", flush=True)
-    elif event.HasField("completed"):
+def _show(shown: Shown, event: chat_pb2.Event) -> None:
+    shown.show(event)
+    if event.HasField("completed"):
         stopped = event.completed.finish_reason == message_pb2.FINISH_REASON_CANCELLED
         print(" [stopped]" if stopped else "", flush=True)
         if what := remark(event.completed):
@@ -186,7 +181,7 @@ async def talk(place: Place, workspace: Workspace, *, session: str, model: str) 
         names = [item.name.removeprefix("models/") async for item in bot.models()]
         prompt: PromptSession[str] = PromptSession(
             HTML("<b>You</b>  "),
-            history=FileHistory(str(_private(workspace))),
+            history=_history(workspace),
             completer=WordCompleter(sorted(conversation.commands), sentence=True),
             complete_while_typing=False,
         )
@@ -195,7 +190,10 @@ async def talk(place: Place, workspace: Workspace, *, session: str, model: str) 
     return int(Exit.OK)
 
 
-def _private(workspace: Workspace) -> str:
-    """Make the history readable by its owner alone before anything is written to it."""
+def _history(workspace: Workspace) -> History:
+    """Return what was typed before; where there is no workspace, it is forgotten at the end."""
+    if not workspace.folder.is_dir():
+        return InMemoryHistory()
+    # Readable by its owner alone before anything is written to it.
     os.close(os.open(workspace.history_file, os.O_WRONLY | os.O_CREAT | os.O_CLOEXEC, 0o600))
-    return str(workspace.history_file)
+    return FileHistory(str(workspace.history_file))

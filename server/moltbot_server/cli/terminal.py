@@ -41,6 +41,12 @@ def harmless(text: str) -> str:
     return _CONTROLS.sub("", text)
 
 
+def dim(text: str) -> str:
+    """Return text that a terminal shows dimly, where it can and its owner wants that."""
+    plain = os.environ.get("NO_COLOR") or os.environ.get("TERM", "dumb") == "dumb"
+    return text if plain or not text else f"\x1b[2m{text}\x1b[22m"
+
+
 def command(rest: str, workspace: Workspace | None = None) -> str:
     """Return how a person would type a `moltbot` command here: by path when it is in an environment not activated.
 

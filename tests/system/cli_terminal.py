@@ -1,0 +1,79 @@
+"""A terminal for tests, with `moltbot chat` in it."""
+
+import asyncio
+import fcntl
+import os
+import pty
+import struct
+import termios
+from asyncio.subprocess import Process
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+
+from cli_process import COMMAND, Home
+
+
+class Terminal:
+    """A terminal with a `moltbot chat` in it."""
+
+    def __init__(self, process: Process, descriptor: int) -> None:
+        self.process = process
+        self._descriptor = descriptor
+        self._arrived = asyncio.Event()
+        self.shown = ""
+        asyncio.get_running_loop().add_reader(descriptor, self._read)
+
+    def _read(self) -> None:
+        try:
+            self.shown += os.read(self._descriptor, 65536).decode("utf-8", "replace")
+        except OSError:  # Linux says that the other end is closed
+            self.close()
+        self._arrived.set()
+
+    async def until(self, text: str, *, after: int = 0) -> int:
+        """Wait for a text on the screen; return where it ends."""
+        async with asyncio.timeout(20):
+            while (found := self.shown.find(text, after)) < 0:
+                self._arrived.clear()
+                await self._arrived.wait()
+        return found + len(text)
+
+    def type(self, text: str) -> None:
+        """Type a text."""
+        os.write(self._descriptor, text.encode())
+
+    def close(self) -> None:
+        """Look no longer."""
+        asyncio.get_running_loop().remove_reader(self._descriptor)
+
+
+@asynccontextmanager
+async def terminal(home: Home, *arguments: str) -> AsyncIterator[Terminal]:
+    """Run `moltbot chat` at a terminal of 100 columns."""
+    ours, theirs = pty.openpty()
+    fcntl.ioctl(theirs, termios.TIOCSWINSZ, struct.pack("HHHH", 40, 100, 0, 0))
+    home.variables["TERM"] = "xterm"
+
+    def take() -> None:
+        os.setsid()
+        fcntl.ioctl(0, termios.TIOCSCTTY, 0)
+
+    process = await asyncio.create_subprocess_exec(
+        *(*COMMAND, "chat", *arguments),
+        cwd=home.folder,
+        env=home.environ,
+        stdin=theirs,
+        stdout=theirs,
+        stderr=theirs,
+        preexec_fn=take,
+    )
+    os.close(theirs)
+    screen = Terminal(process, ours)
+    try:
+        yield screen
+    finally:
+        if process.returncode is None:
+            process.kill()
+            await process.wait()
+        screen.close()
+        os.close(ours)
