@@ -83,8 +83,11 @@ class Reloading:
                 raise InvalidConfiguration(str(problem)) from None
             lines = self._lineup.prepare(_plan(settings))
             await self._ledger.replace(settings.budgets, settings.currency)
+            before = self._keys.held.by_provider
             self._use_keys(held)
             await self._lineup.apply(lines)
+            providers = before.keys() | held.by_provider.keys()
+            self._lineup.keys_changed([name for name in providers if before.get(name) != held.by_provider.get(name)])
             self._settings = settings
             self.renew_answers()
             log.info("the configuration was read again", extra={"routes": len(self.routes)})

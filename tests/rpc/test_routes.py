@@ -13,6 +13,7 @@ import grpc
 import pytest
 from moltbot.v1 import chat_pb2, chat_pb2_grpc, message_pb2, model_pb2, model_pb2_grpc, route_pb2, route_pb2_grpc
 from moltbot_server.app import Core
+from moltbot_server.auth.vault import Vault
 from moltbot_server.config import Settings
 from moltbot_server.config_models import Budget, ModelRoute, Price, Provider, ProviderModel
 from moltbot_server.models.catalog import Catalog
@@ -179,6 +180,18 @@ async def test_a_new_configuration_is_put_to_use_whole_or_not_at_all(tmp_path: P
     assert (before.model, after.model, local.model) == ("models/first-model", "models/second-model", "models/scripted")
     assert [model.model for model in reloaded.routes[0].models] == ["models/second-model"]
     assert list(reloaded.needs_restart) == ["system_prompt"]
+
+
+async def test_a_key_that_is_added_is_used_at_once_by_a_model_that_rested_for_the_want_of_it(tmp_path: Path) -> None:
+    picky = {**WELL, "keys": ["right-key-1234567890"]}
+    async with rig(tmp_path, picky, WELL) as core:
+        for _ in range(8):
+            assert (await core.answer()).model == "models/second-model"
+        Vault(Workspace(folder=tmp_path), {}).add("first", "right-key-1234567890")
+        await core.reload()
+        answer = await core.answer()
+
+    assert answer.model == "models/first-model"
 
 
 async def test_a_hundred_reloads_under_load_fail_no_turn(tmp_path: Path) -> None:

@@ -10,7 +10,7 @@ from __future__ import annotations
 import asyncio
 import logging
 import re
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from dataclasses import dataclass, field, replace
 
 from moltbot_server.config_models import ModelRoute, Price, Provider, ProviderModel
@@ -149,12 +149,21 @@ class Lineup:
                 self._let_go(self._catalog.take_out(name))
         for engine in fresh:
             self._catalog.add(engine)
+            if not engine.is_route:
+                self._breakers.forget(engine.id)  # what is at another address, say, is not what failed before
+        self._breakers.retain([route.id for route in self.routes()])
         # Whoever switched to another model by hand keeps it for as long as it is there.
         gone = self._catalog.default not in self._catalog
         if lines.plan.default.primary and (gone or not had_route):
             self._catalog.choose(DEFAULT_ROUTE)
         elif gone:
             self._catalog.choose(self._local)
+
+    def keys_changed(self, providers: Collection[str]) -> None:
+        """Forget how the models of providers did with the keys that they had before."""
+        for engine in self._lines.engines.values():
+            if isinstance(engine, ProviderEngine) and engine.type in providers:
+                self._breakers.forget(engine.id)
 
     async def close(self) -> None:
         """Close what is leaving; what is in the catalog is closed with that."""
