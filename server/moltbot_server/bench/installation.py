@@ -24,8 +24,14 @@ from moltbot_server.workspace import Workspace
 
 _MOLTBOT = (sys.executable, "-m", "moltbot_server.cli")
 _PORTS = ("--port", "0", "--grpc-port", "0", "--metrics-port", "0", "--log-level", "warning")
-# What the shell that runs a benchmark happens to say of models is not what is measured.
-_BUILT_IN = {"MODEL_TYPE": "", "MODEL_PATH": "", "CONTEXT_LENGTH": "", "MOLTBOT_SYSTEM_PROMPT": ""}
+# What the shell that runs a benchmark happens to say of models is not what is measured, nor are answers that were kept.
+_BUILT_IN = {
+    "MODEL_TYPE": "",
+    "MODEL_PATH": "",
+    "CONTEXT_LENGTH": "",
+    "MOLTBOT_SYSTEM_PROMPT": "",
+    "MOLTBOT_CACHE_ANSWERS": "off",
+}
 _SIGNS = {"serving": "MoltBot is ready", "answer": "to the first word"}
 _LEAVE = 30.0
 
