@@ -112,6 +112,18 @@ def test_one_turn_at_a_time_tries_a_model_that_has_rested() -> None:
     assert rig.ask().end.model == "a"
 
 
+def test_that_a_model_rests_and_that_it_is_back_is_logged_once(caplog: pytest.LogCaptureFixture) -> None:
+    rig = Rig(fails(), ANSWERS)
+    with caplog.at_level("INFO"):
+        asked(rig, 200)
+        rig.a.does = ANSWERS
+        asked(rig, 100)
+    assert [(each.message, each.model, each.route) for each in caplog.records] == [  # type: ignore[attr-defined]
+        ("a model rests", "a", "default"),
+        ("a model is back", "a", "default"),
+    ]
+
+
 def test_a_trial_that_fails_is_seen_by_nobody_and_pauses_grow_to_the_cooldown_at_most() -> None:
     rig = Rig(fails(), ANSWERS)
     asked(rig, 700, every=0.1)

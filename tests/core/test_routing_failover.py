@@ -101,6 +101,12 @@ def test_a_turn_in_a_hurry_waits_a_third_of_its_time_and_blames_nobody() -> None
     assert rig.route.models[0].error_rate == 0.0
 
 
+def test_a_model_that_breaks_when_the_callers_time_is_over_is_not_blamed() -> None:
+    rig = Rig(fails(first=1.0))
+    rig.ask(asker=Asker(deadline=rig.clock.time() + 1.0))
+    assert rig.route.models[0].recent_attempts == 0
+
+
 def test_an_error_while_two_are_asked_leaves_the_other_one_to_answer() -> None:
     rig = Rig(fails(first=0.35), replace(ANSWERS, first=0.2), ANSWERS, latency=0.3)
     ear = rig.ask()

@@ -159,6 +159,12 @@ def test_a_model_that_cannot_be_asked_is_passed_over_with_a_reason(obstacle: str
     assert rig.route.healthy
 
 
+def test_one_model_by_two_names_is_asked_once() -> None:
+    rig = Rig(fails(), ANSWERS, ANSWERS)
+    rig.entries["b"] = rig.entries["a"]
+    assert rig.ask().attempts == [("a", "MODEL_UNAVAILABLE"), ("c", "ANSWERED")]
+
+
 async def test_a_model_that_leaves_gets_no_more_turns_and_ends_those_it_has() -> None:
     rig = Rig(ANSWERS, ANSWERS)
     under_way = rig.begin()

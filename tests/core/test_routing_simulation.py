@@ -6,9 +6,10 @@ import random
 from dataclasses import dataclass, field
 
 import pytest
-from moltbot_server.errors import ModelUnavailable, QueueFull
+from moltbot_server.errors import ModelCredential, ModelUnavailable, QueueFull
+from moltbot_server.models.engine import Finished
 from moltbot_server.models.routing import BreakerState
-from moltbot_server.turns import GenerationOptions, Reset
+from moltbot_server.turns import FinishReason, GenerationOptions, Reset, Routed
 from routing_rig import HANGS, Does, Ear, Rig, said
 
 LATENCY = 0.3
@@ -187,3 +188,54 @@ def _rests_when_told(rig: Rig) -> None:
 
     rig.a.__class__ = Resting
     rig.a.begin = begin_and_rest  # type: ignore[method-assign, assignment]
+
+
+def _anything(draw: random.Random) -> Does:
+    """Return any behaviour at all."""
+    errors = (None, UNAVAILABLE, QueueFull("Busy."), ModelCredential("No key."), ValueError("a fault of ours"))
+    return Does(
+        pieces=draw.choice([(), ("\n",), ("Hello", " there"), (" ", "Hello", " there"), ("Hello", " there")]),
+        thoughts=draw.choice([(), (), ("hm",)]),
+        first=draw.choice([0.0, 0.0, 0.01, 0.29, 0.31, 0.5, 5.0]),
+        pace=draw.choice([0.001, 0.01, 0.2, 3.0]),
+        error=draw.choice(errors),
+        hangs=draw.random() < 0.15,
+        raises=draw.choice(errors) if draw.random() < 0.15 else None,
+        finish_reason=draw.choice([FinishReason.STOP, FinishReason.STOP, FinishReason.LENGTH]),
+        queue_position=draw.choice([0, 0, 2]),
+    )
+
+
+@pytest.mark.parametrize("on_failure", ["restart", "continue", "stop"])
+def test_whatever_models_do_a_turn_ends_once_and_leaves_nothing_behind(on_failure: str) -> None:
+    draw = random.Random(on_failure)
+    for case in range(4000):
+        rig = Rig(
+            *[_anything(draw) for _ in range(draw.randint(1, 4))], latency=LATENCY, timeout=2.0, on_failure=on_failure
+        )
+        ear = rig.begin()
+        if draw.random() < 0.2:
+            rig.clock.pass_by(draw.random())
+            rig.generation.stop()
+            heard = list(ear.heard)
+            rig.clock.pass_by(60)
+            assert ear.heard == heard, f"case {case}: a stopped turn hears no more"
+        else:
+            rig.clock.pass_by(60)
+            assert ear.is_over, f"case {case}: {ear.heard}"
+        assert _nothing_goes_on(rig), f"case {case}: a timer stays"
+        assert [entry.turns for entry in rig.entries.values()] == [0] * len(rig.entries), (
+            f"case {case}: a model is held"
+        )
+        assert all(model.asked <= 1 for model in rig.models.values()), f"case {case}: a model was asked twice"
+        if ear.is_over and isinstance(ear.heard[-1], Finished):
+            told = [what.name for what in ear.heard if isinstance(what, Routed)]
+            assert told[-1] == ear.end.model, f"case {case}: {ear.heard}"
+            if on_failure != "continue":
+                assert ear.text.strip() in ("", "Hello there"), f"case {case}: {ear.heard}"
+
+
+def _nothing_goes_on(rig: Rig) -> bool:
+    """Tell whether nothing is to come any more but what models that were stopped had in mind."""
+    rig.clock.pass_by(60)
+    return rig.clock.waiting == 0

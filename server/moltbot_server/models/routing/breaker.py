@@ -10,12 +10,15 @@ else is left. *Dead*: everything that was asked of it of late broke at once; ask
 
 from __future__ import annotations
 
+import logging
 import random
 from collections import deque
 from collections.abc import Callable, Collection
 from enum import StrEnum
 from statistics import median
 from typing import NamedTuple
+
+_log = logging.getLogger(__name__)
 
 IN_A_ROW = 5
 """So many failures in a row put a model to rest, whatever its rate."""
@@ -53,9 +56,14 @@ class Trial(NamedTuple):
 class Breaker:
     """The memory of one model in one route."""
 
-    def __init__(self, limits: Limits, draw: Callable[[], float] = random.random) -> None:
-        """`draw` returns numbers from 0 to 1, so that pauses of several cores do not end together."""
+    def __init__(
+        self, limits: Limits, draw: Callable[[], float] = random.random, *, route: str = "", model: str = ""
+    ) -> None:
+        """`draw` returns numbers from 0 to 1, so that pauses of several cores do not end together. The names are for
+        the log.
+        """
         self.limits = limits
+        self._names = {"route": route, "model": model}
         self.reason = ""
         self._draw = draw
         self._lately = _Window(limits.window)
@@ -184,7 +192,10 @@ class Breaker:
     def _put_to_rest(self, since: float, why: str) -> None:
         soon = self._open or since - self._closed_at <= self.limits.cooldown
         self._level = self._level + 1 if soon else 0
-        self._until = since + self._pause(_FIRST_PAUSE * 2.0 ** min(self._level, 16))
+        pause = self._pause(_FIRST_PAUSE * 2.0 ** min(self._level, 16))
+        if not self._open:
+            _log.warning("a model rests", extra={**self._names, "reason": why, "seconds": round(pause, 3)})
+        self._until = since + pause
         self._open, self._probing = True, False
         self._dead = self._is_dead()
         self._epoch += 1
@@ -196,6 +207,7 @@ class Breaker:
 
     def _close(self, now: float) -> None:
         # The same epoch goes on: a probe that spoke and breaks later is still the one that much hangs on.
+        _log.info("a model is back", extra=self._names)
         self._open = self._dead = self._probing = False
         self._closed_at = now
         self.reason = ""
@@ -248,7 +260,7 @@ class Breakers:
         """Return the breaker of a model in a route; it goes by these limits from now on."""
         breaker = self._breakers.get((route, model))
         if breaker is None:
-            breaker = self._breakers[route, model] = Breaker(limits, self._draw)
+            breaker = self._breakers[route, model] = Breaker(limits, self._draw, route=route, model=model)
         breaker.follow(limits)
         return breaker
 

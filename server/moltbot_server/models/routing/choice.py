@@ -29,7 +29,17 @@ class Pick(NamedTuple):
 class Choice:
     """The models of one turn, each of which comes up once. `passed_over` gathers those that do not, and why."""
 
-    __slots__ = ("_asker", "_conversation", "_longest", "_next", "_order", "_resting", "_too_short", "passed_over")
+    __slots__ = (
+        "_asker",
+        "_conversation",
+        "_longest",
+        "_next",
+        "_order",
+        "_picked",
+        "_resting",
+        "_too_short",
+        "passed_over",
+    )
 
     def __init__(
         self,
@@ -44,6 +54,7 @@ class Choice:
         self._longest = longest
         self._asker = asker
         self._next = 0
+        self._picked: list[str] = []
         self.passed_over: list[tuple[str, MoltBotError]] = []
         self._resting: list[Candidate] = []
         self._too_short: list[Candidate] = []
@@ -54,6 +65,8 @@ class Choice:
             candidate = self._order[self._next]
             self._next += 1
             found = candidate.obstacle(now)
+            if isinstance(found, CatalogEntry) and found.engine.id in self._picked:
+                continue  # one model by two names
             if isinstance(found, Obstacle):
                 if found.last_resort:
                     self._resting.append(candidate)
@@ -90,6 +103,7 @@ class Choice:
         return None
 
     def _pick(self, candidate: Candidate, entry: CatalogEntry) -> Pick:
+        self._picked.append(entry.engine.id)
         return Pick(entry, candidate.breaker(entry.engine.id), self._conversation.messages)
 
     def _refusal(self, entry: CatalogEntry) -> MoltBotError | None:

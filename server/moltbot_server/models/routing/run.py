@@ -326,17 +326,24 @@ class RouteRun:
         outcome = error.reason if isinstance(error, MoltBotError) else "INTERNAL"
         if isinstance(error, ModelCredential):
             return attempt.leave(now, outcome, told, refused=True)
-        if isinstance(error, _INNOCENT):
+        if isinstance(error, _INNOCENT) or self._is_late(now):
             return attempt.leave(now, outcome, told)
         if not isinstance(error, MoltBotError):
             _log.error("a model failed", exc_info=error, extra={"model": attempt.model, "route": self._terms.name})
         self._culprit = attempt
         return attempt.fail(now, outcome, told)
 
+    def _is_late(self, now: float) -> bool:
+        """Tell whether the caller's time is over, which is nobody's fault."""
+        return self._asker.deadline is not None and now >= self._asker.deadline - _EARLY
+
     def _give_up(self) -> None:
         """End the turn badly: nobody is left to ask."""
         if self._empty is not None and not self._visible and not self._stale:
-            self._answer(*self._empty)  # a model that says nothing is all there is
+            attempt, end = self._empty
+            self._why = "an answer without a word is all there is"
+            self._tell(attempt)
+            self._answer(attempt, end)
             return
         error = final_error(self._refusals)
         if self._visible and not error.retryable:
