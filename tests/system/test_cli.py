@@ -83,7 +83,8 @@ async def test_a_mistyped_command_is_told_the_one_that_was_meant(home: Home) -> 
     assert "there is no command 'strat'; did you mean `" in meant.err
     assert meant.err.endswith(" start`?\n")
     listed = (await home.run("qqq")).err
-    assert "the commands are init, start, chat, engine, model, link, status, version, bench" in listed
+    assert "the commands are init, start, chat, engine, model, key, " in listed
+    assert listed.endswith(", link, status, version, bench, mock-provider\n")
 
 
 async def test_what_needs_a_running_moltbot_says_how_to_start_it(home: Home) -> None:
