@@ -26,7 +26,7 @@ from moltbot_server.turns import (
     ToolCallPart,
     Usage,
 )
-from routing_rig import ANSWERS, HANGS, Does, Heard, Rig, fails, said
+from routing_rig import ANSWERS, HANGS, Does, Ear, Heard, Rig, fails, said
 
 FIRST = Routed(kind="model", name="a", reason="it is the first choice of the route default")
 BROKE = "The provider answered 500."
@@ -109,9 +109,11 @@ def test_a_model_that_breaks_when_the_callers_time_is_over_is_not_blamed() -> No
 
 def test_an_error_while_two_are_asked_leaves_the_other_one_to_answer() -> None:
     rig = Rig(fails(first=0.35), replace(ANSWERS, first=0.2), ANSWERS, latency=0.3)
-    ear = rig.ask()
+    ear = rig.begin()
+    rig.clock.pass_by(0.4)
+    assert ear.heard[1:] == switched("a", "b", BROKE), "told as soon as it is known"
+    rig.clock.pass_by(1)
     assert ear.attempts == [("a", "MODEL_UNAVAILABLE"), ("b", "ANSWERED")]
-    assert ear.heard[1:3] == switched("a", "b", BROKE)
     assert rig.c.asked == 0
 
 
@@ -198,6 +200,20 @@ def test_a_stopped_turn_stops_all_that_were_asked_and_hears_no_more() -> None:
         ("b", "CANCELLED"),
     ]
     assert [entry.turns for entry in rig.entries.values()] == [0, 0]
+
+
+def test_a_turn_that_is_stopped_by_who_hears_of_it_stops_even_a_model_that_is_only_beginning() -> None:
+    class Impatient(Ear):
+        def wrote(self, text: str, tokens: int) -> None:
+            super().wrote(text, tokens)
+            rig.generation.stop()
+
+    rig = Rig(HANGS, Does(pieces=("Hello", " there"), first=0.0, hangs=True), latency=0.3)
+    ear = Impatient(clock=rig.clock)
+    rig.generation = rig.route.begin((said("Hi"),), GenerationOptions(), ear)
+    rig.clock.pass_by(100)
+    assert (ear.text, rig.b.calls[0].stopped_at) == ("Hello", pytest.approx(1000.3))
+    assert rig.clock.waiting == 0
 
 
 # --- after the first visible word ------------------------------------------------------------------------------------

@@ -223,9 +223,9 @@ class RouteRun:
         self._pieces.append(text)
         if not self._visible and not text.isspace():
             self._visible = bool(text)
-        self._listener.wrote(text, tokens)
         if self._visible and self._terms.spec.on_failure != "continue":
             attempt.speak_to(self._listener.wrote)  # nobody will need the text again
+        self._listener.wrote(text, tokens)
 
     def mused(self, attempt: AttemptUnderWay, text: str) -> None:
         """Pass on what the model thinks."""
