@@ -42,6 +42,7 @@ KEPT = "the answer was kept from before"
 
 _WHOLE = frozenset({FinishReason.STOP, FinishReason.STOP_TEXT, FinishReason.LENGTH})
 _PIECE = 512
+_MOST_MODELS = 10_000
 _SCRIPTED = "scripted"
 
 
@@ -226,6 +227,8 @@ class AnswerCache:
         known, number = self._editions.get(engine.id, (_nobody, -1))
         if known() is not engine:
             number += 1
+            if len(self._editions) >= _MOST_MODELS:
+                self._editions.clear()
             self._editions[engine.id] = (weakref.ref(engine), number)
         return number
 

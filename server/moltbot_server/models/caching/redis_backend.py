@@ -18,6 +18,7 @@ from redis.backoff import NoBackoff
 from redis.exceptions import ConnectionError as RedisConnectionError
 from redis.exceptions import RedisError
 
+from moltbot_server.config import is_loopback
 from moltbot_server.errors import StorageUnavailable
 from moltbot_server.models.caching.backend import Key
 
@@ -47,6 +48,7 @@ class RedisBackend:
 
     def __init__(self, *, host: str, port: int, password: str = "", ttl: float) -> None:
         self.address = f"{host}:{port}"
+        self._is_near = is_loopback(host)
         self.failures = 0
         # What an attempt costs is bounded here; a client that tries again by itself would wait unseen.
         self._client: Redis = Redis(
@@ -75,6 +77,8 @@ class RedisBackend:
 
     async def start(self) -> None:
         """Connect; where nobody answers it is tried again and again, and nothing is kept meanwhile."""
+        if not self._is_near:
+            log.warning("answers are kept in Redis and pass the network unencrypted", extra={"at": self.address})
         if not await self._answers(_SOON):
             log.warning("the cache cannot be reached; answers are not kept until it can", extra={"at": self.address})
             self._probe = asyncio.create_task(self._wait_for_it(REST))
