@@ -130,6 +130,7 @@ def test_what_no_context_holds_is_told_as_such() -> None:
         ("broken", "a cannot answer: The model stopped working; the log says why."),
         ("no key", "There is no key for a: `moltbot key add a`."),
         ("asked to wait", "a asked not to be called for 20 s more."),
+        ("key refused", "The provider refuses the key."),
         ("full", "Too much waits."),
         ("route", "nested is a route; a route leads to models only."),
     ],
@@ -148,6 +149,9 @@ def test_a_model_that_cannot_be_asked_is_passed_over_with_a_reason(obstacle: str
             rig.a.refusal = ModelCredential(why)
         case "asked to wait":
             rig.a.rest = 20.0
+        case "key refused":
+            rig.a.rest = 20.0
+            rig.a.refusal = ModelCredential(why)
         case "full":
             rig.a.refusal = QueueFull(why)
         case "route":

@@ -80,10 +80,12 @@ class Candidate:
         except MoltBotError as problem:
             return Obstacle(problem)
         if entry.state is not ModelState.READY:
-            return Obstacle(_absence(entry))
+            told = f"{entry.engine.id} cannot answer: {entry.message}"
+            own = _own_words(entry) if entry.state is ModelState.FAILED else None
+            return Obstacle(own or ModelUnavailable(told))
         if (rest := entry.engine.rest) > 0:
             told = f"{entry.engine.id} asked not to be called for {rest:.0f} s more."
-            return Obstacle(QueueFull(told, retry_after=rest))
+            return Obstacle(_own_words(entry) or QueueFull(told, retry_after=rest))
         breaker = self.breaker(entry.engine.id)
         if not anyway and not breaker.may_ask(now):
             told = f"{entry.engine.id} rests: {breaker.reason}"
@@ -117,14 +119,13 @@ class Candidate:
         )
 
 
-def _absence(entry: CatalogEntry) -> MoltBotError:
-    """Return why a model is not ready: in its own words if it has any, such as for a key that is missing."""
-    if entry.state is ModelState.FAILED:
-        try:
-            entry.engine.admit(NOBODY)
-        except MoltBotError as problem:
-            return problem
-    return ModelUnavailable(f"{entry.engine.id} cannot answer: {entry.message}")
+def _own_words(entry: CatalogEntry) -> MoltBotError | None:
+    """Return what a model itself says of why it takes no turns, such as that it has no key, if it says anything."""
+    try:
+        entry.engine.admit(NOBODY)
+    except MoltBotError as problem:
+        return problem
+    return None
 
 
 class Order:
