@@ -13,7 +13,7 @@ from dataclasses import MISSING, dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
-from moltbot_server.config_keys import ENV_NAMES, KEYS, OTHER_NAMES, OTHERS_NAMES, PLAIN_NAMES, PROVIDER_KEY_NAME
+from moltbot_server.config_keys import ENV_NAMES, KEYS, OTHER_NAMES, OTHERS_NAMES, PLAIN_NAMES, is_provider_key
 from moltbot_server.config_models import Budget, Cache, ModelRoute, Price, Provider, ProviderModel
 from moltbot_server.config_reading import flat, read
 from moltbot_server.config_sections import route, route_problems
@@ -271,7 +271,7 @@ def _unused(name: str, workspace: Path) -> str:
 
 
 def _known(name: str) -> bool:
-    return name in ENV_NAMES or name in OTHER_NAMES or bool(PROVIDER_KEY_NAME.fullmatch(name))
+    return name in ENV_NAMES or name in OTHER_NAMES or is_provider_key(name)
 
 
 def _named(variables: Iterable[tuple[str, Given]], names: Mapping[str, str]) -> dict[str, Given]:

@@ -103,5 +103,12 @@ OTHER_NAMES = frozenset(
     }
 )
 
-# Names by which people give the keys of providers, such as OPENAI_API_KEY. They may stand in the workspace's `.env`.
-PROVIDER_KEY_NAME = re.compile(r"[A-Z][A-Z0-9_]*_API_KEY")
+# Variables that the core alone has to know.
+SECRET_NAMES = frozenset({"MOLTBOT_VAULT_KEY", "MOLTBOT_VAULT_KEY_NEW", "MOLTBOT_CACHE_PASSWORD"})
+
+_PROVIDER_KEY = re.compile(r"[A-Z][A-Z0-9_]*_API_KEY")
+
+
+def is_provider_key(name: str) -> bool:
+    """Return whether people give a provider's key by this name, such as OPENAI_API_KEY."""
+    return bool(_PROVIDER_KEY.fullmatch(name))

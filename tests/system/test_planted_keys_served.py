@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import secrets
+import sys
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from pathlib import Path
 
 import aiohttp
+import psutil
 from aiohttp import web
 from cli_process import Home
 from moltbot_server.auth.vault import Vault
@@ -92,6 +94,9 @@ async def test_no_file_answer_log_metric_or_command_line_holds_one(tmp_path: Pat
                     async with http.get(page if "://" in page else f"http://{page}") as response:
                         said.append(await response.text())
             said += [" ".join(process.cmdline()) for process in started.processes()]
+            pids = started.told()["processes"]
+            if sys.platform.startswith("linux"):  # other systems do not show it
+                said += [repr(psutil.Process(pids[name]).environ()) for name in ("engine", "http")]
         said.append(started.said)
     files = [path for path in home.folder.rglob("*") if path.is_file()]
     assert {"moltbot.db", "vault.json", "key"} <= {path.name for path in files}

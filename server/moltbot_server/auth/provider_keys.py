@@ -9,7 +9,7 @@ from typing import Generic, Protocol, TypeVar
 
 from moltbot_server.auth.vault import Vault, VaultError, check_text, tail
 from moltbot_server.auth.vault_master import KEY, KEY_FILE, NEW_KEY
-from moltbot_server.config_keys import PROVIDER_KEY_NAME
+from moltbot_server.config_keys import is_provider_key
 from moltbot_server.config_models import Provider
 from moltbot_server.config_sources import read_env_file
 from moltbot_server.workspace import Workspace
@@ -134,6 +134,6 @@ def variables_of(providers: Iterable[Provider], presets: Mapping[str, Sequence[s
 def _environ(workspace: Workspace, environ: Mapping[str, str]) -> tuple[Mapping[str, str], Mapping[str, str]]:
     """Return the variables that matter here, and where each is from; the environment goes before the `.env`."""
     lines = read_env_file(workspace.folder / ".env", [])
-    own = {name: str(line.value) for name, line in lines.items() if name in _OURS or PROVIDER_KEY_NAME.fullmatch(name)}
+    own = {name: str(line.value) for name, line in lines.items() if name in _OURS or is_provider_key(name)}
     both = {**own, **{name: text for name, text in environ.items() if text}}
     return both, {name: ".env" if name in own and not environ.get(name) else "environment" for name in both}

@@ -10,6 +10,8 @@ import sys
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 
+from moltbot_server.config_keys import SECRET_NAMES, is_provider_key
+
 FIRST_PAUSE = 1.0
 LONGEST_PAUSE = 30.0
 HEALTHY_AFTER = 60.0
@@ -21,7 +23,8 @@ class Plan:
     """What to run: `python -m module arguments`. Those of a lower `stage` are stopped first.
 
     `pause` is how long to wait, in seconds, before one that died is started again; it doubles each time. `environ` are
-    variables that it is given unless our own environment has them.
+    variables that it is given unless our own environment has them. `secrets` tells whether it is given those of our
+    environment that hold keys of providers, or open them: what faces the network has no business with them.
     """
 
     name: str
@@ -31,6 +34,7 @@ class Plan:
     pause: float = FIRST_PAUSE
     longest_pause: float = LONGEST_PAUSE
     environ: Mapping[str, str] = field(default_factory=dict)
+    secrets: bool = False
 
 
 @dataclass(slots=True, kw_only=True)
@@ -53,7 +57,7 @@ class Child:
         self.since, self.due = now, None
         self.process = subprocess.Popen(
             _command(self.plan.module, self.plan.arguments),
-            env={**self.plan.environ, **os.environ},
+            env={**self.plan.environ, **_inherited(secrets=self.plan.secrets)},
             # Where the kernel cannot tie a child to our life, the end of this pipe does.
             stdin=subprocess.DEVNULL if _TIED_BY_KERNEL else subprocess.PIPE,
             stdout=subprocess.PIPE,
@@ -81,6 +85,12 @@ class Child:
         """Send a signal if the process runs."""
         if self.process is not None:
             self.process.send_signal(number)
+
+
+def _inherited(*, secrets: bool) -> Mapping[str, str]:
+    if secrets:
+        return os.environ
+    return {name: text for name, text in os.environ.items() if name not in SECRET_NAMES and not is_provider_key(name)}
 
 
 def status_in_words(status: int) -> str:

@@ -145,7 +145,7 @@ class _Site:
         )
         return [
             *((models,) if own else ()),
-            Plan(name="core", module="moltbot_server", arguments=tuple(core), stage=1, environ=environ),
+            Plan(name="core", module="moltbot_server", arguments=tuple(core), stage=1, environ=environ, secrets=True),
             *(Plan(name=n, module="moltbot_adapters", arguments=tuple(http), environ=environ) for n in names),
         ]
 
