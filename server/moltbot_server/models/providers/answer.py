@@ -345,6 +345,7 @@ class ProviderAnswer:
 
     def _leave(self) -> None:
         self._over = True
+        self._reading.draft.hush()
         if self._timer is not None:
             self._timer.cancel()
         if self._task is not None:

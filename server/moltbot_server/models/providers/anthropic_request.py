@@ -24,6 +24,7 @@ from moltbot_server.turns import (
 )
 
 VERSION = "2023-06-01"
+"""The version of the interface that is asked for by default: the last one that takes sampling options at all."""
 
 
 def request(terms: Terms, messages: Sequence[Message], options: GenerationOptions) -> bytes:

@@ -15,7 +15,7 @@ from moltbot_server.models.providers.anthropic_reading import AnthropicReading
 from moltbot_server.models.providers.drafts import Reading
 from moltbot_server.models.providers.keys import ProviderKey
 from moltbot_server.models.providers.openai_reading import OpenAIReading
-from moltbot_server.models.providers.pool import Origin, Pool, proxy_for, proxy_headers
+from moltbot_server.models.providers.pool import Origin, proxy_for, proxy_headers
 from moltbot_server.models.providers.presets import Terms
 from moltbot_server.turns import GenerationOptions, Message, Tool
 
@@ -44,7 +44,7 @@ DIALECTS = {
 class Heads:
     """The heads of the requests to one model: all of them but the length of the body is written once for each key."""
 
-    def __init__(self, terms: Terms, pool: Pool) -> None:
+    def __init__(self, terms: Terms) -> None:
         """Write what all requests have in common.
 
         Raises:
@@ -54,8 +54,8 @@ class Heads:
         parts = urlsplit(terms.url)
         origin = Origin.of(parts)
         target = f"{parts.path}?{parts.query}" if parts.query else parts.path
-        proxy = proxy_for(origin) if pool.sends_whole_addresses else None
-        if proxy is not None:
+        proxy = None if origin.tls else proxy_for(origin)
+        if proxy is not None:  # one without a tunnel wants the whole address
             target = f"{parts.scheme}://{parts.netloc}{target}"
         lines = [
             f"POST {target} HTTP/1.1",
@@ -68,7 +68,7 @@ class Heads:
         given = {name.lower(): (name, value) for name, value in terms.headers}
         usual = {"user-agent": ("User-Agent", f"moltbot/{_version()}")}
         if terms.dialect == "anthropic":
-            usual["anthropic-version"] = ("anthropic-version", anthropic_request.VERSION)
+            usual["anthropic-version"] = ("anthropic-version", terms.api_version or anthropic_request.VERSION)
         lines += [f"{name}: {value}" for name, value in (usual | given).values()]
         self._key_header = "" if terms.key_header in given else terms.key_header
         self._common = "\r\n".join(lines).encode("latin-1")

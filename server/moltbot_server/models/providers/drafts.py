@@ -49,13 +49,24 @@ class _Call:
     arguments: list[str] = field(default_factory=list)
 
 
+class _Nobody:
+    def wrote(self, text: str, tokens: int) -> None:
+        pass  # the answer was stopped
+
+    def thought(self, text: str) -> None:
+        pass  # the answer was stopped
+
+
+_NOBODY = _Nobody()
+
+
 class Draft:
     """An answer that is being read. Pieces of one read reach the listener together."""
 
     __slots__ = ("_calls", "_count", "_known", "_listener", "_pieces", "_size", "_thoughts", "finish", "spoke", "usage")
 
     def __init__(self, listener: Listener, tools: Sequence[Tool]) -> None:
-        self._listener = listener
+        self._listener: Listener | _Nobody = listener
         self._known = frozenset(tool.name for tool in tools)
         self._pieces: list[str] = []
         self._thoughts: list[str] = []
@@ -109,6 +120,10 @@ class Draft:
         if arguments:
             self._grow(len(arguments))
             call.arguments.append(arguments)
+
+    def hush(self) -> None:
+        """Tell nobody anything more."""
+        self._listener = _NOBODY
 
     @property
     def calls(self) -> bool:

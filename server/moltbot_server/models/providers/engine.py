@@ -70,7 +70,7 @@ class ProviderEngine:
         self._turn = 0
         self.whole = Place(self.terms.provider, self.terms.id)
         self._answers: set[ProviderAnswer] = set()
-        self._heads = Heads(self.terms, Pool(self._origin))
+        self._heads = Heads(self.terms)
 
     @property
     def price(self) -> Price | None:

@@ -7,7 +7,7 @@ from typing import Any
 
 import msgspec
 
-from moltbot_server.models.providers.contents import address, as_base64, is_plain, left_out, media_type
+from moltbot_server.models.providers.contents import address, arguments, as_base64, is_plain, left_out, media_type
 from moltbot_server.models.providers.presets import Terms
 from moltbot_server.turns import (
     GenerationOptions,
@@ -75,7 +75,11 @@ def _entries(message: Message, terms: Terms) -> Iterator[dict[str, Any]]:
 def _answer(parts: Sequence[Part]) -> dict[str, Any]:
     text = "".join(map(_words, parts))
     calls = [
-        {"id": part.call_id, "type": "function", "function": {"name": part.tool, "arguments": part.arguments_json}}
+        {
+            "id": part.call_id,
+            "type": "function",
+            "function": {"name": part.tool, "arguments": bytes(arguments(part.arguments_json)).decode()},
+        }
         for part in parts
         if isinstance(part, ToolCallPart)
     ]

@@ -57,11 +57,6 @@ class Pool:
         """How many connections there are."""
         return len(self._all)
 
-    @property
-    def sends_whole_addresses(self) -> bool:
-        """Whether requests name the whole address, as a proxy without a tunnel wants it."""
-        return self._proxy is not None and not self._origin.tls
-
     def take(self) -> Connection | None:
         """Return a connection that is there already, the one that was used last; None when there is none."""
         while self._idle:

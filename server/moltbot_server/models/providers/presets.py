@@ -34,6 +34,8 @@ _ANTHROPIC_OPTIONS: Mapping[str, str | None] = {
     "top_k": "top_k",
     "stop": "stop_sequences",
 }
+_SAMPLING: Mapping[str, str | None] = {"temperature": None, "top_p": None, "top_k": None}
+_NO_SAMPLING_SINCE = "2026-10-21"  # version of Anthropic's interface
 _CONTEXT = 32_768  # of a model of which nothing is known
 _OUTPUT = 4096
 _LOCAL = (".local", ".lan", ".internal", ".localdomain", ".home.arpa", ".svc", ".test")
@@ -101,6 +103,7 @@ class Terms(Value, frozen=True, kw_only=True):
     key_header: str
     needs_key: bool
     headers: tuple[tuple[str, str], ...]
+    api_version: str
     options: Mapping[str, str | None]
     max_stops: int
     max_temperature: float
@@ -154,6 +157,7 @@ def terms(provider: Provider, model: ProviderModel) -> Terms:
     facts = preset.facts(own)
     dialect = provider.dialect or preset.dialect
     usual = _OPENAI_OPTIONS if dialect == "openai" else _ANTHROPIC_OPTIONS
+    late = _SAMPLING if dialect == "anthropic" and provider.api_version >= _NO_SAMPLING_SINCE else {}
     known = {"vision": facts.vision, "tools": facts.tools, "reasoning": facts.reasoning}
     can = {name: value if (value := getattr(model, name)) is not None else known[name] for name in known}
     default = preset.default
@@ -168,7 +172,8 @@ def terms(provider: Provider, model: ProviderModel) -> Terms:
         or ("authorization" if dialect == "openai" else "x-api-key"),
         needs_key=preset.needs_key and not provider.base_url,
         headers=provider.headers,
-        options={**usual, **(preset.options if dialect == preset.dialect else {}), **facts.options},
+        api_version=provider.api_version,
+        options={**usual, **(preset.options if dialect == preset.dialect else {}), **facts.options, **late},
         max_stops=preset.max_stops,
         max_temperature=1.0 if dialect == "anthropic" else preset.max_temperature,
         asks_usage=preset.asks_usage,

@@ -31,6 +31,7 @@ _FILTERED = frozenset({"content_filter", "data_inspection_failed", "datainspecti
 _SPENT = frozenset(
     {"insufficient_quota", "insufficient_balance", "exceeded_current_quota_error", "arrearage", "billing_error", "1113"}
 )
+_SPENT_TEXT = re.compile(r"credit balance is too low|insufficient.balance|余额不足|欠费", re.IGNORECASE)
 _NO_MODEL = frozenset({"model_not_found", "invalid_model", "modelnotfound", "deploymentnotfound", "1211"})
 _BUSY = frozenset({"rate_limit_error", "rate_limit_exceeded", "1302", "1303", "1305"})
 _WRONG_KEY = frozenset({"authentication_error", "permission_error", "invalid_api_key", "invalidapikey"})
@@ -118,7 +119,7 @@ def meaning(title: str, model: str, status: int, said: Said, after: float | None
     """Return what a status and what was said with it mean together."""
     if said.names & _FILTERED:
         return Refusal(ModelUnavailable(f"{title} found the conversation unfit."), filtered=True)
-    if status == 402 or said.names & _SPENT:
+    if status == 402 or said.names & _SPENT or _SPENT_TEXT.search(said.text[:2000]):
         text = f"{title} does not answer with this key: its quota or balance is used up."
         return Refusal(ModelCredential(text), Cause.CREDENTIAL, after)
     if status in (401, 403):
