@@ -131,6 +131,12 @@ async def test_an_answer_that_goes_on_elsewhere_is_printed_once(home: Home) -> N
     assert (ended.out, ended.err) == ("Half an answer.\n", "")
 
 
+async def test_blanks_that_are_taken_back_are_not_worth_a_word(home: Home) -> None:
+    async with telling(home, _text("\n"), _reset(""), _text("Whole"), _end("Whole")):
+        ended = await home.run("chat", "Hi")
+    assert (ended.out, ended.err) == ("\nWhole\n", "")
+
+
 async def test_a_conversation_shows_switches_and_thoughts_too(home: Home) -> None:
     events = (SWITCH, _thought("Hm."), _text("Half"), _reset("Whole"), _end("Whole"))
     async with telling(home, *events), terminal(home) as screen:

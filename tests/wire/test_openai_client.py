@@ -315,6 +315,15 @@ async def test_a_reset_that_goes_on_from_what_is_shown_is_unseen(client, core):
     assert "".join([c.choices[0].delta.content or "" async for c in stream]) == "Hello, world! Again"
 
 
+async def test_a_reset_that_takes_blanks_and_thoughts_back_is_unseen(client, core):
+    core.script.thoughts = ("Hm.",)
+    core.script.pieces = ("\n", " ")
+    core.script.reset = chat_pb2.Reset(text="")
+    core.script.completion = chat_pb2.Completed(text="Good")
+    stream = await client.chat.completions.create(model="moltbot", messages=HELLO, stream=True)
+    assert "".join([c.choices[0].delta.content or "" async for c in stream]).strip() == "Good"
+
+
 async def test_a_reset_that_takes_words_back_is_an_error(client, core):
     core.script.reset = chat_pb2.Reset(text="Good")
     with pytest.raises(openai.APIError) as caught:

@@ -109,11 +109,11 @@ class OpenAiApi:
                 case "routed":
                     progress.rename(web_events.model_id(event.routed.model))
                 case "reset":
-                    missing = progress.missing(event.reset.text)
-                    if missing is None:
+                    more = progress.replace(event.reset.text)
+                    if more is None:
                         raise _replaced()
-                    if missing:
-                        await out.write(progress.add(missing))
+                    if more:
+                        await out.write(more)
                 case "completed":
                     if event.completed.finish_reason == message_pb2.FINISH_REASON_CANCELLED:
                         raise _cancelled()

@@ -42,17 +42,22 @@ class Progress:
         head, chunks = self._writer()
         return head + chunks.thought(text)
 
-    def missing(self, text: str) -> str | None:
-        """Returns what must be added so that `text` is shown, or None when something else is shown already."""
+    def replace(self, text: str) -> bytes | None:
+        """Returns the bytes after which `text` is shown instead; None where visible words would have to be unsaid."""
         shown = "".join(self._shown)
-        return text[len(shown) :] if text.startswith(shown) else None
+        if not shown.strip():
+            self._shown, self._length = [], 0  # blanks before an answer are as good as nothing
+            return self.add(text) if text else b""
+        if not text.startswith(shown):
+            return None
+        return self.add(text[len(shown) :]) if text != shown else b""
 
     def end(self, answer: chat_pb2.Completed, calls: Calls) -> bytes:
         """Returns the bytes that bring what is missing of an answer, and its end."""
         self.rename(web_events.model_id(answer.model))
         data = self.think(answer.reasoning) if answer.reasoning and not self._thought else b""
         if self._length < len(answer.text):
-            data += self.add(self.missing(answer.text) or "")
+            data += self.replace(answer.text) or b""
         head, chunks = self._writer()
         told = b"".join(chunks.call(index, call) for index, call in enumerate(calls))
         return data + head + told + chunks.last(answer, calls)

@@ -13,6 +13,7 @@ from typing import Any, Protocol, Self, TypeVar
 
 import grpc
 
+from moltbot.answer import tool_calls
 from moltbot.channel import open_channel
 from moltbot.credentials import find_address, find_key
 from moltbot.errors import MoltBotClientError, from_status
@@ -36,6 +37,11 @@ class Reply:
     def text(self) -> str:
         """The answer's text."""
         return self.completed.text
+
+    @property
+    def tool_calls(self) -> list[message_pb2.ToolCall]:
+        """The tools that the answer asks to be called; `moltbot.tools.result` makes the parts to go on with."""
+        return tool_calls(self.completed)
 
     @property
     def session(self) -> str:
@@ -106,6 +112,7 @@ class MoltBot:
         """Say something and yield the events of the answer; the last one is `completed` or `failed`.
 
         A broken connection is mended unseen: the turn goes on in the core and is followed from the last event on.
+        A `reset` event takes back what was said before: `Answer` puts the text together.
         `fields` are further fields of the contract's `TurnInput`, such as `model`, `user`, `options` or `channel`.
         """
         turn = _turn(content, session, request_id, fields)

@@ -27,6 +27,7 @@ _RETRYABLE = frozenset(
         error_pb2.ERROR_REASON_MODEL_UNAVAILABLE,
         error_pb2.ERROR_REASON_STORAGE_UNAVAILABLE,
         error_pb2.ERROR_REASON_TURN_INTERRUPTED,
+        error_pb2.ERROR_REASON_BUDGET_EXCEEDED,
     )
 )
 
@@ -103,4 +104,5 @@ def from_event(failed: chat_pb2.Failed) -> MoltBotClientError:
         reason=failed.reason,
         retryable=failed.retryable,
         retry_after=failed.retry_delay.ToNanoseconds() / 1e9 if failed.HasField("retry_delay") else None,
+        fields={failed.field: failed.message.removeprefix(f"{failed.field}: ")} if failed.field else None,
     )

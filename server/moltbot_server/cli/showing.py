@@ -57,6 +57,10 @@ class Shown:
         if reset.text.startswith(self._text):
             self._say(reset.text[len(self._text) :])
             return
+        if not self._text.strip():  # blanks before an answer are as good as nothing
+            self._text = ""
+            self._say(reset.text)
+            return
         self._remark("the answer begins anew")
         if not self._screen:
             self.end()

@@ -10,7 +10,7 @@ from functools import lru_cache
 from typing import Any
 
 from moltbot_server.testing_provider.script import Script, ToolCall, Usage
-from moltbot_server.testing_provider.tools import Tools, text_of, tools_of
+from moltbot_server.testing_provider.tools import Tools, dicts, text_of, tools_of
 
 DEFAULT_TEXT = "Hello from the mock provider! 你好 我是模拟的模型。 Ask me anything, for example: ¿qué tal? 🙂"
 """What is answered when the script says nothing; some of its characters take two, three and four bytes."""
@@ -28,6 +28,8 @@ class Asked:
     words: int
     """How many words all messages have: the input tokens where the script says no usage."""
     tools: Tools
+    pictures: int
+    """How many all messages have."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -148,4 +150,7 @@ def read_request(body: object) -> Asked:
         last=mine[-1] if mine else "",
         words=sum(len(text.split()) for text in [*texts, text_of(body.get("system"))]),
         tools=tools_of(body, messages),
+        pictures=sum(
+            part.get("type") in ("image_url", "image") for each in messages for part in dicts(each.get("content"))
+        ),
     )

@@ -21,13 +21,16 @@ class Calls:
         self._counts: Counter[str] = Counter()
         self._last: deque[dict[str, Any]] = deque(maxlen=_KEPT)
 
-    def add(self, *, model: str, key: str, outcome: str) -> None:
-        """Take note of a call as soon as it is known what it meets; of its key only the end is kept."""
+    def add(self, *, model: str, key: str, outcome: str, pictures: int = 0) -> None:
+        """Take note of a call as soon as it is known what it meets; of its key only the end is kept.
+
+        `pictures` is how many its messages hold.
+        """
         self._counts[outcome] += 1
         at = round(time.time(), 3)
         # Of a key as short as its end nothing is shown: that would be the whole of it.
         shown = key[-4:] if len(key) > 4 else ""
-        self._last.append({"time": at, "model": model, "key": shown, "outcome": outcome})
+        self._last.append({"time": at, "model": model, "key": shown, "outcome": outcome, "pictures": pictures})
 
     def clear(self) -> None:
         """Forget all."""

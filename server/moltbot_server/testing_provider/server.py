@@ -120,7 +120,7 @@ class MockProvider:
             return refused[1]
         lot = self._draw.next()
         kind = "" if lot.fault is None else lot.fault.kind
-        self.calls.add(model=model, key=key, outcome=kind or "answered")
+        self.calls.add(model=model, key=key, outcome=kind or "answered", pictures=asked.pictures)
         if lot.fault is not None and (refusal := _of_fault(lot.fault, dialect)) is not None:
             return refusal
         script = self.script

@@ -34,7 +34,7 @@ class Tools:
 def tools_of(body: Mapping[str, Any], messages: Sequence[Mapping[str, Any]]) -> Tools:
     """Return what a request says of tools; what is not of its dialect is passed over."""
     offered: dict[str, Any] = {}
-    for tool in _dicts(body.get("tools")):
+    for tool in dicts(body.get("tools")):
         function = tool.get("function", tool)
         if isinstance(function, dict) and isinstance(function.get("name"), str):
             offered[function["name"]] = function.get("parameters", function.get("input_schema"))
@@ -60,7 +60,7 @@ def _results(messages: Sequence[Mapping[str, Any]]) -> list[str]:
         if message.get("role") == "tool":
             found.insert(0, text_of(content))
         else:
-            blocks = [block for block in _dicts(content) if block.get("type") == "tool_result"]
+            blocks = [block for block in dicts(content) if block.get("type") == "tool_result"]
             found[:0] = [text_of(block.get("content")) for block in blocks]
     return found
 
@@ -69,10 +69,11 @@ def text_of(content: object) -> str:
     """Return the text of a message's content, which is a text or a list of parts."""
     if isinstance(content, str):
         return content
-    return "".join(str(part["text"]) for part in _dicts(content) if "text" in part)
+    return "".join(str(part["text"]) for part in dicts(content) if "text" in part)
 
 
-def _dicts(value: object) -> list[dict[str, Any]]:
+def dicts(value: object) -> list[dict[str, Any]]:
+    """Return the objects of what should be a list of them."""
     return [each for each in value if isinstance(each, dict)] if isinstance(value, list) else []
 
 

@@ -70,7 +70,7 @@ export class AnswerView {
     const before = this.text;
     this.text = text.replaceAll("\r", "");
     this.thoughts.clear();
-    if (!this.text.startsWith(before)) this.notice("retry", "reset");
+    if (before.trim() && !this.text.startsWith(before)) this.notice("retry", "reset");
     if (this.text) this.quiet();
     else this.begin();
     this.#schedule();
