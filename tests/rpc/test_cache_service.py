@@ -3,18 +3,21 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Sequence
 from pathlib import Path
 from typing import Any
 
 import grpc
 import pytest
-from moltbot.v1 import cache_pb2, cache_pb2_grpc, chat_pb2, model_pb2
+from moltbot.v1 import cache_pb2, cache_pb2_grpc, chat_pb2, message_pb2, model_pb2
 from moltbot_server.auth.keys import Authenticator
 from moltbot_server.auth.policy import MEMBER
 from moltbot_server.config import Cache
+from moltbot_server.config_models import Provider, ProviderModel
 from moltbot_server.demo_model import ARTIFACT
+from moltbot_server.models.providers import ProviderEngine, ProviderKey
 from moltbot_server.testing import RunningServer, running_server
+from moltbot_server.testing_provider import MockProvider, Script
 from moltbot_server.turns import Principal
 from rpc_calls import Api, WatchedEngine, kinds, reason_of, refused, text_of, turn, until
 
@@ -103,6 +106,31 @@ async def test_a_thousand_identical_questions_at_once_are_answered_by_one(api: A
     counted = (await caches.all())["caches/answers"]
     assert counted.misses == 1
     assert counted.hits + counted.joined == 999
+
+
+async def test_a_thousand_identical_questions_at_once_are_one_call_of_a_provider(tmp_path: Path) -> None:
+    class Keys:
+        def keys(self, provider: str) -> Sequence[ProviderKey]:
+            return (ProviderKey(id="k", text="a-good-key"),)
+
+    script = Script.read({"text": "One answer for all of you.", "first_token": "200ms"})
+    cold = message_pb2.GenerationOptions(temperature=0.0)
+    async with MockProvider(script).running() as mock:
+        remote = ProviderEngine(
+            Provider(name="mock", dialect="openai", base_url=mock.address),
+            ProviderModel(name="mock-model"),
+            keys=Keys(),
+        )
+        async with running_server(tmp_path / "other", engine=remote) as server:
+            api = Api.of(server)
+            answers = await asyncio.gather(*(api.run(turn("How?", options=cold)) for _ in range(1000)))
+            kept = await api.run(turn("How?", options=cold))
+            varied = await api.run(turn("How?"))
+            await api.channel.close()
+
+        assert {answer.completed.text for answer in answers} == {"One answer for all of you."}
+        assert (kept.completed.cached, varied.completed.cached) == (True, False)
+        assert mock.calls.shown()["total"] == 2
 
 
 async def test_who_cancels_a_shared_answer_leaves_the_others_theirs(
