@@ -188,6 +188,47 @@ async def test_a_good_key_can_be_refused(provider: MockProvider, client: openai.
         await client.chat.completions.create(**ASK)
 
 
+async def test_a_key_can_lack_a_permission(provider: MockProvider, client: openai.AsyncOpenAI) -> None:
+    follow(provider, {"kind": "unauthorized", "status": 403})
+
+    with pytest.raises(openai.PermissionDeniedError):
+        await client.chat.completions.create(**ASK)
+
+
+async def test_an_endless_answer_goes_on_until_its_reader_leaves(
+    provider: MockProvider, client: openai.AsyncOpenAI
+) -> None:
+    follow(provider, {"kind": "endless"})
+
+    heard = []
+    async with await client.chat.completions.create(**ASK, stream=True) as stream:
+        async for chunk in stream:
+            heard.append(chunk.choices[0].delta.content or "")
+            if len(heard) > 100:
+                break
+
+    assert "".join(heard).startswith(WORDS + WORDS)
+
+
+async def test_a_huge_piece_is_as_large_as_told(provider: MockProvider, client: openai.AsyncOpenAI) -> None:
+    follow(provider, {"kind": "huge", "size": "2MiB"})
+
+    heard = await texts(client)
+
+    assert [len(piece) for piece in heard] == [2 << 20, 4, 5, 5]
+
+
+@pytest.mark.parametrize("path", ["/openai/v1/chat/completions", "/openai/deployments/my-gpt/chat/completions"])
+async def test_providers_with_a_path_and_a_header_of_their_own_are_stood_in_for(
+    provider: MockProvider, path: str
+) -> None:
+    async with (
+        aiohttp.ClientSession() as session,
+        session.post(f"{provider.address}{path}", json=ASK, headers={"api-key": "k"}) as response,
+    ):
+        assert (await response.json())["choices"][0]["message"]["content"] == WORDS
+
+
 async def test_an_empty_answer_is_no_error(provider: MockProvider, client: openai.AsyncOpenAI) -> None:
     follow(provider, {"kind": "empty"})
 
@@ -453,6 +494,7 @@ async def test_a_message_thinks_and_uses_tools(provider: MockProvider, claude: a
         ("error status=502", "api_error"),
         ("rate_limit retry_after=3s", "rate_limit_error"),
         ("unauthorized", "authentication_error"),
+        ("unauthorized status=403", "permission_error"),
     ],
 )
 async def test_a_message_is_refused_in_the_form_of_its_dialect(

@@ -44,7 +44,8 @@ async def test_its_help_teaches_with_examples_and_names_every_fault(home: Home) 
     assert "moltbot mock-provider --port" in told
     assert "--workspace" not in told
     kinds = (
-        "error rate_limit hang hang_after_first cut broken_sse split_utf8 slow empty wrong_content_type unauthorized"
+        "error rate_limit hang hang_after_first cut broken_sse split_utf8 slow empty endless huge "
+        "wrong_content_type unauthorized"
     )
     assert [kind for kind in kinds.split() if kind not in told] == []
 

@@ -17,8 +17,8 @@ A flag goes before the file's field of the same name. docs/mock-provider.md is t
 
 _FAULTS = """\
 faults: KIND, its options, and how often, in one word or with spaces in quotes; the first that a call meets counts
-  error [status=500|502|503|529]   rate_limit [retry_after=1s]   unauthorized   wrong_content_type   empty
-  slow [by=5s]   hang   hang_after_first   cut [after=CHUNKS]   split_utf8
+  error [status=500|502|503|529]   rate_limit [retry_after=1s]   unauthorized [status=401|403]   wrong_content_type
+  slow [by=5s]   hang   hang_after_first   cut [after=CHUNKS]   empty   endless   huge [size=10MiB]   split_utf8
   broken_sse [how=not_json|truncated|no_done]
 how often: share=10% of the calls, every=3 for each third one, until="5 calls" or until=30s; without, every call"""
 

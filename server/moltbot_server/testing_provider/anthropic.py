@@ -10,6 +10,7 @@ from moltbot_server.testing_provider.answers import Answer, Asked, BadRequest, F
 _TYPES = {
     400: "invalid_request_error",
     401: "authentication_error",
+    403: "permission_error",
     429: "rate_limit_error",
     529: "overloaded_error",
 }

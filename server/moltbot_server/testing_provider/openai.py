@@ -8,14 +8,15 @@ from typing import Any
 from moltbot_server.testing_provider.answers import Answer, Asked, Frames, arguments_in_two, compact
 
 MODELS = ("mock-model",)
-_TYPES = {400: "invalid_request_error", 401: "invalid_request_error", 429: "requests"}
+_TYPES = {400: "invalid_request_error", 401: "invalid_request_error", 403: "permission_error", 429: "requests"}
 _CODES = {401: "invalid_api_key", 429: "rate_limit_exceeded"}
 
 
 def key_of(headers: Mapping[str, str]) -> str:
     """Return the key that a request shows, or nothing."""
     scheme, _, key = headers.get("Authorization", "").partition(" ")
-    return key.strip() if scheme.lower() == "bearer" else ""
+    # The second is Azure's way.
+    return key.strip() if scheme.lower() == "bearer" else headers.get("api-key", "").strip()
 
 
 def check(headers: Mapping[str, str], body: object) -> None:

@@ -39,7 +39,7 @@ class Playing:
         if self._kind == "hang":
             await asyncio.Event().wait()
         await _pass(self.wait + self.pace * max(steps - 1, 0))
-        if self._kind in ("", "slow", "empty"):
+        if self._kind in ("", "slow", "empty", "huge"):
             return web.Response(body=body, headers=_JSON)
         half = len(body) // 2
         if self._kind == "broken_sse":  # without a stream there are no lines to spoil: the object breaks off
@@ -59,7 +59,7 @@ class Playing:
         response.enable_chunked_encoding()
         await response.prepare(self.request)
         try:
-            if self.wait == 0 and self.pace == 0 and self._kind in ("", "slow", "empty"):
+            if self.wait == 0 and self.pace == 0 and self._kind in ("", "slow", "empty", "huge"):
                 await response.write_eof(frames.whole)
             else:
                 await self._play(response, frames)
@@ -86,6 +86,10 @@ class Playing:
                 await asyncio.Event().wait()
         if kind == "cut":
             self._close()  # it was to come later than the answer is long
+        while kind == "endless" and frames.chunks:  # until the client leaves or the provider ends
+            for chunk in frames.chunks:
+                await _pass(self.pace)
+                await self._write(response, chunk)
         spoiled = fault is not None and kind == "broken_sse"
         if spoiled and len(frames.chunks) < 2 and await self._break(response, fault, frames.closing):
             return

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from moltbot_server.config_sources import Given
-from moltbot_server.config_values import TRUTH, Kind, choice, duration, text, whole
+from moltbot_server.config_values import TRUTH, Kind, choice, duration, size, text, whole
 
 _DAY = 86_400.0
 _SPAN = duration(0, _DAY)
@@ -27,8 +27,10 @@ _OPTIONS: Mapping[str, Mapping[str, tuple[Kind, Any]]] = {
     "split_utf8": {},
     "slow": {"by": (_SPAN, 5.0)},
     "empty": {},
+    "endless": {},
+    "huge": {"size": (size(1, 64 << 20), "10MiB")},
     "wrong_content_type": {},
-    "unauthorized": {},
+    "unauthorized": {"status": (choice("401", "403"), "401")},
 }
 KINDS = tuple(_OPTIONS)
 """The kinds of faults."""
@@ -48,7 +50,7 @@ class Fault:
     until_calls: int | None = None
     until_seconds: float | None = None
     status: int = 500
-    """Of `error`."""
+    """Of `error` and `unauthorized`."""
     retry_after: float = 1.0
     """Of `rate_limit`, in seconds."""
     after: int = 0
@@ -57,6 +59,8 @@ class Fault:
     """Of `broken_sse`: `not_json`, `truncated` or `no_done`."""
     by: float = 5.0
     """Of `slow`: so many seconds later than the script says."""
+    size: int = 10 << 20
+    """Of `huge`: so many bytes of text in one piece."""
 
     def shown(self) -> dict[str, Any]:
         """Return the fault as a script writes it."""

@@ -8,6 +8,7 @@ import json
 import time
 from collections.abc import AsyncGenerator, Callable, Mapping
 from contextlib import asynccontextmanager
+from dataclasses import replace
 from math import ceil
 from typing import Protocol
 
@@ -74,8 +75,9 @@ class MockProvider:
         """
         host = loopback(host)
         application = web.Application(client_max_size=_LARGEST_REQUEST)
-        application.router.add_post("/v1/chat/completions", self._chat)
-        application.router.add_post("/v1/messages", self._message)
+        # Some providers have more of a path before it than /v1.
+        application.router.add_post("/{before:.+}/chat/completions", self._chat)
+        application.router.add_post("/{before:.+}/messages", self._message)
         application.router.add_get("/v1/models", self._models)
         application.router.add_get("/control/script", self._show_script)
         application.router.add_put("/control/script", self._put_script)
@@ -125,6 +127,8 @@ class MockProvider:
             return refusal
         script = self.script
         answer = answer_of(script, asked, lot.number, int(time.time()), empty=kind == "empty")
+        if lot.fault is not None and kind == "huge":
+            answer = replace(answer, text=("x" * lot.fault.size, *answer.text))
         playing = Playing(request=request, fault=lot.fault, wait=lot.wait, pace=script.pace, broken=dialect.broken)
         transport = request.transport
         if transport is not None:
@@ -197,7 +201,8 @@ def _of_fault(fault: Fault, dialect: Dialect) -> web.Response | None:
         response.headers["Retry-After"] = str(ceil(fault.retry_after))  # HTTP knows whole seconds alone
         return response
     if fault.kind == "unauthorized":
-        return _refusal(dialect, 401, "Incorrect API key provided.")
+        text = "Incorrect API key provided." if fault.status == 401 else "The key has no permission for this model."
+        return _refusal(dialect, fault.status, text)
     if fault.kind == "wrong_content_type":
         return web.Response(body=_PAGE, content_type="text/html", charset="utf-8")
     return None
