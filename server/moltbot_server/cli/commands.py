@@ -21,6 +21,7 @@ from moltbot_server.cli.cache import add_cache
 from moltbot_server.cli.key import add_key
 from moltbot_server.cli.mock_provider import add_mock_provider
 from moltbot_server.cli.model import add_model
+from moltbot_server.cli.route import add_route
 from moltbot_server.cli.running import Running, joined, reachable
 from moltbot_server.cli.terminal import Exit, Failure, command, shown
 from moltbot_server.cli.usage import add_usage
@@ -121,6 +122,7 @@ def _parser() -> tuple[argparse.ArgumentParser, Collection[str]]:
     add_key(add)
     add_usage(add)
     add_cache(add)
+    add_route(add)
     add("link", _link, "Print a fresh link that opens the web chat once, within 15 minutes.", "moltbot link")
     status = add("status", _status, "Tell what runs, where, for how long, and what memory it takes.",
                  "moltbot status", "moltbot status --json")  # fmt: skip
