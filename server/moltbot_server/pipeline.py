@@ -152,7 +152,8 @@ class TurnPipeline:
         )
         self.journal.begin(live)
         # The turn ends by its own deadline, which those who attach to it may move; the engine is stopped then.
-        run = TurnRun(self, live, session, entry, Asker(workspace=asker.workspace, session=key.session))
+        asker = Asker(workspace=asker.workspace, session=key.session, wanted_by=deadline)
+        run = TurnRun(self, live, session, entry, asker)
         self._runs.add(run)
         run.begin(warning)
         live.expire_at(deadline)

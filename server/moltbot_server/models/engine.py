@@ -83,12 +83,14 @@ class Embedded(NamedTuple):
 class Asker(Value, frozen=True, kw_only=True):
     """Who an answer is for, and until when it is of use: what a queue is fair between, and what it need not start.
 
-    `deadline` is on the event loop's clock, None for no hurry.
+    `deadline` is on the event loop's clock, None for no hurry. `wanted_by` is when whoever asks hopes to have it: an
+    answer that is not begun in good time before is better asked for elsewhere, but is of use later too.
     """
 
     workspace: str = ""
     session: str = ""
     deadline: float | None = None
+    wanted_by: float | None = None
 
 
 NOBODY = Asker()

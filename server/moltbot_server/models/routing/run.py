@@ -111,8 +111,9 @@ class RouteRun:
         self._clock = clock
         self.began = self._waits_since = now = clock.time()
         self._latency = terms.spec.latency
-        if asker.deadline is not None:
-            self._latency = min(self._latency, max(asker.deadline - now, 0.0) / _SHARE_OF_DEADLINE)
+        wanted_by = asker.wanted_by if asker.deadline is None else asker.deadline
+        if wanted_by is not None:
+            self._latency = min(self._latency, max(wanted_by - now, 0.0) / _SHARE_OF_DEADLINE)
         self._asked = self._tokens = self._carried = 0
         self._under_way: list[AttemptUnderWay] = []
         self._winner: AttemptUnderWay | None = None
