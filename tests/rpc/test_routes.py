@@ -123,6 +123,15 @@ async def test_a_model_that_fails_before_its_first_word_is_stood_in_for_and_the_
     ]  # fmt: skip
 
 
+async def test_a_caller_in_a_hurry_has_the_next_model_asked_before_the_threshold(tmp_path: Path) -> None:
+    hangs = {"faults": [{"kind": "hang"}]}
+    async with rig(tmp_path, hangs, WELL) as core:  # the threshold is three seconds
+        request = chat_pb2.RunTurnRequest(turn=chat_pb2.TurnInput(parts=[message_pb2.Part(text="hello")]))
+        answer = await core.chat.RunTurn(request, metadata=core.server.metadata, timeout=1.5)
+
+    assert answer.completed.model == "models/second-model"
+
+
 async def test_a_model_that_breaks_in_mid_answer_is_begun_anew_by_another_one(tmp_path: Path) -> None:
     cut = {"text": "Half of this is lost.", "chunks": 4, "pace": "20ms", "faults": [{"kind": "cut", "after": 2}]}
     async with rig(tmp_path, cut, WELL) as core:
