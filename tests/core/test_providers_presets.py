@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from pathlib import Path
 
 import pytest
 from moltbot_server.config_models import Price, Provider, ProviderModel
@@ -155,3 +156,14 @@ def test_the_model_of_a_pattern_is_the_first_that_fits() -> None:
     assert terms(*resolve("claude-opus-5-5", ())).price == Price(input=4, output=20, cached_input=0.2)
     assert terms(*resolve("claude-opus-5", ())).price == Price(input=5, output=25, cached_input=0.5)
     assert terms(*resolve("gpt-9-unheard-of", ())).price is None
+
+
+def test_the_guide_lists_each_preset_with_its_keys_and_the_names_that_it_knows() -> None:
+    guide = (Path(__file__).parents[2] / "docs" / "providers.md").read_text("utf-8")
+    rows = [line for line in guide.splitlines() if line.startswith("| `")]
+    for name, preset in presets().items():
+        row = next((line for line in rows if f"`{name}`" in line.split("|")[1]), "")
+        assert row, f"{name} is missing"
+        known = [pattern.replace("-*", "*") for pattern in preset.patterns]
+        for each in (*preset.key_env, *known):
+            assert f"`{each}" in row.replace("-*`", "*`"), f"{each} of {name} is missing"
