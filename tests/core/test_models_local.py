@@ -16,7 +16,7 @@ from moltbot_server.errors import ContextLengthExceeded, ModelUnavailable, Queue
 from moltbot_server.models.engine import Chunk, Finished
 from moltbot_server.models.engine import stream as streamed
 from moltbot_server.models.engines.local import LocalEngine
-from moltbot_server.models.engines.local import replicas as native
+from moltbot_server.models.engines.local import batch_writing as native
 from moltbot_server.models.engines.local.rows import GONE, Row, Sampling
 from moltbot_server.models.folder import read_folder
 from moltbot_server.models.tokenizer import Tokenizer
@@ -108,9 +108,9 @@ async def test_what_is_streamed_is_what_the_model_says_offline(tiny: Path) -> No
 
 async def test_an_answer_arrives_in_many_pieces_and_says_where_its_time_went(endless: Path) -> None:
     async with running(endless, replicas=1) as engine:
-        chunks, finished = await ask(engine, "hello", GenerationOptions(max_output_tokens=400))
+        chunks, finished = await ask(engine, "hello", GenerationOptions(max_output_tokens=4000))
     assert len(chunks) > 20
-    assert sum(chunk.tokens for chunk in chunks) <= finished.usage.output_tokens == 400
+    assert sum(chunk.tokens for chunk in chunks) <= finished.usage.output_tokens == 4000
     assert 0 < finished.first_token < finished.generation
     assert 0 <= finished.queue < 5
 
@@ -168,6 +168,19 @@ async def test_stop_texts_end_an_answer_wherever_tokens_are_cut(endless: Path) -
             engine, "hello", GenerationOptions(max_output_tokens=120, stop=(whole[-1] + "!!",))
         )
         assert (text_of(chunks), finished.finish_reason) == (whole, FinishReason.LENGTH), "what was held back is shown"
+
+
+async def test_what_was_written_after_a_stop_text_is_not_counted(endless: Path) -> None:
+    async with running(endless, replicas=1) as engine:
+        whole, _ = offline(endless, "hello", 120)
+        stop = whole[40:43]
+        _, finished = await ask(engine, "hello", GenerationOptions(max_output_tokens=120, stop=(stop,)))
+        counted = finished.usage.output_tokens
+        said = [
+            text_of((await ask(engine, "hello", GenerationOptions(max_output_tokens=limit)))[0])
+            for limit in (counted - 1, counted)
+        ]
+    assert [stop in text for text in said] == [False, True]
 
 
 async def test_closing_a_stream_frees_its_row_within_one_step(endless: Path) -> None:

@@ -13,7 +13,7 @@ import pytest
 from moltbot_server.demo_model import ARTIFACT
 from moltbot_server.errors import DeadlineExceeded, QueueFull
 from moltbot_server.models.engine import NOBODY, Asker, Chunk, Finished, stream
-from moltbot_server.models.engines.local import LocalEngine, replicas
+from moltbot_server.models.engines.local import LocalEngine, batch_writing
 from moltbot_server.models.folder import read_folder
 from moltbot_server.models.tuning import Tuning
 from moltbot_server.turns import GenerationOptions, Message, Role, TextPart
@@ -70,7 +70,7 @@ async def ask(
 @pytest.fixture
 def patient(monkeypatch: pytest.MonkeyPatch) -> None:
     """Let no answer give way to others."""
-    monkeypatch.setattr(replicas, "SLICE", 1_000_000)
+    monkeypatch.setattr(batch_writing, "SLICE", 1_000_000)
 
 
 @asynccontextmanager
@@ -106,9 +106,9 @@ async def test_a_long_answer_gives_way_to_those_that_wait_and_says_the_same(
     folder: str, number_type: str, endless: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     # In int8 the noise of a random model turns at rounding errors, as it does from one batch to another.
-    monkeypatch.setattr(replicas, "SLICE", 16)
-    monkeypatch.setattr(replicas, "PAYS", 0.0)
-    monkeypatch.setattr(replicas, "_NEARLY_DONE", 4)
+    monkeypatch.setattr(batch_writing, "SLICE", 16)
+    monkeypatch.setattr(batch_writing, "PAYS", 0.0)
+    monkeypatch.setattr(batch_writing, "_NEARLY_DONE", 4)
     path = endless if folder == "endless" else ARTIFACT
     asked = [f"question number {index}" for index in range(12)]
     async with running(path, batch=4, compute_type=number_type) as engine:
@@ -125,8 +125,8 @@ async def test_a_long_answer_gives_way_to_those_that_wait_and_says_the_same(
 
 
 async def test_a_long_answer_goes_on_while_nobody_waits(endless: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(replicas, "SLICE", 16)
-    monkeypatch.setattr(replicas, "PAYS", 0.0)
+    monkeypatch.setattr(batch_writing, "SLICE", 16)
+    monkeypatch.setattr(batch_writing, "PAYS", 0.0)
     async with running(endless, batch=8) as engine:
         await asyncio.gather(*(ask(engine, conversation(f"q{index}"), tokens(300)) for index in range(8)))
         assert engine.pauses == 0
@@ -135,8 +135,8 @@ async def test_a_long_answer_goes_on_while_nobody_waits(endless: Path, monkeypat
 async def test_who_comes_while_endless_answers_fill_the_model_is_answered_before_they_end(
     endless: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(replicas, "SLICE", 16)
-    monkeypatch.setattr(replicas, "PAYS", 0.0)
+    monkeypatch.setattr(batch_writing, "SLICE", 16)
+    monkeypatch.setattr(batch_writing, "PAYS", 0.0)
     async with running(endless, batch=2) as engine, holding(engine), holding(engine):
         async with asyncio.timeout(20):
             _, finished = await ask(engine, conversation("short"), tokens(3))
@@ -146,8 +146,8 @@ async def test_who_comes_while_endless_answers_fill_the_model_is_answered_before
 
 
 async def test_an_answer_that_gave_way_can_be_stopped(endless: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(replicas, "SLICE", 8)
-    monkeypatch.setattr(replicas, "PAYS", 0.0)
+    monkeypatch.setattr(batch_writing, "SLICE", 8)
+    monkeypatch.setattr(batch_writing, "PAYS", 0.0)
     async with running(endless, batch=1) as engine:
         for _ in range(20):
             async with holding(engine), holding(engine):
@@ -159,8 +159,8 @@ async def test_an_answer_that_gave_way_can_be_stopped(endless: Path, monkeypatch
 
 
 async def test_a_repetition_penalty_counts_the_own_answer_only(endless: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(replicas, "SLICE", 8)
-    monkeypatch.setattr(replicas, "PAYS", 0.0)
+    monkeypatch.setattr(batch_writing, "SLICE", 8)
+    monkeypatch.setattr(batch_writing, "PAYS", 0.0)
     asked = ["hello", "hello there", "how do I start it", "the lazy dog", "x", "1 2 3"]
     penalty = {"repetition_penalty": 1.8}
     async with running(endless, batch=4) as engine:
@@ -173,7 +173,7 @@ async def test_a_repetition_penalty_counts_the_own_answer_only(endless: Path, mo
 async def test_giving_way_has_to_be_worth_reading_the_prompts_again(
     endless: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(replicas, "SLICE", 16)
+    monkeypatch.setattr(batch_writing, "SLICE", 16)
     asked = conversation("1 " * 1500)
     async with running(endless, batch=1) as engine:
         await ask(engine, asked, tokens(8))  # reading is measured

@@ -27,9 +27,10 @@ from moltbot_server.models.engine import (
     stream,
 )
 from moltbot_server.models.engines.local.leads import Leads
-from moltbot_server.models.engines.local.replicas import Replicas, load
+from moltbot_server.models.engines.local.replicas import Replicas
 from moltbot_server.models.engines.local.rows import EXPIRED, GONE, Row
 from moltbot_server.models.engines.local.sampling import sampling_of
+from moltbot_server.models.engines.local.threads import ThreadReplica, load
 from moltbot_server.models.engines.local.waiting import Waiting
 from moltbot_server.models.engines.local.weights import context_bytes
 from moltbot_server.models.engines.local.writing import Writing
@@ -346,12 +347,13 @@ class LocalEngine:
         each = context_bytes(folder.path / "model.bin")
         room = max(_LEADS_LEAST, self.memory_bytes * _LEADS_SHARE)
         self._leads = Leads(tokenizer.prompt, int(room / each) if each else 0)
+        ends = frozenset(index for index in stops.values() if index is not None)
+        generator = load(folder, self.tuning)
         return Replicas(
-            load(folder, self.tuning),
+            [ThreadReplica(generator, ends) for _ in range(self.tuning.replicas)],
             name=self.id,
-            count=self.tuning.replicas,
             waiting=self._waiting,
             reader=self,
-            ends=frozenset(index for index in stops.values() if index is not None),
+            ends=ends,
             vocabulary=folder.vocabulary,
         )

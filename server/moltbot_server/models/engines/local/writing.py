@@ -30,13 +30,14 @@ class Home(Protocol):
 class Writing:
     """Reads a row and tells the listener; the `Generation` that the engine hands out."""
 
-    __slots__ = ("_home", "_listener", "_over", "_row", "_silent", "_stops", "_text", "_used")
+    __slots__ = ("_home", "_listener", "_over", "_row", "_silent", "_stops", "_text", "_used", "_watchful")
 
     def __init__(self, home: Home, row: Row, text: Detokenizer, stops: Sequence[str], listener: Listener) -> None:
         self._home = home
         self._row = row
         self._text = text
         self._stops = StopTexts(stops)
+        self._watchful = bool(stops)
         self._listener = listener
         self._used = self._silent = 0
         self._over = False
@@ -72,10 +73,15 @@ class Writing:
 
     def _fresh(self, tokens: list[int], *, last: bool) -> str:
         """Return the text that may be shown now: not what could still become a character or a stop text."""
-        self._used += len(tokens)
-        self._silent += len(tokens)
         stops = self._stops
-        fresh = stops.feed(self._text.feed(tokens))
+        fresh = ""
+        # Several steps are read at once; what was written after a stop text was met is no part of the answer.
+        for part in ([token] for token in tokens) if self._watchful else (tokens,):
+            self._used += len(part)
+            self._silent += len(part)
+            fresh += stops.feed(self._text.feed(part))
+            if stops.stopped:
+                break
         if last and not stops.stopped:
             fresh += stops.feed(self._text.flush())
             if not stops.stopped:
