@@ -1,18 +1,16 @@
-"""Kept answers and shared ones: what is asked again is answered again, at once, and only where that is right."""
+"""Kept answers: what is asked again is answered again, at once, and only where that is right."""
 
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Sequence
 from typing import Any
 
 import msgspec
 import pytest
-from moltbot_server.errors import ModelUnavailable, QueueFull
-from moltbot_server.models.caching.answers import KEPT, AnswerCache
-from moltbot_server.models.caching.backend import MemoryBackend
-from moltbot_server.models.engine import NOBODY, Asker, Finished, Generation, Listener
-from moltbot_server.models.engines.scripted import ScriptedEngine
+from cache_desk import COLD, DONE, Desk, Pen, Route, said
+from moltbot_server.errors import ModelUnavailable
+from moltbot_server.models.caching.answers import KEPT
+from moltbot_server.models.engine import Asker, Finished
 from moltbot_server.turns import (
     Attempt,
     FinishReason,
@@ -27,120 +25,7 @@ from moltbot_server.turns import (
     TextPart,
     Tool,
     ToolCallPart,
-    TurnInput,
-    Usage,
 )
-
-COLD = GenerationOptions(temperature=0.0)
-DONE = Finished(finish_reason=FinishReason.STOP, usage=Usage(input_tokens=7, output_tokens=2), queue=0.5)
-
-
-class Ear:
-    """A listener that remembers what it heard."""
-
-    def __init__(self) -> None:
-        self.heard: list[Any] = []
-        self.end: Finished | Exception | None = None
-
-    @property
-    def text(self) -> str:
-        """The text that is to be seen in the end."""
-        text = ""
-        for what in self.heard:
-            text = what.text if isinstance(what, Reset) else text + what if isinstance(what, str) else text
-        return text
-
-    def queued(self, position: int) -> None:
-        self.heard.append(position)
-
-    def wrote(self, text: str, tokens: int) -> None:
-        self.heard.append(text)
-
-    def thought(self, text: str) -> None:
-        self.heard.append(("thought", text))
-
-    def noted(self, what: Routed | Notice | Reset) -> None:
-        self.heard.append(what)
-
-    def ended(self, end: Finished | Exception) -> None:
-        assert self.end is None, "the end was told twice"
-        self.end = end
-
-
-class Pen(ScriptedEngine):
-    """An engine whose answers the test writes, one piece after the other."""
-
-    type = "llama"
-    greedy = True
-    refusal: Exception | None = None
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.listeners: list[Listener] = []
-        self.stopped = 0
-
-    def begin(
-        self, messages: Sequence[Message], options: GenerationOptions, listener: Listener, asker: Asker = NOBODY
-    ) -> Generation:
-        """Take note of who listens."""
-        if self.refusal is not None:
-            raise self.refusal
-        self.listeners.append(listener)
-        return self
-
-    def stop(self) -> None:
-        """Take note of a stop."""
-        self.stopped += 1
-
-    def write(self, *pieces: str, end: Finished | Exception | None = DONE) -> None:
-        """Write the answer that was asked for last."""
-        for piece in pieces:
-            self.listeners[-1].wrote(piece, 1)
-        if end is not None:
-            self.listeners[-1].ended(end)
-
-
-class Route(Pen):
-    """A route that the test plays."""
-
-    type = "route"
-    greedy = False
-    is_route = True
-
-
-class Desk:
-    """A cache, an engine, and short ways to ask."""
-
-    def __init__(self, engine: Pen | None = None, **cache: Any) -> None:
-        self.now = 1000.0
-        self.engine = engine or Pen()
-        self.backend = MemoryBackend(ttl=60.0, max_bytes=1 << 20, clock=lambda: self.now)
-        self.cache = AnswerCache(self.backend, ttl=60.0, max_bytes=1 << 20, **cache)
-
-    def ask(
-        self,
-        text: str = "hello",
-        *,
-        ear: Ear | None = None,
-        options: GenerationOptions = COLD,
-        workspace: str = "w",
-        messages: Sequence[Message] | None = None,
-        engine: Pen | None = None,
-        asker: Asker = NOBODY,
-    ) -> tuple[Ear, Generation]:
-        ear = ear or Ear()
-        read = [said(text)] if messages is None else messages
-        turn = TurnInput(parts=read[-1].parts, options=options)
-        return ear, self.cache.begin(engine or self.engine, read, turn, workspace, ear, asker)
-
-    @property
-    def counts(self) -> tuple[int, int, int]:
-        counts = self.cache.counts
-        return counts.hits, counts.misses, counts.joined
-
-
-def said(text: str, role: Role = Role.USER, **fields: Any) -> Message:
-    return Message(role=role, parts=(TextPart(text=text),), **fields)
 
 
 class TestKeptAnswers:
@@ -419,128 +304,3 @@ class TestRoutes:
 
         assert late.heard == [a, switch, b, "right", " so"]
         assert (first.text, late.text) == ("right so", "right so")
-
-
-class TestSharedAnswers:
-    """What others are asking now."""
-
-    def test_a_thousand_identical_questions_at_once_are_one_call(self) -> None:
-        desk = Desk()
-        asked = [desk.ask()[0] for _ in range(500)]
-        desk.engine.write("He", end=None)
-        asked += [desk.ask()[0] for _ in range(500)]
-        desk.engine.write("llo")
-
-        assert len(desk.engine.listeners) == 1
-        assert {ear.text for ear in asked} == {"Hello"}
-        assert desk.counts == (0, 1, 999)
-        assert desk.cache.under_way == 0
-
-    def test_one_of_them_pays_and_the_others_are_told_that_nothing_was_asked(self) -> None:
-        desk = Desk()
-        asked = [desk.ask()[0] for _ in range(3)]
-        attempts = (Attempt(model="m", outcome="ANSWERED"),)
-        desk.engine.write("one", end=msgspec.structs.replace(DONE, attempts=attempts))
-
-        ends = [ear.end for ear in asked]
-        assert [isinstance(end, Finished) and (end.cached, len(end.attempts)) for end in ends] == [
-            (False, 1),
-            (True, 0),
-            (True, 0),
-        ]
-
-    def test_who_joins_late_hears_at_once_what_was_written(self) -> None:
-        desk = Desk()
-        desk.ask()
-        desk.engine.listeners[-1].queued(3)
-        waiting, _ = desk.ask()
-        desk.engine.listeners[-1].thought("h")
-        desk.engine.listeners[-1].thought("m")
-        thinking, _ = desk.ask()
-        desk.engine.write("a", "b", end=None)
-        reading, _ = desk.ask()
-
-        assert waiting.heard == [3, ("thought", "h"), ("thought", "m"), "a", "b"]
-        assert thinking.heard == [("thought", "hm"), "a", "b"]
-        assert reading.heard == [("thought", "hm"), "ab"]
-
-    def test_who_stops_leaves_the_others_alone_and_the_last_one_stops_the_engine(self) -> None:
-        desk = Desk()
-        asked = [desk.ask() for _ in range(3)]
-        desk.engine.write("a", end=None)
-        asked[0][1].stop()
-        asked[0][1].stop()
-        desk.engine.write("b", end=None)
-        asked[2][1].stop()
-        assert desk.engine.stopped == 0
-        desk.engine.write("c", end=None)
-        asked[1][1].stop()
-
-        assert [ear.text for ear, _ in asked] == ["a", "abc", "ab"]
-        assert [ear.end for ear, _ in asked] == [None, None, None]
-        assert desk.engine.stopped == 1
-        assert desk.cache.under_way == 0
-
-    def test_the_answer_goes_on_when_the_one_who_asked_first_leaves(self) -> None:
-        desk = Desk()
-        _, first = desk.ask()
-        second, _ = desk.ask()
-        first.stop()
-        desk.engine.write("one")
-
-        assert second.text == "one"
-        assert isinstance(second.end, Finished)
-        assert not second.end.cached
-        assert desk.ask()[0].text == "one"
-
-    def test_a_failure_is_told_to_all_and_the_next_one_asks_anew(self) -> None:
-        desk = Desk()
-        asked = [desk.ask()[0] for _ in range(3)]
-        problem = ModelUnavailable("gone")
-        desk.engine.write("par", end=problem)
-
-        assert [ear.end for ear in asked] == [problem] * 3
-        desk.ask()
-        assert len(desk.engine.listeners) == 2
-
-    def test_a_refusal_is_raised_and_nobody_waits_for_it(self) -> None:
-        desk = Desk()
-        desk.engine.refusal = QueueFull("full")
-        with pytest.raises(QueueFull):
-            desk.ask()
-
-        desk.engine.refusal = None
-        desk.ask()
-        assert len(desk.engine.listeners) == 1
-        assert desk.cache.under_way == 1
-
-    def test_a_listener_that_stops_another_one_silences_it_in_that_moment(self) -> None:
-        desk = Desk()
-        others: list[Generation] = []
-
-        class Jealous(Ear):
-            def wrote(self, text: str, tokens: int) -> None:
-                super().wrote(text, tokens)
-                others[0].stop()
-
-        desk.ask(ear=Jealous())
-        other, generation = desk.ask()
-        others.append(generation)
-        desk.engine.write("a")
-
-        assert (other.heard, other.end) == ([], None)
-
-    def test_who_asks_again_while_hearing_the_end_is_answered_from_what_is_kept(self) -> None:
-        desk = Desk()
-        again: list[Ear] = []
-
-        class Eager(Ear):
-            def ended(self, end: Finished | Exception) -> None:
-                super().ended(end)
-                again.append(desk.ask()[0])
-
-        desk.ask(ear=Eager())
-        desk.engine.write("one")
-
-        assert [ear.text for ear in again] == ["one"]
-        assert len(desk.engine.listeners) == 1

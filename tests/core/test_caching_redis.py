@@ -8,6 +8,7 @@ from collections.abc import AsyncIterator, Callable
 from typing import Any
 
 import pytest
+from cache_desk import COLD, Ear, Pen, said
 from moltbot_server.errors import ModelUnavailable, StorageUnavailable
 from moltbot_server.models.caching import redis_backend
 from moltbot_server.models.caching.answers import AnswerCache
@@ -16,7 +17,6 @@ from moltbot_server.models.engine import NOBODY, Generation
 from moltbot_server.turns import TurnInput
 from redis.asyncio import Redis
 from redis_process import RedisProcess
-from test_caching_answers import COLD, Ear, Pen, said
 
 KEY = ("w", b"0123456789abcdef")
 Connect = Callable[..., RedisBackend]
@@ -224,13 +224,13 @@ class TestAnswers:
         first, _ = self.ask(cache, engine)
         await holds(lambda: engine.listeners)
         engine.write("He", "llo")
-        await holds(lambda: not cache._backend._unwritten)  # type: ignore[attr-defined]
+        await holds(lambda: not cache._backend._unwritten)
         other = AnswerCache(connect(), ttl=60.0)
         await other.start()
         second, _ = self.ask(other, other_engine)
 
         assert first.text == (await self.answered(second)).text == "Hello"
-        assert second.end.cached  # type: ignore[union-attr]
+        assert second.end.cached
         assert other_engine.listeners == []
         assert (cache.counts.misses, other.counts.hits) == (1, 1)
 
