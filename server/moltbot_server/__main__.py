@@ -42,7 +42,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except (ConfigError, WorkspaceError) as error:
         print(f"moltbot: {error}", file=sys.stderr)
         return _BAD_CONFIGURATION
-    configure_logging(settings.log_level, as_json=settings.log_json)
+    configure_logging(settings.log_level, as_json=settings.log_json, process=flags.role)
     for notice in () if flags.no_notices else settings.notices:
         log.warning("not used by this release", extra={"notice": notice})
     if flags.role == "engine":

@@ -12,19 +12,29 @@ _STANDARD = frozenset(vars(logging.makeLogRecord({}))) | {"message", "asctime", 
 
 
 class PlainFormatter(logging.Formatter):
-    """`12:00:00 info core: message field=value`."""
+    """`12:00:00 info core/sessions: message field=value`: the process, the place in it, what happened."""
+
+    def __init__(self, process: str = "") -> None:
+        super().__init__()
+        self._process = process
 
     def format(self, record: logging.LogRecord) -> str:
         """Return the line of a record, its traceback behind it."""
         at = time.strftime("%H:%M:%S", time.localtime(record.created))
         name = record.name.removeprefix("moltbot_server.")
+        if self._process and name != self._process:
+            name = f"{self._process}/{name}"
         fields = "".join(f" {key}={_shown(value)}" for key, value in _fields(record))
         line = f"{at} {record.levelname.lower()} {name}: {record.getMessage()}{fields}"
         return f"{line}\n{self.formatException(record.exc_info)}" if record.exc_info else line
 
 
 class JsonFormatter(logging.Formatter):
-    """One JSON object a line, for an ELK stack: `@timestamp`, `level`, `logger`, `message`, then the fields."""
+    """One JSON object a line, for an ELK stack: `@timestamp`, `level`, `process`, `logger`, `message`, the fields."""
+
+    def __init__(self, process: str = "") -> None:
+        super().__init__()
+        self._process = {"process": process} if process else {}
 
     def format(self, record: logging.LogRecord) -> str:
         """Return a record as JSON."""
@@ -32,6 +42,7 @@ class JsonFormatter(logging.Formatter):
         entry: dict[str, Any] = {
             "@timestamp": f"{at}.{int(record.msecs):03d}Z",
             "level": record.levelname.lower(),
+            **self._process,
             "logger": record.name,
             "message": record.getMessage(),
             **dict(_fields(record)),
@@ -41,12 +52,18 @@ class JsonFormatter(logging.Formatter):
         return json.dumps(entry, ensure_ascii=False, default=str)
 
 
-def configure_logging(level: str, *, as_json: bool) -> None:
-    """Send all logs to standard error. Called once, before anything else runs."""
+def configure_logging(level: str, *, as_json: bool, process: str = "") -> None:
+    """Send all logs to standard error. Called once, before anything else runs.
+
+    `process` is what the lines call this process: several write to one terminal.
+    """
     handler = logging.StreamHandler(sys.stderr)
-    handler.setFormatter(JsonFormatter() if as_json else PlainFormatter())
+    handler.setFormatter(JsonFormatter(process) if as_json else PlainFormatter(process))
     handler.addFilter(_no_foreign_bytes)
-    logging.basicConfig(level=level.upper(), handlers=[handler], force=True)
+    wanted = logging.getLevelName(level.upper())
+    # Libraries are heard when something is wrong; what they have to tell of their insides drowns what is ours.
+    logging.basicConfig(level=max(wanted, logging.WARNING), handlers=[handler], force=True)
+    logging.getLogger("moltbot_server").setLevel(wanted)
 
 
 def _no_foreign_bytes(record: logging.LogRecord) -> bool:

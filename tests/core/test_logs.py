@@ -47,6 +47,13 @@ def test_a_line_of_json_has_what_an_elk_stack_reads() -> None:
     assert "\n" not in JsonFormatter().format(record(value="a\nb"))
 
 
+def test_a_line_names_its_process_where_several_write() -> None:
+    assert " error core/pipeline: a turn failed" in PlainFormatter("core").format(record())
+    assert " error pipeline: a turn failed" in PlainFormatter("pipeline").format(record()), "not the same word twice"
+    assert json.loads(JsonFormatter("core").format(record()))["process"] == "core"
+    assert "process" not in json.loads(JsonFormatter().format(record()))
+
+
 def test_a_traceback_comes_behind_its_line() -> None:
     try:
         raise ValueError("inside")
@@ -63,15 +70,19 @@ def test_logs_go_to_standard_error_from_the_wanted_level_on(
 ) -> None:
     root = logging.getLogger()
     monkeypatch.setattr(root, "handlers", list(root.handlers))
-    level = root.level
+    ours = logging.getLogger("moltbot_server")
+    levels = root.level, ours.level
     try:
-        for as_json in (False, True):
-            configure_logging("warning", as_json=as_json)
-            logging.getLogger("moltbot_server.x").info("quiet")
+        for as_json, level in ((False, "warning"), (True, "debug")):
+            configure_logging(level, as_json=as_json)
+            logging.getLogger("grpc._cython.cygrpc").info("what a library has to tell of its insides")
+            assert logging.getLogger("moltbot_server.x").isEnabledFor(logging.DEBUG) == (level == "debug")
+            logging.getLogger("moltbot_server.x").log(logging.INFO if level == "warning" else 5, "quiet")
             logging.getLogger("moltbot_server.x").warning("loud", extra={"n": 1})
             logging.getLogger("grpc._cython.cygrpc").error("Invalid encoding on %s", b"\xff what a stranger sent")
     finally:
-        root.setLevel(level)
+        root.setLevel(levels[0])
+        ours.setLevel(levels[1])
     out, err = capsys.readouterr()
 
     assert out == ""

@@ -6,18 +6,22 @@ import json
 import re
 import shlex
 import signal
+import socket
 import sys
 import time
 from asyncio.subprocess import STDOUT
 from collections.abc import AsyncIterator
 from pathlib import Path
 from urllib.parse import urlsplit
+from urllib.request import urlopen
 
 import psutil
 import pytest
 from cli_process import ANY_PORTS, Home, Started, all_gone
 from moltbot_server.cli.children import Child, Plan
 from moltbot_server.cli.status import lasting
+
+_AT_ONCE = 0.8  # it takes 0.1 s; the rest is for a busy machine
 
 
 @pytest.fixture
@@ -43,6 +47,12 @@ def get(url: str) -> tuple[int, str]:
         return answer.status, answer.getheader("Location", "")
     finally:
         connection.close()
+
+
+def read(url: str) -> str:
+    """Return what a page says."""
+    with urlopen(url, timeout=10) as page:
+        return str(page.read().decode())
 
 
 async def test_the_ready_lines_lead_to_what_serves(started: Started) -> None:
@@ -72,6 +82,50 @@ async def test_status_tells_what_runs_and_what_it_takes(started: Started) -> Non
     words = (await started.home.run("status")).out
     assert words.count(" serving ") == 3
     assert re.search(r" runs in \S+ for \d+ s\.$", words.splitlines()[0])
+
+
+async def test_the_engine_tells_how_it_does_at_the_port_behind_the_cores(home: Home) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as probe:
+        port = probe.getsockname()[1]
+    async with home.started("--metrics-port", str(port)) as started:
+        await home.run("chat", "Hi")
+        where = (await home.run("status", "--json")).json["engine"]["metrics"]
+        page = await asyncio.to_thread(read, f"{where}/metrics")
+        health = json.loads(await asyncio.to_thread(read, f"{where}/health"))
+        assert f"Engine  {where}/metrics" in started.said
+        assert f"{where}/metrics" in (await home.run("status")).out
+    assert where == f"http://127.0.0.1:{port + 1}"
+    assert 'moltbot_grpc_calls_total{method="InferenceService/Generate",status="OK"}' in page
+    assert "process_resident_memory_bytes" in page
+    assert (health["status"], health["model"]) == ("ok", "scripted")
+
+
+async def test_a_taken_port_for_the_metrics_of_the_engine_is_no_reason_not_to_start(home: Home) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as other:
+        port = other.getsockname()[1] - 1
+        async with home.started("--metrics-port", str(port)) as started:
+            where = (await home.run("status", "--json")).json["engine"]["metrics"]
+            assert await asyncio.to_thread(read, f"{where}/metrics")
+            assert "the engine's metrics are at another port" in started.said
+    assert int(where.rpartition(":")[2]) > port + 1
+
+
+async def test_every_line_of_the_log_names_the_process_that_wrote_it(home: Home) -> None:
+    home.variables |= {"WORKERS": "2"}
+    async with home.started("--log-level", "debug") as started:
+        await home.run("chat", "Hi")
+    logged = [line for line in started.said.splitlines() if re.match(r"\d\d:\d\d:\d\d ", line)]
+    writers = {line.split()[2].partition("/")[0].rstrip(":") for line in logged}
+    assert writers == {"start", "engine", "core", "http-1", "http-2"}
+    assert len(set(logged)) == len(logged), "no line comes twice"
+
+
+async def test_logs_in_json_name_the_process_too(home: Home) -> None:
+    home.variables |= {"MOLTBOT_LOG_JSON": "true"}
+    async with home.started() as started:
+        pass
+    logged = [json.loads(line) for line in started.said.splitlines() if line.startswith("{")]
+    assert {line["process"] for line in logged} == {"engine", "core", "http"}
 
 
 @pytest.mark.parametrize(
@@ -123,6 +177,28 @@ async def test_a_question_right_after_the_core_was_killed_waits_for_the_next_cor
     core.kill()
     assert await all_gone([core])
     assert (await started.home.run("chat", "Hi")).out == "You said: Hi\n"
+
+
+async def test_a_core_that_was_killed_is_there_again_within_two_seconds(started: Started) -> None:
+    core = psutil.Process(started.told()["processes"]["core"])
+    began = time.monotonic()
+    core.kill()
+    warned = await started.line("a process ended and is started again")
+    await started.line("the core serves")
+    assert "in_seconds=0.1" in warned
+    assert time.monotonic() - began < 2
+
+
+async def test_whoever_calls_while_the_core_is_away_for_some_seconds_waits_for_it(started: Started) -> None:
+    supervisor, core = psutil.Process(started.process.pid), psutil.Process(started.told()["processes"]["core"])
+    supervisor.suspend()
+    core.kill()
+    chat = await started.home.spawn("chat", "Hi")
+    assert chat.stderr is not None
+    assert b"is being started again and does not answer yet; waiting for it" in await chat.stderr.readline()
+    supervisor.resume()
+    out, _ = await chat.communicate()
+    assert (chat.returncode, out) == (0, b"You said: Hi\n")
 
 
 async def test_a_core_that_stays_away_is_told_to_be_started_again(started: Started) -> None:
@@ -202,6 +278,27 @@ async def test_the_first_signal_lets_answers_end_and_leaves_no_process(started: 
     assert not (started.home.workspace / "run" / "start.json").exists()
 
 
+async def test_whoever_comes_while_it_is_stopping_hears_so_at_once(started: Started) -> None:
+    home = started.home
+    chat = await home.spawn("chat", "--events", "#400 pace=0.02")
+    assert chat.stdout is not None
+    await chat.stdout.readline()
+    started.process.send_signal(signal.SIGINT)
+    await started.line("Stopping")
+    late, told = await asyncio.gather(home.run("chat", "Hi"), home.run("status"))
+    as_json = await home.run("status", "--json")
+    assert (late.status, late.out) == (69, "")
+    assert "is stopping and takes nothing new" in late.err
+    assert " start`" in late.err
+    assert (told.status, "It is stopping" in told.out) == (1, True)
+    assert (as_json.json["stopping"], as_json.json["healthy"]) == (True, False)
+    assert chat.returncode is None, "the answer under way goes on"
+    await chat.communicate()
+    assert chat.returncode == 0
+    assert await started.rest() == 0
+    assert "is not running" in (await home.run("chat", "Hi")).err
+
+
 async def test_the_second_signal_leaves_at_once(started: Started) -> None:
     processes = started.processes()
     chat = await started.home.spawn("chat", "--events", "#1000 pace=0.1")
@@ -212,10 +309,24 @@ async def test_the_second_signal_leaves_at_once(started: Started) -> None:
     began = time.monotonic()
     started.process.send_signal(signal.SIGINT)
     assert await started.rest() == 130
-    assert time.monotonic() - began < 3
+    assert time.monotonic() - began < _AT_ONCE
     assert await all_gone(processes)
     chat.kill()
     await chat.communicate()
+
+
+async def test_the_second_signal_leaves_at_once_also_while_something_hangs(home: Home) -> None:
+    async with home.started("--reload") as started:
+        processes = started.processes()
+        psutil.Process(started.told()["processes"]["core"]).suspend()
+        (home.workspace / "moltbot.yaml").write_text("context_length: 4096\n")
+        await started.line("a file has changed")
+        began = time.monotonic()
+        started.process.send_signal(signal.SIGINT)
+        started.process.send_signal(signal.SIGTERM)
+        assert await started.rest() == 130
+        assert time.monotonic() - began < _AT_ONCE
+        assert await all_gone(processes)
 
 
 async def test_a_process_that_does_not_leave_is_killed_after_its_time(home: Home) -> None:

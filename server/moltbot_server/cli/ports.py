@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import errno
 import socket
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
 
 from moltbot_server.cli.terminal import Exit, Failure
@@ -52,6 +52,11 @@ def spare_ports(ports: Sequence[Wanted]) -> dict[str, object]:
     return found
 
 
+def near_port(wanted: Wanted, used: Collection[int]) -> int:
+    """Return a free port above the one wanted that is none of those used, the nearest; 0 where there is none."""
+    return _near(wanted, used)
+
+
 def _take(wanted: Wanted) -> int:
     """Return the port, or 0 when somebody has it."""
     with _socket(wanted.host) as probe:
@@ -70,10 +75,11 @@ def _take(wanted: Wanted) -> int:
         return int(probe.getsockname()[1])
 
 
-def _near(wanted: Wanted, used: set[int]) -> int:
+def _near(wanted: Wanted, used: Collection[int]) -> int:
     for other in range(wanted.port + 1, min(wanted.port + 100, 65536)):
         if other not in used:
             with _socket(wanted.host) as probe:
+                probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
                 try:
                     probe.bind((wanted.host, other))
                 except OSError:

@@ -5,13 +5,15 @@ from __future__ import annotations
 import os
 import re
 import socket
+import sys
 import time
 
 from moltbot_server.cli.running import Running, is_held
 from moltbot_server.cli.terminal import Exit, Failure, command, shown
 from moltbot_server.workspace import Workspace
 
-_PATIENCE = 3.0  # a killed core is there again within this, most often
+_PATIENCE = 10.0  # as long as a turn waits for an engine that died; a killed core is there again within two, most often
+_SILENT = 1.0  # after which somebody at a terminal wonders
 _LOOK = 0.05
 _FRAME_TYPE, _SETTINGS = 3, 4
 _PREFACE = (
@@ -32,19 +34,28 @@ def find_core(workspace: Workspace, given: str) -> str:
     if told := given or os.environ.get("MOLTBOT_ADDRESS", ""):
         _look(told, workspace)
         return told
-    deadline = time.monotonic() + _PATIENCE
+    began, told_so = time.monotonic(), False
     while True:
         running = Running.read(workspace)
+        place = shown(workspace.folder)
+        if running is not None and running.stopping:
+            start = command("start", workspace)
+            text = f"MoltBot in {place} is stopping and takes nothing new; answers under way may end first. "
+            raise Failure(f"{text}When it has left, start it again with `{start}`.", Exit.UNAVAILABLE)
         if running is not None and _connects(running.grpc):
             return running.grpc
-        place = shown(workspace.folder)
         if not is_held(workspace):
             start = command("start", workspace)
             raise Failure(f"MoltBot is not running in {place}: start it with `{start}`.", Exit.UNAVAILABLE)
-        if time.monotonic() >= deadline:
-            how = "started" if running is None else "started again"
-            text = f"MoltBot in {place} is being {how} and does not answer yet: try again in a moment."
-            raise Failure(text, Exit.UNAVAILABLE)
+        waited = time.monotonic() - began
+        text = (
+            f"MoltBot in {place} is being {'started' if running is None else 'started again'} and does not answer yet"
+        )
+        if waited >= _PATIENCE:
+            raise Failure(f"{text}: the output of `moltbot start` says why; try again in a moment.", Exit.UNAVAILABLE)
+        if waited >= _SILENT and not told_so:
+            told_so = True
+            print(f"moltbot: {text}; waiting for it …", file=sys.stderr, flush=True)
         time.sleep(_LOOK)  # another process's doing, of which nothing tells us
 
 

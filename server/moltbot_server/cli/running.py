@@ -18,7 +18,11 @@ from moltbot_server.workspace import Workspace
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Running:
-    """A MoltBot that serves: addresses, process ids by name, and when it started (Unix seconds)."""
+    """A MoltBot that serves: addresses, process ids by name, and when it started (Unix seconds).
+
+    `stopping`: somebody has asked it to leave, and answers under way may still end. `engine_metrics`: where the engine
+    that it runs tells how it does; empty where the models run elsewhere.
+    """
 
     pid: int
     started: float
@@ -28,6 +32,8 @@ class Running:
     metrics: str
     model: str
     processes: Mapping[str, int]
+    stopping: bool = False
+    engine_metrics: str = ""
 
     @classmethod
     def read(cls, workspace: Workspace) -> Self | None:

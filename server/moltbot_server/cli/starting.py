@@ -17,7 +17,8 @@ from typing import Any
 
 from moltbot_server.cli.children import Child, Plan
 from moltbot_server.cli.model_check import model_problems
-from moltbot_server.cli.ports import Wanted, spare_ports, take_ports
+from moltbot_server.cli.plans import plans
+from moltbot_server.cli.ports import Wanted, near_port, spare_ports, take_ports
 from moltbot_server.cli.running import Running, joined, only_one, reachable
 from moltbot_server.cli.supervisor import Supervisor, log
 from moltbot_server.cli.terminal import Exit, Failure, command, shown
@@ -37,7 +38,7 @@ def start(workspace: Workspace, flags: Mapping[str, object], *, reload: bool, fi
     for done in workspace.create():
         print(done[0].upper() + done[1:] + ".", flush=True)
     settings = load_settings(workspace.folder, os.environ, flags, check=model_problems)
-    configure_logging(settings.log_level, as_json=settings.log_json)
+    configure_logging(settings.log_level, as_json=settings.log_json, process="start")
     for notice in (*misspelled(os.environ), *overlooked(workspace.folder, os.environ)):
         log.warning("not used", extra={"notice": notice})
     for notice in settings.notices:
@@ -47,7 +48,8 @@ def start(workspace: Workspace, flags: Mapping[str, object], *, reload: bool, fi
     extra = ["--reload"] * reload + ["--first-question", first_question] * bool(first_question)
     with only_one(workspace, lambda other: _typed(other, {**flags, **spare_ports(_wanted(settings))}, extra)):
         settings = _with_ports(settings, lambda others: _typed(workspace, {**flags, **others}, extra))
-        site = _Site(workspace=workspace, settings=settings, flags=flags, began=began)
+        port = _engine_port(settings)
+        site = _Site(workspace=workspace, settings=settings, engine_port=port, flags=flags, began=began)
         site.ask_early(first_question)
         supervisor = Supervisor(
             site.children,
@@ -55,6 +57,7 @@ def start(workspace: Workspace, flags: Mapping[str, object], *, reload: bool, fi
             serving=site.serving,
             on_ready=site.ready,
             on_change=site.write,
+            on_stop=site.stops,
             renew=site.renew,
             watcher=Watcher(workspace.folder) if reload else None,
         )
@@ -82,6 +85,20 @@ def _with_ports(settings: Settings, again: Callable[[Mapping[str, object]], str]
     return replace(settings, port=found["port"], grpc_port=found["grpc_port"], metrics_port=found["metrics_port"])
 
 
+def _engine_port(settings: Settings) -> int:
+    """Return the port for the metrics of the engine that this start runs, the one behind the core's; 0 without one.
+
+    Nobody is refused for it: where it is taken, another one is.
+    """
+    if settings.engine != "":
+        return 0
+    wanted = Wanted(key="", host=settings.metrics_host, port=settings.metrics_port, what="metrics of the engine")
+    found = near_port(wanted, {settings.port, settings.grpc_port})
+    if found != settings.metrics_port + 1:
+        log.warning("the engine's metrics are at another port", extra={"port": found})
+    return found
+
+
 def _wanted(settings: Settings) -> tuple[Wanted, ...]:
     return (
         Wanted(key="port", host=settings.host, port=settings.port, what="web chat and HTTP API"),
@@ -92,62 +109,32 @@ def _wanted(settings: Settings) -> tuple[Wanted, ...]:
 
 # What cannot change under processes that run: addresses that were told to others, and how many processes there are.
 _FIXED = ("host", "port", "grpc_host", "grpc_port", "metrics_host", "metrics_port", "workers", "engine")
-_ENGINE_PAUSE, _LONGEST_ENGINE_PAUSE = 0.1, 2.0
-# What glibc's malloc reads when a process begins. By default it keeps up to eight arenas for each processor, and what
-# a flood of calls took in one of them is not given back; two hold a core a fifth smaller after it, at the same speed.
-# In an engine, whose threads come and go with its models, they bound what switches leave behind.
-_FEW_ARENAS = {"MALLOC_ARENA_MAX": "2"}
 
 
 class _Site:
     """What is known of a MoltBot that starts: its processes, its addresses, its first words."""
 
-    def __init__(self, *, workspace: Workspace, settings: Settings, flags: Mapping[str, object], began: float) -> None:
+    def __init__(
+        self, *, workspace: Workspace, settings: Settings, engine_port: int, flags: Mapping[str, object], began: float
+    ) -> None:
+        """`engine_port`: where the engine of this start tells its metrics; 0 where the models run elsewhere."""
         self._workspace = workspace
+        self._engine_port = engine_port
         self._flags = flags
         self._settings = settings
         self._began = began
         self._started = time.time()
         self._model = ""
         self._asking: subprocess.Popen[bytes] | None = None
+        self._stopping = False
         self.http = joined(reachable(settings.host), settings.port)
         self.grpc = joined(reachable(settings.grpc_host), settings.grpc_port)
         self.metrics = joined(reachable(settings.metrics_host), settings.metrics_port)
+        self.engine_metrics = joined(reachable(settings.metrics_host), engine_port) if engine_port else ""
         self.children = [Child(plan=plan) for plan in self._plans()]
 
     def _plans(self) -> list[Plan]:
-        settings, folder = self._settings, self._workspace.folder
-        core = ["--no-notices", "--workspace", str(folder), "--log-level", settings.log_level]
-        core += ["--grpc-port", str(settings.grpc_port), "--metrics-port", str(settings.metrics_port)]
-        own = settings.engine == ""
-        address = f"unix:{self._workspace.engine_socket}"
-        engine = ["engine", "--no-notices", "--workspace", str(folder), "--log-level", settings.log_level]
-        engine += ["--listen", address]
-        core += ["--engine", address if own else settings.engine]
-        http = ["http", "--host", settings.host, "--port", str(settings.port), "--core", self.grpc]
-        http += ["--key-file", str(self._workspace.key_file), "--state", str(self._workspace.http_state)]
-        http += ["--log-level", settings.log_level]
-        http += ["--log-json"] if settings.log_json else []
-        http += ["--reuse-port"] if settings.workers > 1 else []
-        http += ["--trusted-proxy", *settings.trusted_proxies] if settings.trusted_proxies else []
-        names = [f"http-{number}" if settings.workers > 1 else "http" for number in range(1, settings.workers + 1)]
-        # gRPC's native part writes lines of its own, which a reader of JSON cannot take.
-        environ = _FEW_ARENAS | ({"GRPC_VERBOSITY": "NONE"} if settings.log_json else {})
-        # Turns wait for an engine that died, so it is back as soon as can be.
-        models = Plan(
-            name="engine",
-            module="moltbot_server",
-            arguments=tuple(engine),
-            stage=2,
-            pause=_ENGINE_PAUSE,
-            longest_pause=_LONGEST_ENGINE_PAUSE,
-            environ=environ,
-        )
-        return [
-            *((models,) if own else ()),
-            Plan(name="core", module="moltbot_server", arguments=tuple(core), stage=1, environ=environ, secrets=True),
-            *(Plan(name=n, module="moltbot_adapters", arguments=tuple(http), environ=environ) for n in names),
-        ]
+        return plans(self._settings, self._workspace, core=self.grpc, engine_metrics=self._engine_port)
 
     def renew(self) -> bool:
         """Read the settings again and plan by them, on the ports as they are; False when something is wrong there."""
@@ -188,7 +175,9 @@ class _Site:
             f"              opens once, within {LINK_LIFE / 60:g} minutes; another link: {link}",
             f"  OpenAI API  http://{self.http}/v1   (API key: the line in {key})",
             f"  gRPC        {self.grpc}",
-            f"  Health      http://{self.http}/health   Metrics  http://{self.metrics}/metrics",
+            f"  Health      http://{self.http}/health",
+            f"  Metrics     http://{self.metrics}/metrics"
+            + (f"   Engine  http://{self.engine_metrics}/metrics" if self.engine_metrics else ""),
             "",
             f"Talk in another terminal: {chat}   Stop: Ctrl-C",
         ]
@@ -208,7 +197,14 @@ class _Site:
             metrics=f"http://{self.metrics}",
             model=self._model,
             processes={child.plan.name: child.pid for child in self.children},
+            stopping=self._stopping,
+            engine_metrics=self.engine_metrics and f"http://{self.engine_metrics}",
         ).write(self._workspace)
+
+    def stops(self) -> None:
+        """Let other commands know that this MoltBot takes nothing new."""
+        self._stopping = True
+        self.write()
 
     def ask_early(self, question: str) -> None:
         """Start the process that asks the first question, so that it has loaded what it needs when the core serves."""

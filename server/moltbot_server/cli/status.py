@@ -47,13 +47,19 @@ def state(workspace: Workspace, running: Running) -> dict[str, Any]:
     return {
         "running": True,
         "healthy": bool(core.healthy and adapter.healthy and core.said.get("engine") != "away")
-        and all(item["memory"] is not None for item in processes.values()),
+        and all(item["memory"] is not None for item in processes.values())
+        and not running.stopping,
+        "stopping": running.stopping,
         "workspace": str(workspace.folder),
         "version": running.version,
         "model": core.said.get("model") or running.model,
         "uptime_s": round(time.time() - running.started, 1),
         "core": {"healthy": core.healthy, "grpc": running.grpc, "metrics": running.metrics},
-        "engine": {"healthy": core.said.get("engine") == "serving", "where": core.said.get("engine_address", "")},
+        "engine": {
+            "healthy": core.said.get("engine") == "serving",
+            "where": core.said.get("engine_address", ""),
+            "metrics": running.engine_metrics,
+        },
         "http": {"healthy": adapter.healthy, "address": running.http},
         "processes": processes,
         "memory": sum(item["memory"] or 0 for item in processes.values()),
@@ -106,11 +112,12 @@ def _in_words(found: Mapping[str, Any]) -> str:
     def word(healthy: bool) -> str:
         return "serving" if healthy else "NOT SERVING"
 
-    memory, core = found["memory"] / 1e6, found["core"]
+    memory, core, engine = found["memory"] / 1e6, found["core"], found["engine"]
+    told = f"   {engine['metrics']}/metrics" if engine["metrics"] else ""
     lines = [
         f"MoltBot {found['version']} runs in {found['workspace']} for {lasting(found['uptime_s'])}.",
         f"  Core    {word(core['healthy']):12} gRPC {core['grpc']}   {core['metrics']}/metrics",
-        f"  Engine  {word(found['engine']['healthy']):12} {found['engine']['where']}",
+        f"  Engine  {word(engine['healthy']):12} {engine['where']}{told}",
         f"  HTTP    {word(found['http']['healthy']):12} {found['http']['address']}",
         f"  Model   {found['model']}",
         f"  Memory  {memory:.0f} MB (proportional set size)",
@@ -118,8 +125,9 @@ def _in_words(found: Mapping[str, Any]) -> str:
     for name, process in found["processes"].items():
         size = f"{process['memory'] / 1e6:.0f} MB" if process["memory"] is not None else "gone"
         lines.append(f"    {name:12} pid {process['pid']:<8} {size}")
-    engine = found["engine"]
-    if engine["where"] and not engine["healthy"] and "engine" not in found["processes"]:
+    if found["stopping"]:
+        lines.append("It is stopping: answers under way may end first, and nothing new is taken.")
+    elif engine["where"] and not engine["healthy"] and "engine" not in found["processes"]:
         lines.append("The engine runs elsewhere and cannot be reached: start it there, or correct `engine` here.")
     elif not found["healthy"]:
         lines.append("Not everything serves: the output of `moltbot start` says why; what crashed is started again.")

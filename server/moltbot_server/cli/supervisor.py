@@ -31,8 +31,9 @@ class Supervisor:
     """Runs children until it is asked to stop. `run` returns the exit status.
 
     `serving` is asked, with what the core said, whether the adapters serve as well; `on_ready` is called once when
-    everything serves, and `on_change` whenever a process was replaced after that. With a `watcher`, `renew` is asked
-    at each change whether everything shall be started again by plans that it may have replaced.
+    everything serves, `on_change` whenever a process was replaced after that, and `on_stop` once when all of it begins
+    to leave. With a `watcher`, `renew` is asked at each change whether everything shall be started again by plans that
+    it may have replaced.
     """
 
     def __init__(
@@ -43,6 +44,7 @@ class Supervisor:
         serving: Callable[[], bool],
         on_ready: Callable[[Mapping[str, Any]], None],
         on_change: Callable[[], None],
+        on_stop: Callable[[], None],
         renew: Callable[[], bool],
         watcher: Watcher | None = None,
     ) -> None:
@@ -51,6 +53,7 @@ class Supervisor:
         self._serving = serving
         self._on_ready = on_ready
         self._on_change = on_change
+        self._on_stop = on_stop
         self._renew = renew
         self._watcher = watcher
         self._selector = selectors.DefaultSelector()
@@ -108,6 +111,10 @@ class Supervisor:
 
     def _ask(self, _number: int, _frame: FrameType | None) -> None:
         self._asked += 1
+        if self._asked >= 2:
+            # At once means now: whatever this thread waits for is one of those, and ends with them.
+            for child in self._children:
+                child.send(signal.SIGKILL)
 
     def _wait(self) -> None:
         now = time.monotonic()
@@ -206,6 +213,8 @@ class Supervisor:
                 except subprocess.TimeoutExpired:
                     child.send(signal.SIGKILL)
         self._bury_quietly()
+        if self._asked:
+            return
         for child in self._children:
             child.pause = 0.0
             self._start(child)
@@ -229,6 +238,8 @@ class Supervisor:
             text = f"Stopping: answers under way may end first, {self._grace:g} s at most. Ctrl-C again leaves at once."
             print(f"\n{text}", file=sys.stderr, flush=True)
         self._stage = -1
+        if self._ready:
+            self._on_stop()
         self._stop_next()
 
     def _stop_next(self) -> None:

@@ -1,0 +1,77 @@
+"""What `moltbot start` runs: an engine unless the models are elsewhere, a core, the processes of the HTTP adapter."""
+
+from __future__ import annotations
+
+from moltbot_server.cli.children import Plan
+from moltbot_server.config import Settings
+from moltbot_server.workspace import Workspace
+
+_FIRST_PAUSE = 0.1  # seconds; what dies for the first time is back as soon as can be, for callers wait for it
+_LONGEST_ENGINE_PAUSE = 2.0
+# What glibc's malloc reads when a process begins. By default it keeps up to eight arenas for each processor, and what
+# a flood of calls took in one of them is not given back; two hold a core a fifth smaller after it, at the same speed.
+# In an engine, whose threads come and go with its models, they bound what switches leave behind.
+_FEW_ARENAS = {"MALLOC_ARENA_MAX": "2"}
+
+
+def plans(settings: Settings, workspace: Workspace, *, core: str, engine_metrics: int) -> list[Plan]:
+    """Return the processes by settings whose ports are all known.
+
+    `core` is the address that adapters call; `engine_metrics` the port on which the engine tells how it does.
+    """
+    # gRPC's native part writes lines of its own, which a reader of JSON cannot take.
+    environ = _FEW_ARENAS | ({"GRPC_VERBOSITY": "NONE"} if settings.log_json else {})
+    server = ["--no-notices", "--workspace", str(workspace.folder), "--log-level", settings.log_level]
+    http = _http(settings, workspace, core)
+    names = [f"http-{number}" if settings.workers > 1 else "http" for number in range(1, settings.workers + 1)]
+    address = f"unix:{workspace.engine_socket}"
+    own = settings.engine == ""
+    ports = ["--grpc-port", str(settings.grpc_port), "--metrics-port", str(settings.metrics_port)]
+    found = [
+        Plan(
+            name="core",
+            module="moltbot_server",
+            arguments=(*server, *ports, "--engine", address if own else settings.engine),
+            stage=1,
+            pause=_FIRST_PAUSE,
+            environ=environ,
+            secrets=True,
+        ),
+        *(
+            Plan(
+                name=name,
+                module="moltbot_adapters",
+                arguments=tuple(http),
+                pause=_FIRST_PAUSE,
+                environ=environ | {"MOLTBOT_PROCESS": name},
+            )
+            for name in names
+        ),
+    ]
+    if own:
+        engine = ("engine", *server, "--listen", address, "--metrics-port", str(engine_metrics))
+        # Turns wait for it ten seconds, so it is never away for long.
+        longest = _LONGEST_ENGINE_PAUSE
+        found.insert(
+            0,
+            Plan(
+                name="engine",
+                module="moltbot_server",
+                arguments=engine,
+                stage=2,
+                pause=_FIRST_PAUSE,
+                longest_pause=longest,
+                environ=environ,
+            ),
+        )
+    return found
+
+
+def _http(settings: Settings, workspace: Workspace, core: str) -> list[str]:
+    words = ["http", "--host", settings.host, "--port", str(settings.port), "--core", core]
+    words += ["--key-file", str(workspace.key_file), "--state", str(workspace.http_state)]
+    words += ["--log-level", settings.log_level]
+    words += ["--log-json"] if settings.log_json else []
+    words += ["--reuse-port"] if settings.workers > 1 else []
+    words += ["--trusted-proxy", *settings.trusted_proxies] if settings.trusted_proxies else []
+    return words
