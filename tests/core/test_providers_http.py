@@ -8,6 +8,7 @@ import gzip
 import random
 import ssl
 from pathlib import Path
+from typing import Any
 from urllib.parse import urlsplit
 
 import pytest
@@ -275,10 +276,13 @@ async def test_a_name_with_an_address_that_does_not_work_is_reached_by_the_other
         found = await asyncio.get_running_loop().getaddrinfo("127.0.0.1", port, type=1)
         dead = (found[0][0], found[0][1], 6, "", ("127.0.0.2", 9))
 
-        async def two(*_: object, **__: object) -> list[object]:
-            return [dead, *found]
+        loop = asyncio.get_running_loop()
+        real = loop.getaddrinfo
 
-        monkeypatch.setattr(asyncio.get_running_loop(), "getaddrinfo", two)
+        async def two(host: str, *rest: Any, **named: Any) -> list[Any]:
+            return [dead, *found] if host == "two.test" else await real(host, *rest, **named)
+
+        monkeypatch.setattr(loop, "getaddrinfo", two)
         connection = await Pool(Origin(False, "two.test", 0)).connect(2.0)
         assert not connection.closed
         connection.abort()

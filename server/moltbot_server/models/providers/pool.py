@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import base64
 import contextlib
+import os
 import socket
 import ssl
 from collections.abc import Mapping
@@ -85,7 +86,9 @@ class Pool:
         except socket.gaierror:
             raise Unreachable("its name is not known") from None
         except OSError as error:
-            raise Unreachable(f"it cannot be reached ({error.strerror or type(error).__name__})") from None
+            # The text of a failed connection names the address; that of its number does not.
+            why = os.strerror(error.errno) if error.errno else error.strerror or type(error).__name__
+            raise Unreachable(f"it cannot be reached ({why})") from None
         if self._closed:
             connection.abort()
             raise Unreachable("the model was taken away")
