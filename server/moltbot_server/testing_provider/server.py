@@ -194,15 +194,15 @@ def loopback(host: str) -> str:
 def _of_fault(fault: Fault, dialect: Dialect) -> web.Response | None:
     """Return what a fault answers instead of an answer, or None for those that spoil one."""
     if fault.kind == "error":
-        text = {502: "Bad gateway.", 503: "The service is unavailable.", 529: "Overloaded."}
-        return _refusal(dialect, fault.status, text.get(fault.status, "The server had an error."))
+        texts = {502: "Bad gateway.", 503: "The service is unavailable.", 529: "Overloaded."}
+        return _refusal(dialect, fault.status, texts.get(fault.status, "The server had an error."))
     if fault.kind == "rate_limit":
         response = _refusal(dialect, 429, "Rate limit reached. Please try again later.")
         response.headers["Retry-After"] = str(ceil(fault.retry_after))  # HTTP knows whole seconds alone
         return response
     if fault.kind == "unauthorized":
-        text = "Incorrect API key provided." if fault.status == 401 else "The key has no permission for this model."
-        return _refusal(dialect, fault.status, text)
+        told = "Incorrect API key provided." if fault.status == 401 else "The key has no permission for this model."
+        return _refusal(dialect, fault.status, told)
     if fault.kind == "wrong_content_type":
         return web.Response(body=_PAGE, content_type="text/html", charset="utf-8")
     return None
