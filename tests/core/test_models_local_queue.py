@@ -11,9 +11,12 @@ from time import perf_counter
 import pytest
 from moltbot_server.errors import QueueFull
 from moltbot_server.models.engines.local.admission import PATIENCE, Admission
+from moltbot_server.models.engines.local.batches import Batch
+from moltbot_server.models.engines.local.costs import Costs, share
 from moltbot_server.models.engines.local.fair_queue import FairQueue
 from moltbot_server.models.engines.local.rows import Row, Sampling
 from moltbot_server.models.engines.local.shares import Backlog, Shares
+from moltbot_server.models.engines.local.waiting import Waiting
 
 
 def row(workspace: str = "w", session: str = "", cost: float = 1.0, deadline: float | None = None) -> Row:
@@ -393,3 +396,62 @@ def test_the_rows_of_some_are_walked_in_their_order() -> None:
     assert list(queue.walk(lambda workspace, session: (workspace, session) != ("loud", "two"))) == [rows[0], rows[2]]
     assert queue.count_of("loud", "two") == 2
     assert queue.count_of("loud", "none") == queue.count_of("none", "s") == 0
+
+
+# --- how long an answer is ----------------------------------------------------------------------------------------
+
+
+def expected(waiting: Waiting, limit: int = 1000) -> float:
+    """Return what a row is expected to cost that comes now."""
+    newcomer = Row(["p"] * 10, Sampling(), limit)
+    waiting.put(newcomer)
+    waiting.remove(newcomer)
+    return newcomer.cost
+
+
+def test_the_first_answers_tell_at_once_how_long_answers_are() -> None:
+    waiting = Waiting(limit=10, replicas=1, batch=4)
+    before = expected(waiting)
+    for _ in range(3):
+        waiting.answered(400, cut=False)
+    assert expected(waiting) == pytest.approx(expected_of(400), rel=0.05)
+    assert expected(waiting) > 3 * before
+    for _ in range(20):
+        waiting.answered(10, cut=False)
+    assert expected(waiting) < 0.5 * expected_of(400)
+
+
+def test_an_answer_that_was_cut_short_does_not_tell_that_answers_are_short() -> None:
+    waiting = Waiting(limit=10, replicas=1, batch=4)
+    before = expected(waiting)
+    for _ in range(20):
+        waiting.answered(8, cut=True)
+    assert expected(waiting) == before
+    for _ in range(20):
+        waiting.answered(200, cut=True)
+    assert expected(waiting) > 2 * before
+
+
+def test_long_answers_under_way_are_reckoned_with_before_the_first_of_them_has_ended() -> None:
+    waiting = Waiting(limit=10, replicas=1, batch=4)
+    before = expected(waiting)
+    waiting.under_way([200, 200, 3])
+    assert expected(waiting) > 2 * before
+    assert expected(waiting, limit=8) < before, "nobody gets more than he asked for"
+    waiting.under_way([3, 3, 200])
+    assert expected(waiting) > 2 * before
+
+
+def test_what_a_model_took_to_wake_up_is_forgotten() -> None:
+    waiting = Waiting(limit=10, replicas=1, batch=1)
+    before = expected(waiting)
+    batch = Batch(rows=[Row(["p"] * 10, Sampling(), 1)])
+    waiting.ended(batch, 0.0, 30.0, 60.0)
+    assert expected(waiting) > 10 * before
+    waiting.forget()
+    assert expected(waiting) == before
+
+
+def expected_of(tokens: int) -> float:
+    """Return what a row costs that writes so many tokens, with nothing known."""
+    return Costs()(share(10, tokens, 4))

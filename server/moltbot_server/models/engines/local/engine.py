@@ -42,6 +42,7 @@ from moltbot_server.turns import GenerationOptions, Message, Role, TextPart
 
 MAX_WAITING = 256
 _TOLD_EVERY = 0.25
+_PROBED = 8  # tokens of the answers by which a model is proved, and its pace guessed
 _LEADS_SHARE = 0.25  # of the weights' size: what the beginnings that the model keeps may take beside them,
 _LEADS_LEAST = 8 << 20  # or this many bytes where the model is small
 _DIED = "A thread of the model has died; restart the core."
@@ -164,7 +165,9 @@ class LocalEngine:
         replicas.start()
         self.trouble = ""
         try:
-            await asyncio.gather(*(self._probe() for _ in range(self.tuning.replicas)))
+            await self._probe(1)
+            self._waiting.forget()
+            await self._probe(_PROBED)
         except BaseException:
             await self.close()
             raise
@@ -248,7 +251,7 @@ class LocalEngine:
         self._rows.discard(row)
         self._waiting.remove(row)
         if row.ended and row.began:
-            self._waiting.answered(row.limit - row.left)
+            self._waiting.answered(row.limit - row.left, cut=not row.left)
 
     @property
     def _tokenizer(self) -> Tokenizer:
@@ -302,6 +305,7 @@ class LocalEngine:
             self.note(row, EXPIRED)
         if expired:
             self.hand_over()
+        self._waiting.under_way([row.limit - row.left for row in self._rows if row.began])
         for place, row in enumerate(self._waiting.places(), 1):
             if row.place == place or row.began:
                 continue
@@ -313,10 +317,15 @@ class LocalEngine:
         if self._rows and self._loop is not None:
             self._ticking = self._loop.call_later(_TOLD_EVERY, self._tick)
 
-    async def _probe(self) -> None:
+    async def _probe(self, tokens: int) -> None:
+        """Let every replica answer, with so many tokens at most."""
         messages = (Message(role=Role.USER, parts=(TextPart(text="Hello"),)),)
-        async for _ in stream(self, messages, GenerationOptions(max_output_tokens=8)):
-            pass
+
+        async def ask() -> None:
+            async for _ in stream(self, messages, GenerationOptions(max_output_tokens=tokens)):
+                pass
+
+        await asyncio.gather(*(ask() for _ in range(self.tuning.replicas)))
 
     # --- on the threads ----------------------------------------------------------------------------------------------
 

@@ -22,7 +22,8 @@ _ANSWERED = 0.020  # seconds after the end of a batch in which those who were an
 _BURST = 0.050  # longest that rows which come one by one are waited for, unless
 _BURST_SHARE = 0.02  # of a batch's time is less
 _GAP = 0.004  # without another row, after which none is expected any more, unless fewer came than were answered
-_TYPICAL = 64.0
+_UNSEEN = 64.0  # tokens of an answer, as far as its limit lets it, before any was seen
+_SEEN = 0.05  # what the latest answer counts among those before it; the first ones are counted alike
 _LEAST_BACKLOG = 8  # rows of somebody that wait before he may be found to crowd others
 _LOOK_AGAIN = 0.02
 _FEW_STEPS = 4
@@ -35,6 +36,8 @@ class Waiting:
         """`limit`: rows that may wait; `batch`: most rows of a batch; `weights` are those of `FairQueue`."""
         self.costs = Costs()
         self.pauses = self.batches = self.rows = 0
+        self._limit = limit
+        self._replicas = replicas
         self._batch = batch
         self._much = max(batch, _LEAST_BACKLOG)
         self._queue = FairQueue(weights)
@@ -43,7 +46,8 @@ class Waiting:
         self._changed = threading.Condition()
         self._idle = 0
         self._closed = False
-        self._typical = _TYPICAL  # tokens of an answer, averaged over the latest
+        self._typical = _UNSEEN  # tokens of an answer, averaged over the latest
+        self._lengths = 0  # answers that it was learned from
         self._answered, self._back = 0.0, 0  # when a batch ended, and how many of its rows were answered
 
     def __len__(self) -> int:
@@ -193,9 +197,24 @@ class Waiting:
             self.costs.learn((0, 0, terms[2] - 1, terms[3] - until_first[3], terms[4] - until_first[4]), rest)
         self.costs.fit()
 
-    def answered(self, tokens: int) -> None:
-        """Learn how long an answer was."""
-        self._typical += 0.05 * (tokens - self._typical)
+    def answered(self, tokens: int, *, cut: bool) -> None:
+        """Learn how long an answer was; one that was `cut` at its limit tells only that answers are no shorter."""
+        if cut and tokens <= self._typical:
+            return
+        self._lengths += 1
+        self._typical += max(_SEEN, 1 / self._lengths) * (tokens - self._typical)
+
+    def under_way(self, tokens: Sequence[int]) -> None:
+        """Learn how much of the answers that are being written there is: if most are longer than expected, all are."""
+        if tokens:
+            self._typical = max(self._typical, sorted(tokens)[len(tokens) // 2])
+
+    def forget(self) -> None:
+        """Forget what was learned, of a model that has just woken up: its first batch tells how long that takes."""
+        with self._changed:
+            self.costs = Costs()
+            self._admission = Admission(self._queue, limit=self._limit, replicas=self._replicas)
+            self._typical, self._lengths = _UNSEEN, 0
 
     def places(self) -> list[Row]:
         """Return the rows that wait, the next to be served first; at most 1,024."""
