@@ -12,8 +12,8 @@ from moltbot_server.models.engine import Listener
 from moltbot_server.models.providers.events import Broken
 from moltbot_server.turns import FinishReason, Tool, ToolCallPart, Usage
 
-LARGEST_ANSWER = 16 << 20
-"""Characters that an answer, its thoughts and its calls of tools may have together."""
+LARGEST_ANSWER = 1 << 20
+"""Characters that an answer, its thoughts and its calls of tools may have together: what a message of ours can carry."""
 _MOST_CALLS = 128
 
 
