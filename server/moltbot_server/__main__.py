@@ -20,6 +20,7 @@ import uvloop
 from moltbot_server.config import ConfigError, Settings, load_settings
 from moltbot_server.errors import MoltBotError
 from moltbot_server.logs import configure_logging
+from moltbot_server.models.cpus import too_many_threads
 from moltbot_server.workspace import WorkspaceError, find_workspace
 
 log = logging.getLogger("moltbot_server.core")
@@ -45,6 +46,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     configure_logging(settings.log_level, as_json=settings.log_json, process=flags.role)
     for notice in () if flags.no_notices else settings.notices:
         log.warning("not used by this release", extra={"notice": notice})
+    if flags.role == "engine" and not flags.no_notices and (odd := too_many_threads(settings.threads or 0)):
+        log.warning("a setting does not suit this machine", extra={"notice": f"{settings.origin('threads')}: {odd}"})
     if flags.role == "engine":
         listen = flags.listen or f"unix:{workspace.engine_socket}"
         return uvloop.run(_run(lambda: _start_engine(settings, key, listen, flags.metrics_port)))

@@ -229,6 +229,21 @@ async def test_hints_of_another_workspace_name_it_and_notices_are_told_once(home
         assert started.said.count(".env:1: CONTEXT_LENGHT is not known and not used; did you mean CONTEXT_LENGTH?") == 1
 
 
+async def test_more_threads_than_processors_are_taken_and_told_at_the_start_and_in_the_status(home: Home) -> None:
+    home.variables |= {"MOLTBOT_THREADS": "99", "MODEL_TYPE": ""}
+    async with home.started() as started:
+        told = re.compile(r"MOLTBOT_THREADS: threads is 99, more than the \d+ processors .*; 64 are the most")
+        assert len(told.findall(started.said)) == 1
+        assert told.search((await home.run("status")).out)
+        found = (await home.run("status", "--json")).json
+        assert told.search(found["notices"][0])
+        assert found["healthy"]
+    home.variables["MOLTBOT_THREADS"] = "1"
+    async with home.started() as started:
+        assert "threads is" not in started.said
+        assert (await home.run("status", "--json")).json["notices"] == []
+
+
 @pytest.mark.skipif(not sys.platform.startswith("linux"), reason="other systems have another malloc")
 @pytest.mark.parametrize("set_by_the_user", [None, "7"])
 async def test_all_processes_hold_few_arenas_of_memory_unless_the_user_says_how_many(

@@ -21,7 +21,7 @@ class Running:
     """A MoltBot that serves: addresses, process ids by name, and when it started (Unix seconds).
 
     `stopping`: somebody has asked it to leave, and answers under way may still end. `engine_metrics`: where the engine
-    that it runs tells how it does; empty where the models run elsewhere.
+    that it runs tells how it does; empty where the models run elsewhere. `notices` are what is odd with its settings.
     """
 
     pid: int
@@ -34,6 +34,7 @@ class Running:
     processes: Mapping[str, int]
     stopping: bool = False
     engine_metrics: str = ""
+    notices: tuple[str, ...] = ()
 
     @classmethod
     def read(cls, workspace: Workspace) -> Self | None:

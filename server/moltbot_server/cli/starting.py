@@ -23,8 +23,9 @@ from moltbot_server.cli.running import Running, joined, only_one, reachable
 from moltbot_server.cli.supervisor import Supervisor, log
 from moltbot_server.cli.terminal import Exit, Failure, command, shown
 from moltbot_server.cli.watcher import Watcher
-from moltbot_server.config import ConfigError, Settings, load_settings, misspelled, overlooked
+from moltbot_server.config import INLINE, ConfigError, Settings, load_settings, misspelled, overlooked
 from moltbot_server.logs import configure_logging
+from moltbot_server.models.cpus import too_many_threads
 from moltbot_server.workspace import LINK_LIFE, Workspace
 
 
@@ -43,13 +44,16 @@ def start(workspace: Workspace, flags: Mapping[str, object], *, reload: bool, fi
         log.warning("not used", extra={"notice": notice})
     for notice in settings.notices:
         log.warning("not used by this release", extra={"notice": notice})
+    odd = _odd(settings)
+    for notice in odd:
+        log.warning("a setting does not suit this machine", extra={"notice": notice})
     if settings.workers > 1:
         log.info("several processes serve HTTP, one process is the core", extra={"workers": settings.workers})
     extra = ["--reload"] * reload + ["--first-question", first_question] * bool(first_question)
     with only_one(workspace, lambda other: _typed(other, {**flags, **spare_ports(_wanted(settings))}, extra)):
         settings = _with_ports(settings, lambda others: _typed(workspace, {**flags, **others}, extra))
         port = _engine_port(settings)
-        site = _Site(workspace=workspace, settings=settings, engine_port=port, flags=flags, began=began)
+        site = _Site(workspace=workspace, settings=settings, engine_port=port, flags=flags, began=began, notices=odd)
         site.ask_early(first_question)
         supervisor = Supervisor(
             site.children,
@@ -85,6 +89,13 @@ def _with_ports(settings: Settings, again: Callable[[Mapping[str, object]], str]
     return replace(settings, port=found["port"], grpc_port=found["grpc_port"], metrics_port=found["metrics_port"])
 
 
+def _odd(settings: Settings) -> tuple[str, ...]:
+    """Return what is said of settings that are followed and hardly meant."""
+    here = settings.engine in ("", INLINE)
+    text = too_many_threads(settings.threads or 0) if here else ""
+    return (f"{settings.origin('threads')}: {text}",) if text else ()
+
+
 def _engine_port(settings: Settings) -> int:
     """Return the port for the metrics of the engine that this start runs, the one behind the core's; 0 without one.
 
@@ -115,9 +126,20 @@ class _Site:
     """What is known of a MoltBot that starts: its processes, its addresses, its first words."""
 
     def __init__(
-        self, *, workspace: Workspace, settings: Settings, engine_port: int, flags: Mapping[str, object], began: float
+        self,
+        *,
+        workspace: Workspace,
+        settings: Settings,
+        engine_port: int,
+        flags: Mapping[str, object],
+        began: float,
+        notices: tuple[str, ...],
     ) -> None:
-        """`engine_port`: where the engine of this start tells its metrics; 0 where the models run elsewhere."""
+        """`engine_port`: where the engine of this start tells its metrics; 0 where the models run elsewhere.
+
+        `notices`: what `moltbot status` is to say of the settings.
+        """
+        self._notices = notices
         self._workspace = workspace
         self._engine_port = engine_port
         self._flags = flags
@@ -198,6 +220,7 @@ class _Site:
             model=self._model,
             processes={child.plan.name: child.pid for child in self.children},
             stopping=self._stopping,
+            notices=self._notices,
             engine_metrics=self.engine_metrics and f"http://{self.engine_metrics}",
         ).write(self._workspace)
 

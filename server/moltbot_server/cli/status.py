@@ -50,6 +50,7 @@ def state(workspace: Workspace, running: Running) -> dict[str, Any]:
         and all(item["memory"] is not None for item in processes.values())
         and not running.stopping,
         "stopping": running.stopping,
+        "notices": list(running.notices),
         "workspace": str(workspace.folder),
         "version": running.version,
         "model": core.said.get("model") or running.model,
@@ -125,6 +126,7 @@ def _in_words(found: Mapping[str, Any]) -> str:
     for name, process in found["processes"].items():
         size = f"{process['memory'] / 1e6:.0f} MB" if process["memory"] is not None else "gone"
         lines.append(f"    {name:12} pid {process['pid']:<8} {size}")
+    lines += found["notices"]
     if found["stopping"]:
         lines.append("It is stopping: answers under way may end first, and nothing new is taken.")
     elif engine["where"] and not engine["healthy"] and "engine" not in found["processes"]:

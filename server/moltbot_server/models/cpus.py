@@ -8,6 +8,9 @@ import platform
 from collections.abc import Collection, Iterator
 from pathlib import Path
 
+MOST_REPLICAS = 64
+"""Replicas of a model that are ever used, however many threads somebody asks for."""
+
 _ROOT = Path("/")
 _SIBLINGS = ("core_cpus_list", "thread_siblings_list")  # the second is the older name
 
@@ -27,6 +30,18 @@ def usable_cores(root: Path = _ROOT, affinity: Collection[int] | None = None) ->
     """Return how many of the usable processors compute by themselves: two hyper-threads of one core count once."""
     mask = _affinity(affinity)
     return min(usable_cpus(root, mask), len({_core(root, number) for number in mask}))
+
+
+def too_many_threads(asked: int) -> str:
+    """Return what is to be said of so many threads for a model; empty where this machine has processors for them."""
+    there = usable_cpus()
+    if asked <= there:
+        return ""
+    used = f"; {MOST_REPLICAS} are the most that are used" if asked > MOST_REPLICAS else ""
+    return (
+        f"threads is {asked}, more than the {there} processors that MoltBot may use here{used}. They take turns and "
+        "memory, and answers come no faster; leave it out for what suits this machine."
+    )
 
 
 def cpu_quota(root: Path = _ROOT) -> float | None:

@@ -18,7 +18,7 @@ from pathlib import Path
 
 import msgspec
 
-from moltbot_server.models.cpus import processor_name, usable_cores, usable_cpus
+from moltbot_server.models.cpus import MOST_REPLICAS, processor_name, usable_cores, usable_cpus
 from moltbot_server.turns import Value
 from moltbot_server.workspace import Workspace
 
@@ -38,7 +38,6 @@ COMPUTE_TYPES = (
 )
 """What CTranslate2 may compute in; `default` is the type that the weights were saved in."""
 
-MOST_REPLICAS = 64
 MOST_THREADS = 256
 MOST_ROWS = 256
 _SMALL = 16 << 20
