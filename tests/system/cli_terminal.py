@@ -5,12 +5,16 @@ import fcntl
 import os
 import pty
 import struct
+import sys
 import termios
 from asyncio.subprocess import Process
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 
 from cli_process import COMMAND, Home
+
+# What makes the terminal that of the command. No code of ours may run between fork and exec where gRPC has threads.
+_TAKE = "import fcntl, os, sys, termios; fcntl.ioctl(0, termios.TIOCSCTTY, 0); os.execv(sys.argv[1], sys.argv[1:])"
 
 
 class Terminal:
@@ -54,18 +58,14 @@ async def terminal(home: Home, *arguments: str) -> AsyncIterator[Terminal]:
     fcntl.ioctl(theirs, termios.TIOCSWINSZ, struct.pack("HHHH", 40, 100, 0, 0))
     home.variables["TERM"] = "xterm"
 
-    def take() -> None:
-        os.setsid()
-        fcntl.ioctl(0, termios.TIOCSCTTY, 0)
-
     process = await asyncio.create_subprocess_exec(
-        *(*COMMAND, "chat", *arguments),
+        *(sys.executable, "-c", _TAKE, *COMMAND, "chat", *arguments),
         cwd=home.folder,
         env=home.environ,
         stdin=theirs,
         stdout=theirs,
         stderr=theirs,
-        preexec_fn=take,
+        start_new_session=True,
     )
     os.close(theirs)
     screen = Terminal(process, ours)
