@@ -131,6 +131,8 @@ class Core:
             await self._open_models()
             undo.push_async_callback(self.lineup.close)
             await self.reloading.open()
+            if taken := await self.pipeline.take_over():
+                log.info("turns of a core that is gone go on", extra={"turns": taken})
             caches = (self.caches.answers, self.sessions, self.caches.metadata)
             self.server.register(
                 authenticator=self.authenticator,

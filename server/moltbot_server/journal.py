@@ -7,237 +7,28 @@ wait until the turn is stored, and read at their own pace; text that waited for 
 from __future__ import annotations
 
 import asyncio
-import time
+import logging
 from collections import OrderedDict
-from collections.abc import Callable
 
 from moltbot_server.errors import MoltBotError, RequestIdReused, TurnNotFound
+from moltbot_server.live_turn import LiveTurn
 from moltbot_server.store import SEQUENCE_AFTER_CRASH, Store, StoredTurn
-from moltbot_server.ticker import Ticker, timer_at
+from moltbot_server.store.protocol import JournalEntry
+from moltbot_server.ticker import Ticker
 from moltbot_server.turns import (
     Accepted,
     Completed,
     Event,
     Failed,
-    Kind,
     Principal,
-    Reset,
     TextDelta,
     TurnInput,
     TurnKey,
 )
 
+log = logging.getLogger(__name__)
+
 _RECENT_REQUESTS = 4096
-
-
-class LiveTurn:
-    """A turn under way. Belongs to the event loop's thread."""
-
-    __slots__ = (
-        "_end_waiters",
-        "_followers",
-        "_held",
-        "_interval",
-        "_spoke",
-        "_stored",
-        "_ticker",
-        "_timer",
-        "_waiters",
-        "accepted_after",
-        "arrived",
-        "cancelling",
-        "closing",
-        "digest",
-        "duplicate_of",
-        "ended",
-        "events",
-        "halt",
-        "input",
-        "key",
-        "late",
-        "principal",
-        "refusal",
-    )
-
-    def __init__(
-        self,
-        *,
-        key: TurnKey,
-        turn: TurnInput,
-        principal: Principal,
-        digest: bytes,
-        arrived: float,
-        interval: float = 0.0,
-        ticker: Ticker | None = None,
-    ) -> None:
-        """`arrived` is on `time.perf_counter`; text waits up to `interval` seconds to be recorded together."""
-        self.key = key
-        self.input = turn
-        self.principal = principal
-        self.digest = digest
-        self.arrived = arrived
-        self.accepted_after = 0.0
-        self.events: list[Event] = []
-        self.ended = self.cancelling = self.closing = self.late = False
-        self.halt: Callable[[], None] = _nobody_to_stop
-        self.duplicate_of: StoredTurn | None = None
-        self.refusal: MoltBotError | None = None
-        self._stored = False
-        self._followers = 0
-        self._waiters: list[asyncio.Future[None]] = []
-        self._end_waiters: list[asyncio.Future[None]] = []
-        self._interval = interval
-        self._ticker = ticker or Ticker()
-        self._held: list[str] = []
-        self._spoke = False
-        self._timer: asyncio.TimerHandle | None = None
-
-    @property
-    def text(self) -> str:
-        """The text recorded so far."""
-        pieces: list[str] = []
-        for event in self.events:
-            if isinstance(event.kind, TextDelta):
-                pieces.append(event.kind.text)
-            elif isinstance(event.kind, Reset):
-                pieces = [event.kind.text]
-        return "".join(pieces)
-
-    def say(self, text: str) -> None:
-        """Record more text of the answer: the first at once, the rest together with what comes within the interval."""
-        if self._interval <= 0 or not self._spoke:
-            self._spoke = True
-            events = self.events
-            events.append(Event(sequence=len(events) + 1, at=time.time(), kind=TextDelta(text=text)))
-            if self._stored and self._waiters:
-                self._wake()
-            return
-        if not self._held:
-            self._ticker.call_within(self._interval, self._flush)
-        self._held.append(text)
-
-    def record(self, kind: Kind) -> None:
-        """Record what happened as the next event, after the text that still waits."""
-        if self._held:
-            self._flush()
-        self._append(kind)
-
-    def close(self, kind: Completed | Failed) -> tuple[Event, ...]:
-        """Return all events with `kind` as the last one, not yet recorded: it is stored before it is seen."""
-        if self._held:
-            self._flush()
-        self.closing = True
-        return (*self.events, Event(sequence=len(self.events) + 1, at=time.time(), kind=kind))
-
-    def end(self, last: Event) -> None:
-        """Record the last event; followers end after it."""
-        self.ended = True
-        if self._timer is not None:
-            self._timer.cancel()
-        self.events.append(last)
-        self._wake()
-        self._wake_at_end()
-
-    def stored(self, *, refusal: MoltBotError | None = None, duplicate_of: StoredTurn | None = None) -> None:
-        """Let followers go on: the turn is on the disk, or was refused, or another turn stands in its place."""
-        self.refusal, self.duplicate_of = refusal, duplicate_of
-        self._stored = True
-        self._wake()
-        if refusal is not None or duplicate_of is not None:
-            self._wake_at_end()
-
-    @property
-    def is_stored(self) -> bool:
-        """True when the store has answered."""
-        return self._stored
-
-    async def outcome(self) -> Completed | Failed | None:
-        """Wait for the end and return the last event's kind; None when the turn was refused or is a duplicate."""
-        self._followers += 1
-        try:
-            while not (self.ended or self.refusal or self.duplicate_of):
-                waiter: asyncio.Future[None] = asyncio.get_running_loop().create_future()
-                self._end_waiters.append(waiter)
-                await waiter
-            last = self.events[-1].kind if self.ended else None
-            return last if isinstance(last, Completed | Failed) else None
-        finally:
-            self._left()
-
-    def cancel(self) -> bool:
-        """Ask the turn to end now and keep its text; answer False when it has ended or is ending already."""
-        if self.closing or self.cancelling or self.late:
-            return False
-        self.cancelling = True
-        self.stop()
-        return True
-
-    def stop(self) -> None:
-        """Interrupt the turn: whoever carries it out ends it now."""
-        self.halt()
-
-    def let_go(self) -> None:
-        """Forget who carried the turn out, so that both are freed at once and not by the garbage collector."""
-        self.halt = _nobody_to_stop
-        if self._timer is not None:
-            self._timer.cancel()
-            self._timer = None
-
-    def expire_at(self, deadline: float | None) -> None:
-        """End the turn at a time of the event loop's clock, if it has not ended by then."""
-        if deadline is not None and not self.closing:
-            self._timer = timer_at(deadline, self._expire)
-
-    def allow_until(self, deadline: float | None) -> None:
-        """Let the turn go on until a later deadline, or without one: somebody with more time follows it too."""
-        if self._timer is None or (deadline is not None and deadline <= self._timer.when()):
-            return
-        self._timer.cancel()
-        self._timer = None
-        self.expire_at(deadline)
-
-    def _expire(self) -> None:
-        if not self.closing and not self.cancelling:
-            self.late = True
-            self.stop()
-
-    def _flush(self) -> None:
-        """Record the text that was held back."""
-        self._ticker.forget(self._flush)
-        text = "".join(self._held)
-        self._held.clear()
-        self._append(TextDelta(text=text))
-
-    def _append(self, kind: Kind) -> None:
-        self.events.append(Event(sequence=len(self.events) + 1, at=time.time(), kind=kind))
-        if self._stored and self._waiters:
-            self._wake()
-
-    def _wait(self) -> asyncio.Future[None]:
-        waiter: asyncio.Future[None] = asyncio.get_running_loop().create_future()
-        self._waiters.append(waiter)
-        return waiter
-
-    def _wake(self) -> None:
-        waiters, self._waiters = self._waiters, []
-        for waiter in waiters:
-            if not waiter.done():
-                waiter.set_result(None)
-
-    def _wake_at_end(self) -> None:
-        for waiter in self._end_waiters:
-            if not waiter.done():
-                waiter.set_result(None)
-        self._end_waiters.clear()
-
-    def _left(self) -> None:
-        self._followers -= 1
-        if self._followers == 0 and self.input.cancel_on_disconnect and not self.ended:
-            self.cancel()
-
-
-def _nobody_to_stop() -> None:
-    """Stand in for whoever carries a turn out, before there is anybody."""
 
 
 class Follower:
@@ -246,11 +37,13 @@ class Follower:
     Close it, or leave its `with` block, to be counted among the followers no longer.
     """
 
-    __slots__ = ("_after", "_journal", "_live", "_stored")
+    __slots__ = ("_after", "_journal", "_live", "_read", "_seeking", "_stored")
 
     def __init__(self, journal: Journal, turn: LiveTurn | StoredTurn, after: int) -> None:
         self._journal = journal
         self._after = after
+        self._read = 0
+        self._seeking = after > 0
         self._live: LiveTurn | None = None
         self._stored: StoredTurn | None = None
         if isinstance(turn, LiveTurn):
@@ -282,9 +75,15 @@ class Follower:
                 raise live.refusal
             elif live.duplicate_of is not None:
                 self._turn_to(live.duplicate_of)
-            elif self._after < len(live.events):
-                batch = live.events[self._after :]
-                self._after = len(live.events)
+            elif self._read < live.visible:
+                start, self._read = self._read, live.visible
+                if self._seeking:
+                    start = live.index_after(self._after)
+                    if start >= live.visible:
+                        continue
+                    self._seeking = False
+                batch = live.events[start : live.visible]
+                self._after = batch[-1].sequence
                 return _merged(batch) if live._interval > 0 and len(batch) > 2 else batch
             elif live.ended:
                 raise StopAsyncIteration
@@ -310,6 +109,7 @@ class Follower:
             self._stored = turn
         else:
             self._live = running
+            self._read, self._seeking = 0, self._after > 0
             running._followers += 1
 
 
@@ -321,6 +121,8 @@ class Journal:
         self._store = store
         self._live: dict[TurnKey, LiveTurn] = {}
         self._recent: OrderedDict[tuple[str, str], LiveTurn | TurnKey] = OrderedDict()
+        self._noted: dict[LiveTurn, None] = {}
+        self._keeping = False
 
     def __len__(self) -> int:
         """How many turns are under way."""
@@ -336,6 +138,40 @@ class Journal:
         self._recent[(live.principal.workspace, live.input.request_id)] = live
         if len(self._recent) > _RECENT_REQUESTS:
             self._recent.popitem(last=False)
+
+    def note(self, live: LiveTurn) -> None:
+        """Have what a turn recorded kept, with what others record now; its followers see it then."""
+        if live.closing:
+            return
+        if not self._noted and not self._keeping:
+            self._keeping = True
+            asyncio.get_running_loop().call_soon(self._keep)
+        self._noted[live] = None
+
+    def _keep(self) -> None:
+        """Write down what was noted, in one go; what is noted meanwhile is written when this one is."""
+        noted, self._noted = self._noted, {}
+        # What ends is kept with its end.
+        batch = [(live, len(live.events)) for live in noted if not live.closing]
+        self._keeping = bool(batch)
+        if batch:
+            entries = [
+                JournalEntry(key=live.key, events=tuple(live.events[live.kept : count]), epoch=live.epoch)
+                for live, count in batch
+            ]
+            self._store.append(entries).then(lambda error: self._kept(batch, error))
+
+    def _kept(self, batch: list[tuple[LiveTurn, int]], error: MoltBotError | None) -> None:
+        self._keeping = False
+        if error is None:
+            for live, count in batch:
+                live.kept = max(live.kept, count)
+                live.show(count)
+        else:
+            # The store says why. It is tried again with what comes next, and with the end at the latest.
+            log.warning("what turns record cannot be kept now", extra={"turns": len(batch), "error": error.message})
+        if self._noted:
+            self._keep()
 
     def close(self, live: LiveTurn) -> None:
         """Let an ended turn go; it is found in the store from now on."""

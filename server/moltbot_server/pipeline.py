@@ -11,20 +11,24 @@ import contextlib
 import hashlib
 import re
 import secrets
+import time
 from collections.abc import Callable, Sequence
 
 import msgspec
 
 from moltbot_server.config_models import Price
 from moltbot_server.errors import (
+    DeadlineExceeded,
     EmptyMessage,
     InvalidField,
     MoltBotError,
     NotServing,
     QueueFull,
+    TurnInterrupted,
 )
 from moltbot_server.floods import Floods
-from moltbot_server.journal import Journal, LiveTurn, same_content
+from moltbot_server.journal import Journal, same_content
+from moltbot_server.live_turn import LiveTurn
 from moltbot_server.metrics import Metrics
 from moltbot_server.models.caching.answers import AnswerCache
 from moltbot_server.models.catalog import Catalog, CatalogEntry
@@ -33,6 +37,7 @@ from moltbot_server.models.engine import Asker, Engine, Generation, Listener
 from moltbot_server.models.limits import check_content
 from moltbot_server.sessions import OpenSession, Sessions
 from moltbot_server.store import Store, StoredTurn
+from moltbot_server.store.protocol import Orphan
 from moltbot_server.turn_run import TurnRun
 from moltbot_server.turns import (
     Completed,
@@ -48,6 +53,10 @@ from moltbot_server.turns import (
 from moltbot_server.usage import Ledger
 
 _MOST_IN_A_SESSION = 128
+_MOST_CORES = 5
+"""A turn that so many cores did not survive is given up: it may be what ends them."""
+_OLDEST = 3600.0
+"""Seconds after which nobody waits for an answer any more."""
 _NAME = re.compile(r"(?!\.+\Z)[A-Za-z0-9._~-]{1,128}\Z")  # dots alone are no name but a way up, in a path or a URL
 _CHANNEL = re.compile(r"[a-z0-9_-]{0,32}\Z")
 
@@ -148,16 +157,61 @@ class TurnPipeline:
             digest=digest,
             arrived=arrived,
             interval=self._flush_interval if turn.flush_interval is None else turn.flush_interval,
-            ticker=self.journal.ticker,
+            journal=self.journal,
         )
         self.journal.begin(live)
         # The turn ends by its own deadline, which those who attach to it may move; the engine is stopped then.
         asker = Asker(workspace=asker.workspace, session=key.session, wanted_by=deadline)
-        run = TurnRun(self, live, session, entry, asker)
+        until = 0.0 if deadline is None else time.time() + deadline - asyncio.get_running_loop().time()
+        run = TurnRun(self, live, session, entry, asker, until)
         self._runs.add(run)
         run.begin(warning)
         live.expire_at(deadline)
         return live
+
+    async def take_over(self) -> int:
+        """Carry on what a core that is gone left unfinished; return how many turns that is.
+
+        Called once, before any turn is started.
+
+        Raises:
+            MoltBotError: the store cannot tell.
+        """
+        orphans = await self.store.take_over()
+        for orphan in orphans:
+            await self._carry_on(orphan)
+        return len(orphans)
+
+    async def _carry_on(self, orphan: Orphan) -> None:
+        key, turn = orphan.turn.key, orphan.input
+        session = await self._sessions.open(key.session)
+        session.take_up(key.ordinal)
+        live = LiveTurn(
+            key=key,
+            turn=turn,
+            principal=Principal(workspace=key.session.workspace, key_id="", role=""),
+            digest=orphan.turn.digest,
+            arrived=time.perf_counter(),
+            interval=self._flush_interval if turn.flush_interval is None else turn.flush_interval,
+            journal=self.journal,
+            taken=orphan,
+        )
+        self.journal.begin(live)
+        left = orphan.deadline - time.time() if orphan.deadline else None
+        wanted_by = None if left is None else asyncio.get_running_loop().time() + left
+        asker = Asker(workspace=key.session.workspace, session=key.session.session, wanted_by=wanted_by)
+        refusal = _unfinishable(orphan, left)
+        try:
+            entry = self._catalog.ready(turn.model)
+        except MoltBotError as error:
+            entry, refusal = self._catalog.entry(""), refusal or error
+        run = TurnRun(self, live, session, entry, asker, orphan.deadline)
+        self._runs.add(run)
+        if refusal is not None:
+            run.abandon(refusal)
+            return
+        run.carry_on()
+        live.expire_at(wanted_by)
 
     def refusal_unread(self, principal: Principal) -> QueueFull | None:
         """Return why a turn that has arrived would be refused whatever it says, if so; only while its sender floods.
@@ -245,7 +299,7 @@ class TurnPipeline:
     # --- leave ---------------------------------------------------------------------------------------------------
 
     async def drain(self, grace: float) -> None:
-        """Refuse new turns, let those under way end within `grace` seconds, then cut the rest; they are retryable."""
+        """Refuse new turns, let those under way end within `grace` seconds, then leave the rest to the next core."""
         self._emptied = asyncio.Event()
         if not self._runs:
             return
@@ -253,9 +307,20 @@ class TurnPipeline:
             async with asyncio.timeout(grace):
                 await self._emptied.wait()
         for run in tuple(self._runs):
-            run.stop()
+            run.hand_over()
         if self._runs:
             await self._emptied.wait()
+
+
+def _unfinishable(orphan: Orphan, left: float | None) -> MoltBotError | None:
+    """Return why a turn is not carried on, if so."""
+    if left is not None and left <= 0:
+        return DeadlineExceeded("the deadline passed while the core was away")
+    if orphan.input.cancel_on_disconnect:
+        return TurnInterrupted("the core stopped while the turn ran, and nobody followed it any more")
+    if orphan.epoch > _MOST_CORES or time.time() - orphan.turn.create_time > _OLDEST:
+        return TurnInterrupted("the core stopped while the turn ran, again and again or long ago")
+    return None
 
 
 def _check(turn: TurnInput) -> None:

@@ -107,7 +107,9 @@ class Reloading:
 
 
 def _plan(settings: Settings) -> Plan:
-    return Plan(providers=settings.providers, default=settings.models, routes=settings.routes)
+    return Plan(
+        providers=settings.providers, default=settings.models, routes=settings.routes, currency=settings.currency
+    )
 
 
 def _needs_restart(before: Settings, now: Settings) -> Sequence[str]:

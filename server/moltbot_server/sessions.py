@@ -11,7 +11,7 @@ from itertools import islice
 from typing import Any, Generic, Protocol, TypeVar
 
 from moltbot_server.errors import SessionBusy, SessionNotFound
-from moltbot_server.journal import LiveTurn
+from moltbot_server.live_turn import LiveTurn
 from moltbot_server.metrics import CacheCounts
 from moltbot_server.store import Store
 from moltbot_server.turns import Message, Queued, SessionKey
@@ -71,6 +71,12 @@ class OpenSession(Generic[H]):
         self.claims += 1
         self.last_ordinal += 1
         return self.last_ordinal
+
+    def take_up(self, ordinal: int) -> None:
+        """Claim the session for a turn that has a number already, of another core."""
+        self.claims += 1
+        self.last_ordinal = max(self.last_ordinal, ordinal)
+        self.exists = True
 
     def release(self) -> None:
         """Give a claim back: its turn has ended."""

@@ -16,9 +16,11 @@ from moltbot_server.errors import (
     InternalError,
     InvalidField,
     MoltBotError,
+    NotServing,
     TurnInterrupted,
 )
-from moltbot_server.journal import Journal, LiveTurn, same_content
+from moltbot_server.journal import Journal, same_content
+from moltbot_server.live_turn import LiveTurn
 from moltbot_server.metrics import Metrics
 from moltbot_server.models.catalog import CatalogEntry
 from moltbot_server.models.context import ContextWindow, Fitted
@@ -39,6 +41,7 @@ from moltbot_server.turns import (
     Reset,
     Role,
     Routed,
+    TextDelta,
     TextPart,
     Timings,
     TurnInput,
@@ -49,6 +52,7 @@ from moltbot_server.turns import (
 log = logging.getLogger(__name__)
 
 _TITLE_LENGTH = 80
+_SHOWN = TextDelta | ReasoningDelta | Reset
 _NOTHING_READ = Fitted([], 0, 0, 0)
 
 
@@ -84,6 +88,7 @@ class TurnRun:
     __slots__ = (
         "_asker",
         "_attempts",
+        "_deadline",
         "_ending",
         "_engine",
         "_entered",
@@ -110,7 +115,10 @@ class TurnRun:
         session: OpenSession[ContextWindow],
         entry: CatalogEntry,
         asker: Asker,
+        deadline: float = 0.0,
     ) -> None:
+        """`deadline` is a Unix time, 0 for none."""
+        self._deadline = deadline
         self._pipeline = pipeline
         self._live = live
         self._session = session
@@ -142,6 +150,23 @@ class TurnRun:
         if session.enter(live, self._answer):
             self._answer()
 
+    def carry_on(self) -> None:
+        """Set out on a turn that another core began: what was shown of its answer is void, and it is given anew."""
+        live, session = self._live, self._session
+        live.stored()
+        if not live.events:
+            name = session.key.session
+            live.record(Accepted(session=name, ordinal=live.key.ordinal, request_id=live.input.request_id))
+        if any(isinstance(event.kind, _SHOWN) for event in live.events):
+            live.record(Reset(text="", reason="the core was started again, and the answer with it"))
+        if session.enter(live, self._answer):
+            self._answer()
+
+    def abandon(self, error: MoltBotError) -> None:
+        """End a turn that another core began and that cannot be carried on."""
+        self._live.stored()
+        self._conclude(self._failed(error))
+
     def _accept(self, *, again: bool = False) -> None:
         """Store the turn; `again` in the place of a failed one with its request_id."""
         live, session, store = self._live, self._session, self._pipeline.store
@@ -157,6 +182,8 @@ class TurnRun:
             user=turn.user,
             channel=turn.channel,
             ephemeral=turn.transcript is not None,
+            rest=turn,
+            deadline=self._deadline,
         )
         if again:
             store.reaccept(row).then(self._accepted_again)
@@ -276,6 +303,16 @@ class TurnRun:
             ending = self._completed(FinishReason.CANCELLED)
         self._conclude(ending)
 
+    def hand_over(self) -> None:
+        """Leave the turn to the next core: whoever follows it is sent there, and its row stays as it is."""
+        if self._over or self._ending is not None:
+            return
+        if self._live.input.cancel_on_disconnect or not self._live.is_stored:
+            self.stop()
+            return
+        text = "the core is leaving; the next one carries this turn on: follow it there, or repeat the call"
+        self._drop(refusal=NotServing(text, retry_after=1.0))
+
     def _fall_silent(self) -> None:
         """Free the engine, or give the place in the session's queue up."""
         if self._generation is not None:
@@ -304,6 +341,7 @@ class TurnRun:
                 answer=answer,
                 model=ending.model if isinstance(ending, Completed) else self._engine.id,
                 finish_reason=ending.finish_reason if isinstance(ending, Completed) else None,
+                epoch=self._live.epoch,
             )
         )
 

@@ -158,7 +158,7 @@ class Usage(Value, frozen=True, kw_only=True, array_like=True):
     cached_input_tokens: int = 0
 
 
-class TurnInput(Value, frozen=True, kw_only=True):
+class TurnInput(Value, frozen=True, kw_only=True, omit_defaults=True):
     """What a turn is started with. `session` empty: a new one. `transcript` not None: a closed conversation.
 
     `flush_interval` is how long text may wait to be sent together: None is the core's default, 0 sends every delta.

@@ -9,7 +9,8 @@ from typing import Any, cast
 import pytest
 import uvloop
 from moltbot_server.errors import NotServing, RequestIdReused, TurnNotFound
-from moltbot_server.journal import Follower, Journal, LiveTurn, replay
+from moltbot_server.journal import Follower, Journal, replay
+from moltbot_server.live_turn import LiveTurn
 from moltbot_server.store import SEQUENCE_AFTER_CRASH, NewTurn, Store, StoredTurn
 from moltbot_server.ticker import Ticker
 from moltbot_server.turns import (

@@ -7,7 +7,7 @@ from collections.abc import Iterable
 
 import pytest
 from moltbot_server.errors import SessionBusy, SessionNotFound
-from moltbot_server.journal import LiveTurn
+from moltbot_server.live_turn import LiveTurn
 from moltbot_server.sessions import OpenSession, Sessions
 from moltbot_server.store import NewTurn, Store
 from moltbot_server.turns import Message, Principal, Queued, SessionKey, TextPart, TurnInput, TurnKey

@@ -5,14 +5,13 @@ from __future__ import annotations
 import asyncio
 from typing import Any
 
+import msgspec
 import pytest
 from kept_turns import Reopen, ended, everything, keep, key, new, said, texts
-from moltbot_server.errors import StorageUnavailable
-from moltbot_server.store import Store, StoredTurn
-from moltbot_server.turns import (
-    Message,
-    TurnState,
-)
+from moltbot_server.errors import StorageUnavailable, TurnInterrupted
+from moltbot_server.store import NewTurn, Store, StoredTurn
+from moltbot_server.store.protocol import JournalEntry
+from moltbot_server.turns import Event, Message, TextDelta, TurnInput, TurnState
 
 
 async def test_a_turn_is_found_as_it_ended(store: Store, reopen: Reopen) -> None:
@@ -50,17 +49,77 @@ async def test_a_running_turn_has_no_events_and_its_question_is_listed(store: St
     assert await texts(store) == ["question"]
 
 
-async def test_a_turn_that_ran_when_the_store_was_last_used_has_failed_and_may_be_started_again(
+async def test_a_turn_of_which_too_little_was_kept_has_failed_and_may_be_started_again(
     store: Store, reopen: Reopen
 ) -> None:
     turn = new()
     await store.accept(turn)
     store = await reopen()
+    assert await store.take_over() == []
 
     found = await store.find_turn(turn.key)
     assert found is not None
     assert (found.state, found.events, found.retryable) == (TurnState.FAILED, (), True)
     assert await texts(store) == ["question"]
+
+
+def wrote(turn: NewTurn, *words: str, first: int = 1, epoch: int = 1) -> JournalEntry:
+    events = (Event(sequence=first + place, at=1.0, kind=TextDelta(text=word)) for place, word in enumerate(words))
+    return JournalEntry(key=turn.key, events=tuple(events), epoch=epoch)
+
+
+async def test_a_turn_whose_core_is_gone_is_taken_over_with_all_that_was_kept_of_it(
+    store: Store, reopen: Reopen
+) -> None:
+    asked = TurnInput(parts=said("question"), model="m", system_prompt="Be brief.", user="ann", flush_interval=0.5)
+    first, second = (new(number, rest=asked, deadline=99.5) for number in (1, 2))
+    for turn in (first, second):
+        await store.accept(turn)
+    await store.append([wrote(first, "one", "two")])
+    await store.append([wrote(first, "three", first=3), wrote(second)])
+    store = await reopen()
+
+    orphans = await store.take_over()
+    assert [(orphan.turn.key, orphan.epoch, orphan.deadline) for orphan in orphans] == [
+        (first.key, 2, 99.5), (second.key, 2, 99.5),
+    ]  # fmt: skip
+    assert [orphan.input for orphan in orphans] == [asked, asked]
+    assert [event.kind for event in orphans[0].turn.events] == [
+        TextDelta(text=word) for word in ("one", "two", "three")
+    ]
+    assert orphans[1].turn.events == ()
+    assert orphans[0].turn.digest == first.digest
+
+
+async def test_nothing_is_taken_from_a_core_that_has_lost_its_turn(store: Store, reopen: Reopen) -> None:
+    asked = TurnInput(parts=said("question"))
+    turn = new(rest=asked)
+    await store.accept(turn)
+    store = await reopen()
+    await store.take_over()
+
+    await store.append([wrote(turn, "stale"), wrote(turn, "fresh", first=7, epoch=2)])
+    with pytest.raises(TurnInterrupted):
+        await store.finish(ended(turn))
+    await store.finish(msgspec.structs.replace(ended(turn, answer="right"), epoch=2))
+    assert await texts(store) == ["question", "right"]
+    store = await reopen()
+    assert await store.take_over() == []
+
+
+async def test_what_is_kept_of_a_turn_is_gone_when_it_has_ended_or_its_session_is(store: Store, reopen: Reopen) -> None:
+    asked = TurnInput(parts=said("question"))
+    whole, deleted = new(rest=asked), new(session="gone", rest=asked)
+    for turn in (whole, deleted):
+        await store.accept(turn)
+        await store.append([wrote(turn, "word")])
+    await store.finish(ended(whole))
+    await store.append([wrote(whole, "late", first=2)])
+    await store.delete_session(deleted.key.session)
+    store = await reopen()
+
+    assert await store.take_over() == []
+    assert await texts(store) == ["question", "answer"]
 
 
 async def test_a_request_id_belongs_to_one_turn_of_a_workspace(store: Store) -> None:
@@ -335,7 +394,7 @@ async def test_what_was_answered_is_there_after_everything_was_written_at_once(s
 
     states = [(await store.find_turn(turn.key)).state for turn in turns]  # type: ignore[union-attr]
     assert states[::2] == [TurnState.COMPLETED] * 500
-    assert states[1::2] == [TurnState.FAILED] * 500
+    assert states[1::2] == [TurnState.RUNNING] * 500
 
 
 async def test_a_closed_store_refuses_instead_of_waiting(store: Store) -> None:

@@ -118,7 +118,11 @@ async def test_a_database_of_the_release_before_keeps_what_is_in_it_and_takes_mo
     await keep(store, new(2, text="two"), answer="ha", state=TurnState.CANCELLED)
     await store.close()
     with contextlib.closing(sqlite3.connect(path)) as connection:
-        connection.executescript("ALTER TABLE turns DROP COLUMN finish; PRAGMA user_version = 1;")
+        connection.executescript(
+            "ALTER TABLE turns DROP COLUMN finish; ALTER TABLE turns DROP COLUMN rest; DROP TABLE journal;"
+            "ALTER TABLE turns DROP COLUMN deadline; ALTER TABLE turns DROP COLUMN epoch; DROP TABLE usage;"
+            "PRAGMA user_version = 1;"
+        )
 
     for number in (3, 4):  # opened twice: the step is taken once
         store = SqliteStore(path)

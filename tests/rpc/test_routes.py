@@ -159,6 +159,18 @@ async def test_a_model_that_is_named_is_the_one_that_answers_or_nobody(tmp_path:
     assert local.text == "You said: hello"
 
 
+async def test_a_model_without_a_key_says_what_to_do(tmp_path: Path) -> None:
+    keyless = (Provider(name="openai"),)
+    async with rig(tmp_path, WELL, WELL, providers=keyless, models=ModelRoute(primary="openai/gpt-4o")) as core:
+        refusals = []
+        for model in ("models/openai-gpt-4o", ""):
+            with pytest.raises(grpc.aio.AioRpcError) as refused:
+                await core.answer(model=model)
+            refusals.append((refused.value.code(), "moltbot key add openai" in (refused.value.details() or "")))
+
+    assert refusals == [(grpc.StatusCode.FAILED_PRECONDITION, True)] * 2
+
+
 async def test_a_route_of_its_own_is_taken_by_its_name(tmp_path: Path) -> None:
     routes = (ModelRoute(name="careful", primary="second-model", fallback=("local",)),)
     async with rig(tmp_path, WELL, DOWN, routes=routes) as core:

@@ -12,7 +12,7 @@ import pytest
 from google.protobuf import duration_pb2
 from moltbot.v1 import chat_pb2, message_pb2, session_pb2
 from moltbot_server.errors import QueueFull
-from moltbot_server.journal import LiveTurn
+from moltbot_server.live_turn import LiveTurn
 from moltbot_server.models.engine import Asker
 from moltbot_server.testing import RunningServer, Script, ScriptedEngine, running_server
 from moltbot_server.turn_run import TurnRun

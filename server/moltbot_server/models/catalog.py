@@ -9,7 +9,7 @@ from collections.abc import Iterator, Sequence
 from enum import StrEnum
 
 from moltbot_server.errors import ModelInUse, ModelNotFound, ModelUnavailable, MoltBotError
-from moltbot_server.models.engine import Engine
+from moltbot_server.models.engine import NOBODY, Engine
 
 _log = logging.getLogger(__name__)
 
@@ -44,9 +44,34 @@ class CatalogEntry:
     @property
     def message(self) -> str:
         """Why the model is not ready; empty when it is."""
-        if self._state is ModelState.READY and not self.engine.healthy:
-            return "The model stopped working; the log says why."
+        if self.stopped:
+            problem = self._problem()
+            return problem.message if problem else "The model stopped working; the log says why."
         return self._message
+
+    @property
+    def stopped(self) -> bool:
+        """Whether the model was ready and cannot answer any more."""
+        return self._state is ModelState.READY and not self.engine.healthy
+
+    def _problem(self) -> MoltBotError | None:
+        """Return what the engine itself says of why it takes no turns, if that is more than that it does not."""
+        try:
+            self.engine.admit(NOBODY)
+        except ModelUnavailable:
+            return None
+        except MoltBotError as problem:
+            return problem
+        return None
+
+    def refuse(self) -> MoltBotError:
+        """Return the refusal of a turn by a model that is not ready."""
+        if self.stopped and (problem := self._problem()) is not None:
+            return problem
+        return ModelUnavailable(
+            f"The model {self.engine.id} cannot answer: {self.message}",
+            retry_after=1.0 if self.state is ModelState.LOADING else None,
+        )
 
     @property
     def turns(self) -> int:
@@ -133,10 +158,7 @@ class Catalog:
         """
         entry = self.entry(model)
         if entry.state is not ModelState.READY:
-            raise ModelUnavailable(
-                f"The model {entry.engine.id} cannot answer: {entry.message}",
-                retry_after=1.0 if entry.state is ModelState.LOADING else None,
-            )
+            raise entry.refuse()
         return entry
 
     def get(self, model: str = "") -> Engine:
@@ -161,6 +183,14 @@ class Catalog:
         entry = self.ready(model)
         self._default = entry.engine.id
         return entry
+
+    def prefer(self, model: str) -> None:
+        """Make a model the default, whether it can answer now or not.
+
+        Raises:
+            ModelNotFound: no model has this id.
+        """
+        self._default = self.entry(model).engine.id
 
     async def drop(self, model: str) -> Engine:
         """Take a model out once its last turn has ended, and return its engine, which is still to be closed.

@@ -25,6 +25,8 @@ _log = logging.getLogger(__name__)
 
 _OTHER = re.compile(r"[^A-Za-z0-9._~-]+")
 
+_PRESETS_ARE_IN = "USD"
+
 LOCAL = frozenset({"local", "builtin", "built-in"})
 """What a route may call the engine's own default model."""
 
@@ -36,6 +38,7 @@ class Plan:
     providers: tuple[Provider, ...]
     default: ModelRoute
     routes: tuple[ModelRoute, ...]
+    currency: str = _PRESETS_ARE_IN
 
     @property
     def all_routes(self) -> tuple[ModelRoute, ...]:
@@ -129,7 +132,12 @@ class Lineup:
                 engines[name] = ProviderEngine(
                     *remote[name], keys=self._keys, cooldowns=self._cooldowns, pools=self._pools
                 )
-        prices = {name: engine.price for name, engine in engines.items() if isinstance(engine, ProviderEngine)}
+        prices = {
+            # What a preset knows is of use in its own currency only.
+            name: engine.price if plan.currency == _PRESETS_ARE_IN else remote[name][1].price
+            for name, engine in engines.items()
+            if isinstance(engine, ProviderEngine)
+        }
         return _Lines(plan, served, engines, sources, {name: price for name, price in prices.items() if price})
 
     async def open(self, plan: Plan) -> None:
@@ -155,9 +163,9 @@ class Lineup:
         # Whoever switched to another model by hand keeps it for as long as it is there.
         gone = self._catalog.default not in self._catalog
         if lines.plan.default.primary and (gone or not had_route):
-            self._catalog.choose(DEFAULT_ROUTE)
+            self._catalog.prefer(DEFAULT_ROUTE)
         elif gone:
-            self._catalog.choose(self._local)
+            self._catalog.prefer(self._local)
 
     def keys_changed(self, providers: Collection[str]) -> None:
         """Forget how the models of providers did with the keys that they had before."""

@@ -12,7 +12,8 @@ from grpc import aio
 from moltbot.v1 import chat_pb2, chat_pb2_grpc
 
 from moltbot_server.errors import InternalError, InvalidField, MoltBotError, QueueFull, Status, TurnFailed
-from moltbot_server.journal import Journal, LiveTurn
+from moltbot_server.journal import Journal
+from moltbot_server.live_turn import LiveTurn
 from moltbot_server.pipeline import TurnPipeline
 from moltbot_server.rpc import convert, names
 from moltbot_server.rpc.interceptors import Call

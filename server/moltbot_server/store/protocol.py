@@ -6,15 +6,27 @@ from collections.abc import Sequence
 from typing import Protocol
 
 from moltbot_server.store.pending import Pending
-from moltbot_server.turns import Event, FinishReason, Message, Part, Session, SessionKey, TurnKey, TurnState, Value
+from moltbot_server.turns import (
+    Event,
+    FinishReason,
+    Message,
+    Part,
+    Session,
+    SessionKey,
+    TurnInput,
+    TurnKey,
+    TurnState,
+    Value,
+)
 
-# After a crash nobody knows what a reader has seen of a turn; the number of its last event lies beyond it.
-SEQUENCE_AFTER_CRASH = 1_000_000_000
+# After a crash nobody knows what a reader has seen of a turn; the number of its next event lies beyond it.
+SEQUENCE_AFTER_CRASH = 1_000_000
 
 
 class NewTurn(Value, frozen=True, kw_only=True):
     """A turn to be accepted: its row, its user message, and its session if that is new.
 
+    `rest` is what else it takes to carry the turn out, without its question; `deadline` is a Unix time, 0 for none.
     `digest` is of the content, so that a reused `request_id` can be told from a repeated call. `ephemeral` sessions are
     not listed. `opens_session` is True when the session's row may be missing or untitled; else `title`, `user` and
     `channel` are not looked at.
@@ -30,6 +42,16 @@ class NewTurn(Value, frozen=True, kw_only=True):
     user: str = ""
     channel: str = ""
     ephemeral: bool = False
+    rest: TurnInput | None = None
+    deadline: float = 0.0
+
+
+class JournalEntry(Value, frozen=True, kw_only=True):
+    """What happened in a turn that runs, to be kept before anybody sees it. `epoch`: see `Orphan`."""
+
+    key: TurnKey
+    events: tuple[Event, ...]
+    epoch: int = 1
 
 
 class EndedTurn(Value, frozen=True, kw_only=True):
@@ -42,6 +64,7 @@ class EndedTurn(Value, frozen=True, kw_only=True):
     answer: tuple[Part, ...] = ()
     model: str = ""
     finish_reason: FinishReason | None = None
+    epoch: int = 1
 
 
 class StoredTurn(Value, frozen=True, kw_only=True):
@@ -55,6 +78,18 @@ class StoredTurn(Value, frozen=True, kw_only=True):
     end_time: float = 0.0
     events: tuple[Event, ...] = ()
     retryable: bool = False
+
+
+class Orphan(Value, frozen=True, kw_only=True):
+    """A turn whose core is gone, taken over to be carried on: what was asked, and what was kept of its events.
+
+    `epoch` counts the cores that had the turn. The store takes nothing of it from one with a lower number.
+    """
+
+    turn: StoredTurn
+    input: TurnInput
+    epoch: int
+    deadline: float = 0.0
 
 
 class StoredSession(Value, frozen=True, kw_only=True):
@@ -116,7 +151,7 @@ class Store(Protocol):
     """
 
     async def open(self) -> None:
-        """Open the store; turns that were running when it was last used become failed and retryable."""
+        """Open the store; turns that were running when it was last used wait to be taken over."""
 
     async def close(self) -> None:
         """Write what waits, then close."""
@@ -130,8 +165,23 @@ class Store(Protocol):
         Whoever calls this knows that the earlier turn does not run any more.
         """
 
+    def append(self, entries: Sequence[JournalEntry]) -> Pending[None]:
+        """Keep what happened in turns that run; what is answered survives the death of the core.
+
+        Entries of turns that the store has not, or that another core has taken over, are left out.
+        """
+
+    async def take_over(self) -> Sequence[Orphan]:
+        """Take over the turns whose core is gone, in the order in which they were accepted.
+
+        Those that cannot be carried on, for which not enough was kept, become failed and retryable.
+        """
+
     def finish(self, turn: EndedTurn) -> Pending[None]:
-        """Store how a turn ended. It may be called before `accept` has answered, and does nothing if that refuses."""
+        """Store how a turn ended. It may be called before `accept` has answered, and does nothing if that refuses.
+
+        It is answered with `TurnInterrupted` when another core has taken the turn over.
+        """
 
     async def find_turn(self, key: TurnKey) -> StoredTurn | None:
         """Return a turn with its events, or None."""

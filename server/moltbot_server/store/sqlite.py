@@ -8,13 +8,13 @@ from __future__ import annotations
 
 import asyncio
 import sqlite3
-from collections.abc import Sequence
+from collections.abc import Container, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
 
 import msgspec
 
-from moltbot_server.errors import MoltBotError, StorageUnavailable
+from moltbot_server.errors import MoltBotError, StorageUnavailable, TurnInterrupted
 from moltbot_server.store import (
     EndedTurn,
     NewTurn,
@@ -26,26 +26,23 @@ from moltbot_server.store import (
     UsageQuery,
     UsageRow,
 )
+from moltbot_server.store.protocol import JournalEntry, Orphan
 from moltbot_server.store.reader import GroupReader
+from moltbot_server.store.sqlite_journal import JOURNAL_SCHEMA, append_entries, forget_entries, names_of, take_over
+from moltbot_server.store.sqlite_rows import end_columns, messages_of, rest_columns, session_of, turn_of
 from moltbot_server.store.sqlite_usage import USAGE_SCHEMA, add_usage, forget_usage, read_usage
 from moltbot_server.store.writer import GroupWriter, Rows, storage_error
 from moltbot_server.turns import (
-    Event,
-    Failed,
-    FinishReason,
     Message,
-    Part,
-    Role,
     Session,
     SessionKey,
     TurnKey,
-    TurnState,
     encode,
 )
 
 T = TypeVar("T")
 
-SCHEMA_VERSION = 3
+SCHEMA_VERSION = 4
 
 _SCHEMA = f"""
 CREATE TABLE sessions (
@@ -62,24 +59,27 @@ CREATE TABLE turns (
 CREATE UNIQUE INDEX turns_by_session ON turns (workspace, session, ordinal);
 CREATE UNIQUE INDEX turns_by_request ON turns (workspace, request_id);
 CREATE INDEX turns_running ON turns (state) WHERE state = 'running';
-{USAGE_SCHEMA}"""
+{USAGE_SCHEMA}{JOURNAL_SCHEMA}"""
 
 # From each version of the schema to the next. Of answers that were kept before, only a cancelled one can be told.
 _STEPS = {
     1: "ALTER TABLE turns ADD COLUMN finish TEXT NOT NULL DEFAULT ''; "
     "UPDATE turns SET finish = 'cancelled' WHERE state = 'cancelled';",
     2: USAGE_SCHEMA,
+    3: JOURNAL_SCHEMA,
 }
 
 _INSERT_TURN = Rows(
     "INSERT INTO turns (workspace, session, ordinal, request_id, digest, create_time, question, "
-    "state, end_time, model, answer, events, finish) VALUES {rows} ON CONFLICT (workspace, request_id) DO NOTHING",
-    row="(?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?)",
+    "rest, deadline, state, end_time, model, answer, events, finish) VALUES {rows} "
+    "ON CONFLICT (workspace, request_id) DO NOTHING",
+    row="(?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?)",
 )
 _FINISH_TURN = Rows(
     "UPDATE turns SET state = column4, end_time = column5, model = column6, answer = column7, events = column8, "
-    "finish = column9 FROM (VALUES {rows}) WHERE workspace = column1 AND session = column2 AND ordinal = column3",
-    row="(?, ?, ?, ?, ?, ?, ?, ?, ?)",
+    "finish = column9, rest = NULL FROM (VALUES {rows}) WHERE workspace = column1 AND session = column2 "
+    "AND ordinal = column3 AND epoch = column10",
+    row="(?, ?, ?, ?, ?, ?, ?, ?, ?, ?)",
 )
 _INSERT_SESSION = """
 INSERT INTO sessions (workspace, id, title, user, channel, create_time, update_time, base_ordinal, ephemeral)
@@ -94,10 +94,11 @@ _SESSION_COLUMNS = """s.workspace, s.id, s.title, s.user, s.channel, s.create_ti
 
 # A turn whose request_id another turn took over: that one says its question now. The mark cannot be in a request_id.
 _SUPERSEDE = """
-UPDATE turns SET request_id = request_id || char(31) || rowid, question = x'90'
+UPDATE turns SET request_id = request_id || char(31) || rowid, question = x'90', rest = NULL,
+    state = iif(state = 'running', 'failed', state)
 WHERE workspace = ? AND request_id = ? AND state <> 'completed' AND state <> 'cancelled'
 """
-_MARK = "\x1f"
+_TAKEN_OVER = TurnInterrupted("another core has taken this turn over; follow it there")
 # What a crash kept from being written: at most a second of turns, which are the latest.
 _CATCH_UP = """
 UPDATE sessions SET update_time = recent.used FROM (
@@ -107,9 +108,6 @@ UPDATE sessions SET update_time = recent.used FROM (
 WHERE sessions.workspace = recent.workspace AND sessions.id = recent.session AND sessions.update_time < recent.used
 """
 
-_parts = msgspec.msgpack.Decoder(tuple[Part, ...])
-_events = msgspec.msgpack.Decoder(tuple[Event, ...])
-
 
 class SqliteStore:
     """A `Store` in one file."""
@@ -118,6 +116,7 @@ class SqliteStore:
         self._path = path
         self._touched: dict[tuple[str, str], float] = {}
         self._touched_at = 0.0
+        self._journaled: set[TurnKey] = set()
         self._closed = False
 
     async def open(self) -> None:
@@ -125,7 +124,7 @@ class SqliteStore:
         self._path.parent.mkdir(parents=True, exist_ok=True)
         reading, self._writing = await asyncio.to_thread(self._prepare)
         self._reader = GroupReader(reading)
-        self._writer = GroupWriter(self._writing, self._write_turns)
+        self._writer = GroupWriter(self._writing, self._write_turns, is_light=lambda row: isinstance(row, tuple))
 
     async def close(self) -> None:
         """Write what waits, then close the file."""
@@ -153,6 +152,16 @@ class SqliteStore:
 
         return self._writer.submit(write)
 
+    def append(self, entries: Sequence[JournalEntry]) -> Pending[None]:
+        """Keep what happened in turns that run."""
+        return self._writer.submit_row(tuple(entries))
+
+    async def take_over(self) -> Sequence[Orphan]:
+        """Take over the turns that a core which is gone left running."""
+        orphans: list[Orphan] = await self._writer.submit(take_over)
+        self._journaled.update(orphan.turn.key for orphan in orphans)
+        return orphans
+
     def finish(self, turn: EndedTurn) -> Pending[None]:
         """Store how a turn ended."""
         return self._writer.submit_row(turn)
@@ -169,6 +178,7 @@ class SqliteStore:
                 names,
             )
             connection.execute("DELETE FROM turns WHERE workspace = ? AND session = ?", names)
+            connection.execute("DELETE FROM journal WHERE workspace = ? AND session = ?", names)
 
         await self._writer.submit(write)
 
@@ -179,6 +189,7 @@ class SqliteStore:
         def write(connection: sqlite3.Connection) -> bool:
             self._touched.pop(names, None)
             connection.execute("DELETE FROM turns WHERE workspace = ? AND session = ?", names)
+            connection.execute("DELETE FROM journal WHERE workspace = ? AND session = ?", names)
             return connection.execute("DELETE FROM sessions WHERE workspace = ? AND id = ?", names).rowcount > 0
 
         return bool(await self._writer.submit(write))
@@ -209,7 +220,7 @@ class SqliteStore:
     async def find_turn(self, key: TurnKey) -> StoredTurn | None:
         """Return a turn with its events, or None."""
         return await self._reader.read(
-            lambda connection: _turn(
+            lambda connection: turn_of(
                 connection.execute(
                     f"SELECT {_TURN_COLUMNS} FROM turns WHERE workspace = ? AND session = ? AND ordinal = ?",
                     (key.session.workspace, key.session.session, key.ordinal),
@@ -235,7 +246,7 @@ class SqliteStore:
                 "ORDER BY ordinal DESC LIMIT ?",
                 (*names, limit),
             ).fetchall()
-            messages = [message for turn in reversed(turns) for message in _messages(*turn)]
+            messages = [message for turn in reversed(turns) for message in messages_of(*turn)]
             return StoredSession(last_ordinal=max(row[0], row[1] or 0), messages=tuple(messages))
 
         return await self._reader.read(read)
@@ -250,7 +261,7 @@ class SqliteStore:
             ).fetchone()
             if row is None:
                 return None
-            session = _session(*row)
+            session = session_of(*row)
             used = self._touched.get((key.workspace, key.session), 0.0)
             return msgspec.structs.replace(session, update_time=max(session.update_time, used))
 
@@ -272,7 +283,7 @@ class SqliteStore:
         chosen = " AND ".join(where)
         query = f"SELECT {_SESSION_COLUMNS} FROM sessions s WHERE {chosen} ORDER BY update_time DESC, id LIMIT ?"
         return await self._reader.read(
-            lambda connection: [_session(*row) for row in connection.execute(query, arguments).fetchall()]
+            lambda connection: [session_of(*row) for row in connection.execute(query, arguments).fetchall()]
         )
 
     async def list_messages(self, key: SessionKey, *, after: tuple[int, int], limit: int) -> Sequence[Message]:
@@ -284,7 +295,7 @@ class SqliteStore:
                 "AND session = ? AND ordinal >= ? AND question <> x'90' ORDER BY ordinal LIMIT ?",
                 (key.workspace, key.session, after[0], limit + 1),
             ).fetchall()
-            messages = [message for row in rows for message in _messages(*row)]
+            messages = [message for row in rows for message in messages_of(*row)]
             first = f"{after[0]}.{after[1]}"
             start = next((i + 1 for i, message in enumerate(messages) if message.id == first), 0)
             return messages[start : start + limit]
@@ -330,19 +341,30 @@ class SqliteStore:
             if steps:
                 connection.executescript(f"BEGIN; {steps} PRAGMA user_version = {SCHEMA_VERSION}; COMMIT;")
             connection.execute(_CATCH_UP)
-            connection.execute("UPDATE turns SET state = 'failed', events = NULL WHERE state = 'running'")
         except sqlite3.Error as error:
             raise _unusable(self._path, error) from error
         return connection, writing
 
-    def _write_turns(self, connection: sqlite3.Connection, turns: Sequence[NewTurn | EndedTurn]) -> list[Any]:
+    def _write_turns(
+        self, connection: sqlite3.Connection, turns: Sequence[NewTurn | EndedTurn | tuple[JournalEntry, ...]]
+    ) -> list[Any]:
         """Store turns and ends; a turn that ended before it was stored is one row. Runs on the writer's thread."""
         new = [turn for turn in turns if isinstance(turn, NewTurn)]
         ended = {turn.key: turn for turn in turns if isinstance(turn, EndedTurn)}
+        entries = [entry for turn in turns if isinstance(turn, tuple) for entry in turn if entry.key not in ended]
         earlier = iter(self._insert(connection, new, ended) if new else ())
-        if ended:
-            self._update(connection, list(ended.values()))
-        return [next(earlier) if isinstance(turn, NewTurn) else None for turn in turns]
+        if entries:
+            append_entries(connection, entries)
+            self._journaled.update(entry.key for entry in entries)
+        lost = self._update(connection, list(ended.values())) if ended else ()
+        return [
+            next(earlier)
+            if isinstance(turn, NewTurn)
+            else _TAKEN_OVER
+            if isinstance(turn, EndedTurn) and turn.key in lost
+            else None
+            for turn in turns
+        ]
 
     def _insert(
         self, connection: sqlite3.Connection, turns: Sequence[NewTurn], ended: dict[TurnKey, EndedTurn]
@@ -357,7 +379,8 @@ class SqliteStore:
                 turn.digest,
                 turn.create_time,
                 encode(turn.question),
-                *_end(ended.pop(turn.key, None)),
+                *rest_columns(turn, ended),
+                *end_columns(ended.pop(turn.key, None)),
             )
             for turn in turns
         ]
@@ -370,7 +393,7 @@ class SqliteStore:
 
     def _earlier(self, connection: sqlite3.Connection, turn: NewTurn) -> StoredTurn | None:
         """Return the turn that holds a request_id, unless it is this one."""
-        found = _turn(
+        found = turn_of(
             connection.execute(
                 f"SELECT {_TURN_COLUMNS} FROM turns WHERE workspace = ? AND request_id = ?",
                 (turn.key.session.workspace, turn.request_id),
@@ -386,11 +409,23 @@ class SqliteStore:
             connection.execute(_INSERT_SESSION, row)
         self._touch(connection, names, now)
 
-    def _update(self, connection: sqlite3.Connection, turns: Sequence[EndedTurn]) -> None:
-        rows = [(turn.key.session.workspace, turn.key.session.session, turn.key.ordinal, *_end(turn)) for turn in turns]
-        _FINISH_TURN.execute(connection, rows)
+    def _update(self, connection: sqlite3.Connection, turns: Sequence[EndedTurn]) -> Container[TurnKey]:
+        """Store ends; return the turns that were not this core's any more."""
+        rows = [(*names_of(turn.key), *end_columns(turn), turn.epoch) for turn in turns]
+        whole = _FINISH_TURN.execute(connection, rows) == len(rows)
+        lost = () if whole else {turn.key for turn in turns if self._was_taken(connection, turn)}
+        kept = [turn.key for turn in turns if turn.key in self._journaled and turn.key not in lost]
+        if kept:
+            forget_entries(connection, map(names_of, kept))
+            self._journaled.difference_update(kept)
         for workspace, session, *_ in rows:
             self._touch(connection, (workspace, session), turns[0].end_time)
+        return lost
+
+    def _was_taken(self, connection: sqlite3.Connection, turn: EndedTurn) -> bool:
+        query = "SELECT epoch FROM turns WHERE workspace = ? AND session = ? AND ordinal = ?"
+        found = connection.execute(query, names_of(turn.key)).fetchone()
+        return found is not None and found[0] != turn.epoch
 
     def _touch(self, connection: sqlite3.Connection, names: tuple[str, str], now: float) -> None:
         """Remember that a session was used; runs on the writer's thread."""
@@ -409,27 +444,6 @@ class SqliteStore:
             await self._writer.submit(self._write_touched)
 
 
-def _session(
-    workspace: str,
-    session: str,
-    title: str,
-    user: str,
-    channel: str,
-    create_time: float,
-    update_time: float,
-    message_count: int,
-) -> Session:
-    return Session(
-        key=SessionKey(workspace=workspace, session=session),
-        title=title,
-        user=user,
-        channel=channel,
-        create_time=create_time,
-        update_time=update_time,
-        message_count=message_count,
-    )
-
-
 def _unusable(path: Path, error: sqlite3.Error) -> MoltBotError:
     """Return why the store cannot be opened, for whoever starts the core: with the file and what to do about it."""
     name = getattr(error, "sqlite_errorname", "") or type(error).__name__
@@ -437,51 +451,3 @@ def _unusable(path: Path, error: sqlite3.Error) -> MoltBotError:
         advice = "put a backup in its place, or move it away to begin with an empty one"
         return StorageUnavailable(f"{path} is damaged, or no database ({name}): {advice}")
     return StorageUnavailable(f"the database {path} cannot be opened ({name})")
-
-
-def _end(turn: EndedTurn | None) -> tuple[Any, ...]:
-    """Return the columns that say how a turn ended: state, end_time, model, answer, events, finish."""
-    if turn is None:
-        return TurnState.RUNNING.value, 0.0, "", None, None, ""
-    answer = encode(turn.answer) if turn.answer else None
-    finish = turn.finish_reason.value if turn.finish_reason else ""
-    return turn.state.value, turn.end_time, turn.model, answer, encode(turn.events), finish
-
-
-def _turn(row: tuple[Any, ...] | None) -> StoredTurn | None:
-    if row is None:
-        return None
-    workspace, session, ordinal, request_id, digest, state, create_time, end_time, events = row
-    recorded = _events.decode(events) if events else ()
-    last = recorded[-1].kind if recorded else None
-    return StoredTurn(
-        key=TurnKey(session=SessionKey(workspace=workspace, session=session), ordinal=ordinal),
-        request_id=request_id.partition(_MARK)[0],
-        digest=digest,
-        state=TurnState(state),
-        create_time=create_time,
-        end_time=end_time,
-        events=recorded,
-        retryable=state == TurnState.FAILED and (last is None or (isinstance(last, Failed) and last.retryable)),
-    )
-
-
-def _messages(
-    ordinal: int, question: bytes, answer: bytes | None, model: str, create_time: float, end_time: float, finish: str
-) -> list[Message]:
-    """Return the messages of one turn's row: what was asked and, if it was answered, the answer."""
-    asked = Message(
-        role=Role.USER, parts=_parts.decode(question), id=f"{ordinal}.0", turn=ordinal, create_time=create_time
-    )
-    if answer is None:
-        return [asked]
-    answered = Message(
-        role=Role.ASSISTANT,
-        parts=_parts.decode(answer),
-        id=f"{ordinal}.1",
-        turn=ordinal,
-        model=model,
-        create_time=end_time,
-        finish_reason=FinishReason(finish) if finish else None,
-    )
-    return [asked, answered]

@@ -79,10 +79,21 @@ class GroupWriter(GroupThread[_Job]):
     of a group are written together; a write by itself comes after all that were queued before it.
     """
 
-    def __init__(self, connection: sqlite3.Connection, write_rows: WriteRows) -> None:
-        """Take a connection over; it is closed with the writer."""
+    def __init__(
+        self,
+        connection: sqlite3.Connection,
+        write_rows: WriteRows,
+        *,
+        is_light: Callable[[Any], bool] = lambda _: False,
+    ) -> None:
+        """Take a connection over, which waits for the disk; it is closed with the writer.
+
+        A group of rows that are all light is not waited for: the system has it, and will write it.
+        """
         super().__init__(connection, name="moltbot-writer", distance=_DISTANCE)
         self._write_rows = write_rows
+        self._is_light = is_light
+        self._waits = True
 
     def submit(self, write: Write) -> Pending[Any]:
         """Queue a write; it is answered with what it returned once that is on the disk."""
@@ -97,7 +108,11 @@ class GroupWriter(GroupThread[_Job]):
         return self._write(connection, group)
 
     def _write(self, connection: sqlite3.Connection, group: list[_Job]) -> list[tuple[_Job, Any]]:
+        waits = not all(job.write is None and self._is_light(job.row) for job in group)
         try:
+            if waits is not self._waits:
+                connection.execute(f"PRAGMA synchronous = {'FULL' if waits else 'NORMAL'}")
+                self._waits = waits
             connection.execute("BEGIN IMMEDIATE")
             outcomes = self._write_all(connection, group)
             connection.execute("COMMIT")

@@ -1,0 +1,114 @@
+"""What happens in turns that run, in SQLite: kept before anybody sees it, gone when the turn has ended.
+
+Entries are committed without waiting for the disk: the system has them when a core is killed. Only a power failure can
+take the latest away, and readers are told so by a `reset`: whoever takes a turn over numbers its events beyond all that
+could have been seen.
+"""
+
+from __future__ import annotations
+
+import sqlite3
+from collections.abc import Iterable, Sequence
+from typing import Any
+
+import msgspec
+
+from moltbot_server.store.protocol import JournalEntry, Orphan, StoredTurn
+from moltbot_server.store.writer import Rows
+from moltbot_server.turns import Event, Part, SessionKey, TurnInput, TurnKey, TurnState, encode
+
+JOURNAL_SCHEMA = """
+ALTER TABLE turns ADD COLUMN rest BLOB;
+ALTER TABLE turns ADD COLUMN deadline REAL NOT NULL DEFAULT 0;
+ALTER TABLE turns ADD COLUMN epoch INTEGER NOT NULL DEFAULT 1;
+CREATE TABLE journal (
+    workspace TEXT NOT NULL, session TEXT NOT NULL, ordinal INTEGER NOT NULL, sequence INTEGER NOT NULL,
+    events BLOB NOT NULL, PRIMARY KEY (workspace, session, ordinal, sequence)
+) WITHOUT ROWID;
+"""
+
+_APPEND = Rows(
+    "INSERT INTO journal (workspace, session, ordinal, sequence, events) "
+    "SELECT column1, column2, column3, column4, column5 FROM (VALUES {rows}) AS new WHERE EXISTS ("
+    "SELECT 1 FROM turns WHERE workspace = column1 AND session = column2 AND ordinal = column3 "
+    "AND epoch = column6 AND state = 'running') ON CONFLICT DO NOTHING",
+    row="(?, ?, ?, ?, ?, ?)",
+)
+_FORGET = Rows(
+    "DELETE FROM journal WHERE (workspace, session, ordinal) IN (VALUES {rows})",
+    row="(?, ?, ?)",
+)
+_RUNNING = """
+SELECT workspace, session, ordinal, request_id, digest, create_time, question, rest, deadline, epoch
+FROM turns WHERE state = 'running' AND rest IS NOT NULL ORDER BY rowid
+"""
+# A turn of an earlier release, of which too little was kept to carry it on.
+_UNFINISHABLE = "UPDATE turns SET state = 'failed', events = NULL WHERE state = 'running' AND rest IS NULL"
+
+_events = msgspec.msgpack.Decoder(tuple[Event, ...])
+_parts = msgspec.msgpack.Decoder(tuple[Part, ...])
+_rest = msgspec.msgpack.Decoder(TurnInput)
+
+Names = tuple[str, str, int]
+
+
+def names_of(key: TurnKey) -> Names:
+    """Return a turn's name as rows have it."""
+    return key.session.workspace, key.session.session, key.ordinal
+
+
+def append_entries(connection: sqlite3.Connection, entries: Sequence[JournalEntry]) -> None:
+    """Keep entries, but those of turns that do not run, or that another core has taken over."""
+    rows = [
+        (*names_of(entry.key), entry.events[0].sequence, encode(entry.events), entry.epoch)
+        for entry in entries
+        if entry.events
+    ]
+    _APPEND.execute(connection, rows)
+
+
+def forget_entries(connection: sqlite3.Connection, names: Iterable[Names]) -> None:
+    """Delete what was kept of turns that have ended."""
+    _FORGET.execute(connection, tuple(names))
+
+
+def take_over(connection: sqlite3.Connection) -> list[Orphan]:
+    """Take over the turns that run, and return them with what was kept of them."""
+    connection.execute(_UNFINISHABLE)
+    connection.execute("UPDATE turns SET epoch = epoch + 1 WHERE state = 'running'")
+    orphans = [_orphan(connection, *row) for row in connection.execute(_RUNNING).fetchall()]
+    # A turn that ended while its entries were being written leaves none; this is for what nobody foresaw.
+    connection.execute(
+        "DELETE FROM journal WHERE NOT EXISTS (SELECT 1 FROM turns t WHERE t.workspace = journal.workspace "
+        "AND t.session = journal.session AND t.ordinal = journal.ordinal AND t.state = 'running')"
+    )
+    return orphans
+
+
+def _orphan(
+    connection: sqlite3.Connection,
+    workspace: str,
+    session: str,
+    ordinal: int,
+    request_id: str,
+    digest: bytes,
+    create_time: float,
+    question: bytes,
+    rest: bytes,
+    deadline: float,
+    epoch: int,
+) -> Orphan:
+    kept: list[tuple[Any, ...]] = connection.execute(
+        "SELECT events FROM journal WHERE workspace = ? AND session = ? AND ordinal = ? ORDER BY sequence",
+        (workspace, session, ordinal),
+    ).fetchall()
+    turn = StoredTurn(
+        key=TurnKey(session=SessionKey(workspace=workspace, session=session), ordinal=ordinal),
+        request_id=request_id,
+        digest=digest,
+        state=TurnState.RUNNING,
+        create_time=create_time,
+        events=tuple(event for (events,) in kept for event in _events.decode(events)),
+    )
+    asked = msgspec.structs.replace(_rest.decode(rest), parts=_parts.decode(question))
+    return Orphan(turn=turn, input=asked, epoch=epoch, deadline=deadline)

@@ -1,0 +1,107 @@
+"""Rows of the embedded store and the values that they stand for."""
+
+from __future__ import annotations
+
+from collections.abc import Container
+from typing import Any
+
+import msgspec
+
+from moltbot_server.store.protocol import EndedTurn, NewTurn, StoredTurn
+from moltbot_server.turns import (
+    Event,
+    Failed,
+    FinishReason,
+    Message,
+    Part,
+    Role,
+    Session,
+    SessionKey,
+    TurnKey,
+    TurnState,
+    encode,
+)
+
+# A request_id that another turn took over ends with this, which cannot be in one.
+_MARK = "\x1f"
+
+_parts = msgspec.msgpack.Decoder(tuple[Part, ...])
+_events = msgspec.msgpack.Decoder(tuple[Event, ...])
+
+
+def session_of(
+    workspace: str,
+    session: str,
+    title: str,
+    user: str,
+    channel: str,
+    create_time: float,
+    update_time: float,
+    message_count: int,
+) -> Session:
+    """Return a session as it is listed."""
+    return Session(
+        key=SessionKey(workspace=workspace, session=session),
+        title=title,
+        user=user,
+        channel=channel,
+        create_time=create_time,
+        update_time=update_time,
+        message_count=message_count,
+    )
+
+
+def end_columns(turn: EndedTurn | None) -> tuple[Any, ...]:
+    """Return the columns that say how a turn ended: state, end_time, model, answer, events, finish."""
+    if turn is None:
+        return TurnState.RUNNING.value, 0.0, "", None, None, ""
+    answer = encode(turn.answer) if turn.answer else None
+    finish = turn.finish_reason.value if turn.finish_reason else ""
+    return turn.state.value, turn.end_time, turn.model, answer, encode(turn.events), finish
+
+
+def rest_columns(turn: NewTurn, ended: Container[TurnKey]) -> tuple[bytes | None, float]:
+    """Return what it takes to carry a turn on; nothing for one that has ended."""
+    if turn.rest is None or turn.key in ended:
+        return None, 0.0
+    return encode(msgspec.structs.replace(turn.rest, parts=())), turn.deadline
+
+
+def turn_of(row: tuple[Any, ...] | None) -> StoredTurn | None:
+    """Return a turn of its row, None for no row."""
+    if row is None:
+        return None
+    workspace, session, ordinal, request_id, digest, state, create_time, end_time, events = row
+    recorded = _events.decode(events) if events else ()
+    last = recorded[-1].kind if recorded else None
+    return StoredTurn(
+        key=TurnKey(session=SessionKey(workspace=workspace, session=session), ordinal=ordinal),
+        request_id=request_id.partition(_MARK)[0],
+        digest=digest,
+        state=TurnState(state),
+        create_time=create_time,
+        end_time=end_time,
+        events=recorded,
+        retryable=state == TurnState.FAILED and (last is None or (isinstance(last, Failed) and last.retryable)),
+    )
+
+
+def messages_of(
+    ordinal: int, question: bytes, answer: bytes | None, model: str, create_time: float, end_time: float, finish: str
+) -> list[Message]:
+    """Return the messages of one turn's row: what was asked and, if it was answered, the answer."""
+    asked = Message(
+        role=Role.USER, parts=_parts.decode(question), id=f"{ordinal}.0", turn=ordinal, create_time=create_time
+    )
+    if answer is None:
+        return [asked]
+    answered = Message(
+        role=Role.ASSISTANT,
+        parts=_parts.decode(answer),
+        id=f"{ordinal}.1",
+        turn=ordinal,
+        model=model,
+        create_time=end_time,
+        finish_reason=FinishReason(finish) if finish else None,
+    )
+    return [asked, answered]
