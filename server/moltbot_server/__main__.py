@@ -96,6 +96,7 @@ async def _start_core(settings: Settings, key: str, reread: Callable[[], Setting
         "grpc": core.server.address,
         "metrics": core.ops.address if core.ops else "",
         "model": core.catalog.default,
+        "problem": core.catalog.entry("").message,
     }
     return ready, lambda: core.stop(settings.drain_grace)
 

@@ -205,6 +205,7 @@ class Core:
             "status": status,
             "model": entry.engine.id,
             "model_state": str(entry.state),
+            "model_problem": entry.message,
             "engine": "away" if self._link is not None and self._link.lost_for else "serving",
             "engine_address": INLINE if self._link is None else self._link.address,
             "turns_under_way": len(self.journal),

@@ -260,3 +260,12 @@ async def test_a_model_of_the_configuration_is_not_unloaded_by_hand(tmp_path: Pa
             await core.models.UnloadModel(request, metadata=core.server.metadata)
 
     assert refused.value.code() is grpc.StatusCode.FAILED_PRECONDITION
+
+
+async def test_a_core_whose_route_leads_nowhere_yet_says_why(tmp_path: Path) -> None:
+    keyless = (Provider(name="openai"),)
+    async with rig(tmp_path, WELL, WELL, providers=keyless, models=ModelRoute(primary="openai/gpt-4o")) as core:
+        health = core.core.health()
+
+    assert (health["status"], health["model"]) == ("model failed", "default")
+    assert "moltbot key add openai" in health["model_problem"]

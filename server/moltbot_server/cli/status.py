@@ -54,6 +54,7 @@ def state(workspace: Workspace, running: Running) -> dict[str, Any]:
         "workspace": str(workspace.folder),
         "version": running.version,
         "model": core.said.get("model") or running.model,
+        "model_problem": core.said.get("model_problem", ""),
         "uptime_s": round(time.time() - running.started, 1),
         "core": {"healthy": core.healthy, "grpc": running.grpc, "metrics": running.metrics},
         "engine": {
@@ -115,12 +116,13 @@ def _in_words(found: Mapping[str, Any]) -> str:
 
     memory, core, engine = found["memory"] / 1e6, found["core"], found["engine"]
     told = f"   {engine['metrics']}/metrics" if engine["metrics"] else ""
+    problem = f"   {found['model_problem']}" if found["model_problem"] else ""
     lines = [
         f"MoltBot {found['version']} runs in {found['workspace']} for {lasting(found['uptime_s'])}.",
         f"  Core    {word(core['healthy']):12} gRPC {core['grpc']}   {core['metrics']}/metrics",
         f"  Engine  {word(engine['healthy']):12} {engine['where']}{told}",
         f"  HTTP    {word(found['http']['healthy']):12} {found['http']['address']}",
-        f"  Model   {found['model']}",
+        f"  Model   {found['model']}{problem}",
         f"  Memory  {memory:.0f} MB (proportional set size)",
     ]
     for name, process in found["processes"].items():
