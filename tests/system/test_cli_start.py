@@ -326,6 +326,7 @@ async def test_the_second_signal_leaves_at_once(started: Started) -> None:
     assert await started.rest() == 130
     assert time.monotonic() - began < _AT_ONCE
     assert await all_gone(processes)
+    assert {path.name for path in (started.home.workspace / "run").iterdir()} == {"lock"}
     chat.kill()
     await chat.communicate()
 

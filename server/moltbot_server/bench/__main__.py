@@ -7,14 +7,19 @@ from __future__ import annotations
 
 import argparse
 import json
-import signal
 import sys
 from collections.abc import Callable, Sequence
 from typing import Any
 
+from moltbot_server.bench.stopping import STATUS, cleaned_up, leave_when_stopped
+
+if __name__ == "__main__":
+    leave_when_stopped()  # what comes next takes a second to load
+
 from moltbot_server.bench.chat import bench_chat
 from moltbot_server.bench.core import PAIRS, bench_core
 from moltbot_server.bench.local_command import add_local
+from moltbot_server.bench.router import add_router
 from moltbot_server.bench.serving import add_serving
 
 _EPILOG = """\
@@ -23,6 +28,7 @@ examples:
   moltbot bench core --json           the same for machines: unary_ratio, stream_ratio, coalesced_ratio
   moltbot bench chat --cpus 0,1       a whole installation with the built-in model on two processors
   moltbot bench local                 streams through gRPC against CTranslate2 by itself
+  moltbot bench router                what a route costs, and what users see of its models' faults
   moltbot bench serving steady        ten minutes of 116 turns a second; `serving --help` has more situations
 
 Everything runs on this machine, for a bounded time, in a folder that is removed."""
@@ -31,15 +37,14 @@ Everything runs on this machine, for a bounded time, in a folder that is removed
 def main(arguments: Sequence[str]) -> int:
     """Run a benchmark and print its figures; return the exit status."""
     given = _parser().parse_args(arguments)
-    # Told to end, a benchmark ends its processes and removes its folder, as after Ctrl-C.
-    signal.signal(signal.SIGTERM, signal.default_int_handler)
     try:
-        report = given.run(given)
+        with cleaned_up():
+            report = given.run(given)
     except RuntimeError as error:
         print(f"moltbot: the benchmark broke off: {error}", file=sys.stderr)
         return 1
     except KeyboardInterrupt:
-        return 130
+        return STATUS
     print(json.dumps(report, indent=2) if given.json else given.table(report))
     return 0
 
@@ -72,6 +77,7 @@ def _parser() -> argparse.ArgumentParser:
     for kind in (core, chat):
         kind.add_argument("--json", action="store_true", help="print JSON")
     add_local(kinds, _machine)
+    add_router(kinds, _machine)
     add_serving(kinds, _machine)
     return parser
 

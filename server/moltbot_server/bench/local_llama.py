@@ -55,6 +55,7 @@ class LlamaServer:
             [str(llama.server), *given, "--host", "127.0.0.1", "--port", str(port)],
             stdout=subprocess.DEVNULL,
             stderr=subprocess.DEVNULL,
+            process_group=0,
         )
         stack.callback(self._end)
         uvloop.run(self._ready())

@@ -23,6 +23,7 @@ class Child:
             stdout=subprocess.PIPE,
             text=True,
             env={**os.environ, **environment},
+            process_group=0,  # Ctrl-C at a terminal goes to the benchmark alone, which ends them in order
         )
         if cpus:
             os.sched_setaffinity(self._process.pid, cpus)
@@ -64,7 +65,7 @@ class Child:
     ) -> None:
         assert self._process.stdin is not None
         assert self._process.stdout is not None
+        self._process.terminate()  # first: the end of its input would be an error to one that still waits for a plan
         self._process.stdin.close()
-        self._process.terminate()
         self._process.wait(timeout=20)
         self._process.stdout.close()

@@ -192,6 +192,7 @@ class _Site:
         link, chat = command("link", self._workspace), command("chat", self._workspace)
         lines = [
             f"MoltBot is ready ({took:.1f} s). Model: {self._model or 'unknown'}.",
+            *([f"It cannot answer yet: {problem}"] if (problem := str(core_said.get("problem", ""))) else []),
             "",
             f"  Web chat    http://{self.http}/login?code={code}",
             f"              opens once, within {LINK_LIFE / 60:g} minutes; another link: {link}",
@@ -240,7 +241,9 @@ class _Site:
             )
 
     def close(self) -> None:
-        """Take the asking process away if it still runs."""
+        """Take away what is left: the asking process if it still runs, and the socket of an engine that was killed."""
+        if self._engine_port:
+            self._workspace.engine_socket.unlink(missing_ok=True)
         if self._asking is not None:
             if self._asking.stdin:
                 self._asking.stdin.close()

@@ -1,0 +1,58 @@
+"""Ctrl-C in a benchmark: one line, nothing left behind, status 130."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import psutil
+import pytest
+
+
+@pytest.mark.parametrize("times", [1, 2], ids=["once", "twice"])
+@pytest.mark.parametrize(
+    ("words", "sign"),
+    [
+        (("local", "--quick", "--only", "builtin_ceiling_ratio"), "builtin"),
+        (("core", "--seconds", "5"), "unary_ratio"),
+        (("chat", "--seconds", "60"), "first chats"),
+    ],
+    ids=lambda value: value[0] if isinstance(value, tuple) else None,
+)
+def test_ctrl_c_in_a_benchmark_says_one_line_and_leaves_nothing_behind(
+    tmp_path: Path, words: tuple[str, ...], sign: str, times: int
+) -> None:
+    process = subprocess.Popen(
+        [sys.executable, "-m", "moltbot_server.bench", *words],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        env={**os.environ, "TMPDIR": str(tmp_path)},
+        process_group=0,  # as a shell does; Ctrl-C goes to all of it
+    )
+    assert process.stderr is not None
+    while sign not in (line := process.stderr.readline()):
+        assert line, "it ended before it began"
+    begun = psutil.Process(process.pid).children(recursive=True)
+    for _ in range(times):
+        os.killpg(process.pid, signal.SIGINT)
+    out, err = process.communicate(timeout=30)
+
+    told = [line for line in err.splitlines() if line and not line.startswith("[")]
+    assert (process.returncode, out) == (130, "")
+    assert told == ["moltbot: the benchmark was stopped; what it began is ended and removed."]
+    assert psutil.wait_procs(begun, 5)[1] == []
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_ctrl_c_before_a_benchmark_has_begun_says_the_same_line() -> None:
+    code = (
+        "import os\nfrom moltbot_server.bench import stopping\nstopping.leave_when_stopped()\nos.kill(os.getpid(), 2)"
+    )
+    ended = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+
+    assert (ended.returncode, ended.stdout) == (130, "")
+    assert ended.stderr.strip() == "moltbot: the benchmark was stopped; what it began is ended and removed."
