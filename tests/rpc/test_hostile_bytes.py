@@ -113,6 +113,29 @@ async def test_frames_and_messages_that_lie_about_their_length(hostile: CoreProc
     assert b"Traceback" not in answer
 
 
+async def test_calls_that_never_say_anything_end_at_their_deadline_and_hold_nobody_up(hostile: CoreProcess) -> None:
+    # What such a call waits for is gRPC's own; without a deadline it stays until its connection ends.
+    silent = {
+        "half-closed": (b"application/grpc", END_STREAM, None),
+        "half-closed by empty data": (b"application/grpc", 0, END_STREAM),
+        "left open": (b"application/grpc", 0, None),
+        "text/plain": (b"text/plain", 0, END_STREAM),
+        "text/plain, half-closed": (b"text/plain", END_STREAM, None),
+    }
+    for kind, (content_type, ends, data) in silent.items():
+        for deadline in ([(b"grpc-timeout", b"300m")], []):
+            headers = call_headers(RUN, content_type=content_type, more=deadline)
+            frames = frame(HEADERS, END_HEADERS | ends, 1, headers)
+            frames += b"" if data is None else frame(DATA, data, 1)
+            refused = call(3, call_headers(RUN), message(b""))  # another call behind it, which has no key
+            answer = await exchange(hostile.address, OPENED + frames + refused, wait=1.0)
+            assert b"MISSING_CREDENTIAL" in answer or b"grpc-status\x0216" in answer, kind
+            if deadline:
+                assert frame(RST_STREAM, 0, 1, bytes(4)) in answer or b"Deadline Exceeded" in answer, kind
+    many = frame(HEADERS, END_HEADERS | END_STREAM, 1, call_headers(RUN))
+    assert b"Traceback" not in await all_of(hostile, [OPENED + many] * 300)
+
+
 async def test_headers_that_are_wrong_or_endless(hostile: CoreProcess) -> None:
     many = b"".join(header(b"x-%d" % number, b"v" * 20) for number in range(10_000))
     wrong: list[bytes | list[bytes]] = [
