@@ -13,7 +13,7 @@ from moltbot_server.models.providers.events import Broken
 from moltbot_server.turns import FinishReason, Tool, ToolCallPart, Usage
 
 LARGEST_ANSWER = 1 << 20
-"""Characters that an answer, its thoughts and its calls of tools may have together: what a message of ours can carry."""
+"""Characters that an answer, its thoughts and its calls of tools have together at most: what a message can carry."""
 _MOST_CALLS = 128
 
 
