@@ -48,23 +48,19 @@ def plans(settings: Settings, workspace: Workspace, *, core: str, engine_metrics
             for name in names
         ),
     ]
-    if own:
-        engine = ("engine", *server, "--listen", address, "--metrics-port", str(engine_metrics))
-        # Turns wait for it ten seconds, so it is never away for long.
-        longest = _LONGEST_ENGINE_PAUSE
-        found.insert(
-            0,
-            Plan(
-                name="engine",
-                module="moltbot_server",
-                arguments=engine,
-                stage=2,
-                pause=_FIRST_PAUSE,
-                longest_pause=longest,
-                environ=environ,
-            ),
-        )
-    return found
+    return [_engine(server, address, engine_metrics, environ), *found] if own else found
+
+
+def _engine(server: list[str], address: str, metrics: int, environ: dict[str, str]) -> Plan:
+    return Plan(
+        name="engine",
+        module="moltbot_server",
+        arguments=("engine", *server, "--listen", address, "--metrics-port", str(metrics)),
+        stage=2,
+        pause=_FIRST_PAUSE,
+        longest_pause=_LONGEST_ENGINE_PAUSE,  # turns wait for it ten seconds
+        environ=environ,
+    )
 
 
 def _http(settings: Settings, workspace: Workspace, core: str) -> list[str]:

@@ -71,13 +71,13 @@ def _jinja(path: Path, config: dict[str, Any]) -> str:
     """Return the chat template: of its own file, else of the configuration; of several the one named default."""
     file = path / CHAT_TEMPLATE
     try:
-        template = file.read_text("utf-8")
+        text = file.read_text("utf-8")
     except FileNotFoundError:
         template = config.get("chat_template")
     except (OSError, UnicodeDecodeError) as problem:
         raise ModelUnavailable(f"{file} cannot be read: {problem}.") from None
     else:
-        return template.strip() and template
+        return text if text.strip() else ""
     if isinstance(template, list):
         named = {entry.get("name"): entry.get("template") for entry in template if isinstance(entry, dict)}
         template = named.get("default", next(iter(named.values()), None))
