@@ -1,0 +1,479 @@
+"""A core in virtual time: the real pipeline, runs, journal, sessions and embedded store, on a disk that several share.
+
+What is not real: the event loop, the clock, the threads of the store and the model. The store's groups are carried out
+by the real code, on one database in memory, at moments that the world chooses.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import sqlite3
+from collections.abc import AsyncGenerator, Callable, Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import moltbot_server.store.groups as groups
+import moltbot_server.store.sqlite as sqlite
+from fault_history import Read
+from moltbot_server import live_turn, pipeline, turn_run
+from moltbot_server.errors import ModelUnavailable, MoltBotError
+from moltbot_server.journal import Journal
+from moltbot_server.live_turn import LiveTurn
+from moltbot_server.metrics import Metrics
+from moltbot_server.models.caching.answers import AnswerCache
+from moltbot_server.models.caching.backend import MemoryBackend
+from moltbot_server.models.catalog import Catalog
+from moltbot_server.models.context import ContextWindow
+from moltbot_server.models.engine import NOBODY, Asker, Finished, Generation, Listener
+from moltbot_server.models.engines.scripted import ScriptedEngine
+from moltbot_server.pipeline import TurnPipeline
+from moltbot_server.sessions import Sessions
+from moltbot_server.turns import Event, FinishReason, GenerationOptions, Message, Principal, TurnInput, TurnKey, Usage
+from simulated_world import Clock, SimulatedLoop, World
+
+WORKSPACE = "default"
+_OWNER = Principal(workspace=WORKSPACE, key_id="k", role="owner")
+_METRICS = Metrics()
+_CLOCK = Clock()
+
+
+class _Thread:
+    """Stands in for the store's threads: the disk carries out what they would."""
+
+    def __init__(self, **_: Any) -> None:
+        """Take what a thread is made with."""
+
+    def start(self) -> None:
+        """Do nothing."""
+
+    def join(self) -> None:
+        """Do nothing."""
+
+
+class _Threading:
+    Thread = _Thread
+
+
+@contextmanager
+def virtual_time() -> Iterator[Callable[[World], None]]:
+    """Let the core's code live in a world: yields what puts it into one. It is put back at the end."""
+    places: list[tuple[Any, str, Any]] = [
+        (live_turn, "time", _CLOCK),
+        (turn_run, "time", _CLOCK),
+        (pipeline, "time", _CLOCK),
+        (groups, "threading", _Threading),
+        (groups, "SimpleQueue", _Orders),
+    ]
+    real = [getattr(module, name) for module, name, _ in places]
+    for module, name, ours in places:
+        setattr(module, name, ours)
+    try:
+        yield lambda world: setattr(_CLOCK, "world", world)
+    finally:
+        for (module, name, _), original in zip(places, real, strict=True):
+            setattr(module, name, original)
+
+
+# --- the disk ---------------------------------------------------------------------------------------------------------
+
+
+class _Orders:
+    """Takes the groups that a thread of the store is handed, to the disk."""
+
+    def __init__(self) -> None:
+        self.bound: tuple[Disk, Node, Any] | None = None
+
+    def put(self, group: list[Any] | None) -> None:
+        """Have a group carried out."""
+        if group is not None:
+            assert self.bound is not None
+            disk, node, thread = self.bound
+            disk.order(node, thread, group)
+
+
+class _Refusing:
+    """A connection whose commits fail, as those on a full or broken disk."""
+
+    def __init__(self, connection: sqlite3.Connection, name: str) -> None:
+        self._connection, self._name = connection, name
+
+    @property
+    def in_transaction(self) -> bool:
+        """Whether a transaction is open."""
+        return self._connection.in_transaction
+
+    def execute(self, statement: str, *values: Any) -> sqlite3.Cursor:
+        """Run a statement, unless it is a commit."""
+        if statement == "COMMIT":
+            error = sqlite3.OperationalError("no")
+            error.sqlite_errorname = self._name
+            raise error
+        return self._connection.execute(statement, *values)
+
+    def executemany(self, statement: str, rows: Any) -> sqlite3.Cursor:
+        """Run a statement for each row."""
+        return self._connection.executemany(statement, rows)
+
+
+class Disk:
+    """The database, which outlives its cores. One serves many worlds, one after the other."""
+
+    def __init__(self) -> None:
+        self.connection = sqlite3.connect(":memory:", isolation_level=None)
+        self.connection.executescript(sqlite._SCHEMA)
+        names = self.connection.execute("SELECT name FROM sqlite_master WHERE type = 'table'").fetchall()
+        self._tables = [name for (name,) in names if not name.startswith("sqlite_")]
+        self._synced: bytes | None = None
+        self._keeps_copies = False
+        self.refusals = 0.0
+
+    def clear(self, *, may_lose_power: bool, refusals: float) -> None:
+        """Become empty. `refusals`: how probable it is that a group fails."""
+        for table in self._tables:
+            self.connection.execute(f"DELETE FROM {table}")
+        self._keeps_copies, self.refusals = may_lose_power, refusals
+        self._synced = self.connection.serialize() if may_lose_power else None
+
+    def order(self, node: Node, thread: Any, group: list[Any]) -> None:
+        """Carry a group out some time soon, and have the outcome told some time later."""
+        world = node.world
+
+        def work() -> None:
+            if node.pending.pop(work, None) is None:
+                return  # the process was killed meanwhile
+            if node.loop.stopped:
+                node.on_go_on.append(lambda: self.order(node, thread, group))
+                return
+            outcomes = self._carry_out(world, thread, group)
+            world.soon(0.01, lambda: node.loop.call_soon(thread._answer, outcomes))
+
+        node.pending[work] = lambda: self._carry_out(world, thread, group)
+        world.soon(0.02, work)
+
+    def _carry_out(self, world: World, thread: Any, group: list[Any]) -> Any:
+        connection: Any = self.connection
+        if self.refusals and world.random.random() < self.refusals:
+            connection = _Refusing(connection, world.random.choice(("SQLITE_FULL", "SQLITE_IOERR_FSYNC")))
+        outcomes = thread.carry_out(connection, group)
+        if self._keeps_copies and getattr(thread, "_waits", False):
+            self._synced = self.connection.serialize()
+        return outcomes
+
+    def lose_power(self) -> None:
+        """Forget what was not synced."""
+        assert self._synced is not None
+        self.connection.deserialize(self._synced)
+
+
+class _Store(sqlite.SqliteStore):
+    """The embedded store, on the world's disk."""
+
+    def __init__(self, node: Node) -> None:
+        super().__init__(Path("/dev/null/moltbot.db"))
+        self._node = node
+
+    async def open(self) -> None:
+        """Open the store; the path is nowhere, so the folder is not made."""
+        reading, self._writing = await asyncio.to_thread(self._prepare)
+        self._reader = sqlite.GroupReader(reading)
+        self._writer = sqlite.GroupWriter(self._writing, self._write_turns, is_light=lambda row: isinstance(row, tuple))
+        for thread in (self._reader, self._writer):
+            thread._groups.bound = (self._node.disk, self._node, thread)  # type: ignore[attr-defined]
+
+    def _prepare(self) -> tuple[sqlite3.Connection, sqlite3.Connection]:
+        connection = self._node.disk.connection
+        connection.execute(sqlite._CATCH_UP)
+        return connection, connection
+
+
+# --- the model --------------------------------------------------------------------------------------------------------
+
+
+class _Engine(ScriptedEngine):
+    """Says something of its own each time, at a pace of the world's; sometimes it fails."""
+
+    healthy = True
+
+    def __init__(self, node: Node) -> None:
+        super().__init__()
+        self.healthy = True
+        self._node = node
+
+    def begin(
+        self, messages: Sequence[Message], options: GenerationOptions, listener: Listener, asker: Asker = NOBODY
+    ) -> Generation:
+        """Begin an answer."""
+        world = self._node.world
+        dice = world.random
+        if dice.random() < 0.02:
+            raise ModelUnavailable("The model does not answer.")
+        self._node.record_read(messages, pieces := self._node.pieces())
+        recital = _Recital(self._node, listener, pieces, hurries=dice.random() < 0.2)
+        recital.go_on()
+        return recital
+
+
+class _Recital:
+    """An answer on its way."""
+
+    def __init__(self, node: Node, listener: Listener, pieces: list[str], *, hurries: bool) -> None:
+        self._node, self._listener, self._pieces, self._hurries = node, listener, pieces, hurries
+        dice = node.world.random.random()
+        self._fails = len(pieces) * dice * 20 if dice < 0.05 else None
+        self._said = 0
+        self._timer: asyncio.TimerHandle | None = None
+
+    def go_on(self) -> None:
+        """Say the next piece, or all that are left, or the end."""
+        while True:
+            self._timer = None
+            if self._fails is not None and self._said >= self._fails:
+                self._listener.ended(ModelUnavailable("The model broke."))
+                return
+            if self._said == len(self._pieces):
+                usage = Usage(output_tokens=self._said)
+                self._listener.ended(Finished(finish_reason=FinishReason.STOP, usage=usage))
+                return
+            if not self._hurries or self._said:
+                break
+            self._say()
+        if self._hurries:
+            while self._said < len(self._pieces):
+                self._say()
+            self.go_on()
+            return
+        pause = self._node.world.random.random() * 0.1
+        self._timer = asyncio.get_running_loop().call_later(pause, self._next)
+
+    def _next(self) -> None:
+        self._say()
+        self.go_on()
+
+    def _say(self) -> None:
+        self._said += 1
+        self._listener.wrote(self._pieces[self._said - 1], 1)
+
+    def stop(self) -> None:
+        """Fall silent."""
+        if self._timer is not None:
+            self._timer.cancel()
+
+
+# --- the process ------------------------------------------------------------------------------------------------------
+
+
+class _Ordered(dict[Any, None]):
+    """A set that remembers the order, so that a run does not depend on addresses in memory."""
+
+    def add(self, item: Any) -> None:
+        """Add an item."""
+        self[item] = None
+
+    def discard(self, item: Any) -> None:
+        """Remove an item."""
+        self.pop(item, None)
+
+
+class Node:
+    """A core: it starts, serves, and can be killed, stopped, or told to leave."""
+
+    def __init__(self, world: World, disk: Disk, name: str, record: Callable[[Any], None], generations: Iterator[int]):
+        self.world, self.disk, self.name, self.record, self._generations = world, disk, name, record, generations
+        self.loop = SimulatedLoop(world)
+        self.loop.on_kill = self.kill
+        self.serving = False
+        self.is_gone = False
+        self.pending: dict[Callable[[], None], Callable[[], Any]] = {}
+        self.on_go_on: list[Callable[[], None]] = []
+        self.on_gone: Callable[[Node], None] = lambda node: None
+        self.calls: dict[Any, asyncio.Task[None]] = {}
+        self.loop.within(self._compose)
+        self.loop.within(lambda: self.loop.create_task(self._start()))
+
+    def _compose(self) -> None:
+        self.store = _Store(self)
+        self.journal = Journal(self.store)
+        engine = _Engine(self)
+        catalog = Catalog()
+        catalog.add(engine)
+        self.sessions = Sessions(
+            self.store, lambda past: ContextWindow.of(past, engine.count, 1 << 30), clock=_CLOCK.monotonic
+        )
+        self.pipeline = TurnPipeline(
+            store=self.store,
+            journal=self.journal,
+            sessions=self.sessions,
+            catalog=catalog,
+            metrics=_METRICS,
+            answers=AnswerCache(MemoryBackend(max_bytes=0, ttl=1.0), ttl=1.0, answers="off"),
+            ledger=_FREE,  # type: ignore[arg-type]
+            price=lambda model: None,
+            system_prompt="",
+            flush_interval=0.02,
+        )
+        self.pipeline._runs = _Ordered()  # type: ignore[assignment]
+
+    async def _start(self) -> None:
+        while True:
+            try:
+                await self.store.open()
+                await self.pipeline.take_over()
+                break
+            except MoltBotError:
+                # The process would end, and be started again.
+                self.kill()
+                return
+        self.serving = True
+
+    # --- calls ----------------------------------------------------------------------------------------------------
+
+    def take(self, stream: Any) -> None:
+        """Serve a stream."""
+        self.calls[stream] = self.loop.within(lambda: self.loop.create_task(self._serve(stream)))
+
+    async def _serve(self, stream: Any) -> None:
+        try:
+            async for events in self._events(stream):
+                for event in events:
+                    stream.send(event)
+                if self.world.random.random() < 0.1:
+                    await asyncio.sleep(self.world.random.random() * 0.1)  # a slow reader
+            stream.end()
+        except MoltBotError as error:
+            stream.fail(error.status.name, error.reason)
+        finally:
+            self.calls.pop(stream, None)
+
+    async def _events(self, stream: Any) -> AsyncGenerator[list[Event], None]:
+        if stream.key is not None:
+            turn = await self.journal.find(stream.key)
+        else:
+            left = stream.deadline - self.world.now if stream.deadline else None
+            deadline = None if left is None else self.world.now + left
+            turn = await self.pipeline.start(_OWNER, stream.input, deadline=deadline, arrived=self.world.now)
+        stream.begun = True
+        with self.journal.follow(turn, stream.after) as batches:
+            async for batch in batches:
+                yield batch
+
+    def hang_up(self, stream: Any) -> None:
+        """Let the call of a client that is gone end."""
+        call = self.calls.pop(stream, None)
+        if call is not None and self.loop.alive:
+            self.loop.within(call.cancel)
+
+    def cancel(self, key: TurnKey, answered: Callable[[bool], None]) -> None:
+        """Cancel a turn, as the RPC does."""
+
+        async def carry_out() -> None:
+            try:
+                turn = await self.journal.find(key)
+                if isinstance(turn, LiveTurn):
+                    cancelled = turn.cancel()
+                    ending = await turn.outcome()
+                    answered(cancelled and ending is not None)
+            except MoltBotError:
+                return  # its caller is told so
+
+        self.loop.within(lambda: self.loop.create_task(carry_out()))
+
+    # --- faults ---------------------------------------------------------------------------------------------------
+
+    def kill(self) -> None:
+        """End at once: what the disk was about to write is written, or is not."""
+        if self.is_gone:
+            return
+        self.loop.die()
+        pending, self.pending = self.pending, {}
+        for carry_out in pending.values():
+            if self.world.random.random() < 0.5:
+                carry_out()
+        self._gone()
+
+    def lose_power(self) -> None:
+        """End at once, with nothing more written."""
+        self.loop.die()
+        self.pending.clear()
+        self._gone()
+
+    def stop(self) -> None:
+        """Stand still."""
+        self.loop.stopped = True
+
+    def go_on(self) -> None:
+        """Go on after having stood still."""
+        self.loop.stopped = False
+        waiting, self.on_go_on = self.on_go_on, []
+        for order in waiting:
+            order()
+
+    def leave(self, grace: float) -> None:
+        """Refuse new turns, end those under way within a time, hand the others over, and end."""
+
+        async def go() -> None:
+            await self.pipeline.drain(grace)
+            await asyncio.sleep(0.05)  # streams deliver their last events
+            self.serving = False
+            await self.store.close()
+            self.loop.die()
+            self._gone()
+
+        self.loop.within(lambda: self.loop.create_task(go()))
+
+    def _gone(self) -> None:
+        self.is_gone, self.serving = True, False
+        for stream in tuple(self.calls):
+            stream.cut()
+        self.calls.clear()
+        self.on_gone(self)
+
+    def litter(self) -> list[str]:
+        """Return what is left of turns, when there are none any more."""
+        if self.is_gone:
+            return []
+        counts = {
+            "runs": len(self.pipeline),
+            "live turns": len(self.journal),
+            "claims": sum(session.claims for session in self.sessions._open.values()),
+            "calls": len(self.calls),
+            "noted turns": len(self.journal._noted),
+        }
+        return [f"{self.name} has {count} {name} left" for name, count in counts.items() if count]
+
+    # --- what its model says --------------------------------------------------------------------------------------
+
+    def pieces(self) -> list[str]:
+        """Return an answer that nobody else gives."""
+        number = next(self._generations)
+        return [f"<{number}.{piece}>" for piece in range(self.world.random.randrange(5))]
+
+    def record_read(self, messages: Sequence[Message], pieces: list[str]) -> None:
+        """Take note of what a model read."""
+        texts = tuple(message.text for message in messages)
+        self.record(
+            Read(
+                at=self.world.now, generation=self.name, question=texts[-1], history=texts[:-1], answer="".join(pieces)
+            )
+        )
+
+
+class _FreeOfCharge:
+    """A ledger for which everything is free."""
+
+    def check(self, workspace: str, user: str, model: str) -> str:
+        """Let everybody ask."""
+        return ""
+
+    def record(self, *used: Any) -> None:
+        """Take no note."""
+
+
+_FREE = _FreeOfCharge()
+
+
+def asked(session: str, question: str, request: str, **fields: Any) -> TurnInput:
+    """Return the input of a turn."""
+    from moltbot_server.turns import TextPart
+
+    return TurnInput(parts=(TextPart(text=question),), session=session, request_id=request, **fields)

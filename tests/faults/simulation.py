@@ -1,0 +1,321 @@
+"""Many small worlds: a core or two, some clients, and faults at any step; each has to keep every promise.
+
+`python tests/faults/simulation.py --schedules 20000` runs seeds one after the other on all processors; a seed that
+breaks a promise is printed, and `--seed N` plays it again with its whole history.
+"""
+
+from __future__ import annotations
+
+import argparse
+import itertools
+import logging
+import multiprocessing
+import os
+import sys
+import time
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+
+import msgspec
+from fault_checker import Violation, check
+from fault_history import Entry, Fault, Kept, KeptEvent, Listed, name_of
+from moltbot_server.store.sqlite_rows import messages_of
+from moltbot_server.turns import Completed, Event, Reset, TextDelta
+from simulated_clients import KINDS, Follower, fault
+from simulated_core import Disk, Node, virtual_time
+from simulated_world import World
+
+_events = msgspec.msgpack.Decoder(tuple[Event, ...])
+_LIVELY = 60
+"""A core takes about so many steps for a few turns; faults come at any of them."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Plan:
+    """What may go wrong in a world."""
+
+    kills: int = 0
+    leaves: int = 0
+    zombies: int = 0
+    power: int = 0
+    refusals: float = 0.0
+
+
+def plan_of(seed: int) -> Plan:
+    """Return what goes wrong for a seed: mostly kills, by turns the rest."""
+    kind = seed % 8
+    if kind == 5:
+        return Plan(leaves=1 + seed % 3, kills=seed % 2)
+    if kind == 6:
+        return Plan(zombies=1, kills=seed % 2)
+    if kind == 7:
+        return Plan(power=1, kills=seed % 2) if seed % 3 else Plan(refusals=0.08, kills=seed // 24 % 3)
+    return Plan(kills=1 + seed % 3)
+
+
+class Town:
+    """A world with its nodes, its clients and its history."""
+
+    def __init__(self, seed: int, disk: Disk, plan: Plan, *, kill_at: int | None = None) -> None:
+        """`kill_at` kills the first core before just this step, instead of at steps of the seed's choice."""
+        self.world = World(seed)
+        self.disk = disk
+        self.plan = plan
+        self.history: list[Entry] = []
+        self.streams = 0
+        self.nodes: list[Node] = []
+        self.followers: list[Follower] = []
+        self._kills = plan.kills
+        self._kill_at = kill_at
+        self._generations = itertools.count(1)
+        disk.clear(may_lose_power=plan.power > 0, refusals=plan.refusals)
+
+    def serving(self) -> Sequence[Node]:
+        """Return the nodes that take calls."""
+        return [node for node in self.nodes if node.serving and not node.loop.stopped and node not in self._shunned]
+
+    @property
+    def _shunned(self) -> list[Node]:
+        """A core that another one stands in for is sent nobody any more, when it wakes."""
+        return self.nodes[:-1]
+
+    def live(self) -> None:
+        """Let it all happen."""
+        self._start_node()
+        self._settle_clients()
+        for _ in range(self.plan.leaves):
+            self.world.after(self.world.random.random() * 2, self._tell_to_leave)
+        for _ in range(self.plan.zombies):
+            self.world.after(self.world.random.random(), self._stop_one)
+        for _ in range(self.plan.power):
+            self.world.after(self.world.random.random(), self._lose_power)
+        self.world.run()
+
+    def _start_node(self) -> None:
+        node = Node(self.world, self.disk, f"n{len(self.nodes) + 1}", self.history.append, self._generations)
+        node.on_gone = self._gone
+        self.nodes.append(node)
+        if self._kill_at is not None:
+            node.loop.kill_at, self._kill_at = self._kill_at, None
+        elif self._kills > 0:
+            self._kills -= 1
+            node.loop.kill_at = int(self.world.random.random() * _LIVELY * len(self.followers or "xx"))
+
+    def _gone(self, node: Node) -> None:
+        fault(self, "gone", node)
+        if node is self.nodes[-1]:
+            self.world.soon(1.0, self._start_node)
+
+    def _tell_to_leave(self) -> None:
+        node = self.nodes[-1]
+        if node.serving:
+            fault(self, "leave", node)
+            node.leave(self.world.random.choice((0.0, 0.1, 1.0)))
+
+    def _stop_one(self) -> None:
+        """Stop a core, start another one that takes its turns over, and wake the first one up.
+
+        Only one core at a time accepts turns for this store: what the first one has not accepted yet is waited for.
+        """
+        node = self.nodes[-1]
+        accepted = all(live.is_stored for live in node.journal.under_way())
+        if not node.serving or not accepted or not all(stream.begun for stream in node.calls):
+            if self.world.now < 3.0:
+                self.world.soon(0.1, self._stop_one)
+            return
+        fault(self, "stop", node)
+        node.stop()
+        self._start_node()
+
+        def wake() -> None:
+            if not node.is_gone:
+                fault(self, "go_on", node)
+                node.go_on()
+                self.world.after(3.0, lambda: node.leave(0.0) if not node.is_gone else None)
+
+        self.world.soon(1.0, wake)
+
+    def _lose_power(self) -> None:
+        for node in self.nodes:
+            if not node.is_gone:
+                fault(self, "power", node)
+                if node is self.nodes[-1]:
+                    self.disk.lose_power()
+                node.lose_power()
+
+    # --- who asks -------------------------------------------------------------------------------------------------
+
+    def _settle_clients(self) -> None:
+        dice = self.world.random
+        numbers = itertools.count(1)
+        for session in range(1 + (dice.random() < 0.4)):
+            moment = 0.0
+            for _ in range(dice.randint(1, 3)):
+                moment += dice.random() * dice.choice((0.01, 0.3))
+                self._settle(f"s{session}", f"q{session}.{next(numbers)}", moment)
+
+    def _settle(self, session: str, request: str, moment: float) -> None:
+        dice, world = self.world.random, self.world
+        fields = {"flush_interval": dice.choice((0.0, None)), "cancel_on_disconnect": dice.random() < 0.05}
+        deadline = moment + dice.random() * 2 if dice.random() < 0.15 else 0.0
+        first = Follower(self, f"{request}a", session, request, deadline=deadline, fields=fields)
+        self.followers.append(first)
+        world.after(moment, first.open)
+        if dice.random() < 0.15:
+            second = Follower(self, f"{request}b", session, request, deadline=deadline, fields=fields)
+            world.after(moment + dice.random() * 0.3, second.open)
+        if dice.random() < 0.05:
+            other = Follower(self, f"{request}x", session, request, other=True)
+            world.after(moment + 0.3 + dice.random(), lambda: other.open() if first.turn else None)
+        for chance, happens in ((0.1, first.lose_line), (0.05, first.leave), (0.08, first.cancel)):
+            if dice.random() < chance:
+                world.after(moment + dice.random() * 0.5, happens)
+
+    # --- what is left ---------------------------------------------------------------------------------------------
+
+    def verdict(self) -> list[Violation]:
+        """Return what was broken."""
+        self.history += self._kept()
+        stopped = self.plan.zombies > 0
+        found = check(self.history, power_failed=self.plan.power > 0)
+        if stopped:
+            # A process that stands still ends nothing in time.
+            found = [violation for violation in found if violation.kind != "late"]
+        litter = [problem for node in self.nodes for problem in node.litter()] + self.world.failures
+        return found + [Violation(kind="broken", subject="core", problem=problem) for problem in litter]
+
+    def _kept(self) -> Iterator[Entry]:
+        execute = self.disk.connection.execute
+        left: dict[tuple[str, int], int] = {
+            (session, ordinal): count
+            for session, ordinal, count in execute(
+                "SELECT session, ordinal, count(*) FROM journal GROUP BY session, ordinal"
+            )
+        }
+        listed: dict[str, list[str]] = {}
+        rows = execute(
+            "SELECT session, ordinal, request_id, state, events, question, answer, model, create_time, end_time, finish "
+            "FROM turns ORDER BY session, ordinal"
+        ).fetchall()
+        for session, ordinal, request, state, events, question, answer, *rest in rows:
+            yield Kept(
+                turn=name_of(session, ordinal),
+                request=request.partition("\x1f")[0],
+                state=state,
+                events=tuple(_kept_event(event) for event in _events.decode(events)) if events else (),
+                gave_way="\x1f" in request,
+                journal=left.get((session, ordinal), 0),
+            )
+            if question != b"\x90":
+                said = messages_of(ordinal, question, answer, *rest)
+                listed.setdefault(session, []).extend(message.text for message in said)
+        for session, texts in listed.items():
+            yield Listed(session=session, texts=tuple(texts))
+
+    def bury(self) -> None:
+        """Let everything go."""
+        for node in self.nodes:
+            node.loop.bury()
+
+
+def _kept_event(event: Event) -> KeptEvent:
+    kind = event.kind
+    text = kind.text if isinstance(kind, TextDelta | Reset | Completed) else ""
+    return KeptEvent(sequence=event.sequence, at=event.at, kind=KINDS[type(kind)], text=text)
+
+
+@dataclass(slots=True)
+class Outcome:
+    """What became of some worlds."""
+
+    schedules: int = 0
+    steps: int = 0
+    turns: int = 0
+    kills: int = 0
+    broken: list[tuple[str, list[Violation]]] = None  # type: ignore[assignment]
+
+    def __post_init__(self) -> None:
+        """Begin with nothing broken."""
+        self.broken = self.broken or []
+
+    def add(self, other: Outcome) -> None:
+        """Add what became of others."""
+        self.schedules += other.schedules
+        self.steps += other.steps
+        self.turns += other.turns
+        self.kills += other.kills
+        self.broken += other.broken
+
+
+def play(seed: int, disk: Disk, *, kill_at: int | None = None, plan: Plan | None = None) -> tuple[Town, list[Violation]]:
+    """Let the world of a seed happen and return it with what it broke; call it within `virtual_time`."""
+    town = Town(seed, disk, plan or plan_of(seed), kill_at=kill_at)
+    try:
+        town.live()
+        found = town.verdict()
+    except Exception as error:
+        found = [Violation(kind="broken", subject="simulation", problem=repr(error))]
+    finally:
+        town.bury()
+    return town, found
+
+
+def run(seeds: Sequence[int], *, most_broken: int = 5) -> Outcome:
+    """Play seeds, until so many have broken something."""
+    outcome = Outcome()
+    disk = Disk()
+    logging.disable(logging.CRITICAL)
+    try:
+        with virtual_time() as put_into:
+            for seed in seeds:
+                town, found = _played(seed, disk, put_into)
+                _count(outcome, town, found, str(seed))
+                if len(outcome.broken) >= most_broken:
+                    break
+    finally:
+        logging.disable(logging.NOTSET)
+    return outcome
+
+
+def sweep(seeds: Sequence[int], *, most_broken: int = 5) -> Outcome:
+    """Play seeds without faults, then each once more for each step of its core, which is killed before it."""
+    outcome = Outcome()
+    disk = Disk()
+    logging.disable(logging.CRITICAL)
+    try:
+        with virtual_time() as put_into:
+            for seed in seeds:
+                calm, found = _played(seed, disk, put_into, plan=Plan())
+                _count(outcome, calm, found, f"{seed} without faults")
+                for step in range(calm.nodes[0].loop.taken):
+                    town, found = _played(seed, disk, put_into, kill_at=step, plan=Plan())
+                    _count(outcome, town, found, f"{seed} --kill-at {step}")
+                if len(outcome.broken) >= most_broken:
+                    break
+    finally:
+        logging.disable(logging.NOTSET)
+    return outcome
+
+
+def _played(
+    seed: int, disk: Disk, put_into: object, *, kill_at: int | None = None, plan: Plan | None = None
+) -> tuple[Town, list[Violation]]:
+    town = Town(seed, disk, plan or plan_of(seed), kill_at=kill_at)
+    put_into(town.world)  # type: ignore[operator]
+    try:
+        town.live()
+        found = town.verdict()
+    except Exception as error:
+        found = [Violation(kind="broken", subject="simulation", problem=repr(error))]
+    finally:
+        town.bury()
+    return town, found
+
+
+def _count(outcome: Outcome, town: Town, found: list[Violation], name: str) -> None:
+    outcome.schedules += 1
+    outcome.steps += town.world.steps
+    outcome.turns += sum(isinstance(entry, Kept) for entry in town.history)
+    outcome.kills += sum(isinstance(entry, Fault) and entry.what == "gone" for entry in town.history)
+    if found:
+        outcome.broken.append((name, found))
