@@ -96,6 +96,7 @@ OTHER_NAMES = frozenset(
         "MOLTBOT_ADDRESS",
         "MOLTBOT_HUB",
         "MOLTBOT_HUB_TOKEN",
+        "MOLTBOT_FIRST_TUNING",
         "MOLTBOT_VAULT_KEY",
         "MOLTBOT_VAULT_KEY_FILE",
         "MOLTBOT_VAULT_KEY_NEW",

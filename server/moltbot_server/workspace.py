@@ -123,6 +123,11 @@ class Workspace:
         return self.http_state / "links"
 
     @property
+    def tuning_file(self) -> Path:
+        """What was measured of models on this machine."""
+        return self.folder / "tuning.json"
+
+    @property
     def run(self) -> Path:
         """What runs now: written by `moltbot start`, read by `moltbot status` and `moltbot chat`."""
         return self.folder / "run"

@@ -42,6 +42,7 @@ def running_core(engine: str, address: str | None = None) -> Iterator[Core]:
         grpc_port, http_port, metrics_port = free_ports(3)
         environment = {name: value for name, value in os.environ.items() if not name.startswith("MOLTBOT_")}
         environment["MOLTBOT_METRICS_PORT"] = str(metrics_port)
+        environment["MOLTBOT_FIRST_TUNING"] = "off"
         environment["MOLTBOT_CACHE_ANSWERS"] = "off"  # the same questions again and again: the engine is measured
         if model_type := MODEL_TYPES[engine]:
             environment["MODEL_TYPE"] = model_type

@@ -19,6 +19,9 @@ ANY_PORTS = ("--port", "0", "--grpc-port", "0", "--metrics-port", "0")
 _LONG = 30.0
 
 
+_QUIET = {"PROMPT_TOOLKIT_NO_CPR": "1", "MOLTBOT_FIRST_TUNING": "off"}
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Ended:
     """How a command ended."""
@@ -48,7 +51,7 @@ class Home:
     @property
     def environ(self) -> dict[str, str]:
         """The whole environment of a command."""
-        return {"PATH": os.environ["PATH"], "HOME": str(self.folder), "PROMPT_TOOLKIT_NO_CPR": "1", **self.variables}
+        return {"PATH": os.environ["PATH"], "HOME": str(self.folder), **_QUIET, **self.variables}
 
     async def spawn(self, *arguments: str, **options: Any) -> Process:
         """Start a command in a process group of its own, as a shell does."""

@@ -266,6 +266,18 @@ async def test_with_logs_in_json_grpc_writes_no_lines_of_its_own(home: Home, log
         assert {psutil.Process(pid).environ().get("GRPC_VERBOSITY") for pid in pids} == {said}
 
 
+async def test_a_first_start_has_the_model_measured_beside_and_takes_the_measurement_with_it(home: Home) -> None:
+    home.variables = {"MODEL_TYPE": "", "MOLTBOT_FIRST_TUNING": ""}
+    async with home.started() as started:
+        supervisor = psutil.Process(started.process.pid)
+        measuring = [
+            child for child in supervisor.children() if any("first_tuning" in word for word in child.cmdline())
+        ]
+        assert len(measuring) == 1
+        everything = [supervisor, *supervisor.children(recursive=True)]
+    assert not any(process.is_running() for process in everything)
+
+
 async def test_a_second_start_in_the_workspace_is_refused(started: Started) -> None:
     ended = await started.home.run("start", *ANY_PORTS)
     assert ended.status == 69

@@ -31,6 +31,7 @@ _BUILT_IN = {
     "CONTEXT_LENGTH": "",
     "MOLTBOT_SYSTEM_PROMPT": "",
     "MOLTBOT_CACHE_ANSWERS": "off",
+    "MOLTBOT_FIRST_TUNING": "off",
 }
 _SIGNS = {"serving": "MoltBot is ready", "answer": "to the first word"}
 _LEAVE = 30.0

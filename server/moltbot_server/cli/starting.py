@@ -6,6 +6,7 @@ import contextlib
 import json
 import os
 import shlex
+import signal
 import socket
 import subprocess
 import sys
@@ -26,6 +27,7 @@ from moltbot_server.cli.watcher import Watcher
 from moltbot_server.config import INLINE, ConfigError, Settings, load_settings, misspelled, overlooked
 from moltbot_server.logs import configure_logging
 from moltbot_server.models.cpus import too_many_threads
+from moltbot_server.models.folder import SCRIPTED
 from moltbot_server.workspace import LINK_LIFE, Workspace
 
 
@@ -118,6 +120,13 @@ def _wanted(settings: Settings) -> tuple[Wanted, ...]:
     )
 
 
+def _end(process: subprocess.Popen[bytes]) -> None:
+    """End a process that leads a group, and what it has started."""
+    with contextlib.suppress(ProcessLookupError):
+        os.killpg(process.pid, signal.SIGKILL)
+    process.wait()
+
+
 # What cannot change under processes that run: addresses that were told to others, and how many processes there are.
 _FIXED = ("host", "port", "grpc_host", "grpc_port", "metrics_host", "metrics_port", "workers", "engine")
 
@@ -148,6 +157,7 @@ class _Site:
         self._started = time.time()
         self._model = ""
         self._asking: subprocess.Popen[bytes] | None = None
+        self._measuring: subprocess.Popen[bytes] | None = None
         self._stopping = False
         self.http = joined(reachable(settings.host), settings.port)
         self.grpc = joined(reachable(settings.grpc_host), settings.grpc_port)
@@ -205,6 +215,7 @@ class _Site:
             f"Talk in another terminal: {chat}   Stop: Ctrl-C",
         ]
         print("\n".join(lines), flush=True)
+        self.measure_once()
         if self._asking and self._asking.stdin:
             with contextlib.suppress(BrokenPipeError), self._asking.stdin as pipe:  # it has told why it left
                 pipe.write(json.dumps({"address": self.grpc}).encode() + b"\n")
@@ -240,8 +251,25 @@ class _Site:
                 process_group=0,
             )
 
+    def measure_once(self) -> None:
+        """Have it measured, if it never was, how the model runs best here: beside all else, for the starts to come."""
+        own = self._settings.model_type.strip().lower() != SCRIPTED and self._settings.engine in ("", INLINE)
+        wanted = os.environ.get("MOLTBOT_FIRST_TUNING", "").strip().lower() != "off"
+        # Tied to this process by its input, as the system would not tell it that we are gone.
+        module = (sys.executable, "-m", "moltbot_server.cli.tied", "moltbot_server.cli.first_tuning")
+        if own and wanted and self._measuring is None and not self._workspace.tuning_file.exists():
+            self._measuring = subprocess.Popen(
+                [*module, "--workspace", str(self._workspace.folder)],
+                stdin=subprocess.PIPE,
+                stdout=subprocess.DEVNULL,
+                stderr=subprocess.DEVNULL,
+                process_group=0,
+            )
+
     def close(self) -> None:
-        """Take away what is left: the asking process if it still runs, and the socket of an engine that was killed."""
+        """Take away what is left: helping processes that still run, and the socket of an engine that was killed."""
+        if self._measuring is not None:
+            _end(self._measuring)
         if self._engine_port:
             self._workspace.engine_socket.unlink(missing_ok=True)
         if self._asking is not None:

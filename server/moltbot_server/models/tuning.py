@@ -191,7 +191,7 @@ def _conditions_of(kept: Measured) -> tuple[str, str, int, str]:
 
 
 def _place(workspace: Workspace) -> Path:
-    return workspace.folder / "tuning.json"
+    return workspace.tuning_file
 
 
 def _read(workspace: Workspace) -> _File:
