@@ -5,7 +5,6 @@ import asyncio
 import grpc
 import openai
 import pytest
-from moltbot.v1 import message_pb2
 from running_adapter import RunningAdapter
 from scripted_core import KEY, Refusal
 from sse_reader import all_frames
@@ -77,18 +76,42 @@ async def test_a_turn_that_a_restart_lost_is_told_to_the_openai_client(adapter, 
     assert caught.value.code == "turn_interrupted"
 
 
-async def test_a_turn_that_a_broken_connection_ended_is_not_taken_for_one_that_was_stopped(adapter, core):
-    core.script.finish = message_pb2.FINISH_REASON_CANCELLED
-    core.script.cut_after = {4}
+async def test_an_openai_stream_goes_on_through_broken_connections_and_its_turn_is_not_ended_by_them(adapter, core):
+    core.script.cut_after = {1, 4}
     async with openai.AsyncOpenAI(base_url=adapter.api, api_key=KEY, max_retries=0) as client:
         stream = await client.chat.completions.create(model="moltbot", messages=HELLO, stream=True)
-        with pytest.raises(openai.APIError) as caught:
-            await _all(stream)
-        assert caught.value.code == "turn_interrupted"
-        core.script.refusals = [Refusal(code=grpc.StatusCode.UNAVAILABLE)]
-        with pytest.raises(openai.InternalServerError) as caught:
-            await client.chat.completions.create(model="moltbot", messages=HELLO)
-        assert caught.value.code == "turn_interrupted"
+        heard = "".join([chunk.choices[0].delta.content or "" for chunk in await _all(stream)])
+    assert heard == "Hello, world!"
+    assert core.names() == ["StreamTurn", "ResumeTurn", "ResumeTurn"]
+    assert not core.turns[0].input.cancel_on_disconnect
+
+
+async def test_a_client_that_leaves_before_it_heard_anything_has_its_turn_cancelled_whole_or_streamed(http, core):
+    core.script.gate, core.script.silent = asyncio.Event(), True
+    for number, streamed in enumerate((False, True)):
+        body = {"messages": HELLO, "stream": streamed}
+        core.begun.clear()
+        asking = asyncio.create_task(
+            http.post("/v1/chat/completions", json=body, headers={"Authorization": f"Bearer {KEY}"})
+        )
+        async with asyncio.timeout(10):
+            await core.begun.wait()
+            asking.cancel()
+            await core.turns[number].cancelled.wait()
+    assert len(core.turns) == 2
+
+
+async def test_a_request_that_is_named_runs_on_when_its_client_leaves(http, core):
+    core.script.gate = asyncio.Event()
+    headers = {"Authorization": f"Bearer {KEY}", "Idempotency-Key": "k-1"}
+    async with http.post("/v1/chat/completions", json={"messages": HELLO, "stream": True}, headers=headers) as answer:
+        await answer.content.readline()
+        answer.close()
+    core.script.gate.set()
+    async with http.post("/v1/chat/completions", json={"messages": HELLO}, headers=headers) as answer:
+        assert (await answer.json())["choices"][0]["message"]["content"] == "Hello, world!"
+    assert len(core.turns) == 1
+    assert "CancelTurn" not in core.names()
 
 
 async def _all(stream) -> list:

@@ -163,12 +163,30 @@ async def test_a_reload_in_mid_answer_resumes_the_turn(browser, core):
     assert not core.turns[0].cancelled.is_set()
 
 
-async def test_a_finished_turn_can_be_replayed_and_its_end_is_an_empty_stream(browser, core):
+async def test_a_finished_turn_can_be_replayed_and_after_its_end_nothing_is_to_be_asked_for(browser, core):
     turn = await _finished_turn(browser, core)
     async with browser.get(f"{turn}/events") as answer:
         assert [frame.id for frame in await all_frames(answer)] == list(range(1, 8))
     async with browser.get(f"{turn}/events?after=7") as answer:
-        assert await all_frames(answer) == []
+        assert (answer.status, await answer.read()) == (204, b"")
+
+
+async def test_a_stream_that_is_asked_for_again_goes_on_after_the_event_that_was_seen_last(browser, core):
+    for last in range(1, 7):
+        async with browser.post("/api/turns", json=SAY, headers={"Last-Event-ID": str(last)}) as answer:
+            assert [frame.id for frame in await all_frames(answer)] == list(range(last + 1, 8))
+    async with browser.post("/api/turns", json=SAY, headers={"Last-Event-ID": "7"}) as answer:
+        assert answer.status == 204
+    assert len(core.turns) == 1
+    unnamed = {**SAY, "request_id": ""}
+    async with browser.post("/api/turns", json=unnamed, headers={"Last-Event-ID": "3"}) as answer:
+        assert (answer.status, (await answer.json())["error"]["param"]) == (400, "request_id")
+
+
+async def test_an_event_source_is_told_to_come_back_soon(browser, core):
+    async with browser.post("/api/turns", json=SAY) as answer:
+        lines = (await answer.text()).splitlines()
+    assert [line for line in lines if line.startswith("retry:")] == lines[:1] == ["retry: 500"]
 
 
 async def test_a_repeated_request_follows_the_same_turn(browser, core):

@@ -111,7 +111,7 @@ async def test_messages_become_a_closed_transcript(client, core):
         temperature=0.5, top_p=0.9, max_output_tokens=50, stop=["END", "STOP"], seed=42
     )
     assert (turn.system_prompt, turn.model, turn.session) == ("Be brief.\n\nBe kind.", "models/demo", "")
-    assert (turn.user, turn.channel, turn.cancel_on_disconnect) == ("u-1", "api", True)
+    assert (turn.user, turn.channel, turn.cancel_on_disconnect) == ("u-1", "api", False)
     assert len(turn.request_id) == 32
 
 

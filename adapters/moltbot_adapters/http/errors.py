@@ -5,8 +5,9 @@ from collections.abc import Mapping
 
 from aiohttp import web
 from grpc import StatusCode
+from moltbot import MoltBotClientError
 
-from moltbot_adapters.core_errors import REASONS, CoreError
+from moltbot_adapters.core_errors import REASONS
 
 INVALID = "invalid_request_error"
 SERVER = "server_error"
@@ -105,8 +106,8 @@ _PARAMS = {
 }
 
 
-def from_core(error: CoreError) -> HttpError:
-    """Returns the HTTP answer for a refusal of the core."""
+def from_core(error: MoltBotClientError) -> HttpError:
+    """Returns the HTTP answer for a refusal of the core, or a failure of the way to it."""
     status, kind, code, message = _BY_STATUS.get(error.code, _UNKNOWN)
     if error.reason in REASONS:
         code = _CODES.get(error.reason, error.reason.lower())
@@ -119,17 +120,18 @@ def from_core(error: CoreError) -> HttpError:
         headers["retry-after-ms"] = str(max(1, round(wait_s * 1000)))
     if error.reason in _IN_VAIN:
         headers["x-should-retry"] = "false"
-    param, told = _param(error), error.message or message
-    if error.field and told.startswith(f"{error.field}: "):
+    field = next(iter(error.fields), "")
+    param = "model" if error.reason == "MODEL_NOT_FOUND" else _param(field)
+    # Only the core's own words are passed on: the transport's name addresses and files.
+    told = (error.message if error.reason else "") or message
+    if field and told.startswith(f"{field}: "):
         # The core names a field of its own call; whoever called here sent another one.
-        told = f"{param or 'request'}: {told.removeprefix(f'{error.field}: ')}"
+        told = f"{param or 'request'}: {told.removeprefix(f'{field}: ')}"
     return HttpError(status, code, told, type=kind, param=param, headers=headers)
 
 
-def _param(error: CoreError) -> str | None:
-    if error.reason == "MODEL_NOT_FOUND":
-        return "model"
-    for name in reversed(error.field.replace("[", ".").split(".")):
+def _param(field: str) -> str | None:
+    for name in reversed(field.replace("[", ".").split(".")):
         if name in _PARAMS:
             return _PARAMS[name]
-    return error.field.rpartition(".")[2] or None
+    return field.rpartition(".")[2] or None

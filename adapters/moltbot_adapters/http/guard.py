@@ -7,8 +7,8 @@ from collections.abc import Awaitable, Callable
 
 from aiohttp import web
 from grpc import StatusCode
+from moltbot import MoltBotClientError
 
-from moltbot_adapters.core_errors import CoreError
 from moltbot_adapters.http.context import CONTEXT, RequestContext
 from moltbot_adapters.http.errors import HttpError, from_core
 from moltbot_adapters.http.metrics import Metrics
@@ -105,7 +105,7 @@ class Guard:
             return await handler(request)
         except HttpError as refusal:
             error = refusal
-        except CoreError as failure:
+        except MoltBotClientError as failure:
             error = self._from_core(failure, context)
         except web.HTTPException as refusal:
             error = _from_aiohttp(refusal)
@@ -113,7 +113,7 @@ class Guard:
             raise
         except Exception:
             log.exception("a handler failed", extra=fields(route=context.route, request_id=context.request_id))
-            error = from_core(CoreError(StatusCode.INTERNAL))
+            error = from_core(MoltBotClientError(StatusCode.INTERNAL, ""))
             if request.writer.output_size > 0:  # part of an answer is out: all that is left is to break it off
                 raise ConnectionResetError("the answer was broken off") from None
         return context.fail(error).response()
@@ -144,7 +144,7 @@ class Guard:
                     raise HttpError(401, "signed_out", "Sign in first.")
                 context.user, context.key = user, self._key_file.key()
 
-    def _from_core(self, error: CoreError, context: RequestContext) -> HttpError:
+    def _from_core(self, error: MoltBotClientError, context: RequestContext) -> HttpError:
         if context.user and error.code is StatusCode.UNAUTHENTICATED:
             # The browser's sign-in is good; it is this process whose key the core does not know.
             return HttpError(

@@ -10,10 +10,11 @@ from typing import Any
 
 from aiohttp import web
 from grpc import StatusCode
+from moltbot import MoltBotClientError
+from moltbot.errors import from_event
 from moltbot.v1 import chat_pb2, message_pb2, model_pb2
 
 from moltbot_adapters.core_client import CoreClient
-from moltbot_adapters.core_errors import CoreError, code_of
 from moltbot_adapters.http import web_events
 from moltbot_adapters.http.body import MODEL, NAME, read_json, text_field, wrong_type
 from moltbot_adapters.http.context import CONTEXT, RequestContext
@@ -42,6 +43,8 @@ class Ask:
     streamed: bool
     with_usage: bool
     one_call: bool
+    kept: bool
+    """Somebody may come back for the answer: the turn goes on when its reader leaves."""
     limit_s: float
     headers: dict[str, str]
 
@@ -61,7 +64,11 @@ class OpenAiApi:
         context = request[CONTEXT]
         if ask.streamed:
             return await self._stream(request, context, ask)
-        answer = (await self._core.run_turn(ask.turn, context.caller, ask.limit_s)).completed
+        try:
+            answer = (await self._core.run_turn(ask.turn, context.caller, ask.limit_s)).completed
+        except asyncio.CancelledError:
+            self._leave(ask, "", context)
+            raise
         if answer.finish_reason == message_pb2.FINISH_REASON_CANCELLED:
             raise _cancelled()
         self._count(answer)
@@ -71,9 +78,10 @@ class OpenAiApi:
 
     async def _stream(self, request: web.Request, context: RequestContext, ask: Ask) -> web.StreamResponse:
         events = self._core.stream_turn(ask.turn, context.caller, ask.limit_s)
+        progress = Progress(ask.model, with_usage=ask.with_usage)
         async with self._streams.stream(request, ask.headers) as out, aclosing(events):
             try:
-                return await self._answer(out, events, context, ask)
+                return await self._answer(out, events, context, ask, progress)
             except asyncio.CancelledError:
                 if not out.out_of_time:
                     raise
@@ -84,10 +92,14 @@ class OpenAiApi:
                     type="server_error",
                     headers={"Retry-After": "1"},
                 )
-            except CoreError as failure:
+            except MoltBotClientError as failure:
+                progress.over = progress.over or bool(failure.reason)
                 error = from_core(failure)
             except HttpError as refusal:
                 error = refusal
+            finally:
+                if not progress.over:
+                    self._leave(ask, progress.turn, context)
             context.fail(error)
             if not out.opened:
                 raise error
@@ -95,35 +107,43 @@ class OpenAiApi:
             return await out.end()
 
     async def _answer(
-        self, out: EventStream, events: AsyncGenerator[chat_pb2.Event, None], context: RequestContext, ask: Ask
+        self,
+        out: EventStream,
+        events: AsyncGenerator[chat_pb2.Event, None],
+        context: RequestContext,
+        ask: Ask,
+        progress: Progress,
     ) -> web.StreamResponse:
-        progress = Progress(ask.model, with_usage=ask.with_usage)
         async for event in events:
             match event.WhichOneof("kind"):
                 case "text_delta":
                     self._begins(progress, context)
-                    await out.write(progress.add(event.text_delta.text))
+                    await _tell(out, progress.add(event.text_delta.text))
                 case "reasoning_delta":
                     self._begins(progress, context)
-                    await out.write(progress.think(event.reasoning_delta.text))
+                    await _tell(out, progress.think(event.reasoning_delta.text))
+                case "accepted":
+                    progress.turn = event.accepted.turn
                 case "routed":
                     progress.rename(web_events.model_id(event.routed.model))
                 case "reset":
-                    more = progress.replace(event.reset.text)
-                    if more is None:
-                        raise _replaced()
-                    if more:
-                        await out.write(more)
+                    await _tell(out, progress.replace(event.reset.text))
                 case "completed":
+                    progress.over = True
                     if event.completed.finish_reason == message_pb2.FINISH_REASON_CANCELLED:
                         raise _cancelled()
                     self._count(event.completed)
                     calls = calls_of(event.completed.attachments, one=ask.one_call)
-                    await out.write(progress.end(event.completed, calls))
+                    await _tell(out, progress.end(event.completed, calls))
                     return await out.end()
                 case "failed":
-                    raise failure_of(event.failed)
-        raise CoreError(StatusCode.INTERNAL)  # the contract knows no stream without a last event
+                    progress.over = True
+                    raise from_event(event.failed)
+        raise MoltBotClientError(StatusCode.INTERNAL, "")  # the contract knows no stream without a last event
+
+    def _leave(self, ask: Ask, turn: str, context: RequestContext) -> None:
+        if not ask.kept:
+            self._core.leave(ask.turn, turn, context.caller)
 
     def _begins(self, progress: Progress, context: RequestContext) -> None:
         if not progress.begun:
@@ -172,8 +192,6 @@ def read_ask(body: dict[str, Any], request: web.Request, settings: Settings) -> 
         system_prompt=said.system_prompt,
         user=text_field(body, "user", default="", longest=128),
         channel="api",
-        # Who names the request means to come back for its answer, so it must outlive the connection.
-        cancel_on_disconnect=not repeat_key,
     )
     if session:
         turn.session = f"sessions/{session}"
@@ -186,21 +204,18 @@ def read_ask(body: dict[str, Any], request: web.Request, settings: Settings) -> 
         streamed=streamed,
         with_usage=streamed and _with_usage(body.get("stream_options")),
         one_call=_one_call(body, options, session),
+        kept=bool(repeat_key),
         limit_s=_limit_s(request, settings),
         headers={"X-Session-Id": session} if session else {},
     )
 
 
-def failure_of(failed: chat_pb2.Failed) -> CoreError:
-    """Returns the failure that a turn ended with as the error that a call would have raised."""
-    delay = failed.retry_delay
-    return CoreError(
-        code_of(failed.code),
-        reason=failed.reason,
-        message=failed.message,
-        retry_after=delay.seconds + delay.nanos / 1e9 if failed.HasField("retry_delay") else None,
-        field=failed.field,
-    )
+async def _tell(out: EventStream, data: bytes | None) -> None:
+    """Writes what is to be shown next; None stands for words that would have to be unsaid."""
+    if data is None:
+        raise _replaced()
+    if data:
+        await out.write(data)
 
 
 def _with_usage(options: Any) -> bool:

@@ -5,10 +5,10 @@ from collections.abc import AsyncGenerator
 from contextlib import aclosing
 
 from aiohttp import web
+from moltbot import MoltBotClientError
 from moltbot.v1 import chat_pb2, message_pb2, model_pb2
 
 from moltbot_adapters.core_client import CoreClient
-from moltbot_adapters.core_errors import CoreError
 from moltbot_adapters.http import web_events
 from moltbot_adapters.http.body import MODEL, NAME, read_json, text_field
 from moltbot_adapters.http.context import CONTEXT
@@ -18,6 +18,7 @@ from moltbot_adapters.http.settings import Settings
 from moltbot_adapters.http.sse import Streams
 
 CHANNEL = "web"
+_COME_BACK = b"retry: 500\n"  # milliseconds after which an EventSource does; without a word it may wait for seconds
 _PROMPT_S = 0.2  # a refusal to resume comes sooner than that; after it, silence means that the turn has no news yet
 
 
@@ -69,7 +70,10 @@ class WebApi:
         return web.Response(status=204)
 
     async def start_turn(self, request: web.Request) -> web.StreamResponse:
-        """`POST /api/turns`: starts a turn, or follows the one with the same request id, as an event stream."""
+        """`POST /api/turns`: starts a turn, or follows the one with the same request id, as an event stream.
+
+        Who lost the stream may repeat the call with the `Last-Event-ID` that it had, and gets what came after it.
+        """
         context = request[CONTEXT]
         body = await read_json(request, self._settings)
         session = text_field(body, "session", default="")
@@ -78,22 +82,30 @@ class WebApi:
         model = text_field(body, "model", default="")
         if model and not MODEL.fullmatch(model):
             raise HttpError(404, "model_not_found", "There is no such model.", param="model")
+        request_id = text_field(body, "request_id", default="", longest=128)
+        after = _sequence(request.headers.get("Last-Event-ID"))
+        if after and not request_id:
+            raise HttpError(400, "invalid_value", "'request_id' must be that of the turn.", param="request_id")
         turn = chat_pb2.TurnInput(
             session=f"sessions/{session}" if session else "",
             parts=[message_pb2.Part(text=text_field(body, "text"))],
-            request_id=text_field(body, "request_id", default="", longest=128) or str(uuid.uuid4()),
+            request_id=request_id or str(uuid.uuid4()),
             model=f"models/{model}" if model else "",
             user=context.user,
             channel=CHANNEL,
         )
-        return await self._send(request, self._core.stream_turn(turn, context.caller, self._settings.turn_limit_s))
+        events = self._core.stream_turn(turn, context.caller, self._settings.turn_limit_s)
+        return await self._send(request, events, after)
 
     async def turn_events(self, request: web.Request) -> web.StreamResponse:
-        """`GET /api/sessions/{session}/turns/{turn}/events`: what comes after a sequence number, then live."""
+        """`GET /api/sessions/{session}/turns/{turn}/events`: what comes after a sequence number, then live.
+
+        204 when nothing comes any more, which tells an `EventSource` not to come back.
+        """
         after = max(_sequence(request.query.get("after")), _sequence(request.headers.get("Last-Event-ID")))
         caller = request[CONTEXT].caller
         events = self._core.resume_turn(_turn(request), after, caller, self._settings.turn_limit_s)
-        return await self._send(request, events, open_after_s=_PROMPT_S)
+        return await self._send(request, events, after, open_after_s=_PROMPT_S)
 
     async def cancel_turn(self, request: web.Request) -> web.Response:
         """`POST /api/sessions/{session}/turns/{turn}/cancel`."""
@@ -101,13 +113,20 @@ class WebApi:
         return web.json_response({"cancelled": cancelled})
 
     async def _send(
-        self, request: web.Request, events: AsyncGenerator[chat_pb2.Event, None], open_after_s: float | None = None
+        self,
+        request: web.Request,
+        events: AsyncGenerator[chat_pb2.Event, None],
+        after: int,
+        *,
+        open_after_s: float | None = None,
     ) -> web.StreamResponse:
         context = request[CONTEXT]
-        waiting = True
+        waiting, head = True, _COME_BACK
         async with self._streams.stream(request, open_after_s=open_after_s) as out, aclosing(events):
             try:
                 async for event in events:
+                    if event.sequence <= after:
+                        continue
                     if waiting and (event.HasField("text_delta") or event.HasField("reasoning_delta")):
                         waiting = False
                         self._metrics.first_token(context.route, context.seconds())
@@ -117,12 +136,15 @@ class WebApi:
                     elif event.HasField("failed"):
                         context.reason = "turn_failed"
                     if frame := web_events.frame(event):
-                        await out.write(frame)
-            except CoreError as error:
+                        await out.write(head + frame)
+                        head = b""
+            except MoltBotClientError as error:
                 context.fail(from_core(error))
                 if not out.opened:
                     raise
                 # The page resumes after the last event it saw; a lasting fault is told by that call's status.
+            if after and not out.opened:
+                return web.Response(status=204)
             return await out.end()
 
 

@@ -7,12 +7,12 @@ from moltbot import MoltBot
 from moltbot.v1 import chat_pb2
 
 
-def show(event: chat_pb2.Event) -> str:
-    """Print an event with its number, and return its text."""
+def show(event: chat_pb2.Event, text: str) -> str:
+    """Print an event with its number, and return the text so far: it is longer by now, or begun anew."""
     kind = event.WhichOneof("kind")
-    text = event.text_delta.text
-    print(f"{event.sequence:5} {kind:<10} {text!r}" if text else f"{event.sequence:5} {kind}")
-    return text
+    more = event.text_delta.text
+    print(f"{event.sequence:5} {kind:<10} {more!r}" if more else f"{event.sequence:5} {kind}")
+    return event.reset.text if kind == "reset" else text + more
 
 
 async def main() -> None:
@@ -21,7 +21,7 @@ async def main() -> None:
     print("First connection:")
     async with MoltBot() as bot, aclosing(bot.stream_turn("What can you do?")) as events:
         async for event in events:
-            turn, last, text = turn or event.accepted.turn, event.sequence, text + show(event)
+            turn, last, text = turn or event.accepted.turn, event.sequence, show(event, text)
             if text:
                 break
 
@@ -30,7 +30,7 @@ async def main() -> None:
     print(f"\nSecond connection, after event {last}:")
     async with MoltBot() as bot:
         async for event in bot.resume_turn(turn, after_sequence=last):
-            text += show(event)
+            text = show(event, text)
         session = turn.partition("/turns/")[0]
         kept = [message async for message in bot.messages(session)][-1].parts[0].text
     print(f"\nThe two together:\n{text}\n\nThe same as what the core kept: {'yes' if text == kept else 'no'}")

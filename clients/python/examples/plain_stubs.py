@@ -25,6 +25,8 @@ with grpc.insecure_channel(address) as channel:
         event = answer.event
         if event.HasField("text_delta"):
             print(event.text_delta.text, end="", flush=True)
+        elif event.HasField("reset"):  # what was said so far is void
+            print(f"\n(once more)\n{event.reset.text}", end="", flush=True)
         elif event.HasField("failed"):
             sys.exit(f"{event.failed.reason}: {event.failed.message}")
 print()

@@ -2,11 +2,8 @@
 
 from __future__ import annotations
 
-import asyncio
-import random
 import uuid
-from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable, Sequence
-from contextlib import aclosing
+from collections.abc import AsyncGenerator, AsyncIterator, Callable, Sequence
 from dataclasses import dataclass
 from types import TracebackType
 from typing import Any, Protocol, Self, TypeVar
@@ -14,16 +11,13 @@ from typing import Any, Protocol, Self, TypeVar
 import grpc
 
 from moltbot.answer import tool_calls
-from moltbot.channel import open_channel
+from moltbot.calls import Calls, Method
+from moltbot.channel import Ways
 from moltbot.credentials import find_address, find_key
-from moltbot.errors import MoltBotClientError, from_status
-from moltbot.v1 import chat_pb2, chat_pb2_grpc, message_pb2, model_pb2, model_pb2_grpc, session_pb2, session_pb2_grpc
+from moltbot.errors import from_status
+from moltbot.v1 import chat_pb2, message_pb2, model_pb2, session_pb2
 
 _Answer = TypeVar("_Answer")
-_EVENTS = (chat_pb2.StreamTurnResponse, chat_pb2.ResumeTurnResponse)  # what a stream yields before its end
-_TRIES = 6
-_FIRST_PAUSE = 0.1
-_LONGEST_PAUSE = 2.0
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -54,12 +48,6 @@ class _Page(Protocol):
     def next_page_token(self) -> str: ...
 
 
-class _EventStream(Protocol):
-    async def read(self) -> Any: ...
-
-    def cancel(self) -> bool: ...
-
-
 _AnyPage = TypeVar("_AnyPage", bound=_Page)
 
 
@@ -67,9 +55,14 @@ class MoltBot:
     """A connection to a core, as an asynchronous context.
 
     Without `address`, the variable `MOLTBOT_ADDRESS` is used, or what runs in this user's workspace, or
-    127.0.0.1:50051; without `key`, the variable `MOLTBOT_KEY` or the key file of that workspace. `credentials` turns on
-    TLS, as in `grpc.ssl_channel_credentials()`. Every call raises `MoltBotClientError` and nothing else when the core
-    or the way to it fails. `within` is the seconds that a call may take to its end; None waits as long as it takes.
+    127.0.0.1:50051; several addresses are separated by commas (`a:50051,b:50051`, or `dns:///name:50051`) and tried in
+    turn. Without `key`, it is the variable `MOLTBOT_KEY` or the key file of that workspace. `credentials` turns on TLS,
+    as in `grpc.ssl_channel_credentials()`.
+
+    What breaks on the way, or a core that is started again, is waited for and mended unseen, up to `patience` seconds
+    without any progress; `on_repeat` hears `call`, `start` or `resume` each time. With `resume=False` every break is
+    told. Every call raises `MoltBotClientError` and nothing else when the core or the way to it fails. `within` is the
+    seconds that a call may take to its end; None waits as long as it takes.
     """
 
     def __init__(
@@ -78,13 +71,13 @@ class MoltBot:
         key: str | None = None,
         *,
         credentials: grpc.ChannelCredentials | None = None,
+        patience: float = 60.0,
+        resume: bool = True,
+        on_repeat: Callable[[str], None] | None = None,
     ) -> None:
         self._metadata = (("authorization", f"Bearer {key or find_key()}"),)
-        self._address = address or find_address()
-        self._channel = open_channel(self._address, credentials)
-        self._chat = chat_pb2_grpc.ChatServiceStub(self._channel)
-        self._sessions = session_pb2_grpc.SessionServiceStub(self._channel)
-        self._models = model_pb2_grpc.ModelServiceStub(self._channel)
+        self._ways = Ways(address or find_address(), credentials)
+        self._calls = Calls(self._ways, patience=patience, resume=resume, on_repeat=on_repeat)
 
     async def __aenter__(self) -> Self:
         return self
@@ -96,7 +89,7 @@ class MoltBot:
 
     async def close(self) -> None:
         """Close the connection. Turns under way go on in the core and can be resumed."""
-        await self._channel.close()
+        await self._ways.close()
 
     # --- turns ---------------------------------------------------------------------------------------------------
 
@@ -111,12 +104,13 @@ class MoltBot:
     ) -> AsyncGenerator[chat_pb2.Event, None]:
         """Say something and yield the events of the answer; the last one is `completed` or `failed`.
 
-        A broken connection is mended unseen: the turn goes on in the core and is followed from the last event on.
-        A `reset` event takes back what was said before: `Answer` puts the text together.
+        A broken connection or a killed core is mended unseen: the turn goes on in the core, or in the next one, and is
+        followed from the last event on. No event is missing and none comes twice. A `reset` event takes back what was
+        said before: `Answer` puts the text together. Closing the generator closes the call, and the turn goes on.
         `fields` are further fields of the contract's `TurnInput`, such as `model`, `user`, `options` or `channel`.
         """
         turn = _turn(content, session, request_id, fields)
-        return self._follow(turn, "", 0, within)
+        return self._calls.follow(turn, "", 0, self._metadata, within=within)
 
     async def run_turn(
         self,
@@ -129,93 +123,54 @@ class MoltBot:
     ) -> Reply:
         """Say something and return the whole answer. Takes what `stream_turn` takes; a failed turn raises."""
         request = chat_pb2.RunTurnRequest(turn=_turn(content, session, request_id, fields))
-        answer = await self._call(self._chat.RunTurn, request, within)
+        answer = await self._call(lambda link: link.chat.RunTurn, request, within)
         return Reply(turn=answer.turn, completed=answer.completed)
 
     def resume_turn(
         self, turn: str, *, after_sequence: int = 0, within: float | None = None
     ) -> AsyncGenerator[chat_pb2.Event, None]:
         """Yield the events of a turn, running or ended, that come after a sequence number."""
-        return self._follow(None, turn, after_sequence, within)
+        return self._calls.follow(None, turn, after_sequence, self._metadata, within=within)
 
     async def cancel_turn(self, turn: str) -> bool:
         """Cancel a turn; its text so far is kept. Return whether this call ended it."""
-        return (await self._call(self._chat.CancelTurn, chat_pb2.CancelTurnRequest(name=turn))).cancelled
-
-    async def _follow(
-        self, turn: chat_pb2.TurnInput | None, name: str, last: int, within: float | None
-    ) -> AsyncGenerator[chat_pb2.Event, None]:
-        tried, resuming, ends = 0, turn is None, None if within is None else _now() + within
-        while True:
-            left = None if ends is None else max(ends - _now(), 0.001)
-            try:
-                async with aclosing(self._events(turn, name, last, left)) as events:
-                    async for event in events:
-                        last, tried = event.sequence, 0
-                        name = event.accepted.turn if event.HasField("accepted") else name
-                        yield event
-                return
-            except MoltBotClientError as error:
-                if tried and not resuming and error.reason == "TURN_NOT_FOUND":
-                    raise _interrupted() from error
-                # A stream that never began was retried by the channel already.
-                if not error.connection_broke or not name or tried >= _TRIES:
-                    raise
-            await asyncio.sleep(min(_FIRST_PAUSE * 2**tried, _LONGEST_PAUSE) * random.uniform(0.5, 1))
-            tried += 1
-
-    async def _events(
-        self, turn: chat_pb2.TurnInput | None, name: str, last: int, within: float | None
-    ) -> AsyncGenerator[chat_pb2.Event, None]:
-        call: _EventStream
-        if turn is not None and not name:
-            call = self._chat.StreamTurn(chat_pb2.StreamTurnRequest(turn=turn), timeout=within, metadata=self._metadata)
-        else:
-            request = chat_pb2.ResumeTurnRequest(name=name, after_sequence=last)
-            call = self._chat.ResumeTurn(request, timeout=within, metadata=self._metadata)
-        try:
-            while isinstance(response := await call.read(), _EVENTS):
-                if response.event.sequence > last:
-                    yield response.event
-        except grpc.aio.AioRpcError as error:
-            raise from_status(error, self._address) from None
-        finally:
-            call.cancel()
+        return (await self._call(lambda link: link.chat.CancelTurn, chat_pb2.CancelTurnRequest(name=turn))).cancelled
 
     # --- sessions and models -------------------------------------------------------------------------------------
 
     def sessions(self, *, user: str = "", channel: str = "") -> AsyncIterator[session_pb2.Session]:
         """Yield the sessions of the workspace, the last used first, or only those of a user or a channel."""
         request = session_pb2.ListSessionsRequest(user=user, channel=channel)
-        return self._pages(self._sessions.ListSessions, request, lambda page: page.sessions)
+        return self._pages(lambda link: link.sessions.ListSessions, request, lambda page: page.sessions)
 
     def messages(self, session: str) -> AsyncIterator[message_pb2.Message]:
         """Yield the messages of a session, oldest first."""
         request = session_pb2.ListMessagesRequest(parent=_named("sessions", session))
-        return self._pages(self._sessions.ListMessages, request, lambda page: page.messages)
+        return self._pages(lambda link: link.sessions.ListMessages, request, lambda page: page.messages)
 
     def models(self) -> AsyncIterator[model_pb2.Model]:
         """Yield the models, the default one first."""
-        return self._pages(self._models.ListModels, model_pb2.ListModelsRequest(), lambda page: page.models)
+        return self._pages(lambda link: link.models.ListModels, model_pb2.ListModelsRequest(), lambda page: page.models)
 
     async def get_session(self, session: str) -> session_pb2.Session:
         """Return one session."""
         request = session_pb2.GetSessionRequest(name=_named("sessions", session))
-        return (await self._call(self._sessions.GetSession, request)).session
+        return (await self._call(lambda link: link.sessions.GetSession, request)).session
 
     async def reset_session(self, session: str) -> session_pb2.Session:
         """Forget what was said in a session, and return it."""
         request = session_pb2.ResetSessionRequest(name=_named("sessions", session))
-        return (await self._call(self._sessions.ResetSession, request)).session
+        return (await self._call(lambda link: link.sessions.ResetSession, request)).session
 
     async def delete_session(self, session: str) -> None:
         """Delete a session with all that was said in it."""
         request = session_pb2.DeleteSessionRequest(name=_named("sessions", session))
-        await self._call(self._sessions.DeleteSession, request)
+        await self._call(lambda link: link.sessions.DeleteSession, request, safe=False)
 
     async def get_model(self, model: str) -> model_pb2.Model:
         """Return one model."""
-        return (await self._call(self._models.GetModel, model_pb2.GetModelRequest(name=_named("models", model)))).model
+        request = model_pb2.GetModelRequest(name=_named("models", model))
+        return (await self._call(lambda link: link.models.GetModel, request)).model
 
     async def load_model(
         self, model: str, path: str, *, type: str = "", context_length: int = 0, within: float | None = None
@@ -228,26 +183,28 @@ class MoltBot:
         request = model_pb2.LoadModelRequest(
             name=_named("models", model), path=path, type=type, context_length=context_length
         )
-        call = self._models.LoadModel(request, timeout=within, metadata=self._metadata)
+        link = self._ways.pick()
+        call = link.models.LoadModel(request, timeout=within, metadata=self._metadata)
         try:
             while isinstance(response := await call.read(), model_pb2.LoadModelResponse):
                 yield response
         except grpc.aio.AioRpcError as error:
-            raise from_status(error, self._address) from None
+            raise from_status(error, link.address) from None
         finally:
             call.cancel()
 
     async def switch_model(self, model: str) -> model_pb2.SwitchModelResponse:
         """Make a loaded model the one that answers by default, and return it and the one before."""
         request = model_pb2.SwitchModelRequest(name=_named("models", model))
-        return await self._call(self._models.SwitchModel, request)
+        return await self._call(lambda link: link.models.SwitchModel, request, safe=False)
 
     async def unload_model(self, model: str, *, within: float | None = None) -> None:
         """Let a model end its turns and free its memory. The default model cannot be unloaded."""
-        await self._call(self._models.UnloadModel, model_pb2.UnloadModelRequest(name=_named("models", model)), within)
+        request = model_pb2.UnloadModelRequest(name=_named("models", model))
+        await self._call(lambda link: link.models.UnloadModel, request, within, safe=False)
 
     async def _pages(
-        self, method: Callable[..., Awaitable[_AnyPage]], request: Any, items: Callable[[_AnyPage], Sequence[_Answer]]
+        self, method: Method[_AnyPage], request: Any, items: Callable[[_AnyPage], Sequence[_Answer]]
     ) -> AsyncGenerator[_Answer, None]:
         while True:
             page = await self._call(method, request)
@@ -258,12 +215,9 @@ class MoltBot:
             request.page_token = page.next_page_token
 
     async def _call(
-        self, method: Callable[..., Awaitable[_Answer]], request: Any, within: float | None = None
+        self, method: Method[_Answer], request: Any, within: float | None = None, *, safe: bool = True
     ) -> _Answer:
-        try:
-            return await method(request, timeout=within, metadata=self._metadata)
-        except grpc.aio.AioRpcError as error:
-            raise from_status(error, self._address) from None
+        return await self._calls.unary(method, request, self._metadata, within=within, safe=safe)
 
 
 def _turn(
@@ -276,19 +230,6 @@ def _turn(
         request_id=request_id or str(uuid.uuid4()),
         **fields,
     )
-
-
-def _interrupted() -> MoltBotClientError:
-    return MoltBotClientError(
-        grpc.StatusCode.UNAVAILABLE,
-        "the core restarted while the turn ran; say it again",
-        reason="TURN_INTERRUPTED",
-        retryable=True,
-    )
-
-
-def _now() -> float:
-    return asyncio.get_running_loop().time()
 
 
 def _named(collection: str, name: str) -> str:

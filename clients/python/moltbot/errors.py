@@ -8,6 +8,7 @@ from google.rpc import error_details_pb2, status_pb2
 from moltbot.v1 import chat_pb2, error_pb2
 
 _DETAILS_KEY = "grpc-status-details-bin"
+_PUSHBACK_KEY = "grpc-retry-pushback-ms"
 _CODES = {code.value[0]: code for code in grpc.StatusCode}
 # Without a reason these are the transport's words: a reset stream, a lost connection, a server that left.
 _TRANSPORT = frozenset(
@@ -50,6 +51,8 @@ class MoltBotClientError(Exception):
         retryable: bool = False,
         retry_after: float | None = None,
         fields: dict[str, str] | None = None,
+        never_reached: bool = False,
+        is_final: bool = False,
     ) -> None:
         super().__init__(f"{code.name}{f' ({reason})' if reason else ''}: {message}")
         self.code = code
@@ -58,6 +61,8 @@ class MoltBotClientError(Exception):
         self.retryable = retryable
         self.retry_after = retry_after
         self.fields = fields or {}
+        self.never_reached = never_reached or reason == "NOT_SERVING"
+        self.is_final = is_final
 
     @property
     def connection_broke(self) -> bool:
@@ -70,8 +75,12 @@ def from_status(error: grpc.aio.AioRpcError, address: str) -> MoltBotClientError
 
     It says all that the status did, so that it need not be chained to the error of gRPC.
     """
-    reason, retry_after, fields = "", None, {}
+    reason, retry_after, fields, is_final = "", None, {}, False
     for key, value in error.trailing_metadata() or ():
+        if key == _PUSHBACK_KEY:
+            text = value if isinstance(value, str) else value.decode("ascii", "replace")
+            is_final = not (text.isascii() and text.isdigit())  # a negative number, or none: gRPC's "never"
+            retry_after = None if is_final else int(text) / 1e3
         if key != _DETAILS_KEY or not isinstance(value, bytes):
             continue
         for detail in status_pb2.Status.FromString(value).details:
@@ -84,10 +93,18 @@ def from_status(error: grpc.aio.AioRpcError, address: str) -> MoltBotClientError
                 fields = {violation.field: violation.description for violation in violations}
     retryable = reason in _RETRYABLE or retry_after is not None or error.code() is grpc.StatusCode.UNAVAILABLE
     message = error.details() or "the core gave no reason"
-    if error.code() is grpc.StatusCode.UNAVAILABLE and not reason and _NOBODY in message:
+    nobody = error.code() is grpc.StatusCode.UNAVAILABLE and not reason and _NOBODY in message
+    if nobody:
         message = f"nobody answers at {address} ({_why(message)}): start MoltBot with `moltbot start`"
     return MoltBotClientError(
-        error.code(), message, reason=reason, retryable=retryable, retry_after=retry_after, fields=fields
+        error.code(),
+        message,
+        reason=reason,
+        retryable=retryable and not is_final,
+        retry_after=retry_after,
+        fields=fields,
+        never_reached=nobody,
+        is_final=is_final,
     )
 
 

@@ -1,0 +1,148 @@
+"""Calls that outlive what breaks on the way: the same call again, the same turn from its last event on."""
+
+from __future__ import annotations
+
+from collections.abc import AsyncGenerator, Awaitable, Callable
+from typing import Any, Protocol, TypeVar
+
+import grpc
+
+from moltbot.channel import Link, Ways
+from moltbot.errors import MoltBotClientError, from_status
+from moltbot.patience import Budget, Patience
+from moltbot.v1 import chat_pb2
+
+_Answer = TypeVar("_Answer")
+Method = Callable[[Link], Callable[..., Awaitable[_Answer]]]
+"""Finds a method among the stubs of a link."""
+Metadata = tuple[tuple[str, str], ...]
+_EVENTS = (chat_pb2.StreamTurnResponse, chat_pb2.ResumeTurnResponse)  # what a stream yields before its end
+
+
+class _EventStream(Protocol):
+    async def read(self) -> Any: ...
+
+    def cancel(self) -> bool: ...
+
+
+class Calls:
+    """Makes calls on the ways to a core, and makes them again where that is safe and of use."""
+
+    def __init__(
+        self,
+        ways: Ways,
+        *,
+        patience: float = 60.0,
+        resume: bool = True,
+        on_repeat: Callable[[str], None] | None = None,
+    ) -> None:
+        """`patience` is in seconds without any progress; `on_repeat` hears `call`, `start` or `resume` at each repeat.
+
+        Without `resume` nothing is made again, and what breaks is told.
+        """
+        self.ways = ways
+        self._limit = patience
+        self._resume = resume
+        self._on_repeat = on_repeat or _nobody_listens
+        self._budget = Budget()
+
+    async def unary(
+        self,
+        method: Method[_Answer],
+        request: Any,
+        metadata: Metadata,
+        *,
+        within: float | None = None,
+        safe: bool = True,
+        kind: str = "call",
+    ) -> _Answer:
+        """Return the answer of a unary method; one that is not `safe` to repeat is made once.
+
+        Raises:
+            MoltBotClientError: the core refused, or nothing led to it for too long.
+        """
+        patience = Patience(self.ways, self._budget, limit=self._limit, within=within, safe=safe)
+        while True:
+            link = self.ways.pick()
+            try:
+                answer = await method(link)(request, timeout=patience.left(), metadata=metadata)
+            except grpc.aio.AioRpcError as error:
+                failure = from_status(error, link.address)
+            else:
+                patience.progress()
+                return answer
+            await self._pause(patience, failure, link, kind)
+
+    async def follow(
+        self,
+        turn: chat_pb2.TurnInput | None,
+        name: str,
+        last: int,
+        metadata: Metadata,
+        *,
+        within: float | None = None,
+    ) -> AsyncGenerator[chat_pb2.Event, None]:
+        """Yield the events of a turn: of the one that `turn` starts, or of `name` after the sequence number `last`.
+
+        `turn.request_id` must be set. Each event comes once and in order, through whatever breaks.
+
+        Raises:
+            MoltBotClientError: the core refused, or nothing led to it for too long.
+        """
+        patience = Patience(self.ways, self._budget, limit=self._limit, within=within)
+        starting = turn is not None
+        while True:
+            link = self.ways.pick()
+            call = _open(link, turn, name, last, metadata, patience.left())
+            try:
+                # read() and not `async for`: one generator less for each event.
+                while isinstance(response := await call.read(), _EVENTS):
+                    event = response.event
+                    patience.progress()
+                    if event.sequence <= last:
+                        continue
+                    first, last = last == 0, event.sequence
+                    if event.HasField("accepted"):
+                        name = event.accepted.turn
+                        if not first:
+                            continue  # a core that carries the turn on says again what was said
+                    yield event
+                return
+            except grpc.aio.AioRpcError as error:
+                failure = from_status(error, link.address)
+            finally:
+                call.cancel()
+            if failure.reason == "TURN_NOT_FOUND" and starting and name:
+                raise _interrupted()
+            await self._pause(patience, failure, link, "resume" if name else "start")
+
+    async def _pause(self, patience: Patience, failure: MoltBotClientError, link: Link, kind: str) -> None:
+        if not self._resume:
+            raise failure
+        await patience.pause(failure, link)
+        self._on_repeat(kind)
+
+
+def _open(
+    link: Link, turn: chat_pb2.TurnInput | None, name: str, last: int, metadata: Metadata, within: float | None
+) -> _EventStream:
+    call: _EventStream
+    if turn is not None and not name:
+        call = link.chat.StreamTurn(chat_pb2.StreamTurnRequest(turn=turn), timeout=within, metadata=metadata)
+    else:
+        request = chat_pb2.ResumeTurnRequest(name=name, after_sequence=last)
+        call = link.chat.ResumeTurn(request, timeout=within, metadata=metadata)
+    return call
+
+
+def _interrupted() -> MoltBotClientError:
+    return MoltBotClientError(
+        grpc.StatusCode.UNAVAILABLE,
+        "the core restarted while the turn ran; say it again",
+        reason="TURN_INTERRUPTED",
+        retryable=True,
+    )
+
+
+def _nobody_listens(kind: str) -> None:
+    """Stand in for who would hear of repeats."""
