@@ -104,9 +104,15 @@ async def _start_core(settings: Settings, key: str, reread: Callable[[], Setting
 async def _start_engine(
     settings: Settings, key: str, listen: str, metrics_port: int | None
 ) -> tuple[Mapping[str, Any], Leave]:
+    from moltbot_server.models.replica.nursery import Nursery
+
+    nursery = Nursery() if Nursery.possible() else None
+    if nursery is not None:
+        nursery.start()  # it gets ready while this process still imports
+
     from moltbot_server.engine_role import EngineRole
 
-    engine = EngineRole(settings, key=key, listen=listen, metrics_port=metrics_port)
+    engine = EngineRole(settings, key=key, listen=listen, metrics_port=metrics_port, nursery=nursery)
     await engine.start()
     ready = {
         "ready": True,

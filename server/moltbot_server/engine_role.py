@@ -16,6 +16,7 @@ from moltbot_server.metrics import Metrics
 from moltbot_server.models.building import LocalLoader, Resources, configured_catalog
 from moltbot_server.models.catalog import Catalog
 from moltbot_server.models.manager import ModelManager
+from moltbot_server.models.replica.nursery import Nursery
 from moltbot_server.ops import OpsServer
 from moltbot_server.rpc.server import GrpcServer
 from moltbot_server.turns import Principal
@@ -34,18 +35,21 @@ class EngineRole:
         listen: str,
         metrics_port: int | None = None,
         catalog: Catalog | None = None,
+        nursery: Nursery | None = None,
     ) -> None:
         """`key` opens it: who has it is a core, and is believed whom an answer is for.
 
         `listen` is `unix:PATH` or `HOST:PORT`; port 0 takes any free one. `/health` and `/metrics` are told on
-        `metrics_port`, and nowhere without one. `catalog` stands in for the configured model.
+        `metrics_port`, and nowhere without one. `catalog` stands in for the configured model. With a `nursery`,
+        which is closed with the role, replicas of small models are processes.
 
         Raises:
             ModelUnavailable: the configured model cannot be found.
             ConfigError: the address is wrong, or others could listen to what passes there.
         """
-        self.catalog = catalog or configured_catalog(settings)
-        self.models = ModelManager(self.catalog, LocalLoader(Resources.of(settings)))
+        self.catalog = catalog or configured_catalog(settings, nursery)
+        self.models = ModelManager(self.catalog, LocalLoader(Resources.of(settings, nursery)))
+        self._nursery = nursery
         self.metrics = Metrics()
         self.server = _server(settings, listen)
         self.ops: OpsServer | None = None
@@ -61,6 +65,8 @@ class EngineRole:
         """
         started = time.perf_counter()
         await self.catalog.start()
+        if self._nursery is not None and not self._nursery.born:
+            await asyncio.to_thread(self._nursery.close)  # it takes memory, and starts again when it is needed
         try:
             self.server.register_engine(
                 authenticator=self._authenticator, metrics=self.metrics, catalog=self.catalog, manager=self.models
@@ -85,6 +91,8 @@ class EngineRole:
         await self.catalog.close()
         if self.ops is not None:
             await asyncio.to_thread(self.ops.close)
+        if self._nursery is not None:
+            await asyncio.to_thread(self._nursery.close)
         log.info("the engine has left")
 
     def health(self) -> Mapping[str, Any]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import asyncio
 import threading
-from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable, Sequence
+from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable, Iterator, Sequence
 from contextlib import aclosing, asynccontextmanager
 from pathlib import Path
 
@@ -19,6 +19,7 @@ from moltbot_server.models.engines.local import LocalEngine
 from moltbot_server.models.engines.local import batch_writing as native
 from moltbot_server.models.engines.local.rows import GONE, Row, Sampling
 from moltbot_server.models.folder import read_folder
+from moltbot_server.models.replica.nursery import Nursery
 from moltbot_server.models.tokenizer import Tokenizer
 from moltbot_server.models.tuning import Tuning
 from moltbot_server.turns import FinishReason, GenerationOptions, Message, Role, TextPart
@@ -26,6 +27,22 @@ from tiny_model import make_tiny_model, vocabulary
 
 ASK = GenerationOptions()
 QUESTIONS = ["hello", "怎么安装?", "how do I start it", "🎉 party", "the lazy dog", "1 2 3", "你好，世界！", "x" * 30]
+
+
+FORMS = ["threads", *(["processes"] if Nursery.possible() else [])]
+nurseries: list[Nursery] = []
+"""The nursery that engines are to have, if any."""
+
+
+@pytest.fixture(autouse=True, scope="module", params=FORMS)
+def _form(request: pytest.FixtureRequest) -> Iterator[None]:
+    """Let all of this hold for replicas in threads and for those in processes."""
+    if request.param == "processes":
+        nurseries.append(Nursery())
+    yield
+    if nurseries:
+        assert nurseries[0].born == 0
+        nurseries.pop().close()
 
 
 @pytest.fixture(autouse=True)
@@ -50,8 +67,11 @@ def user(text: str) -> list[Message]:
 
 @asynccontextmanager
 async def running(folder: Path, replicas: int, **options: int) -> AsyncIterator[LocalEngine]:
-    engine = LocalEngine(read_folder(folder), tuning=Tuning(replicas=replicas), **options)
+    engine = LocalEngine(
+        read_folder(folder), tuning=Tuning(replicas=replicas), nursery=next(iter(nurseries), None), **options
+    )
     await engine.start()
+    assert all(nurse.born >= replicas for nurse in nurseries)
     try:
         yield engine
     finally:
@@ -274,7 +294,7 @@ def native_threads() -> int:
 async def test_closing_the_engine_ends_its_answers_and_all_its_threads(endless: Path) -> None:
     await asyncio.to_thread(int)  # the loop's own executor may start its threads before the count
     before = threading.active_count(), native_threads()
-    engine = LocalEngine(read_folder(endless), tuning=Tuning(replicas=3))
+    engine = LocalEngine(read_folder(endless), tuning=Tuning(replicas=3), nursery=next(iter(nurseries), None))
     await engine.start()
     assert (engine.healthy, threading.active_count() - before[0] >= 3) == (True, True)
     streams = [await opened(streamed(engine, user("go on"), ASK)) for _ in range(3)]
@@ -362,7 +382,7 @@ async def test_a_broken_weights_file_is_named(tmp_path: Path, spoil: str) -> Non
     whole = (folder / "model.bin").read_bytes()
     broken = {"cut off": whole[: len(whole) // 2], "noise": b"\x07" * 4096}[spoil]
     (folder / "model.bin").write_bytes(broken)
-    engine = LocalEngine(read_folder(folder), tuning=Tuning(replicas=1))
+    engine = LocalEngine(read_folder(folder), tuning=Tuning(replicas=1), nursery=next(iter(nurseries), None))
     with pytest.raises(ModelUnavailable, match=r"tiny cannot be loaded: .*expected a whole CTranslate2 decoder model"):
         await engine.start()
     assert not engine.healthy

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import sys
-from collections.abc import AsyncIterator, Callable, Sequence
+from collections.abc import AsyncIterator, Callable, Iterator, Sequence
 from contextlib import aclosing, asynccontextmanager
 from pathlib import Path
 from typing import Any
@@ -15,12 +15,27 @@ from moltbot_server.errors import DeadlineExceeded, QueueFull
 from moltbot_server.models.engine import NOBODY, Asker, Chunk, Finished, stream
 from moltbot_server.models.engines.local import LocalEngine, batch_writing
 from moltbot_server.models.folder import read_folder
+from moltbot_server.models.replica.nursery import Nursery
 from moltbot_server.models.tuning import Tuning
 from moltbot_server.turns import GenerationOptions, Message, Role, TextPart
 from tiny_model import make_tiny_model
 
 ASK = GenerationOptions()
+FORMS = ["threads", *(["processes"] if Nursery.possible() else [])]
+nurseries: list[Nursery] = []
+"""The nursery that engines are to have, if any."""
 SYSTEM = "the quick brown fox jumps over the lazy dog and says hello to everybody"
+
+
+@pytest.fixture(autouse=True, scope="module", params=FORMS)
+def _form(request: pytest.FixtureRequest) -> Iterator[None]:
+    """Let all of this hold for replicas in threads and for those in processes."""
+    if request.param == "processes":
+        nurseries.append(Nursery())
+    yield
+    if nurseries:
+        assert nurseries[0].born == 0
+        nurseries.pop().close()
 
 
 @pytest.fixture(scope="module")
@@ -48,8 +63,9 @@ async def running(
     folder: Path, replicas: int = 1, batch: int = 8, compute_type: str = "default", **options: Any
 ) -> AsyncIterator[LocalEngine]:
     tuning = Tuning(replicas=replicas, batch=batch, compute_type=compute_type)
-    engine = LocalEngine(read_folder(folder), tuning=tuning, **options)
+    engine = LocalEngine(read_folder(folder), tuning=tuning, nursery=next(iter(nurseries), None), **options)
     await engine.start()
+    assert all(nurse.born >= replicas for nurse in nurseries)
     await until(lambda: engine._waiting._idle == replicas)  # all are back from their probe
     try:
         yield engine
@@ -309,7 +325,8 @@ async def test_what_comes_at_one_moment_is_shared_out_between_the_replicas(endle
 
 async def test_the_tuning_says_how_many_answers_are_written_at_once(endless: Path) -> None:
     async with running(endless, replicas=3, batch=5) as engine:
-        assert (engine.parallel, engine.memory_bytes) == (15, (endless / "model.bin").stat().st_size)
+        each = (endless / "model.bin").stat().st_size
+        assert (engine.parallel, engine.memory_bytes) == (15, 3 * each if nurseries else each)
         await asyncio.gather(*(ask(engine, conversation("hello"), tokens(20)) for _ in range(30)))
         assert 1 <= engine.mean_batch <= 5
 

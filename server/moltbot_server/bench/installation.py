@@ -20,6 +20,7 @@ from typing import Any
 
 import psutil
 
+from moltbot_server.bench.processes import processor_seconds
 from moltbot_server.workspace import Workspace
 
 _MOLTBOT = (sys.executable, "-m", "moltbot_server.cli")
@@ -185,7 +186,7 @@ class Meter:
         """`loads` tell the processor seconds that the load's processes have used."""
         self._loads = loads
         self._load = sum(load() for load in loads)
-        self._processes = [psutil.Process(pid) for pid in installation.pids().values()]
+        self._processes = {name: psutil.Process(pid) for name, pid in installation.pids().items()}
         self._began, self._used, self._machine = time.perf_counter(), self._seconds(), psutil.cpu_times()
 
     def read(self) -> dict[str, float]:
@@ -205,7 +206,7 @@ class Meter:
         }
 
     def _seconds(self) -> float:
-        return sum(process.cpu_times().user + process.cpu_times().system for process in self._processes)
+        return sum(processor_seconds(self._processes).values())
 
 
 _GUESTS = ("guest", "guest_nice")

@@ -15,7 +15,7 @@ import psutil
 from moltbot_server.bench import local_bare, local_load
 from moltbot_server.bench.installation import Installation, started
 from moltbot_server.bench.local_prompts import Workload
-from moltbot_server.bench.processes import Child
+from moltbot_server.bench.processes import Child, processor_seconds
 from moltbot_server.demo_model import ARTIFACT
 from moltbot_server.models.tuning import ENVIRONMENT, Tuning, keep_tuning
 from moltbot_server.workspace import Workspace
@@ -82,8 +82,7 @@ class Busy:
         return {name: round(each, 2) for name, each in (used | {"others": max(0.0, others)}).items()}
 
     def _used(self) -> dict[str, float]:
-        times = {name: process.cpu_times() for name, process in self._processes.items()}
-        return {name: used.user + used.system for name, used in times.items()}
+        return processor_seconds(self._processes)
 
 
 def _idle() -> float:

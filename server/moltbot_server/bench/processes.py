@@ -6,9 +6,12 @@ import json
 import os
 import subprocess
 import sys
+from collections.abc import Collection, Mapping
 from pathlib import Path
 from types import TracebackType
 from typing import Any
+
+import psutil
 
 _TICKS = os.sysconf("SC_CLK_TCK")
 
@@ -69,3 +72,20 @@ class Child:
         self._process.stdin.close()
         self._process.wait(timeout=20)
         self._process.stdout.close()
+
+
+def processor_seconds(processes: Mapping[str, psutil.Process]) -> dict[str, float]:
+    """Return how long each has used a processor, with those that it has started, unless these are named themselves.
+
+    What is no more counts for nothing.
+    """
+    named = {process.pid for process in processes.values()}
+    return {name: _seconds(process, named) for name, process in processes.items()}
+
+
+def _seconds(process: psutil.Process, named: Collection[int]) -> float:
+    try:
+        used, children = process.cpu_times(), process.children()
+    except psutil.NoSuchProcess:
+        return 0.0
+    return used.user + used.system + sum(_seconds(child, named) for child in children if child.pid not in named)

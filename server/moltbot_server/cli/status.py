@@ -6,7 +6,7 @@ import http.client
 import json
 import sys
 import time
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from typing import Any, NamedTuple
 from urllib.parse import urlsplit
 
@@ -43,7 +43,7 @@ def state(workspace: Workspace, running: Running) -> dict[str, Any]:
     """Return the state as the JSON object of `moltbot status --json`. Memory is proportional set size, in bytes."""
     core, adapter = _health(running.metrics), _health(running.http)
     pids = {"supervisor": running.pid, **running.processes}
-    processes = {name: {"pid": pid, "memory": _memory(pid)} for name, pid in pids.items() if pid}
+    processes = {name: {"pid": pid, "memory": _memory(pid, set(pids.values()))} for name, pid in pids.items() if pid}
     return {
         "running": True,
         "healthy": bool(core.healthy and adapter.healthy and core.said.get("engine") != "away")
@@ -101,13 +101,18 @@ def _health(address: str) -> _Health:
     return _Health(answer.status == 200, said if isinstance(said, dict) else {})
 
 
-def _memory(pid: int) -> int | None:
-    """Return a process's proportional set size, or what comes nearest on a system that does not count it."""
+def _memory(pid: int, named: Collection[int]) -> int | None:
+    """Return a process's proportional set size, or what comes nearest on a system that does not count it.
+
+    Its children count with it, such as those that write for an engine, unless they are `named` themselves.
+    """
     try:
-        memory = psutil.Process(pid).memory_full_info()
+        process = psutil.Process(pid)
+        memory, children = process.memory_full_info(), process.children()
     except psutil.Error:
         return None
-    return int(memory.pss if sys.platform.startswith("linux") else memory.uss)
+    below = [_memory(child.pid, named) or 0 for child in children if child.pid not in named]
+    return int(memory.pss if sys.platform.startswith("linux") else memory.uss) + sum(below)
 
 
 def _in_words(found: Mapping[str, Any]) -> str:

@@ -18,6 +18,7 @@ from moltbot_server.models.folder import SCRIPTED, check_context, configured_fol
 from moltbot_server.models.library import default_model
 from moltbot_server.models.manager import ModelSpec, Progress
 from moltbot_server.models.memory import available_memory, check_room, give_back
+from moltbot_server.models.replica.nursery import Nursery
 from moltbot_server.models.tuning import tuning_for
 from moltbot_server.workspace import Workspace
 
@@ -28,22 +29,25 @@ class Resources:
 
     `workspace` keeps what `moltbot model tune` measured. `threads`: so many replicas of one thread, whatever was
     measured; 0 for what fits the machine. `queue_limit`: how many answers may wait for a model before more are refused.
-    `shares`: how workspaces share a model, 1 for those not named.
+    `shares`: how workspaces share a model, 1 for those not named. With a `nursery`, replicas of small models are
+    processes.
     """
 
     workspace: Workspace | None = None
     threads: int = 0
     queue_limit: int = MAX_WAITING
     shares: Mapping[str, float] = field(default_factory=dict)
+    nursery: Nursery | None = None
 
     @classmethod
-    def of(cls, settings: Settings) -> Resources:
+    def of(cls, settings: Settings, nursery: Nursery | None = None) -> Resources:
         """Return what the settings give."""
         return cls(
             workspace=Workspace(folder=settings.workspace),
             threads=settings.threads or 0,
             queue_limit=settings.queue_limit,
             shares=dict(settings.shares),
+            nursery=nursery,
         )
 
 
@@ -84,15 +88,15 @@ class LocalLoader:
         give_back()
 
 
-def configured_catalog(settings: Settings) -> Catalog:
+def configured_catalog(settings: Settings, nursery: Nursery | None = None) -> Catalog:
     """Make the catalog of the one model that is to answer: the configured one, or the one that was chosen since.
 
-    Nothing is loaded before `Catalog.start`.
+    Nothing is loaded before `Catalog.start`. For the `nursery` see `Resources`.
 
     Raises:
         ModelUnavailable: there is no such model; the text says what was found and what was expected.
     """
-    resources = Resources.of(settings)
+    resources = Resources.of(settings, nursery)
     chosen = default_model(settings)
     if chosen is not None:
         engine = build_engine(
@@ -149,6 +153,7 @@ def build_engine(
         tuning=tuning_for(resources.workspace, folder.path, resources.threads),
         max_waiting=resources.queue_limit,
         weights=resources.shares,
+        nursery=resources.nursery,
     )
 
 

@@ -28,6 +28,9 @@ A small model writes a step in half a millisecond, and to be woken costs the eve
 step's tokens do. The core gathers text for longer anyway.
 """
 
+LIVES = 2
+"""How often a row is written again because the process that wrote it has died; it may be what kills them."""
+
 _NEARLY_DONE = 32
 
 
@@ -109,12 +112,26 @@ class BatchWriting:
             self.last = max(self._alive, default=-1)
         return over
 
-    def tell(self) -> None:
+    def stepped(self) -> None:
         """Let the event loop read what came, at the end of a step, if it is worth its while."""
         if self._due or self._at - self._told >= GATHER:
-            self._told = self._at
-            self._due = False
-            self._reader.hand_over()
+            self.tell()
+
+    def tell(self) -> None:
+        """Let the event loop read what came."""
+        self._told = self._at
+        self._due = False
+        self._reader.hand_over()
+
+    def lost(self) -> None:
+        """Have written elsewhere what was open when its process died, unless that has happened to it too often."""
+        for index in sorted(self.open):
+            row = self._rows[index]
+            row.lost += 1
+            tokens = self._batch.tokens[index]
+            goes_on = not (row.cancelled or row.lost > LIVES or (tokens and row.sampling.alone))
+            if goes_on and self._waiting.pause(self._batch, index, self.words(index), must=True):
+                self.open.discard(index)
 
     def _took(self, index: int, token: int) -> bool:
         row = self._rows[index]

@@ -20,6 +20,10 @@ SLOWER = 1.2
 """How much longer a batch may take for the sake of rows of somebody who crowds those that it is for."""
 
 
+_TOGETHER = 1
+"""Processes that may have died with a row before it is written alone: nobody else shall suffer if it was the reason."""
+
+
 class Batch:
     """Rows that are written together; `lead` is the beginning that they share and that the model keeps.
 
@@ -87,7 +91,7 @@ def joined_by(riders: Iterable[Row], batch: Batch, most: int, costs: Costs, typi
 
 
 def _may_join(row: Row, first: Row) -> bool:
-    if row.sampling != first.sampling:
+    if row.sampling != first.sampling or max(row.lost, first.lost) > _TOGETHER:
         return False
     # A prompt of a single token is not read before the steps, and what longer ones read in them would be told.
     alone = first.sampling.alone or len(first.prompt) < 2 or len(row.prompt) < 2

@@ -27,7 +27,8 @@ from moltbot_server.models.engine import (
     stream,
 )
 from moltbot_server.models.engines.local.leads import Leads
-from moltbot_server.models.engines.local.replicas import Replicas
+from moltbot_server.models.engines.local.processes import ProcessReplica
+from moltbot_server.models.engines.local.replicas import Replica, Replicas
 from moltbot_server.models.engines.local.rows import EXPIRED, GONE, Row
 from moltbot_server.models.engines.local.sampling import sampling_of
 from moltbot_server.models.engines.local.threads import ThreadReplica, load
@@ -36,11 +37,16 @@ from moltbot_server.models.engines.local.weights import context_bytes
 from moltbot_server.models.engines.local.writing import Writing
 from moltbot_server.models.folder import ModelFolder
 from moltbot_server.models.limits import check_options
+from moltbot_server.models.replica.nursery import Nursery
 from moltbot_server.models.tokenizer import Tokenizer
 from moltbot_server.models.tuning import Tuning, tuning_for
 from moltbot_server.turns import GenerationOptions, Message, Role, TextPart
 
 MAX_WAITING = 256
+
+SMALL = 32 << 20
+"""Bytes of weights up to which each replica may have its own, in a process of its own."""
+
 _TOLD_EVERY = 0.25
 _PROBED = 8  # tokens of the answers by which a model is proved, and its pace guessed
 _LEADS_SHARE = 0.25  # of the weights' size: what the beginnings that the model keeps may take beside them,
@@ -64,12 +70,14 @@ class LocalEngine:
         tuning: Tuning | None = None,
         max_waiting: int = MAX_WAITING,
         weights: Mapping[str, float] | None = None,
+        nursery: Nursery | None = None,
     ) -> None:
         """Describe the model; nothing is loaded before `start`.
 
         `context_length` of 0 is the folder's. Without a `tuning` the model uses the machine as most would. At most
         `max_waiting` answers wait, fewer where they would wait too long. `weights` of workspaces say how they share the
-        model, 1 for those not named.
+        model, 1 for those not named. With a `nursery`, which stays the caller's, the replicas of a small model
+        are processes.
         """
         self.id = folder.id
         self.display_name = folder.display_name
@@ -82,8 +90,11 @@ class LocalEngine:
             token_counts=True,
             cancellation=True,
         )
-        self.memory_bytes = (folder.path / "model.bin").stat().st_size
+        self._weights = self.memory_bytes = (folder.path / "model.bin").stat().st_size
         self.tuning = tuning or tuning_for(None, folder.path)
+        self._nursery = nursery if self._weights <= SMALL else None
+        if self._nursery is not None:
+            self.memory_bytes *= self.tuning.replicas
         self._folder = folder
         self._loaded: Tokenizer | None = None
         self._leads: Leads | None = None
@@ -161,6 +172,7 @@ class LocalEngine:
         """
         self._loop = asyncio.get_running_loop()
         replicas = await asyncio.to_thread(self._load)
+        await asyncio.to_thread(replicas.load)
         self._replicas = replicas
         replicas.start()
         self.trouble = ""
@@ -178,10 +190,10 @@ class LocalEngine:
         for row in self._waiting.close():
             self.note(row, GONE)
         for row in self._rows:
-            row.cancelled = True
+            row.cancel()
         replicas, self._replicas = self._replicas, None
         if replicas is not None:
-            await asyncio.to_thread(replicas.join)
+            await asyncio.to_thread(replicas.close)
         self._fetch()
 
     def check(self, options: GenerationOptions) -> None:
@@ -247,7 +259,7 @@ class LocalEngine:
 
     def let_go(self, row: Row) -> None:
         """Forget a row that nobody reads any more; its replica is free after the step."""
-        row.cancelled = True
+        row.cancel()
         self._rows.discard(row)
         self._waiting.remove(row)
         if row.ended and row.began:
@@ -295,7 +307,7 @@ class LocalEngine:
                 row.hand_over()
             except Exception:
                 _log.exception("a reader failed", extra={"model": self.id})
-                row.cancelled = True
+                row.cancel()
 
     def _tick(self) -> None:
         """End what waited too long, and tell the others their places if these have changed."""
@@ -342,7 +354,7 @@ class LocalEngine:
             self._loop.call_soon_threadsafe(self._fetch)
         except RuntimeError:  # the loop is closed: nobody reads any more
             for row, _ in self._outbox:
-                row.cancelled = True
+                row.cancel()
 
     def died(self) -> None:
         """Take note that a thread of the model has died."""
@@ -354,15 +366,22 @@ class LocalEngine:
         stops = {stop: tokenizer.id(stop) for stop in (*folder.template.stop, folder.eos_token)}
         self._stop_texts = tuple(stop for stop in folder.template.stop if stops[stop] is None)
         each = context_bytes(folder.path / "model.bin")
-        room = max(_LEADS_LEAST, self.memory_bytes * _LEADS_SHARE)
+        room = max(_LEADS_LEAST, self._weights * _LEADS_SHARE)
         self._leads = Leads(tokenizer.prompt, int(room / each) if each else 0)
         ends = frozenset(index for index in stops.values() if index is not None)
-        generator = load(folder, self.tuning)
         return Replicas(
-            [ThreadReplica(generator, ends) for _ in range(self.tuning.replicas)],
+            self._made(ends),
             name=self.id,
             waiting=self._waiting,
             reader=self,
             ends=ends,
             vocabulary=folder.vocabulary,
         )
+
+    def _made(self, ends: frozenset[int]) -> Sequence[Replica]:
+        """Return the replicas, in processes or around one loaded model."""
+        count, nursery = self.tuning.replicas, self._nursery
+        if nursery is not None:
+            return [ProcessReplica(nursery, self._folder, self.tuning, ends) for _ in range(count)]
+        generator = load(self._folder, self.tuning)
+        return [ThreadReplica(generator, ends) for _ in range(count)]

@@ -36,7 +36,9 @@ class Row:
 
     The native thread reads `cancelled` and counts; the queue has `waits`; all else belongs to the event loop. Times are
     `perf_counter`'s. `lead` is the beginning of the prompt that the model may keep for other rows too, and `cached` how
-    much of it was kept already. `prompt` grows by what was written when the row has to wait again.
+    much of it was kept already. `prompt` grows by what was written when the row has to wait again. `end_at` is where a
+    process that writes the row looks whether it is to end, and what it looks for; `lost` counts the processes that died
+    while they wrote it.
     """
 
     __slots__ = (
@@ -48,6 +50,7 @@ class Row:
         "charged",
         "cost",
         "deadline",
+        "end_at",
         "ended",
         "first",
         "inbox",
@@ -55,6 +58,7 @@ class Row:
         "lead",
         "left",
         "limit",
+        "lost",
         "named",
         "number",
         "place",
@@ -90,7 +94,8 @@ class Row:
         self.session = session or f"#{self.number}"  # who names no session shares none
         self.deadline = deadline
         self.cost = self.charged = 0.0
-        self.cached = 0
+        self.cached = self.lost = 0
+        self.end_at: tuple[memoryview[int], int, int] | None = None
         self.cancelled = self.ended = self.waits = False
         self.inbox: list[int] = []
         self.read: Callable[[list[int]], None] = unread
@@ -98,6 +103,13 @@ class Row:
         self.place = 0
         self.arrived = perf_counter()
         self.began = self.first = self.last = 0.0
+
+    def cancel(self) -> None:
+        """Let nothing more be written; whoever writes it ends it with the next step."""
+        self.cancelled = True
+        if self.end_at is not None:
+            cells, index, batch = self.end_at
+            cells[index] = batch
 
     def put(self, token: int) -> bool:
         """Add a token id or what ends the row; nothing comes after an end. Tell whether it is the first to be read."""

@@ -98,7 +98,7 @@ class _Steps:
         last = writing.last
         over = writing.took(index, step.token_id, self._at)
         if index >= last:
-            writing.tell()
+            writing.stepped()
         if writing.last < 0:
             _release(_LOCKED)
         return over

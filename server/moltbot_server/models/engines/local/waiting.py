@@ -91,11 +91,14 @@ class Waiting:
         with self._changed:
             self._changed.notify(len(self._queue))
 
-    def pause(self, batch: Batch, index: int, words: Sequence[str]) -> bool:
-        """Put a row back that a batch is writing, `words` added to its prompt; tell whether it will go on later."""
+    def pause(self, batch: Batch, index: int, words: Sequence[str], *, must: bool = False) -> bool:
+        """Put a row back that a batch is writing, `words` added to its prompt; tell whether it will go on later.
+
+        `must`: also where nobody waits who should have its place.
+        """
         row = batch.rows[index]
         with self._changed:
-            if self._closed or not self._presses():
+            if self._closed or not (must or self._presses()):
                 return False
             batch.paused.add(index)
             self._settle(batch, index)

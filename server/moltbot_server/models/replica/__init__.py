@@ -1,0 +1,1 @@
+"""Replicas of small models as processes: what runs in them, and who starts them."""
