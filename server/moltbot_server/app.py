@@ -29,7 +29,7 @@ from moltbot_server.reloading import Reloading, Reread
 from moltbot_server.rpc.remote_engine import EngineLink, RemoteEngine
 from moltbot_server.rpc.server import GrpcServer
 from moltbot_server.sessions import Sessions
-from moltbot_server.store.sqlite import SqliteStore
+from moltbot_server.store.building import build_store
 from moltbot_server.turns import Message, Principal
 from moltbot_server.usage import Ledger
 from moltbot_server.workspace import Workspace, parse_key
@@ -62,7 +62,7 @@ class Core:
         """
         self.settings = settings
         self.metrics = Metrics()
-        self.store = SqliteStore(Workspace(folder=settings.workspace).database)
+        self.store = build_store(settings)
         self.ledger = Ledger(self.store, settings.budgets, currency=settings.currency, metrics=self.metrics)
         self.journal = Journal(self.store)
         self.catalog, self._link, loader = _models(settings, key, catalog)

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from moltbot_server.config_keys import ENV_NAMES, KEYS, OTHER_NAMES, OTHERS_NAMES, PLAIN_NAMES, is_provider_key
-from moltbot_server.config_models import Budget, Cache, ModelRoute, Price, Provider, ProviderModel
+from moltbot_server.config_models import Budget, Cache, ModelRoute, Price, Provider, ProviderModel, Retention, Storage
 from moltbot_server.config_reading import flat, read
 from moltbot_server.config_sections import route, route_problems
 from moltbot_server.config_sources import (
@@ -38,7 +38,9 @@ __all__ = [
     "Problem",
     "Provider",
     "ProviderModel",
+    "Retention",
     "Settings",
+    "Storage",
     "is_loopback",
     "load_settings",
 ]
@@ -103,6 +105,8 @@ class Settings:
     models: ModelRoute = field(default_factory=ModelRoute)
     routes: tuple[ModelRoute, ...] = ()
     cache: Cache = field(default_factory=Cache)
+    store: Storage = field(default_factory=Storage)
+    retention: Retention = field(default_factory=Retention)
     budgets: tuple[Budget, ...] = ()
     currency: str = "USD"
     autoscaling: Autoscaling | None = None
@@ -287,13 +291,14 @@ def _settings(
     """Make the value; when problems were found already, make it only to find those of combinations too."""
     flat = {key: value for key, value in values.items() if "." not in key}
     models = {key.removeprefix("models."): value for key, value in values.items() if key.startswith("models.")}
-    cache = {key.rpartition(".")[2]: value for key, value in values.items() if key.startswith("cache.")}
-    scaling = {key.rpartition(".")[2]: value for key, value in values.items() if key.startswith("autoscaling.")}
+    scaling = _section(values, "autoscaling")
     try:
         settings = Settings(
             workspace=workspace,
             models=route(models),
-            cache=Cache(**cache),
+            cache=Cache(**_section(values, "cache")),
+            store=Storage(**_section(values, "store")),
+            retention=Retention(**_section(values, "retention")),
             autoscaling=Autoscaling(**scaling) if scaling else None,
             origins=origins,
             **flat,
@@ -303,6 +308,10 @@ def _settings(
     if problems:
         raise ConfigError(*sorted(problems, key=_place))
     return settings
+
+
+def _section(values: Mapping[str, Any], name: str) -> dict[str, Any]:
+    return {key.rpartition(".")[2]: value for key, value in values.items() if key.startswith(f"{name}.")}
 
 
 def _place(problem: Problem) -> tuple[str, int]:

@@ -62,6 +62,14 @@ KEYS: Mapping[str, Kind] = {
     "cache.ttl": duration(0, 365 * 86400),
     "cache.max_bytes": size(64 << 10, 1 << 40),
     "cache.answers": choice("deterministic", "always", "off"),
+    "store.type": choice("sqlite", "redis"),
+    "store.host": HOST,
+    "store.port": whole(1, 65535, "a port"),
+    "store.password": text(512, secret=True),
+    "store.database": whole(0, 1_000_000, "the number of a database"),
+    "store.prefix": shaped("[A-Za-z0-9._-]{1,64}", "1 to 64 of A-Z a-z 0-9 . _ -"),
+    "store.tls": TRUTH,
+    "retention.days": whole(0, 36_500, "a number of days, 0 for ever,"),
     "budgets": BUDGETS,
     "currency": shaped("[A-Z]{3}", "three capitals such as USD or CNY"),
     "autoscaling.min_replicas": whole(1, 10_000),
@@ -105,7 +113,9 @@ OTHER_NAMES = frozenset(
 )
 
 # Variables that the core alone has to know.
-SECRET_NAMES = frozenset({"MOLTBOT_VAULT_KEY", "MOLTBOT_VAULT_KEY_NEW", "MOLTBOT_CACHE_PASSWORD"})
+SECRET_NAMES = frozenset(
+    {"MOLTBOT_VAULT_KEY", "MOLTBOT_VAULT_KEY_NEW", "MOLTBOT_CACHE_PASSWORD", "MOLTBOT_STORE_PASSWORD"}
+)
 
 _PROVIDER_KEY = re.compile(r"[A-Z][A-Z0-9_]*_API_KEY")
 

@@ -9,6 +9,7 @@ Dialect = Literal["openai", "anthropic"]
 OnFailure = Literal["restart", "continue", "stop"]
 Answers = Literal["deterministic", "always", "off"]
 Scope = Literal["workspace", "user", "model"]
+StoreType = Literal["sqlite", "redis"]
 Period = Literal["day", "month"]
 
 
@@ -97,6 +98,29 @@ class Cache:
     ttl: float = 3600.0
     max_bytes: int = 64 << 20
     answers: Answers = "deterministic"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Storage:
+    """Where sessions and turns are kept: in the workspace (`sqlite`), or in a Redis that several nodes share.
+
+    All that is not `type` is of Redis; every key there begins with the `prefix`.
+    """
+
+    type: StoreType = "sqlite"
+    host: str = "127.0.0.1"
+    port: int = 6379
+    password: str = field(default="", repr=False)
+    database: int = 0
+    prefix: str = "moltbot"
+    tls: bool = False
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Retention:
+    """For how many days a session is kept after its last use; 0 is for ever."""
+
+    days: int = 0
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

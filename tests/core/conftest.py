@@ -2,22 +2,43 @@
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator, Callable
+import secrets
+from collections.abc import AsyncIterator, Callable, Iterator
 from pathlib import Path
 
 import pytest
 from kept_turns import Reopen
 from moltbot_server.store import Store
+from moltbot_server.store.redis import RedisStore
 from moltbot_server.store.sqlite import SqliteStore
-
-STORES: dict[str, Callable[[Path], Store]] = {"sqlite": lambda folder: SqliteStore(folder / "moltbot.db")}
-"""A maker for each kind of store; what two of one kind make in one folder is the same store."""
+from redis_process import KeepingRedis
 
 
-@pytest.fixture(params=STORES.values(), ids=STORES)
-def make_store(request: pytest.FixtureRequest, tmp_path: Path) -> Callable[[], Store]:
+@pytest.fixture(scope="session")
+def redis_port(tmp_path_factory: pytest.TempPathFactory) -> Iterator[int]:
+    """The port of a Redis that keeps what it is given; each test has a prefix of its own in it."""
+    with KeepingRedis(tmp_path_factory.mktemp("redis")) as redis:
+        yield redis.port
+
+
+def _sqlite(request: pytest.FixtureRequest) -> Callable[[], Store]:
+    path: Path = request.getfixturevalue("tmp_path")
+    return lambda: SqliteStore(path / "moltbot.db")
+
+
+def _redis(request: pytest.FixtureRequest) -> Callable[[], Store]:
+    port, prefix = request.getfixturevalue("redis_port"), f"test-{secrets.token_hex(6)}"
+    return lambda: RedisStore(host="127.0.0.1", port=port, prefix=prefix)
+
+
+STORES = {"sqlite": _sqlite, "redis": _redis}
+"""A maker for each kind of store; what two of one kind make in one test is the same store."""
+
+
+@pytest.fixture(params=STORES)
+def make_store(request: pytest.FixtureRequest) -> Callable[[], Store]:
     """Makes a store of each kind, not yet opened, on one and the same place."""
-    return lambda: request.param(tmp_path)
+    return STORES[request.param](request)
 
 
 @pytest.fixture

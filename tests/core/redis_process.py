@@ -7,6 +7,8 @@ import os
 import shutil
 import signal
 import socket
+import subprocess
+import time
 from asyncio.subprocess import DEVNULL, Process
 from pathlib import Path
 
@@ -16,17 +18,66 @@ _TOOLS = Path(__file__).parents[2] / ".tools" / "bin"
 _WITHIN = 10.0
 
 
+def redis_server() -> str:
+    """Return the path of the server; skips the test where there is none."""
+    found = shutil.which("redis-server", path=f"{_TOOLS}{os.pathsep}{os.environ['PATH']}")
+    if found is None:
+        pytest.skip("redis-server is not installed: type  scripts/tools redis")
+    return found
+
+
+def free_port() -> int:
+    """Return a port on which nobody listens."""
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+        port: int = listener.getsockname()[1]
+    return port
+
+
+class KeepingRedis:
+    """A `redis-server` for many tests that writes down all that it is given; it runs inside a `with` block."""
+
+    def __init__(self, folder: Path, *options: str) -> None:
+        """`options` are of the command line."""
+        self.port = free_port()
+        self._command = [redis_server(), "--port", str(self.port), "--bind", "127.0.0.1", "--dir", str(folder)]
+        self._command += ["--save", "", "--appendonly", "yes", "--appendfsync", "always", *options]
+        self._process: subprocess.Popen[bytes] | None = None
+
+    def __enter__(self) -> KeepingRedis:
+        self._process = subprocess.Popen(self._command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+        until = time.monotonic() + _WITHIN
+        while True:
+            try:
+                socket.create_connection(("127.0.0.1", self.port)).close()
+            except ConnectionRefusedError:
+                assert time.monotonic() < until, "redis-server does not listen"
+                time.sleep(0.01)
+            else:
+                return self
+
+    def __exit__(self, *failed: object) -> None:
+        if self._process is not None:
+            self._process.kill()
+            self._process.wait()
+
+
 class RedisProcess:
     """A `redis-server` that keeps nothing on the disk."""
 
     def __init__(self, password: str = "", *options: str) -> None:
         """Choose a port; `options` are of the command line."""
-        found = shutil.which("redis-server", path=f"{_TOOLS}{os.pathsep}{os.environ['PATH']}")
-        if found is None:
-            pytest.skip("redis-server is not installed: type  scripts/tools redis")
-        with socket.create_server(("127.0.0.1", 0)) as listener:
-            self.port: int = listener.getsockname()[1]
-        self._command = [found, "--port", str(self.port), "--bind", "127.0.0.1", "--save", "", "--appendonly", "no"]
+        self.port = free_port()
+        self._command = [
+            redis_server(),
+            "--port",
+            str(self.port),
+            "--bind",
+            "127.0.0.1",
+            "--save",
+            "",
+            "--appendonly",
+            "no",
+        ]
         self._command += [*(["--requirepass", password] if password else []), *options]
         self._process: Process | None = None
 

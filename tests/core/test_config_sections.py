@@ -13,7 +13,9 @@ from moltbot_server.config import (
     Price,
     Provider,
     ProviderModel,
+    Retention,
     Settings,
+    Storage,
     load_settings,
 )
 
@@ -113,6 +115,20 @@ def test_the_default_route_can_be_told_by_the_environment(tmp_path: Path) -> Non
     found = settings(tmp_path, "", environ)
     assert found.models == ModelRoute(primary="a", fallback=("b", "c"), on_failure="continue", retry_budget=0.1)
     assert (found.currency, found.cache.answers) == ("CNY", "off")
+
+
+def test_a_store_and_how_long_it_keeps_sessions_are_read_whole(tmp_path: Path) -> None:
+    yaml = (
+        "store: {type: redis, host: db, port: 6380, password: s, database: 2, prefix: a.b, tls: yes}\n"
+        "retention: {days: 30}\n"
+    )
+    found = settings(tmp_path, yaml)
+    assert found.store == Storage(type="redis", host="db", port=6380, password="s", database=2, prefix="a.b", tls=True)
+    assert found.retention == Retention(days=30)
+    assert "password" not in repr(found.store)
+    assert (settings(tmp_path, "").store.type, settings(tmp_path, "").retention.days) == ("sqlite", 0)
+    (line,) = told(tmp_path, "store: {prefix: 'a b'}\n")
+    assert line == "moltbot.yaml:1: store.prefix: found 'a b', expected 1 to 64 of A-Z a-z 0-9 . _ -"
 
 
 def test_a_cache_says_what_it_keeps_and_how_much(tmp_path: Path) -> None:

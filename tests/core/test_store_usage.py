@@ -67,12 +67,15 @@ async def test_names_of_users_are_data_and_nothing_else(store: Store) -> None:
     assert [(await store.list_usage(_all(user=name), after=None, limit=-1)).total.turns for name in names] == [1] * 6
 
 
-async def test_a_closed_or_broken_store_says_so(store: Store, tmp_path: Path) -> None:
+async def test_a_closed_store_says_so(store: Store) -> None:
     await store.close()
     with pytest.raises(StorageUnavailable):
         await store.list_usage(_all(), after=None, limit=1)
     with pytest.raises(StorageUnavailable):
         await store.add_usage([used(1, "a", "x")])
+
+
+async def test_a_broken_database_says_so(tmp_path: Path) -> None:
     broken = SqliteStore(tmp_path / "broken.db")
     await broken.open()
     (tmp_path / "broken.db").unlink()

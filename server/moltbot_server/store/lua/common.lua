@@ -1,0 +1,44 @@
+-- Stands before every script. KEYS[1] is how all keys of one workspace begin; the braces in it keep them on one node of
+-- a cluster. A turn's name is `ordinal:session`. Times and scores come as text and are not calculated with here.
+local base = KEYS[1]
+local call = redis.call
+
+local function turn_key(name) return base .. 't:' .. name end
+local function journal_key(name) return base .. 'j:' .. name end
+local function session_key(session) return base .. 's:' .. session end
+local function order_key(session) return base .. 'o:' .. session end
+local function running_key(node) return base .. 'run:' .. node end
+
+-- Indexes of sessions sort by time, the latest first, and then by name: scores are times below zero.
+local function touch(session, now)
+    local found = call('HMGET', session_key(session), 'user', 'ephemeral')
+    if not found[2] then return end
+    call('HSET', session_key(session), 'update', now)
+    if found[2] == '1' then
+        call('ZADD', base .. 'ephemeral', '-' .. now, session)
+        return
+    end
+    call('ZADD', base .. 'listed', '-' .. now, session)
+    if found[1] ~= '' then call('ZADD', base .. 'u:' .. found[1], '-' .. now, session) end
+end
+
+local function count_messages(session, change)
+    if change ~= 0 and call('EXISTS', session_key(session)) == 1 then
+        call('HINCRBY', session_key(session), 'messages', change)
+    end
+end
+
+local function forget_session(session)
+    local user = call('HGET', session_key(session), 'user')
+    call('ZREM', base .. 'listed', session)
+    call('ZREM', base .. 'ephemeral', session)
+    if user and user ~= '' then call('ZREM', base .. 'u:' .. user, session) end
+    return call('DEL', session_key(session))
+end
+
+local function forget_turn(name)
+    local found = call('HMGET', turn_key(name), 'r', 'n')
+    if found[1] and call('HGET', base .. 'requests', found[1]) == name then call('HDEL', base .. 'requests', found[1]) end
+    if found[2] then call('ZREM', running_key(found[2]), name) end
+    call('UNLINK', turn_key(name), journal_key(name))
+end

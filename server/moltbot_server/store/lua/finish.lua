@@ -1,0 +1,15 @@
+-- ARGV: node, session, ordinal, epoch, state, end_time, model, answer, events, finish. Answers 0 when the turn is
+-- another node's, else 1; there may be no such turn.
+local session = ARGV[2]
+local name = ARGV[3] .. ':' .. session
+local found = call('HMGET', turn_key(name), 'p', 'n', 'q', 'a')
+if not found[1] then return 1 end
+if found[1] ~= ARGV[4] or found[2] ~= ARGV[1] then return 0 end
+call('HSET', turn_key(name), 's', ARGV[5], 'e', ARGV[6], 'm', ARGV[7], 'v', ARGV[9], 'f', ARGV[10])
+if ARGV[8] ~= '' then call('HSET', turn_key(name), 'a', ARGV[8]) else call('HDEL', turn_key(name), 'a') end
+call('HDEL', turn_key(name), 'x', 'l')
+call('ZREM', running_key(ARGV[1]), name)
+call('UNLINK', journal_key(name))
+if found[3] then count_messages(session, (ARGV[8] ~= '' and 1 or 0) - (found[4] and 1 or 0)) end
+touch(session, ARGV[6])
+return 1

@@ -1,0 +1,19 @@
+-- ARGV: session, how many turns to delete at most, and what becomes of the session: `reset`, `delete`, or the time
+-- before which it was last used. Answers 2 when more is to be done, 1 when it is done, 0 when there is nothing to do.
+local session, what = ARGV[1], ARGV[3]
+local key = session_key(session)
+if what ~= 'reset' and what ~= 'delete' then
+    local used = call('HGET', key, 'update')
+    if used and tonumber(used) >= tonumber(what) then return 0 end
+end
+if what == 'reset' and call('EXISTS', key) == 1 then
+    local last = call('ZREVRANGE', order_key(session), 0, 0, 'WITHSCORES')
+    if last[2] and tonumber(last[2]) > tonumber(call('HGET', key, 'base')) then call('HSET', key, 'base', last[2]) end
+    call('HSET', key, 'title', '', 'messages', '0')
+end
+local names = call('ZRANGE', order_key(session), 0, ARGV[2] - 1)
+for _, name in ipairs(names) do forget_turn(name) end
+call('ZREMRANGEBYRANK', order_key(session), 0, #names - 1)
+if call('EXISTS', order_key(session)) == 1 then return 2 end
+if what == 'reset' then return 1 end
+return forget_session(session)

@@ -1,0 +1,20 @@
+-- A turn that another node carries out is taken over by `take_over` and by nothing else.
+local held, found = held_by()
+if held == name and found[2] == node then return 1 end
+if held then
+    local state = found[1]
+    if state == 'completed' or state == 'cancelled' or (state == 'running' and found[2] ~= node) then
+        return earlier(held)
+    end
+    if call('EXISTS', turn_key(name)) == 1 then return 0 end
+    if state == 'running' then
+        call('HSET', turn_key(held), 's', 'failed')
+        call('ZREM', running_key(found[2]), held)
+    end
+    if found[3] then
+        count_messages(string.match(held, '^%d+:(.*)$'), found[4] and -2 or -1)
+    end
+    call('HDEL', turn_key(held), 'q', 'x', 'l')
+    call('UNLINK', journal_key(held))
+end
+return insert()

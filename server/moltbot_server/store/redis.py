@@ -1,0 +1,326 @@
+"""The shared store: all nodes of a workspace keep their turns in one Redis.
+
+Whatever changes more than one key is a script, so each step happens whole or not at all; what the event loop gathered
+goes to Redis together. A turn belongs to the node that it names, at the epoch that it names; scripts check both. What
+the names of keys mean is in docs/store.md.
+"""
+
+from __future__ import annotations
+
+import secrets
+from collections.abc import AsyncIterator, Collection, Sequence
+from typing import Any
+
+from redis.asyncio.connection import AbstractConnection, Connection, SSLConnection
+from redis.asyncio.retry import Retry
+from redis.backoff import NoBackoff
+
+from moltbot_server.errors import StorageUnavailable, TurnInterrupted
+from moltbot_server.store.pending import Pending
+from moltbot_server.store.protocol import (
+    EndedTurn,
+    JournalEntry,
+    NewTurn,
+    Orphan,
+    StoredSession,
+    StoredTurn,
+    UsagePage,
+    UsagePlace,
+    UsageQuery,
+    UsageRow,
+)
+from moltbot_server.store.redis_line import Call, Command, RedisLine
+from moltbot_server.store.redis_listing import list_sessions
+from moltbot_server.store.redis_nodes import LEASE, NodeLease
+from moltbot_server.store.redis_rows import (
+    SESSION_FIELDS,
+    TURN_FIELDS,
+    accept_arguments,
+    base_of,
+    finish_arguments,
+    key_of,
+    loaded_from,
+    messages_from,
+    name_of,
+    session_from,
+    turn_from,
+)
+from moltbot_server.store.redis_scripts import loading, scripts
+from moltbot_server.store.redis_settings import require_fit
+from moltbot_server.store.redis_takeover import Takeover
+from moltbot_server.store.redis_usage import REMEMBERED, Row, addition, list_usage, row_of
+from moltbot_server.turns import Message, Session, SessionKey, TurnKey, encode
+
+_STEP = 1000
+"""Turns that one script deletes at most: Redis does nothing else meanwhile."""
+_PRUNED = 100
+_START = 5.0
+"""Seconds that Redis may take to be there when the store is opened."""
+_TAKEN_OVER = TurnInterrupted("another core has taken this turn over; follow it there")
+
+
+class RedisStore:
+    """A `Store` in Redis, for several nodes."""
+
+    shared = True
+
+    def __init__(
+        self,
+        *,
+        host: str,
+        port: int,
+        password: str = "",
+        database: int = 0,
+        prefix: str = "moltbot",
+        tls: bool = False,
+        lease: float = LEASE,
+    ) -> None:
+        """`lease` is in seconds. Nothing is connected before `open`."""
+        self.address = f"{host}:{port}"
+        self.prefix = prefix
+        self._lease_seconds = lease
+        self._options: dict[str, Any] = {
+            "host": host,
+            "port": port,
+            "password": password or None,
+            "db": database,
+            "protocol": 2,
+            "socket_timeout": None,
+            "socket_connect_timeout": None,
+            "client_name": "moltbot",
+            # Lines try again by themselves, and know what may be sent twice.
+            "retry": Retry(NoBackoff(), 0),
+        }
+        self._tls = tls
+        self._scripts = scripts()
+        self._known: set[str] = set()
+        self._closed = True
+
+    async def open(self) -> None:
+        """Connect, make sure that Redis is set up to keep things, and be among its nodes.
+
+        Raises:
+            StorageUnavailable: Redis cannot be reached, or is set up so that it would lose what it is given.
+        """
+        self.node = secrets.token_hex(8)
+        self._writing, self._reading = (
+            RedisLine(self.connection, scripts=loading(), on_connect=self._known.clear) for _ in range(2)
+        )
+        try:
+            await self._writing.open(_START)
+            await self._reading.open(_START)
+            await require_fit(self._reading, self.prefix, self.address)
+            self._lease = NodeLease(self._reading, prefix=self.prefix, node=self.node, seconds=self._lease_seconds)
+            await self._lease.join()
+        except BaseException as problem:
+            await self._reading.close()
+            await self._writing.close()
+            if isinstance(problem, StorageUnavailable) and self.address not in problem.message:
+                raise StorageUnavailable(f"{problem.message}: Redis at {self.address}") from None
+            raise
+        self._takeover = Takeover(self._lease, self._reading, self._writing, self.prefix)
+        self._closed = False
+
+    async def close(self) -> None:
+        """Write what waits, then leave."""
+        if self._closed:
+            return
+        self._closed = True
+        # What waits is still this node's; after the lease it is anybody's.
+        await self._writing.close()
+        await self._lease.leave()
+        await self._reading.close()
+
+    def connection(self) -> AbstractConnection:
+        """Return a connection that is not open yet."""
+        return SSLConnection(**self._options) if self._tls else Connection(**self._options)
+
+    # --- writing -------------------------------------------------------------------------------------------------
+
+    def accept(self, turn: NewTurn) -> Pending[StoredTurn | None]:
+        """Store a turn; answer None, or the earlier turn of the same request_id."""
+        return self._accept("accept", turn)
+
+    def reaccept(self, turn: NewTurn) -> Pending[StoredTurn | None]:
+        """Store a turn in the place of a failed one with its request_id; one that another node runs stays."""
+        return self._accept("reaccept", turn)
+
+    def _accept(self, script: str, turn: NewTurn) -> Pending[StoredTurn | None]:
+        workspace, session = turn.key.session.workspace, turn.key.session.session
+        withdrawal = self._run("withdraw", workspace, self.node, session, turn.key.ordinal, turn.request_id)
+
+        def read(replies: list[Any]) -> StoredTurn | StorageUnavailable | None:
+            reply = replies[-1]
+            if reply == 1:
+                return None
+            if reply == 0:
+                return StorageUnavailable("another turn has taken this one's place; try again", retry_after=0.0)
+            return turn_from(key_of(workspace, reply[0]), reply[1:])
+
+        command = self._run(script, workspace, *accept_arguments(self.node, turn))
+        return self._writing.put(Call(*self._introduce(workspace), command, read=read, undo=(withdrawal,)))
+
+    def append(self, entries: Sequence[JournalEntry]) -> Pending[Collection[TurnKey]]:
+        """Keep what happened in turns that run, and answer which of them do not, or not here any more."""
+        by_workspace: dict[str, list[JournalEntry]] = {}
+        for entry in entries:
+            if entry.events:
+                by_workspace.setdefault(entry.key.session.workspace, []).append(entry)
+        commands = []
+        for workspace, group in by_workspace.items():
+            told: list[str | bytes | int] = [self.node]
+            for entry in group:
+                first = entry.events[0].sequence
+                # What is sent again with more behind it has a higher id than before, and is kept beside it.
+                told += (name_of(entry.key), entry.epoch, f"{first}-{len(entry.events)}", encode(entry.events))
+            commands.append(self._run("append", workspace, *told))
+
+        def read(replies: list[Any]) -> Collection[TurnKey]:
+            groups = zip(by_workspace.values(), replies, strict=True)
+            return [group[place].key for group, lost in groups for place in lost]
+
+        return self._writing.put(Call(*commands, read=read, patient=True))
+
+    async def take_over(self) -> Sequence[Orphan]:
+        """Take over the turns of nodes that are gone."""
+        return await self._takeover.take_over()
+
+    def finish(self, turn: EndedTurn) -> Pending[None]:
+        """Store how a turn ended."""
+        workspace = turn.key.session.workspace
+        command = self._run("finish", workspace, *finish_arguments(self.node, turn))
+        return self._writing.put(
+            Call(command, read=lambda replies: None if replies[0] == 1 else _TAKEN_OVER, patient=True)
+        )
+
+    async def reset_session(self, key: SessionKey) -> None:
+        """Delete a session's turns; its ordinals go on."""
+        await self._forget(key, "reset")
+
+    async def delete_session(self, key: SessionKey) -> bool:
+        """Delete a session and its turns."""
+        return await self._forget(key, "delete") > 0
+
+    async def _forget(self, key: SessionKey, what: str) -> int:
+        command = self._run("forget", key.workspace, key.session, _STEP, what)
+        while (done := await self._writing.put(Call(command, read=_only, repeatable=what != "delete"))) == 2:
+            continue
+        return int(done)
+
+    async def prune(self, before: float, *, ephemeral: bool = True) -> int:
+        """Delete sessions last used before a time: those of stateless callers, or the others."""
+        pruned = 0
+        for workspace in await self.workspaces():
+            index = self.base(workspace) + ("ephemeral" if ephemeral else "listed")
+            old = await self._ask(("ZRANGEBYSCORE", index, f"({-before!r}", "+inf", "LIMIT", 0, _PRUNED))
+            for session in old:
+                key = SessionKey(workspace=workspace, session=session.decode())
+                pruned += await self._forget(key, repr(before)) > 0
+        return pruned
+
+    def add_usage(self, rows: Sequence[UsageRow]) -> Pending[None]:
+        """Add rows to what was used."""
+        adding, taking_back = [], []
+        for workspace in {row.workspace for row in rows}:
+            name, told = addition(row for row in rows if row.workspace == workspace)
+            adding += [*self._introduce(workspace), self._run("add_usage", workspace, name, 1, REMEMBERED, *told)]
+            taking_back.append(self._run("add_usage", workspace, name, -1, REMEMBERED, *told))
+        return self._writing.put(Call(*adding, read=lambda _: None, patient=True, undo=taking_back))
+
+    async def forget_usage(self, before: str) -> None:
+        """Delete the usage of days before one."""
+        for workspace in await self.workspaces():
+            base = self.base(workspace)
+            days = await self._ask(("ZRANGEBYLEX", f"{base}days", "-", f"({before}"))
+            commands: list[Command] = [("UNLINK", f"{base}used:{day.decode()}") for day in days]
+            commands += [("ZREM", f"{base}days", day) for day in days]
+            if commands:
+                await self._writing.put(Call(*commands, read=lambda _: None))
+
+    # --- reading -------------------------------------------------------------------------------------------------
+
+    async def find_turn(self, key: TurnKey) -> StoredTurn | None:
+        """Return a turn with its events, or None."""
+        command = ("HMGET", f"{self.base(key.session.workspace)}t:{name_of(key)}", *TURN_FIELDS)
+        return await self._reading.put(Call(command, read=lambda replies: turn_from(key, replies[0])))
+
+    async def load_session(self, key: SessionKey, limit: int) -> StoredSession | None:
+        """Return what a session needs to go on, or None."""
+        command = self._run("load", key.workspace, key.session, limit)
+        return await self._reading.put(Call(command, read=lambda replies: loaded_from(replies[0])))
+
+    async def get_session(self, key: SessionKey) -> Session | None:
+        """Return a session as it is listed, or None."""
+        command = ("HMGET", f"{self.base(key.workspace)}s:{key.session}", *SESSION_FIELDS)
+        return await self._reading.put(Call(command, read=lambda replies: session_from(key, replies[0])))
+
+    async def list_sessions(
+        self, workspace: str, *, user: str, channel: str, before: tuple[float, str] | None, limit: int
+    ) -> Sequence[Session]:
+        """Return sessions, last used first."""
+        base = self.base(workspace)
+        return await list_sessions(
+            self._reading, base, workspace, user=user, channel=channel, before=before, limit=limit
+        )
+
+    async def list_messages(self, key: SessionKey, *, after: tuple[int, int], limit: int) -> Sequence[Message]:
+        """Return a session's messages, oldest first."""
+        command = self._run("messages", key.workspace, key.session, after[0], limit + 1)
+
+        def read(replies: list[Any]) -> list[Message]:
+            messages = [message for turn in replies[0] for message in messages_from(turn)]
+            first = f"{after[0]}.{after[1]}"
+            start = next((i + 1 for i, message in enumerate(messages) if message.id == first), 0)
+            return messages[start : start + limit]
+
+        return await self._reading.put(Call(command, read=read))
+
+    async def list_usage(self, query: UsageQuery, *, after: UsagePlace | None, limit: int) -> UsagePage:
+        """Return what was used."""
+
+        def rows(workspace: str) -> AsyncIterator[Row]:
+            return self.usage_rows(workspace, query.first, query.last)
+
+        return await list_usage(query, self.workspaces, rows, after=after, limit=limit)
+
+    async def usage_rows(self, workspace: str, first: str, last: str) -> AsyncIterator[Row]:
+        """Yield the usage of a workspace in the days from one to another."""
+        base = self.base(workspace)
+        for day in await self._ask(("ZRANGEBYLEX", f"{base}days", f"[{first}", f"[{last}")):
+            cursor = b"0"
+            seen: set[bytes] = set()
+            while True:
+                cursor, found = await self._ask(("HSCAN", f"{base}used:{day.decode()}", cursor, "COUNT", 1000))
+                for field, sums in zip(found[::2], found[1::2], strict=True):
+                    if field not in seen:  # a scan may tell one twice
+                        seen.add(field)
+                        yield row_of(day.decode(), field, sums)
+                if cursor == b"0":
+                    break
+
+    # --- inside --------------------------------------------------------------------------------------------------
+
+    async def workspaces(self) -> Sequence[str]:
+        """Return the workspaces that have anything."""
+        return sorted(name.decode() for name in await self._ask(("SMEMBERS", f"{self.prefix}:workspaces")))
+
+    def base(self, workspace: str) -> str:
+        """Return how the keys of a workspace begin."""
+        return base_of(self.prefix, workspace)
+
+    async def _ask(self, command: Command) -> Any:
+        return await self._reading.put(Call(command, read=_only))
+
+    def _run(self, script: str, workspace: str, *arguments: str | bytes | int | float) -> Command:
+        return self._scripts[script].on(self.base(workspace), *arguments)
+
+    def _introduce(self, workspace: str) -> Sequence[Command]:
+        """Return what makes a workspace known, for whoever goes through all of them."""
+        if workspace in self._known:
+            return ()
+        self._known.add(workspace)
+        return (("SADD", f"{self.prefix}:workspaces", workspace),)
+
+
+def _only(replies: list[Any]) -> Any:
+    return replies[0]

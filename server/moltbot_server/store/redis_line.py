@@ -1,0 +1,346 @@
+"""A connection to Redis that carries calls in groups: what the event loop gathered travels together.
+
+Whatever is called while a group is under way goes with the next one. When the connection breaks, what has no answer is
+sent again on the next one, where that can do no harm; what cannot be answered in time is refused, and where Redis may
+have done it all the same, it is undone first of all when Redis is there again.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import random
+from collections import deque
+from collections.abc import Callable, Sequence
+from typing import Any, TypeVar
+
+import msgspec
+from redis.asyncio.connection import AbstractConnection
+from redis.exceptions import (
+    AuthenticationError,
+    NoPermissionError,
+    NoScriptError,
+    OutOfMemoryError,
+    ReadOnlyError,
+    RedisError,
+    ResponseError,
+)
+
+from moltbot_server.errors import MoltBotError, StorageFull, StorageUnavailable
+from moltbot_server.store.pending import Pending
+
+log = logging.getLogger(__name__)
+
+Argument = str | bytes | int | float
+Command = tuple[Argument, ...]
+T = TypeVar("T")
+
+QUICK = 2.0
+"""Seconds that Redis may take for a group, and that most calls may take in all."""
+PATIENT = 8.0
+"""Seconds for which calls that end something are kept while Redis is away."""
+
+_RETRY_AFTER = 1.0
+_LARGEST_GROUP = 256
+_SHORTEST_PAUSE, _LONGEST_PAUSE = 0.02, 0.5
+_BROKEN = (NoScriptError, ReadOnlyError)  # what another connection may know or do
+
+
+class Call(Pending[T]):
+    """Commands that go to Redis one behind the other, and whoever waits for what they say.
+
+    `repeatable`: to carry them out twice is as to carry them out once. `undo` takes back what they did. A `tolerant`
+    call reads refusals too.
+    """
+
+    __slots__ = ("commands", "patient", "read", "repeatable", "sent", "tolerant", "undo", "until")
+
+    def __init__(
+        self,
+        *commands: Command,
+        read: Callable[[list[Any]], T | MoltBotError],
+        patient: bool = False,
+        repeatable: bool = True,
+        undo: Sequence[Command] = (),
+        tolerant: bool = False,
+    ) -> None:
+        super().__init__()
+        self.commands = commands
+        self.read = read
+        self.patient = patient
+        self.repeatable = repeatable
+        self.undo = undo
+        self.tolerant = tolerant
+        self.until = asyncio.get_running_loop().time() + (PATIENT if patient else QUICK)
+        self.sent = False
+
+    def hear_replies(self, replies: list[Any]) -> None:
+        """Settle with what the replies say."""
+        self.settle(_outcome(self.read, replies, tolerant=self.tolerant))
+
+
+class RedisLine:
+    """One connection, opened again whenever it breaks, and the task that owns it."""
+
+    def __init__(
+        self, connect: Callable[[], AbstractConnection], *, scripts: Sequence[Command], on_connect: Callable[[], None]
+    ) -> None:
+        """`connect` makes a connection that is not open yet; `on_connect` hears of each that was opened."""
+        self._connect = connect
+        self._scripts = scripts
+        self._on_connect = on_connect
+        self._connection: AbstractConnection | None = None
+        self._waiting: deque[Call[Any]] = deque()
+        self._undo: list[Command] = []
+        self._wanted = asyncio.Event()
+        self._idle = asyncio.Event()
+        self._away = self._closed = False
+        self._run_id, self._client_id = "", 0
+        self._pause = _SHORTEST_PAUSE
+        self._breaks = 0
+        self._worker: asyncio.Task[None] | None = None
+        self.server: dict[str, str] = {}
+
+    @property
+    def waiting(self) -> int:
+        """How many calls wait."""
+        return len(self._waiting)
+
+    async def open(self, within: float) -> None:
+        """Connect; what fails is tried again for so many seconds.
+
+        Raises:
+            StorageUnavailable: Redis cannot be used; the text says why.
+        """
+        until = asyncio.get_running_loop().time() + within
+        while (problem := await self._reconnect()) is not None:
+            if asyncio.get_running_loop().time() >= until or isinstance(problem, AuthenticationError):
+                raise StorageUnavailable(why(problem)) from None
+            await self._rest()
+        self._worker = asyncio.create_task(self._work())
+
+    def put(self, call: Call[T]) -> Call[T]:
+        """Queue a call; while Redis is away, only those that are patient wait for it."""
+        if self._closed:
+            call.settle(StorageUnavailable("the store is closed"))
+        elif self._away and not call.patient:
+            call.settle(_unavailable())
+        else:
+            self._waiting.append(call)
+            self._wanted.set()
+        return call
+
+    async def close(self) -> None:
+        """Carry out what waits, if Redis is there, and disconnect."""
+        if self._closed:
+            return
+        self._closed = True
+        if self._worker is not None:
+            self._wanted.set()
+            try:
+                async with asyncio.timeout(QUICK):
+                    await self._idle.wait()
+            except TimeoutError:
+                log.error("Redis did not take everything before the end", extra={"calls": len(self._waiting)})
+            self._worker.cancel()
+            await asyncio.wait({self._worker})
+        self._refuse(lambda call: True)
+        await self._disconnect()
+
+    # --- the task -----------------------------------------------------------------------------------------------------
+
+    async def _work(self) -> None:
+        while True:
+            while not self._waiting and (self._closed or not self._away):
+                self._wanted.clear()
+                if self._closed:
+                    self._idle.set()
+                await self._wanted.wait()
+            if self._connection is not None:
+                await self._carry_out([self._waiting.popleft() for _ in range(min(len(self._waiting), _LARGEST_GROUP))])
+            elif (problem := await self._reconnect()) is not None:
+                self._leave_be(problem)
+                await self._rest()
+            elif self._away:
+                self._away = False
+                log.info("Redis is there again")
+
+    async def _carry_out(self, group: list[Call[Any]]) -> None:
+        """Send a group and tell each call its replies; what has none is sent again, or refused."""
+        connection, done = self._connection, 0
+        assert connection is not None
+        group, chunks = _packed(connection, group)
+        try:
+            async with asyncio.timeout(QUICK):
+                await connection.send_packed_command(chunks, check_health=False)
+                for call in group:
+                    replies = [await _reply(connection) for _ in call.commands]
+                    done += 1
+                    call.hear_replies(replies)
+            self._breaks = 0
+        except Exception as problem:
+            if not isinstance(problem, RedisError | OSError):
+                log.exception("what Redis says is not understood")
+            await self._broke(problem, group[done:])
+        except BaseException:
+            self._waiting.extendleft(reversed(group[done:]))
+            raise
+
+    async def _broke(self, problem: Exception, group: list[Call[Any]]) -> None:
+        """Give the connection up. Calls that were under way are sent again if that can do no harm."""
+        await self._disconnect()
+        self._breaks += 1
+        now = asyncio.get_running_loop().time()
+        for call in reversed(group):
+            self._waiting.appendleft(call)
+        self._refuse(lambda call: call.sent and (not call.repeatable or now >= call.until))
+        if isinstance(problem, TimeoutError):
+            # It hangs, and whoever waits has waited long enough.
+            self._leave_be(problem)
+        elif self._breaks > 1:
+            await self._rest()
+
+    def _leave_be(self, problem: Exception) -> None:
+        """Refuse what cannot wait until Redis is there again."""
+        if not self._away:
+            self._away = True
+            log.warning("Redis is away; turns are refused until it is there again", extra={"problem": why(problem)})
+        now = asyncio.get_running_loop().time()
+        self._refuse(lambda call: not call.patient or now >= call.until)
+
+    def _refuse(self, chosen: Callable[[Call[Any]], bool]) -> None:
+        refused = [call for call in self._waiting if chosen(call)]
+        self._waiting = deque(call for call in self._waiting if not chosen(call))
+        for call in refused:
+            if call.sent:
+                self._undo += call.undo
+            call.settle(_unavailable())
+
+    async def _rest(self) -> None:
+        """Pause before Redis is tried again, longer each time, and not at once with all other nodes."""
+        await asyncio.sleep(self._pause * (0.5 + random.random()))
+        self._pause = min(self._pause * 2, _LONGEST_PAUSE)
+
+    # --- the connection -----------------------------------------------------------------------------------------------
+
+    async def _reconnect(self) -> Exception | None:
+        """Open a connection that knows the scripts, and undo what was refused; return why that cannot be."""
+        connection = self._connect()
+        try:
+            async with asyncio.timeout(QUICK / 2 if self._away else QUICK):
+                await connection.connect()  # type: ignore[no-untyped-call]
+                await self._make_ready(connection)
+        except (RedisError, OSError, TimeoutError) as problem:
+            await connection.disconnect(nowait=True)
+            return problem
+        except BaseException:
+            await connection.disconnect(nowait=True)
+            raise
+        self._connection, self._pause = connection, _SHORTEST_PAUSE
+        self._on_connect()
+        return None
+
+    async def _make_ready(self, connection: AbstractConnection) -> None:
+        info, client_id = await _ask(connection, ("INFO", "server"), ("CLIENT", "ID"))
+        _raise_first((info, client_id))
+        self.server = parse_info(info)
+        # What the connection before has sent and nobody has read yet must not be carried out after what this one sends.
+        # In a Redis that was started again it is gone, and its number may be another's.
+        same = self.server.get("run_id") == self._run_id
+        stale: list[Command] = [("CLIENT", "KILL", "ID", self._client_id)] if same and self._client_id else []
+        _raise_first(await _ask(connection, *stale, *self._scripts), start=len(stale))
+        self._run_id, self._client_id = self.server.get("run_id", ""), int(client_id)
+        undo, self._undo = self._undo, []
+        try:
+            _raise_first(await _ask(connection, *undo))
+        except BaseException:
+            self._undo = undo
+            raise
+
+    async def _disconnect(self) -> None:
+        connection, self._connection = self._connection, None
+        if connection is not None:
+            await connection.disconnect(nowait=True)
+
+
+def _packed(connection: AbstractConnection, group: list[Call[Any]]) -> tuple[list[Call[Any]], list[bytes]]:
+    """Return the calls that can be sent, and what is sent; a call that makes no sense hurts no other."""
+    chunks: list[bytes] = []
+    good = []
+    for call in group:
+        try:
+            chunks += connection.pack_commands(call.commands)
+        except (ValueError, RedisError):
+            log.exception("a call cannot be sent")
+            call.settle(StorageUnavailable("the store refused a write; the log says why"))
+        else:
+            call.sent = True
+            good.append(call)
+    return good, chunks
+
+
+async def _ask(connection: AbstractConnection, *commands: Command) -> list[Any]:
+    if not commands:
+        return []
+    await connection.send_packed_command(connection.pack_commands(commands), check_health=False)
+    return [await _reply(connection) for _ in commands]
+
+
+async def _reply(connection: AbstractConnection) -> Any:
+    """Return the next reply; a refusal is one, unless another connection would have been told something else."""
+    try:
+        return await connection.read_response(disable_decoding=True)
+    except _BROKEN:
+        raise
+    except ResponseError as refusal:
+        return refusal
+
+
+def _raise_first(replies: Sequence[Any], start: int = 0) -> None:
+    for reply in replies[start:]:
+        if isinstance(reply, Exception):
+            raise reply
+
+
+def _outcome(read: Callable[[list[Any]], T | MoltBotError], replies: list[Any], *, tolerant: bool) -> T | MoltBotError:
+    """Return what replies say, or the error that tells why nothing could be done."""
+    for reply in replies:
+        if isinstance(reply, Exception) and not tolerant:
+            return refused(reply)
+    try:
+        return read(replies)
+    except (msgspec.MsgspecError, UnicodeDecodeError):
+        return StorageUnavailable("what is stored here cannot be read: it is damaged")
+    except Exception:
+        log.exception("a reply of Redis could not be read")
+        return StorageUnavailable("the store could not read; the log says why")
+
+
+def refused(refusal: Exception) -> MoltBotError:
+    """Return what a refusal of Redis means to a caller; the text holds no content and no address."""
+    text = str(refusal)
+    log.error("Redis refused a command", extra={"problem": text[:200]})
+    if isinstance(refusal, OutOfMemoryError) or text.startswith("OOM") or "maxmemory" in text:
+        return StorageFull("Redis has no memory left: nothing was stored", retry_after=5.0)
+    if "No space left" in text:
+        return StorageFull("the disk of Redis is full: nothing was stored", retry_after=5.0)
+    return StorageUnavailable("Redis cannot do this now; the log says why", retry_after=_RETRY_AFTER)
+
+
+def why(problem: Exception) -> str:
+    """Return why Redis cannot be used, for whoever runs it."""
+    if isinstance(problem, TimeoutError):
+        return f"Redis did not answer within {QUICK:g} seconds"
+    if isinstance(problem, AuthenticationError | NoPermissionError) or "NOAUTH" in str(problem):
+        return f"Redis does not let us in ({str(problem)[:200]}): set store.password"
+    return f"Redis cannot be used ({str(problem)[:200] or type(problem).__name__})"
+
+
+def parse_info(text: bytes) -> dict[str, str]:
+    """Return what Redis says of itself, by name."""
+    lines = (line.partition(":") for line in text.decode("utf-8", "replace").splitlines() if not line.startswith("#"))
+    return {name: value for name, _, value in lines if name}
+
+
+def _unavailable() -> StorageUnavailable:
+    return StorageUnavailable("the store cannot be reached now", retry_after=_RETRY_AFTER)

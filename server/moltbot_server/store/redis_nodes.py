@@ -1,0 +1,130 @@
+"""Which nodes are there: each has a lease in Redis that ends by Redis' own clock unless it is renewed.
+
+A lease says who may be taken over, and nothing else: what a node may still write is decided by the epoch of each turn.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import os
+import socket
+from collections.abc import Collection, Sequence
+from typing import Any
+
+from moltbot_server.errors import MoltBotError
+from moltbot_server.store.redis_line import Call, Command, RedisLine
+
+log = logging.getLogger(__name__)
+
+LEASE = 5.0
+"""Seconds after its last renewal in which a node counts as there."""
+_RENEWALS = 5  # in the time of a lease
+
+
+class NodeLease:
+    """The lease of this node, renewed by a task of its own."""
+
+    def __init__(self, line: RedisLine, *, prefix: str, node: str, seconds: float = LEASE) -> None:
+        self._line = line
+        self._prefix = prefix
+        self.node = node
+        self._seconds = seconds
+        self._calm_until = 0.0
+        self._joined = False
+        self._task: asyncio.Task[None] | None = None
+
+    async def join(self) -> None:
+        """Be among the nodes until `leave`.
+
+        Raises:
+            StorageUnavailable: Redis does not answer.
+        """
+        up = float(self._line.server.get("uptime_in_seconds", "0"))
+        await self.renew()
+        # Redis was away until now: the others had no chance to renew theirs.
+        self._calm(self._seconds - up)
+        self._task = asyncio.create_task(self._keep())
+
+    async def leave(self) -> None:
+        """Be gone at once: others need not wait for the end of the lease."""
+        if self._task is None:
+            return
+        self._task.cancel()
+        await asyncio.wait({self._task})
+        self._task = None
+        try:
+            await self._ask(("DEL", self._key(self.node)), ("SREM", self._nodes, self.node))
+        except MoltBotError:
+            log.warning("Redis is away; others take this node's turns over when its lease has ended")
+
+    async def renew(self) -> None:
+        """Renew the lease, and take note when it had ended.
+
+        Raises:
+            StorageUnavailable: Redis does not answer.
+        """
+        told = f"{socket.gethostname()} {os.getpid()}"
+        renewal = ("SET", self._key(self.node), told, "PX", int(self._seconds * 1000), "GET")
+        _, held = await self._ask(("SADD", self._nodes, self.node), renewal)
+        if held is None and self._joined:
+            log.warning("this node was away for longer than its lease; others may have taken its turns over")
+            self._calm(self._seconds)
+        self._joined = True
+
+    async def gone(self, nodes: Collection[str]) -> Sequence[str]:
+        """Return those of some nodes that are gone.
+
+        Nobody is for a while after this node could not renew its own lease: that may have been Redis' fault, and the
+        others need the time to say that they are there. Those that left by themselves are gone at once.
+
+        Raises:
+            StorageUnavailable: Redis does not answer.
+        """
+        await self.renew()
+        others = sorted(set(nodes) - {self.node})
+        if not others:
+            return ()
+        known, *there = await self._ask(("SMEMBERS", self._nodes), *(("EXISTS", self._key(node)) for node in others))
+        calm = asyncio.get_running_loop().time() < self._calm_until
+        absent = [node for node, lease in zip(others, there, strict=True) if not lease]
+        return [node for node in absent if not calm or node.encode() not in known]
+
+    async def registered(self) -> Collection[str]:
+        """Return the nodes that have not left by themselves, whether they are there or not.
+
+        Raises:
+            StorageUnavailable: Redis does not answer.
+        """
+        (found,) = await self._ask(("SMEMBERS", self._nodes))
+        return {node.decode() for node in found}
+
+    async def strike(self, nodes: Sequence[str]) -> None:
+        """Let nodes that are gone be known no more.
+
+        Raises:
+            StorageUnavailable: Redis does not answer.
+        """
+        if nodes:
+            await self._ask(("SREM", self._nodes, *nodes))
+
+    @property
+    def _nodes(self) -> str:
+        return f"{self._prefix}:nodes"
+
+    def _key(self, node: str) -> str:
+        return f"{self._prefix}:node:{node}"
+
+    def _calm(self, seconds: float) -> None:
+        self._calm_until = max(self._calm_until, asyncio.get_running_loop().time() + seconds)
+
+    async def _ask(self, *commands: Command) -> list[Any]:
+        return await self._line.put(Call(*commands, read=list))
+
+    async def _keep(self) -> None:
+        while True:
+            await asyncio.sleep(self._seconds / _RENEWALS)
+            try:
+                await self.renew()
+            except MoltBotError as error:
+                log.debug("the lease of this node could not be renewed", extra={"problem": error.message})

@@ -1,0 +1,92 @@
+"""What a Redis has to be set to, so that it keeps what it is given."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from typing import Literal
+
+from moltbot_server.errors import StorageUnavailable
+from moltbot_server.store.redis_line import Call, RedisLine, parse_info
+
+log = logging.getLogger(__name__)
+
+SCHEMA_VERSION = 1
+_OLDEST = (6, 2)
+_NAMES = ("appendonly", "appendfsync", "maxmemory-policy")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Finding:
+    """Something about a store that its keeper should know. `weight`: it must not be, it may do harm, or just a note."""
+
+    text: str
+    weight: Literal["grave", "warning", "note"] = "grave"
+
+
+async def require_fit(line: RedisLine, prefix: str, address: str) -> None:
+    """Refuse a Redis that would lose what it is given, and warn of one that may.
+
+    Raises:
+        StorageUnavailable: with what to change.
+    """
+    findings = await judge(line, prefix)
+    grave = [finding.text for finding in findings if finding.weight == "grave"]
+    if grave:
+        raise StorageUnavailable(f"Redis at {address} cannot be the store: {'; '.join(grave)}")
+    for finding in findings:
+        level = logging.WARNING if finding.weight == "warning" else logging.INFO
+        log.log(level, "Redis may lose turns", extra={"at": address, "problem": finding.text})
+
+
+async def judge(line: RedisLine, prefix: str) -> list[Finding]:
+    """Return what is wrong with how a Redis is set up.
+
+    Raises:
+        StorageUnavailable: it does not answer.
+    """
+    found = await line.put(Call(*(("CONFIG", "GET", name) for name in _NAMES), read=list, tolerant=True))
+    told = all(isinstance(reply, list) and len(reply) == 2 for reply in found)
+    settings = {name: reply[1].decode() for name, reply in zip(_NAMES, found, strict=True)} if told else None
+    kept = ("SET", f"{prefix}:schema", SCHEMA_VERSION, "NX")
+    text, _, schema = await line.put(Call(("INFO",), kept, ("GET", f"{prefix}:schema"), read=list))
+    return [*_of_server(parse_info(text)), *_of_settings(settings), *_of_schema(int(schema))]
+
+
+def _of_server(info: Mapping[str, str]) -> Iterator[Finding]:
+    version = info.get("redis_version", "0")
+    if tuple(int(part) for part in version.split(".")[:2] if part.isdecimal()) < _OLDEST:
+        yield Finding(text=f"it is version {version}, and 6.2 or newer is needed")
+    if info.get("role", "master") != "master":
+        yield Finding(text="it is a replica, which takes no writes; name the one that it copies")
+    if info.get("cluster_enabled") == "1":
+        yield Finding(text="it is a node of a cluster, which this release does not speak to; name a single Redis")
+
+
+def _of_settings(settings: Mapping[str, str] | None) -> Iterator[Finding]:
+    if settings is None:
+        text = (
+            "it does not tell its settings (CONFIG GET): make sure of appendonly yes, appendfsync always and "
+            "maxmemory-policy noeviction"
+        )
+        yield Finding(text=text, weight="warning")
+        return
+    if settings["maxmemory-policy"] != "noeviction":
+        text = f"maxmemory-policy is {settings['maxmemory-policy']}, and it would throw turns away when memory is short"
+        yield Finding(text=f"{text}: set maxmemory-policy noeviction")
+    if settings["appendonly"] != "yes":
+        text = "appendonly is no, and all is lost when it stops: set appendonly yes and appendfsync always"
+        yield Finding(text=text, weight="warning")
+    elif settings["appendfsync"] == "no":
+        text = "appendfsync is no, and half a minute is lost with a power failure: set appendfsync always"
+        yield Finding(text=text, weight="warning")
+    elif settings["appendfsync"] == "everysec":
+        text = "appendfsync is everysec, and a second is lost with a power failure; with always, nothing is"
+        yield Finding(text=text, weight="note")
+
+
+def _of_schema(schema: int) -> Iterator[Finding]:
+    if schema > SCHEMA_VERSION:
+        text = f"its data was written by a newer release (schema {schema}, this one reads {SCHEMA_VERSION})"
+        yield Finding(text=text)
