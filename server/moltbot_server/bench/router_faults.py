@@ -98,8 +98,11 @@ def switches(rig: Rig, seconds: float, tell: Tell) -> Report:
     return found | {"threshold_ms": LATENCY * 1000}
 
 
-def healing(rig: Rig, outages: Sequence[float], tell: Tell) -> Report:
-    """Return how long after the end of an outage the first model answers again, and what users saw of its trials."""
+def healing(rig: Rig, outages: Sequence[float], tell: Tell, *, after: float = 12.0) -> Report:
+    """Return how long after the end of an outage the first model answers again, and what users saw of its trials.
+
+    It is waited for for `after` seconds.
+    """
     rows: list[Report] = []
     for outage in outages:
         tell(f"the first model is down for {outage:g} s")
@@ -111,7 +114,7 @@ def healing(rig: Rig, outages: Sequence[float], tell: Tell) -> Report:
         trials = rig.first.calls()
         _paced(rig.first)
         healed = time.perf_counter()
-        time.sleep(12.0)
+        time.sleep(after)
         asked = rig.loads.end()
         back = [each.ended for each in asked if each.model == "first-model" and each.sent >= healed]
         rows.append(

@@ -133,10 +133,10 @@ class Rig:
             folder=Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="moltbot-bench-")))
         )
         self.workspace.create()
-        self._vault = Vault(self.workspace, {})
+        self.vault = Vault(self.workspace, {})
         self._keys = itertools.cycle(KEYS)
         for _ in range(2):
-            self._vault.add("first", next(self._keys))
+            self.vault.add("first", next(self._keys))
         self.configure()
         # The key of the other providers comes from the environment, as many people have it.
         self.installation: Installation = stack.enter_context(
@@ -190,9 +190,9 @@ class Rig:
 
     def change_key(self) -> None:
         """Take the older key of the first provider out of the vault and put a new one in that opens it as well."""
-        oldest = self._vault.keys[0]
-        self._vault.add("first", next(self._keys))
-        self._vault.remove(oldest.id)
+        oldest = self.vault.keys[0]
+        self.vault.add("first", next(self._keys))
+        self.vault.remove(oldest.id)
 
     def reload(self) -> None:
         """Let the core read its configuration and its keys again."""

@@ -32,7 +32,6 @@ class Comparison:
 
     def flat_out(self, streams: int) -> Report:
         """Return what streams get through that ask again at once, of mocks that wait for nothing."""
-        self._rig.first.follow(pace=FLAT_OUT)
         return self._compared(f"{streams} streams, flat out", self._doors(streams, "first", ""))
 
     def paced(self, pace: str = _MODEL_PACE) -> Report:
