@@ -49,9 +49,13 @@ async def judge(line: RedisLine, prefix: str) -> list[Finding]:
     found = await line.put(Call(*(("CONFIG", "GET", name) for name in _NAMES), read=list, tolerant=True))
     told = all(isinstance(reply, list) and len(reply) == 2 for reply in found)
     settings = {name: reply[1].decode() for name, reply in zip(_NAMES, found, strict=True)} if told else None
+    (text,) = await line.put(Call(("INFO",), read=list))
+    findings = [*_of_server(parse_info(text)), *_of_settings(settings)]
+    if any(finding.weight == "grave" for finding in findings):
+        return findings
     kept = ("SET", f"{prefix}:schema", SCHEMA_VERSION, "NX")
-    text, _, schema = await line.put(Call(("INFO",), kept, ("GET", f"{prefix}:schema"), read=list))
-    return [*_of_server(parse_info(text)), *_of_settings(settings), *_of_schema(int(schema))]
+    _, schema = await line.put(Call(kept, ("GET", f"{prefix}:schema"), read=list))
+    return [*findings, *_of_schema(int(schema))]
 
 
 def _of_server(info: Mapping[str, str]) -> Iterator[Finding]:

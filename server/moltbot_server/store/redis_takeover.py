@@ -43,7 +43,7 @@ class Takeover:
         now = asyncio.get_running_loop().time()
         sweeps = now >= self._sweep_at
         if not gone and not sweeps and not self._unfinished:
-            return ()
+            return []
         self._unfinished = True
         found: list[tuple[float, Orphan]] = []
         try:

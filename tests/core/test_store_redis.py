@@ -1,0 +1,464 @@
+"""The shared store when things break: Redis, the network, a node that is gone, one that comes back."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import secrets
+import time
+from collections.abc import AsyncIterator, Callable
+from pathlib import Path
+
+import msgspec
+import pytest
+from kept_turns import ended, everything, keep, key, new, said, texts
+from moltbot_server.errors import MoltBotError, StorageFull, StorageUnavailable, TurnInterrupted
+from moltbot_server.store import NewTurn, UsageQuery, UsageRow
+from moltbot_server.store.protocol import JournalEntry
+from moltbot_server.store.redis import RedisStore
+from moltbot_server.turns import Event, TextDelta, TurnInput, TurnState
+from redis.asyncio import Redis
+from redis_process import RedisProcess
+
+LEASE = 0.5
+ASKED = TurnInput(parts=said("question"))
+
+Join = Callable[[], "asyncio.Future[RedisStore]"]
+
+
+@pytest.fixture
+async def redis(tmp_path: Path) -> AsyncIterator[RedisProcess]:
+    """A Redis of the test's own, that writes down all that it is given."""
+    process = RedisProcess("", "--appendonly", "yes", "--appendfsync", "always", "--dir", str(tmp_path))
+    await process.start()
+    yield process
+    with contextlib.suppress(AssertionError):
+        process.go_on()
+    await process.kill()
+
+
+class Nodes:
+    """Stores of several nodes on one Redis."""
+
+    def __init__(self, port: int) -> None:
+        self.port = port
+        self.prefix = f"test-{secrets.token_hex(4)}"
+        self.opened: list[RedisStore] = []
+
+    async def join(self) -> RedisStore:
+        """Return an open store."""
+        store = RedisStore(host="127.0.0.1", port=self.port, prefix=self.prefix, lease=LEASE)
+        await store.open()
+        self.opened.append(store)
+        return store
+
+    def keys(self) -> Redis:
+        """Return a client that looks at the keys."""
+        return Redis(host="127.0.0.1", port=self.port, protocol=2)
+
+
+@pytest.fixture
+async def nodes(redis_port: int) -> AsyncIterator[Nodes]:
+    """Nodes on the Redis of all tests."""
+    nodes = Nodes(redis_port)
+    yield nodes
+    for store in nodes.opened:
+        await store.close()
+
+
+@pytest.fixture
+async def own(redis: RedisProcess) -> AsyncIterator[Nodes]:
+    """Nodes on a Redis of the test's own."""
+    nodes = Nodes(redis.port)
+    yield nodes
+    with contextlib.suppress(AssertionError):
+        redis.go_on()
+    for store in nodes.opened:
+        await store.close()
+
+
+def stop_renewing(store: RedisStore) -> None:
+    """Let a node be as one that was stopped: its lease ends."""
+    assert store._lease._task is not None
+    store._lease._task.cancel()
+
+
+def wrote(turn: NewTurn, *words: str, first: int = 1, epoch: int = 1) -> JournalEntry:
+    events = (Event(sequence=first + place, at=1.0, kind=TextDelta(text=word)) for place, word in enumerate(words))
+    return JournalEntry(key=turn.key, events=tuple(events), epoch=epoch)
+
+
+async def there_again(store: RedisStore) -> None:
+    """Wait until a store that could not reach Redis can."""
+    async with asyncio.timeout(5):
+        while store._reading._away or store._writing._away:  # noqa: ASYNC110 - nobody tells
+            await asyncio.sleep(0.01)
+
+
+async def taken(store: RedisStore, *, within: float = 10 * LEASE) -> list[tuple[str, int, list[str]]]:
+    """Take over until there is something; return the sessions, epochs and words of the turns."""
+    until = time.monotonic() + within
+    while not (orphans := await store.take_over()):
+        assert time.monotonic() < until, "nothing was taken over"
+        await asyncio.sleep(LEASE / 10)
+    return [
+        (
+            orphan.turn.key.session.session,
+            orphan.epoch,
+            [event.kind.text for event in orphan.turn.events if isinstance(event.kind, TextDelta)],
+        )
+        for orphan in orphans
+    ]
+
+
+# --- nodes -----------------------------------------------------------------------------------------------------------
+
+
+async def test_a_node_that_is_gone_is_followed_by_another_with_all_that_was_kept(nodes: Nodes) -> None:
+    first, second, third = [await nodes.join() for _ in range(3)]
+    turns = [new(session=name, rest=ASKED) for name in "abc"]
+    for turn in turns:
+        await first.accept(turn)
+    await second.accept(new(session="alive", rest=ASKED))
+    await first.append([wrote(turn, "one ", "two") for turn in turns])
+    assert await second.take_over() == []
+    stop_renewing(first)
+
+    both = await asyncio.gather(taken(second), third.take_over())
+    assert both[0] == [(name, 2, ["one ", "two"]) for name in "abc"]
+    assert both[1] == []
+    assert await second.take_over() == []
+    stop_renewing(second)
+    assert await taken(third) == [*((name, 3, ["one ", "two"]) for name in "abc"), ("alive", 2, [])]
+
+
+async def test_a_node_that_leaves_is_followed_at_once(nodes: Nodes) -> None:
+    first, second = await nodes.join(), await nodes.join()
+    await first.accept(new(rest=ASKED))
+    await first.close()
+    second._takeover._sweep_at = 0.0
+
+    assert [orphan.epoch for orphan in await second.take_over()] == [2]
+
+
+async def test_a_node_that_comes_back_can_write_nothing_into_what_another_has(nodes: Nodes) -> None:
+    stopped, other = await nodes.join(), await nodes.join()
+    turn, mine = new(rest=ASKED), new(session="later", rest=ASKED)
+    await stopped.accept(turn)
+    stop_renewing(stopped)
+    await taken(other)
+
+    assert await stopped.append([wrote(turn, "stale")]) == [turn.key]
+    # Not even with an epoch that it could guess.
+    assert await stopped.append([wrote(turn, "stale", epoch=2)]) == [turn.key]
+    for epoch in (1, 2):
+        with pytest.raises(TurnInterrupted):
+            await stopped.finish(msgspec.structs.replace(ended(turn, answer="stale"), epoch=epoch))
+    await other.finish(msgspec.structs.replace(ended(turn, answer="right"), epoch=2))
+    assert await texts(other) == ["question", "right"]
+    await stopped._lease.renew()
+    assert await stopped.accept(mine) is None
+    assert await stopped.append([wrote(mine, "fresh")]) == []
+    await stopped.finish(ended(mine))
+    assert await texts(other, "later") == ["question", "answer"]
+
+
+async def test_a_node_that_could_not_renew_its_lease_lets_the_others_say_that_they_are_there(nodes: Nodes) -> None:
+    first, second = await nodes.join(), await nodes.join()
+    await first.accept(new(rest=ASKED))
+    for store in (first, second):  # as when Redis hangs
+        stop_renewing(store)
+    await asyncio.sleep(1.2 * LEASE)
+
+    assert await second.take_over() == []
+    await first._lease.renew()
+    assert await first.append([]) == []
+    assert await second.take_over() == []
+    await asyncio.sleep(1.2 * LEASE)
+    assert [epoch for _, epoch, _ in await taken(second)] == [2]
+
+
+async def test_what_a_node_took_over_and_did_not_hear_of_is_told_again(nodes: Nodes) -> None:
+    first, second = await nodes.join(), await nodes.join()
+    await first.accept(new(rest=ASKED))
+    await first.close()
+    script = second._scripts["take_over"].on(second.base("w"), second.node, first.node)
+    async with nodes.keys() as client:
+        assert len(await client.execute_command(*script)) == 1  # and the answer is lost
+    second._takeover._sweep_at = 0.0
+
+    assert [epoch for _, epoch, _ in await taken(second)] == [2]
+    second._takeover._sweep_at = 0.0
+    assert await second.take_over() == []
+
+
+async def test_one_request_id_at_many_nodes_at_once_is_one_turn(nodes: Nodes) -> None:
+    stores = [await nodes.join() for _ in range(3)]
+    turns = [new(ordinal, session=name, request_id="r") for name in "abc" for ordinal in range(1, 21)]
+    answers = await asyncio.gather(*(stores[place % 3].accept(turn) for place, turn in enumerate(turns)))
+
+    assert answers.count(None) == 1
+    winner = turns[answers.index(None)].key
+    assert {answer.key for answer in answers if answer is not None} == {winner}
+
+
+async def test_a_turn_that_another_node_runs_is_neither_run_again_nor_ended_by_a_number_that_both_gave(
+    nodes: Nodes,
+) -> None:
+    first, second = await nodes.join(), await nodes.join()
+    turn = new(request_id="r", rest=ASKED)
+    await first.accept(turn)
+
+    for again in (turn, new(2, request_id="r")):
+        for call in (second.accept, second.reaccept):
+            earlier = await call(again)
+            assert earlier is not None
+            assert (earlier.key, earlier.state) == (turn.key, TurnState.RUNNING)
+    taken_number = new(1, request_id="other")
+    refused, finished = second.accept(taken_number), second.finish(ended(taken_number, answer="wrong"))
+    with pytest.raises(StorageUnavailable):
+        await refused
+    with pytest.raises(TurnInterrupted):
+        await finished
+    await first.finish(ended(turn))
+    assert await texts(second) == ["question", "answer"]
+
+
+# --- Redis is away ---------------------------------------------------------------------------------------------------
+
+
+async def test_what_was_acknowledged_survives_the_death_of_redis_and_what_ends_meanwhile_is_kept(
+    own: Nodes, redis: RedisProcess
+) -> None:
+    store = await own.join()
+    turns = [new(session=f"s{number}", rest=ASKED) for number in range(20)]
+    await asyncio.gather(*(store.accept(turn) for turn in turns))
+    await store.append([wrote(turn, "kept") for turn in turns])
+    await redis.kill()
+    ends = [asyncio.ensure_future(store.finish(ended(turn))) for turn in turns]
+    more = asyncio.ensure_future(store.append([wrote(turns[0], "more", first=2)]))
+    await asyncio.wait(ends, timeout=0.3)
+    began = time.monotonic()
+    with pytest.raises(StorageUnavailable) as caught:
+        await store.accept(new(session="late"))
+    assert caught.value.retry_after
+    assert time.monotonic() - began < 0.1
+    await redis.start()
+
+    assert await asyncio.gather(*ends) == [None] * 20
+    await more
+    await there_again(store)
+    for turn in turns:
+        assert await texts(store, turn.key.session.session) == ["question", "answer"]
+    assert await store.find_turn(new(session="late").key) is None
+    assert await store.accept(new(session="after")) is None
+
+
+async def test_a_redis_that_hangs_costs_two_seconds_and_leaves_nothing_that_was_refused(
+    own: Nodes, redis: RedisProcess
+) -> None:
+    store = await own.join()
+    running = new(session="running", rest=ASKED)
+    await store.accept(running)
+    redis.hang()
+    began = time.monotonic()
+    refused = [store.accept(new(session=f"r{number}")) for number in range(50)]
+    used = UsageRow(workspace="w", day="2026-01-01", turns=1)
+    added, finished = store.add_usage([used]), store.finish(ended(running))
+    outcomes = await asyncio.gather(*refused, return_exceptions=True)
+
+    assert {type(outcome) for outcome in outcomes} == {StorageUnavailable}
+    assert 1.5 < time.monotonic() - began < 3
+    began = time.monotonic()
+    with pytest.raises(StorageUnavailable):
+        await store.accept(new(session="another"))
+    with pytest.raises(StorageUnavailable):
+        await store.find_turn(running.key)
+    assert time.monotonic() - began < 2.5  # the reading line may hear of it now
+    redis.go_on()
+    await asyncio.gather(added, finished)
+    await there_again(store)
+    assert await texts(store, "running") == ["question", "answer"]
+    assert await everything(store) == ["running"]
+    page = await store.list_usage(UsageQuery(first="2026-01-01", last="2026-01-02", by=()), after=None, limit=1)
+    assert page.total.turns == 1
+    async with own.keys() as client:
+        assert await client.zcard(f"{store.base('w')}run:{store.node}") == 0
+        assert await client.hlen(f"{store.base('w')}requests") == 1
+
+
+async def test_nothing_waits_for_ever_and_nothing_is_left_when_redis_stays_away(
+    own: Nodes, redis: RedisProcess
+) -> None:
+    before = asyncio.all_tasks()
+    store = await own.join()
+    turns = [new(session=f"s{number}", rest=ASKED) for number in range(10)]
+    await asyncio.gather(*(store.accept(turn) for turn in turns))
+    await redis.kill()
+    began = time.monotonic()
+    outcomes = await asyncio.gather(*(store.finish(ended(turn)) for turn in turns), return_exceptions=True)
+
+    assert {type(outcome) for outcome in outcomes} == {StorageUnavailable}
+    assert 7 < time.monotonic() - began < 11
+    assert asyncio.all_tasks() - before == {store._writing._worker, store._reading._worker, store._lease._task}
+    await asyncio.wait_for(store.close(), 5)
+    assert asyncio.all_tasks() == before
+
+
+async def test_scripts_that_redis_has_forgotten_are_told_again(nodes: Nodes) -> None:
+    store = await nodes.join()
+    await keep(store, new())
+    async with nodes.keys() as client:
+        await client.script_flush()
+    await keep(store, new(2))
+    assert await store.load_session(key(), 10) is not None
+    assert len(await texts(store)) == 4
+
+
+async def test_a_redis_without_memory_refuses_turns_and_recovers_by_itself(own: Nodes) -> None:
+    store = await own.join()
+    async with own.keys() as client:
+        await client.config_set("maxmemory", "4mb")
+
+        async def fill() -> None:
+            for ordinal in range(1, 1000):
+                await keep(store, new(ordinal, text="x" * 20_000))
+
+        with pytest.raises(StorageFull) as caught:
+            await fill()
+        assert caught.value.retry_after
+        assert len(await texts(store)) > 10
+        await client.config_set("maxmemory", "0")
+    await keep(store, new(2000, session="again"))
+    assert await texts(store, "again") == ["question", "answer"]
+
+
+# --- what is sent twice ----------------------------------------------------------------------------------------------
+
+
+async def test_what_is_sent_twice_is_there_once(nodes: Nodes) -> None:
+    store, other = await nodes.join(), await nodes.join()
+    turn = new(rest=ASKED)
+    for _ in range(2):
+        assert await store.accept(turn) is None
+    # The first two as after a lost answer, the third with what came meanwhile.
+    for words in (("one",), ("one",), ("one", "two")):
+        assert await store.append([wrote(turn, *words)]) == []
+    await store.append([wrote(turn, "three", first=3)])
+    await store.close()
+    other._takeover._sweep_at = 0.0
+
+    assert await taken(other) == [("s", 2, ["one", "two", "three"])]
+    session = await other.get_session(key())
+    assert session is not None
+    assert session.message_count == 1
+
+
+async def test_a_turn_that_was_refused_is_withdrawn_with_its_session(nodes: Nodes) -> None:
+    store = await nodes.join()
+    first, second = new(session="new", rest=ASKED), new(2, rest=ASKED)
+    await keep(store, new(1))
+    for turn in (first, second):
+        call = store.accept(turn)
+        await call
+        store._writing._undo += call.undo  # type: ignore[attr-defined]
+    await store._writing._disconnect()
+    assert await store.accept(new(3)) is None
+
+    assert await store.find_turn(first.key) is None
+    assert await store.find_turn(second.key) is None
+    assert await everything(store) == ["s"]
+    assert await texts(store) == ["question", "answer", "question"]
+
+
+# --- keys ------------------------------------------------------------------------------------------------------------
+
+
+async def test_every_key_of_a_workspace_begins_alike_whatever_its_name_is(nodes: Nodes) -> None:
+    store = await nodes.join()
+    for workspace in ("a}:t:1:x", "{", "å b"):
+        await keep(store, new(workspace=workspace, user="u", text=workspace))
+        await store.add_usage([UsageRow(workspace=workspace, day="2026-01-01", turns=1)])
+    async with nodes.keys() as client:
+        names = [name async for name in client.scan_iter(f"*{nodes.prefix}*", count=10_000)]
+
+    apart = {f"{nodes.prefix}:{rest}".encode() for rest in ("schema", "workspaces", "nodes", f"node:{store.node}")}
+    begins = [store.base(workspace).encode() for workspace in ("a}:t:1:x", "{", "å b")]
+    assert all(len([1 for begin in begins if name.startswith(begin)]) == 1 for name in set(names) - apart)
+    for workspace in ("a}:t:1:x", "{", "å b"):
+        (message, _) = await store.list_messages(key(workspace=workspace), after=(0, 0), limit=10)
+        assert message.text == workspace
+
+
+async def test_no_key_is_left_over_when_all_sessions_are_deleted(nodes: Nodes) -> None:
+    store = await nodes.join()
+    async with nodes.keys() as client:
+
+        async def names() -> set[bytes]:
+            return {name async for name in client.scan_iter(f"{store.base('w')}*", count=10_000)}
+
+        await keep(store, new(session="x"))
+        await store.delete_session(key("x"))
+        before = await names()
+        for number in range(40):
+            name = f"s{number}"
+            await keep(store, new(1, session=name, user="u", ephemeral=number % 2 == 0))
+            await store.reaccept(new(2, session=name, request_id=f"f{number}", rest=ASKED))
+            await store.append([wrote(new(2, session=name), "word")])
+            assert await store.reaccept(new(3, session=name, request_id=f"f{number}", rest=ASKED)) is None
+            await store.append([wrote(new(3, session=name), "word")])
+        for number in range(40):
+            assert await store.delete_session(key(f"s{number}")) is True
+        assert await names() == before
+        assert {name.rpartition(b":")[2] for name in before} == {b"accepted", b"nodes"}
+
+
+# --- how Redis is set ------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("options", "text"),
+    [
+        (("--maxmemory-policy", "allkeys-lru"), "set maxmemory-policy noeviction"),
+        (("--cluster-enabled", "yes"), "a node of a cluster"),
+        (("--requirepass", "secret"), "set store.password"),
+        (("--replicaof", "127.0.0.1", "1"), "replica"),
+    ],
+)
+async def test_a_redis_that_would_lose_turns_is_refused_with_what_to_change(
+    options: tuple[str, ...], text: str, tmp_path: Path
+) -> None:
+    process = RedisProcess("", "--dir", str(tmp_path), *options)
+    await process.start()
+    try:
+        with pytest.raises(StorageUnavailable, match=text) as caught:
+            await RedisStore(host="127.0.0.1", port=process.port).open()
+        assert f"127.0.0.1:{process.port}" in caught.value.message
+    finally:
+        await process.kill()
+
+
+async def test_a_redis_that_keeps_nothing_is_warned_of(caplog: pytest.LogCaptureFixture) -> None:
+    process = RedisProcess("secret")
+    await process.start()
+    store = RedisStore(host="127.0.0.1", port=process.port, password="secret")
+    await store.open()
+    await keep(store, new())
+    await store.close()
+    await process.kill()
+
+    told = [getattr(record, "problem", "") for record in caplog.records if record.levelname == "WARNING"]
+    assert [text for text in told if "set appendonly yes" in text] != []
+
+
+async def test_data_of_a_newer_release_is_left_alone(nodes: Nodes) -> None:
+    async with nodes.keys() as client:
+        await client.set(f"{nodes.prefix}:schema", 2)
+    with pytest.raises(StorageUnavailable, match="newer release"):
+        await nodes.join()
+
+
+async def test_a_redis_that_is_not_there_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("moltbot_server.store.redis._START", 0.2)
+    with pytest.raises(MoltBotError, match=r"Redis cannot be used .*127\.0\.0\.1:1"):
+        await RedisStore(host="127.0.0.1", port=1).open()
