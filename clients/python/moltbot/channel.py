@@ -15,6 +15,8 @@ _OPTIONS: tuple[tuple[str, int | str], ...] = (
     # The core allows a ping every 10 s. Pings find a dead connection under a stream that is silent for long.
     ("grpc.keepalive_time_ms", 11_000),
     ("grpc.keepalive_timeout_ms", 5_000),
+    # One that measures the connection may be under way already. It has a minute by default, and keepalive waits for it.
+    ("grpc.http2.ping_timeout_ms", 5_000),
     ("grpc.http2.max_pings_without_data", 0),
     ("grpc.max_receive_message_length", 16 << 20),
     ("grpc.initial_reconnect_backoff_ms", 100),
