@@ -9,8 +9,9 @@ from __future__ import annotations
 import asyncio
 import logging
 from collections import OrderedDict
+from collections.abc import Collection
 
-from moltbot_server.errors import MoltBotError, RequestIdReused, TurnNotFound
+from moltbot_server.errors import MoltBotError, NotServing, RequestIdReused, TurnNotFound
 from moltbot_server.live_turn import LiveTurn
 from moltbot_server.store import SEQUENCE_AFTER_CRASH, Store, StoredTurn
 from moltbot_server.store.protocol import JournalEntry
@@ -24,6 +25,7 @@ from moltbot_server.turns import (
     TextDelta,
     TurnInput,
     TurnKey,
+    TurnState,
 )
 
 log = logging.getLogger(__name__)
@@ -123,6 +125,7 @@ class Journal:
         self._recent: OrderedDict[tuple[str, str], LiveTurn | TurnKey] = OrderedDict()
         self._noted: dict[LiveTurn, None] = {}
         self._keeping = False
+        self._elsewhere: OrderedDict[TurnKey, None] = OrderedDict()
 
     def __len__(self) -> int:
         """How many turns are under way."""
@@ -152,24 +155,30 @@ class Journal:
         """Write down what was noted, in one go; what is noted meanwhile is written when this one is."""
         noted, self._noted = self._noted, {}
         # What ends is kept with its end.
-        batch = [(live, len(live.events)) for live in noted if not live.closing]
+        batch = [(live, len(live.events), live.is_stored) for live in noted if not live.closing]
         self._keeping = bool(batch)
         if batch:
             entries = [
                 JournalEntry(key=live.key, events=tuple(live.events[live.kept : count]), epoch=live.epoch)
-                for live, count in batch
+                for live, count, _ in batch
             ]
-            self._store.append(entries).then(lambda error: self._kept(batch, error))
+            self._store.append(entries).then(lambda answer: self._kept(batch, answer))
 
-    def _kept(self, batch: list[tuple[LiveTurn, int]], error: MoltBotError | None) -> None:
+    def _kept(self, batch: list[tuple[LiveTurn, int, bool]], answer: Collection[TurnKey] | MoltBotError) -> None:
         self._keeping = False
-        if error is None:
-            for live, count in batch:
-                live.kept = max(live.kept, count)
-                live.show(count)
-        else:
+        if isinstance(answer, MoltBotError):
             # The store says why. It is tried again with what comes next, and with the end at the latest.
-            log.warning("what turns record cannot be kept now", extra={"turns": len(batch), "error": error.message})
+            log.warning("what turns record cannot be kept now", extra={"turns": len(batch), "error": answer.message})
+        else:
+            for live, count, was_stored in batch:
+                if live.key not in answer:
+                    live.kept = max(live.kept, count)
+                    live.show(count)
+                elif was_stored:
+                    live.lose()
+                elif live.is_stored:
+                    # It was not there yet, because it had to take the place of another one. It is now.
+                    self.note(live)
         if self._noted:
             self._keep()
 
@@ -187,6 +196,10 @@ class Journal:
                 del self._recent[request]
             else:
                 self._recent[request] = live.key
+        if isinstance(live.refusal, NotServing):
+            self._elsewhere[live.key] = None
+            if len(self._elsewhere) > _RECENT_REQUESTS:
+                self._elsewhere.popitem(last=False)
 
     def live(self, key: TurnKey) -> LiveTurn | None:
         """Return the turn if it is under way."""
@@ -220,10 +233,15 @@ class Journal:
 
         Raises:
             TurnNotFound: the workspace has no such turn.
+            NotServing: it was left to another core, and has not ended.
         """
-        found = self._live.get(key) or await self._store.find_turn(key)
+        if (live := self._live.get(key)) is not None:
+            return live
+        found = await self._store.find_turn(key)
         if found is None:
             raise TurnNotFound("there is no such turn in this workspace; its session may have been reset or deleted")
+        if found.state is TurnState.RUNNING and key in self._elsewhere:
+            raise NotServing("another core carries this turn on; follow it there", retry_after=1.0)
         return self._live.get(key) or found
 
     def follow(self, turn: LiveTurn | StoredTurn, after: int = 0) -> Follower:

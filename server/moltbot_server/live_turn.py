@@ -65,6 +65,7 @@ class LiveTurn:
         "kept",
         "key",
         "late",
+        "lost",
         "principal",
         "refusal",
         "visible",
@@ -96,7 +97,7 @@ class LiveTurn:
         self.events: list[Event] = list(taken.turn.events) if taken else []
         self.epoch = taken.epoch if taken else 1
         self.visible = self.kept = len(self.events)
-        self.ended = self.cancelling = self.closing = self.late = False
+        self.ended = self.cancelling = self.closing = self.late = self.lost = False
         self.halt: Callable[[], None] = _nobody_to_stop
         self.duplicate_of: StoredTurn | None = None
         self.refusal: MoltBotError | None = None
@@ -192,6 +193,12 @@ class LiveTurn:
     def stop(self) -> None:
         """Interrupt the turn: whoever carries it out ends it now."""
         self.halt()
+
+    def lose(self) -> None:
+        """Interrupt the turn because another core has it: nothing more of it is seen here."""
+        if not self.closing:
+            self.lost = True
+            self.stop()
 
     def let_go(self) -> None:
         """Forget who carried the turn out, so that both are freed at once and not by the garbage collector."""

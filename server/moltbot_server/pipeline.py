@@ -127,8 +127,7 @@ class TurnPipeline:
                 return earlier
             if earlier is not None and not earlier.retryable:
                 return earlier
-        if self._emptied is not None:
-            raise NotServing("the core is leaving; repeat with the same request_id", retry_after=1.0)
+        self._check_stays()
         entry = self._catalog.ready(turn.model)
         _check_model(turn, entry.engine)
         warning = self._ledger.check(principal.workspace, turn.user, entry.engine.id)
@@ -140,6 +139,7 @@ class TurnPipeline:
         if session is None:
             session = await self._sessions.open(key)
             entry = self._still_ready(entry, turn)
+            self._check_stays()
         if (begun := self.journal.begun(principal, turn.request_id)) is not None:
             # The same call came twice, and what it waited for came to the other one first.
             same_content(begun.digest, digest)
@@ -169,6 +169,10 @@ class TurnPipeline:
         live.expire_at(deadline)
         return live
 
+    def _check_stays(self) -> None:
+        if self._emptied is not None:
+            raise NotServing("the core is leaving; repeat with the same request_id", retry_after=1.0)
+
     async def take_over(self) -> int:
         """Carry on what a core that is gone left unfinished; return how many turns that is.
 
@@ -178,8 +182,13 @@ class TurnPipeline:
             MoltBotError: the store cannot tell.
         """
         orphans = await self.store.take_over()
+        by_session: dict[SessionKey, list[Orphan]] = {}
         for orphan in orphans:
-            await self._carry_on(orphan)
+            by_session.setdefault(orphan.turn.key.session, []).append(orphan)
+        for waiting in by_session.values():
+            # A turn that took the place of a failed one was stored later than those behind it.
+            for orphan in sorted(waiting, key=lambda orphan: orphan.turn.key.ordinal):
+                await self._carry_on(orphan)
         return len(orphans)
 
     async def _carry_on(self, orphan: Orphan) -> None:

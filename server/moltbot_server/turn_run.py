@@ -41,7 +41,6 @@ from moltbot_server.turns import (
     Reset,
     Role,
     Routed,
-    TextDelta,
     TextPart,
     Timings,
     TurnInput,
@@ -52,7 +51,8 @@ from moltbot_server.turns import (
 log = logging.getLogger(__name__)
 
 _TITLE_LENGTH = 80
-_SHOWN = TextDelta | ReasoningDelta | Reset
+_TRY_AGAIN = 1.0
+"""Seconds from one attempt to store an end to the next."""
 _NOTHING_READ = Fitted([], 0, 0, 0)
 
 
@@ -89,6 +89,7 @@ class TurnRun:
         "_asker",
         "_attempts",
         "_deadline",
+        "_delayed",
         "_ending",
         "_engine",
         "_entered",
@@ -125,7 +126,7 @@ class TurnRun:
         self._entry = entry
         self._engine = entry.hold()
         self._asker = asker
-        self._entered = self._over = False
+        self._entered = self._over = self._delayed = False
         self._started = self._first_text = 0.0
         self._fitted = _NOTHING_READ
         self._pieces: list[str] = []
@@ -153,18 +154,23 @@ class TurnRun:
     def carry_on(self) -> None:
         """Set out on a turn that another core began: what was shown of its answer is void, and it is given anew."""
         live, session = self._live, self._session
-        live.stored()
-        if not live.events:
-            name = session.key.session
-            live.record(Accepted(session=name, ordinal=live.key.ordinal, request_id=live.input.request_id))
-        if any(isinstance(event.kind, _SHOWN) for event in live.events):
-            live.record(Reset(text="", reason="the core was started again, and the answer with it"))
+        self._take_up()
+        # Also where nothing of the answer was kept: a power failure may have taken what was shown.
+        live.record(Reset(text="", reason="the core was started again, and the answer with it"))
         if session.enter(live, self._answer):
             self._answer()
 
+    def _take_up(self) -> None:
+        """Let the turn's followers begin where they are, or with its acceptance."""
+        live = self._live
+        live.stored()
+        if not live.events:
+            name = self._session.key.session
+            live.record(Accepted(session=name, ordinal=live.key.ordinal, request_id=live.input.request_id))
+
     def abandon(self, error: MoltBotError) -> None:
         """End a turn that another core began and that cannot be carried on."""
-        self._live.stored()
+        self._take_up()
         self._conclude(self._failed(error))
 
     def _accept(self, *, again: bool = False) -> None:
@@ -199,6 +205,9 @@ class TurnRun:
         if earlier is None:
             self._session.exists = True
             live.stored()
+            if again:
+                # What it has recorded came to the store before its row did, and was left out.
+                self._pipeline.journal.note(live)
             if again and self._row is not None:
                 # The first row gave way to an earlier turn's, and its end with it.
                 self._finish(self._row)
@@ -293,6 +302,9 @@ class TurnRun:
         """End the turn now: for a caller, because its deadline passed, or because the core leaves."""
         if self._over or self._ending is not None:
             return
+        if self._live.lost:
+            self._drop(refusal=_taken_over())
+            return
         self._fall_silent()
         ending: Completed | Failed
         if self._live.late:
@@ -305,9 +317,9 @@ class TurnRun:
 
     def hand_over(self) -> None:
         """Leave the turn to the next core: whoever follows it is sent there, and its row stays as it is."""
-        if self._over or self._ending is not None:
+        if self._over or (self._ending is not None and not self._delayed):
             return
-        if self._live.input.cancel_on_disconnect or not self._live.is_stored:
+        if self._ending is None and (self._live.input.cancel_on_disconnect or not self._live.is_stored):
             self.stop()
             return
         text = "the core is leaving; the next one carries this turn on: follow it there, or repeat the call"
@@ -363,10 +375,15 @@ class TurnRun:
         if self._over or self._writes or not live.is_stored or row is None or ending is None:
             return  # it was dropped, or is being stored again
         last = row.events[-1]
+        if isinstance(error, TurnInterrupted):
+            self._drop(refusal=_taken_over())
+            return
         if error is not None:
-            ending = self._failed(error)
-            last = live.close(ending)[-1]
-        elif row.answer and live.input.transcript is None:
+            self._store_later(error)
+            return
+        if self._delayed:
+            live.stored()  # its followers may come back
+        if row.answer and live.input.transcript is None:
             ordinal = live.key.ordinal
             question = Message(role=Role.USER, parts=live.input.parts, turn=ordinal)
             said = Message(role=Role.ASSISTANT, parts=row.answer, turn=ordinal, model=row.model)
@@ -376,6 +393,16 @@ class TurnRun:
         if isinstance(ending, Completed) and row.model:
             self._pipeline.used(live, ending, row.model)
         self._leave()
+
+    def _store_later(self, error: MoltBotError) -> None:
+        """Tell nobody of an end that is not kept: send the followers away, and try again until it is."""
+        self._delayed = True
+        self._live.stored(refusal=error)
+        self._pipeline.journal.ticker.call_within(_TRY_AGAIN, self._store_again)
+
+    def _store_again(self) -> None:
+        if not self._over and self._row is not None:
+            self._finish(self._row)
 
     def _break_off(self) -> None:
         """Let nobody wait for an end that will not come. Called while an exception is handled."""
@@ -387,6 +414,8 @@ class TurnRun:
         if self._over:
             return
         self._over = True
+        if self._delayed:
+            self._pipeline.journal.ticker.forget(self._store_again)
         if self._entered:
             self._session.leave()
         self._session.release()
@@ -471,6 +500,10 @@ def _content_error(earlier: StoredTurn, live: LiveTurn) -> MoltBotError | None:
     except MoltBotError as error:
         return error
     return None
+
+
+def _taken_over() -> NotServing:
+    return NotServing("another core has taken this turn over: follow it there, or repeat the call", retry_after=1.0)
 
 
 def _title(turn: TurnInput) -> str:

@@ -14,7 +14,7 @@ from grpc import aio
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 from moltbot.v1 import chat_pb2
 from moltbot_server.testing import running_server
-from rpc_calls import Api, kinds, reason_of, refused, turn
+from rpc_calls import Api, kinds, reason_of, refused, turn, until
 
 
 @pytest.fixture
@@ -66,7 +66,7 @@ async def test_a_core_on_a_full_disk_refuses_new_turns_and_goes_on_when_there_is
         await api.channel.close()
 
 
-async def test_a_turn_whose_end_could_not_be_stored_is_started_again(tmp_path: Path) -> None:
+async def test_an_end_that_cannot_be_stored_is_told_to_nobody_and_stored_as_soon_as_it_can_be(tmp_path: Path) -> None:
     async with running_server(tmp_path) as server:
         api = Api.of(server)
         store = server.core.store
@@ -75,19 +75,20 @@ async def test_a_turn_whose_end_could_not_be_stored_is_started_again(tmp_path: P
         accepted = (await call.read()).event.accepted
         other = sqlite3.connect(tmp_path / "moltbot.db", isolation_level=None)
         other.execute("BEGIN IMMEDIATE")
-        events = []
-        while (response := await call.read()) is not aio.EOF:
-            events.append(response.event)
-        assert (events[-1].failed.reason, events[-1].failed.retryable) == ("STORAGE_UNAVAILABLE", True)
+        broken = await refused(call)
+        assert (broken.code(), reason_of(broken)) == (grpc.StatusCode.UNAVAILABLE, "STORAGE_UNAVAILABLE")
+        resume = chat_pb2.ResumeTurnRequest(name=accepted.turn)
+        again = await refused(api.chat.ResumeTurn(resume, metadata=api.metadata))
+        assert (again.code(), reason_of(again)) == (grpc.StatusCode.UNAVAILABLE, "STORAGE_UNAVAILABLE")
         error = await refused(api.run(turn("other")))
         assert (error.code(), reason_of(error)) == (grpc.StatusCode.UNAVAILABLE, "STORAGE_UNAVAILABLE")
+        live = server.core.journal.under_way()[0]
         other.execute("ROLLBACK")
         other.close()
 
-        cut = (await api.resumed(accepted.turn))[-1]
-        assert (cut.failed.reason, cut.failed.retryable) == ("TURN_INTERRUPTED", True)
-        again = await api.run(turn("#3 wait=0.3", request_id="one", session="sessions/s"))
-        assert again.completed.text == "one two three"
+        await until(lambda: live.ended)
+        answer = await api.run(turn("#3 wait=0.3", request_id="one", session="sessions/s"))
+        assert (answer.turn, answer.completed.text) == (accepted.turn, "one two three")
+        assert (await api.resumed(accepted.turn))[-1].completed == answer.completed
         assert await api.said("sessions/s") == ["#3 wait=0.3", "one two three"]
-        assert (await api.resumed(again.turn))[-1].completed == again.completed
         await api.channel.close()

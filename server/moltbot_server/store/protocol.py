@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from typing import Protocol
 
 from moltbot_server.store.pending import Pending
@@ -165,10 +165,11 @@ class Store(Protocol):
         Whoever calls this knows that the earlier turn does not run any more.
         """
 
-    def append(self, entries: Sequence[JournalEntry]) -> Pending[None]:
+    def append(self, entries: Sequence[JournalEntry]) -> Pending[Collection[TurnKey]]:
         """Keep what happened in turns that run; what is answered survives the death of the core.
 
-        Entries of turns that the store has not, or that another core has taken over, are left out.
+        Entries of turns that the store has not, or that another core has taken over, are left out; the answer names
+        those turns. An entry that begins with the same event as one that was kept takes its place.
         """
 
     async def take_over(self) -> Sequence[Orphan]:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import sqlite3
-from collections.abc import Container, Sequence
+from collections.abc import Collection, Container, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -98,6 +98,13 @@ UPDATE turns SET request_id = request_id || char(31) || rowid, question = x'90',
     state = iif(state = 'running', 'failed', state)
 WHERE workspace = ? AND request_id = ? AND state <> 'completed' AND state <> 'cancelled'
 """
+# What was kept of one whose end could not be stored.
+_FORGET_SUPERSEDED = """
+DELETE FROM journal WHERE (workspace, session, ordinal) IN (
+    SELECT workspace, session, ordinal FROM turns
+    WHERE workspace = ? AND request_id = ? AND state <> 'completed' AND state <> 'cancelled'
+)
+"""
 _TAKEN_OVER = TurnInterrupted("another core has taken this turn over; follow it there")
 # What a crash kept from being written: at most a second of turns, which are the latest.
 _CATCH_UP = """
@@ -117,6 +124,7 @@ class SqliteStore:
         self._touched: dict[tuple[str, str], float] = {}
         self._touched_at = 0.0
         self._journaled: set[TurnKey] = set()
+        self._forgotten: list[TurnKey] = []
         self._closed = False
 
     async def open(self) -> None:
@@ -124,7 +132,9 @@ class SqliteStore:
         self._path.parent.mkdir(parents=True, exist_ok=True)
         reading, self._writing = await asyncio.to_thread(self._prepare)
         self._reader = GroupReader(reading)
-        self._writer = GroupWriter(self._writing, self._write_turns, is_light=lambda row: isinstance(row, tuple))
+        self._writer = GroupWriter(
+            self._writing, self._write_turns, is_light=lambda row: isinstance(row, tuple), over=self._written
+        )
 
     async def close(self) -> None:
         """Write what waits, then close the file."""
@@ -147,13 +157,15 @@ class SqliteStore:
         """Store a turn in the place of a failed one with its request_id."""
 
         def write(connection: sqlite3.Connection) -> StoredTurn | None:
-            connection.execute(_SUPERSEDE, (turn.key.session.workspace, turn.request_id))
+            names = turn.key.session.workspace, turn.request_id
+            connection.execute(_FORGET_SUPERSEDED, names)
+            connection.execute(_SUPERSEDE, names)
             return self._insert(connection, [turn], {})[0]
 
         return self._writer.submit(write)
 
-    def append(self, entries: Sequence[JournalEntry]) -> Pending[None]:
-        """Keep what happened in turns that run."""
+    def append(self, entries: Sequence[JournalEntry]) -> Pending[Collection[TurnKey]]:
+        """Keep what happened in turns that run, and answer which of them do not, or not here any more."""
         return self._writer.submit_row(tuple(entries))
 
     async def take_over(self) -> Sequence[Orphan]:
@@ -353,18 +365,20 @@ class SqliteStore:
         ended = {turn.key: turn for turn in turns if isinstance(turn, EndedTurn)}
         entries = [entry for turn in turns if isinstance(turn, tuple) for entry in turn if entry.key not in ended]
         earlier = iter(self._insert(connection, new, ended) if new else ())
+        left_out: Collection[TurnKey] = ()
         if entries:
-            append_entries(connection, entries)
+            left_out = append_entries(connection, entries)
             self._journaled.update(entry.key for entry in entries)
         lost = self._update(connection, list(ended.values())) if ended else ()
-        return [
-            next(earlier)
-            if isinstance(turn, NewTurn)
-            else _TAKEN_OVER
-            if isinstance(turn, EndedTurn) and turn.key in lost
-            else None
-            for turn in turns
-        ]
+
+        def answer(turn: NewTurn | EndedTurn | tuple[JournalEntry, ...]) -> Any:
+            if isinstance(turn, NewTurn):
+                return next(earlier)
+            if isinstance(turn, EndedTurn):
+                return _TAKEN_OVER if turn.key in lost else None
+            return [entry.key for entry in turn if entry.key in left_out]
+
+        return [answer(turn) for turn in turns]
 
     def _insert(
         self, connection: sqlite3.Connection, turns: Sequence[NewTurn], ended: dict[TurnKey, EndedTurn]
@@ -417,10 +431,16 @@ class SqliteStore:
         kept = [turn.key for turn in turns if turn.key in self._journaled and turn.key not in lost]
         if kept:
             forget_entries(connection, map(names_of, kept))
-            self._journaled.difference_update(kept)
+            self._forgotten += kept
         for workspace, session, *_ in rows:
             self._touch(connection, (workspace, session), turns[0].end_time)
         return lost
+
+    def _written(self, stands: bool) -> None:
+        """Take note that a transaction is over: an end that was undone comes again. Runs on the writer's thread."""
+        if stands:
+            self._journaled.difference_update(self._forgotten)
+        self._forgotten.clear()
 
     def _was_taken(self, connection: sqlite3.Connection, turn: EndedTurn) -> bool:
         query = "SELECT epoch FROM turns WHERE workspace = ? AND session = ? AND ordinal = ?"

@@ -8,7 +8,7 @@ could have been seen.
 from __future__ import annotations
 
 import sqlite3
-from collections.abc import Iterable, Sequence
+from collections.abc import Collection, Iterable, Sequence
 from typing import Any
 
 import msgspec
@@ -31,9 +31,13 @@ _APPEND = Rows(
     "INSERT INTO journal (workspace, session, ordinal, sequence, events) "
     "SELECT column1, column2, column3, column4, column5 FROM (VALUES {rows}) AS new WHERE EXISTS ("
     "SELECT 1 FROM turns WHERE workspace = column1 AND session = column2 AND ordinal = column3 "
-    "AND epoch = column6 AND state = 'running') ON CONFLICT DO NOTHING",
+    "AND epoch = column6 AND state = 'running') "
+    "ON CONFLICT (workspace, session, ordinal, sequence) DO UPDATE SET events = excluded.events",
     row="(?, ?, ?, ?, ?, ?)",
 )
+_RUNS = """
+SELECT 1 FROM turns WHERE workspace = ? AND session = ? AND ordinal = ? AND epoch = ? AND state = 'running'
+"""
 _FORGET = Rows(
     "DELETE FROM journal WHERE (workspace, session, ordinal) IN (VALUES {rows})",
     row="(?, ?, ?)",
@@ -57,14 +61,20 @@ def names_of(key: TurnKey) -> Names:
     return key.session.workspace, key.session.session, key.ordinal
 
 
-def append_entries(connection: sqlite3.Connection, entries: Sequence[JournalEntry]) -> None:
-    """Keep entries, but those of turns that do not run, or that another core has taken over."""
+def append_entries(connection: sqlite3.Connection, entries: Sequence[JournalEntry]) -> Collection[TurnKey]:
+    """Keep entries, and return the turns of those left out: they do not run, or another core has taken them over."""
     rows = [
         (*names_of(entry.key), entry.events[0].sequence, encode(entry.events), entry.epoch)
         for entry in entries
         if entry.events
     ]
-    _APPEND.execute(connection, rows)
+    if _APPEND.execute(connection, rows) == len(rows):
+        return ()
+    return {
+        entry.key
+        for entry in entries
+        if connection.execute(_RUNS, (*names_of(entry.key), entry.epoch)).fetchone() is None
+    }
 
 
 def forget_entries(connection: sqlite3.Connection, names: Iterable[Names]) -> None:

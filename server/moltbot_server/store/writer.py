@@ -85,14 +85,17 @@ class GroupWriter(GroupThread[_Job]):
         write_rows: WriteRows,
         *,
         is_light: Callable[[Any], bool] = lambda _: False,
+        over: Callable[[bool], None] = lambda _: None,
     ) -> None:
         """Take a connection over, which waits for the disk; it is closed with the writer.
 
-        A group of rows that are all light is not waited for: the system has it, and will write it.
+        A group of rows that are all light is not waited for: the system has it, and will write it. `over` hears on the
+        thread whether a transaction stands, or was undone.
         """
         super().__init__(connection, name="moltbot-writer", distance=_DISTANCE)
         self._write_rows = write_rows
         self._is_light = is_light
+        self._transaction_over = over
         self._waits = True
 
     def submit(self, write: Write) -> Pending[Any]:
@@ -120,6 +123,7 @@ class GroupWriter(GroupThread[_Job]):
             if connection.in_transaction:
                 with contextlib.suppress(sqlite3.Error):
                     connection.execute("ROLLBACK")
+            self._transaction_over(False)
             if isinstance(error, sqlite3.Error) and _name(error).startswith(_NOBODYS_FAULT):
                 # Each alone would wait as long, or write after a failed write and take it for done.
                 log.error("the database refused all writes", extra={"error": str(error), "writes": len(group)})
@@ -132,6 +136,7 @@ class GroupWriter(GroupThread[_Job]):
                 return [(group[0], StorageUnavailable("the store refused a write; the log says why"))]
             log.error("the database refused a write", extra={"error": str(error)})
             return [(group[0], storage_error(error))]
+        self._transaction_over(True)
         return outcomes
 
     def _write_all(self, connection: sqlite3.Connection, group: list[_Job]) -> list[tuple[_Job, Any]]:
