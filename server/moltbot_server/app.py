@@ -40,6 +40,7 @@ WORKSPACE = "default"
 _EMPTY: Mapping[str, str] = MappingProxyType({})
 _KEEP_EPHEMERAL = 24 * 3600.0
 _PRUNE_EVERY = 600.0
+_LOOK_EVERY = 1.0
 _ENGINE_START = 60.0
 _SHORTEST_AT_HAND = 60.0
 
@@ -108,7 +109,7 @@ class Core:
         )
         self.ops: OpsServer | None = None
         self._serving = False
-        self._pruning: asyncio.Task[None] | None = None
+        self._duties: list[asyncio.Task[None]] = []
         self._reloads: asyncio.Task[None] | None = None
 
     async def start(self) -> None:
@@ -131,8 +132,7 @@ class Core:
             await self._open_models()
             undo.push_async_callback(self.lineup.close)
             await self.reloading.open()
-            if taken := await self.pipeline.take_over():
-                log.info("turns of a core that is gone go on", extra={"turns": taken})
+            await self._take_over()
             caches = (self.caches.answers, self.sessions, self.caches.metadata)
             self.server.register(
                 authenticator=self.authenticator,
@@ -158,7 +158,9 @@ class Core:
             await self.server.start()
             undo.pop_all()
         self._serving = True
-        self._pruning = asyncio.create_task(self._prune())
+        self._duties.append(asyncio.create_task(self._prune()))
+        if self.store.shared:
+            self._duties.append(asyncio.create_task(self._look_after_others()))
         seconds = round(time.perf_counter() - started, 3)
         log.info("the core serves", extra={"grpc": self.server.address, "seconds": seconds})
 
@@ -166,9 +168,10 @@ class Core:
         """Leave well: no new turns, those under way end within `grace` seconds, what is written is on the disk."""
         self._serving = False
         await self.server.retire()
-        if self._pruning is not None:
-            self._pruning.cancel()
-            await asyncio.wait({self._pruning})
+        for duty in self._duties:
+            duty.cancel()
+        if self._duties:
+            await asyncio.wait(self._duties)
         await self.pipeline.drain(grace)
         # Streams deliver the last events of turns that have ended by now.
         await self.server.stop(1.0)
@@ -244,16 +247,41 @@ class Core:
         # What the model before would have said is not what this one says.
         self.reloading.renew_answers()
 
+    async def _take_over(self) -> None:
+        if taken := await self.pipeline.take_over():
+            log.info("turns of a core that is gone go on", extra={"turns": taken})
+
+    async def _look_after_others(self) -> None:
+        """Carry on what other cores left unfinished, soon after they are gone."""
+        while True:
+            await asyncio.sleep(_LOOK_EVERY)
+            try:
+                await self._take_over()
+            except MoltBotError as error:
+                log.debug("cannot look after other cores now", extra={"error": error.message})
+
     async def _prune(self) -> None:
-        """Forget the sessions of stateless callers once their calls are no longer repeated."""
+        """Forget sessions: those of stateless callers once their calls are no longer repeated, and those too old."""
+        days = self.settings.retention.days
         while True:
             try:
-                # A store forgets so many at once that nobody has to wait for it.
-                while pruned := await self.store.prune(time.time() - _KEEP_EPHEMERAL):
-                    log.info("forgot sessions of stateless callers", extra={"sessions": pruned})
+                now = time.time()
+                await self._forget(now - _KEEP_EPHEMERAL, ephemeral=True)
+                if days and await self._forget(now - days * 86400.0, ephemeral=False):
+                    # What is at hand would go on without its row.
+                    self.sessions.forget_idle()
             except MoltBotError as error:
                 log.warning("cannot forget sessions now; it is tried again", extra={"error": error.message})
             await asyncio.sleep(_PRUNE_EVERY)
+
+    async def _forget(self, before: float, *, ephemeral: bool) -> int:
+        """Forget sessions in steps: a store forgets so many at once that nobody has to wait for it."""
+        forgotten = 0
+        while pruned := await self.store.prune(before, ephemeral=ephemeral):
+            forgotten += pruned
+        if forgotten:
+            log.info("forgot sessions", extra={"sessions": forgotten, "of_stateless_callers": ephemeral})
+        return forgotten
 
 
 def _models(settings: Settings, key: str, given: Catalog | None) -> tuple[Catalog, EngineLink | None, Loader]:

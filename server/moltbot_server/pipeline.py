@@ -97,6 +97,7 @@ class TurnPipeline:
         self._rules = _system(system_prompt)
         self._flush_interval = flush_interval
         self._runs: set[TurnRun] = set()
+        self._orphans: list[Orphan] = []
         self._emptied: asyncio.Event | None = None
         self._floods = Floods()
 
@@ -174,25 +175,32 @@ class TurnPipeline:
             raise NotServing("the core is leaving; repeat with the same request_id", retry_after=1.0)
 
     async def take_over(self) -> int:
-        """Carry on what a core that is gone left unfinished; return how many turns that is.
+        """Carry on what cores that are gone left unfinished; return how many turns that is.
 
-        Called once, before any turn is started.
+        Called before any turn is started, and again and again where several cores share the store. What an error kept
+        from being carried on is carried on by the next call.
 
         Raises:
             MoltBotError: the store cannot tell.
         """
-        orphans = await self.store.take_over()
         by_session: dict[SessionKey, list[Orphan]] = {}
-        for orphan in orphans:
+        for orphan in (*self._orphans, *await self.store.take_over()):
             by_session.setdefault(orphan.turn.key.session, []).append(orphan)
-        for waiting in by_session.values():
-            # A turn that took the place of a failed one was stored later than those behind it.
-            for orphan in sorted(waiting, key=lambda orphan: orphan.turn.key.ordinal):
-                await self._carry_on(orphan)
-        return len(orphans)
+        # A turn that took the place of a failed one was stored later than those behind it.
+        ordered = (sorted(waiting, key=lambda orphan: orphan.turn.key.ordinal) for waiting in by_session.values())
+        self._orphans = [orphan for waiting in ordered for orphan in waiting]
+        taken = len(self._orphans)
+        while self._orphans:
+            await self._carry_on(self._orphans[0])
+            del self._orphans[0]
+        return taken
 
     async def _carry_on(self, orphan: Orphan) -> None:
         key, turn = orphan.turn.key, orphan.input
+        if (mine := self.journal.live(key)) is not None:
+            # It was this core's, which was away for too long: what it still does of it counts no more.
+            mine.lose()
+            await mine.outcome()
         session = await self._sessions.open(key.session)
         session.take_up(key.ordinal)
         live = LiveTurn(

@@ -7,7 +7,7 @@ from typing import Any
 
 import msgspec
 import pytest
-from kept_turns import Reopen, ended, everything, keep, key, new, said, texts
+from kept_turns import TIMES, Reopen, ended, everything, keep, key, new, said, texts
 from moltbot_server.errors import StorageUnavailable, TurnInterrupted
 from moltbot_server.store import NewTurn, Store, StoredTurn
 from moltbot_server.store.protocol import JournalEntry
@@ -333,6 +333,37 @@ async def test_a_session_that_is_not_listed_is_kept_until_it_is_pruned(store: St
     assert await store.find_turn(turn.key) is None
     assert await store.prune(end.end_time + 100) == 0
     assert await everything(store) == ["listed"]
+
+
+async def test_sessions_that_nobody_has_used_for_long_are_pruned_in_steps(store: Store, reopen: Reopen) -> None:
+    for number in range(8):
+        for ordinal in (1, 2):
+            await keep(store, new(ordinal, session=f"s{number}", user="ann", workspace="wv"[number % 2]))
+    await keep(store, new(session="closed", ephemeral=True))
+    used = (await store.list_sessions("w", user="", channel="", before=None, limit=10))[1].update_time
+
+    pruned = 0
+    while step := await store.prune(used, ephemeral=False):
+        pruned += step
+    assert pruned == 4
+    for again in (False, True):
+        current = await reopen() if again else store
+        assert await everything(current) == ["s6", "s4"]
+        for user in ("", "ann"):
+            left = await current.list_sessions("v", user=user, channel="", before=None, limit=10)
+            assert [session.key.session for session in left] == ["s7", "s5"]
+        assert await texts(current, "s0") == []
+        assert await texts(current, "closed") == ["question", "answer"]
+    assert await current.accept(new(session="s0", request_id="s0-1")) is None
+
+
+async def test_a_long_session_is_pruned_whole(store: Store) -> None:
+    turns = [new(ordinal) for ordinal in range(1, 2502)]
+    await asyncio.gather(*(store.accept(turn) for turn in turns), *(store.finish(ended(turn)) for turn in turns))
+    while await store.prune(next(TIMES), ephemeral=False):
+        continue
+    assert await everything(store) == []
+    assert await store.find_turn(turns[-1].key) is None
 
 
 async def test_a_reset_session_goes_on_counting_without_what_was_said(store: Store, reopen: Reopen) -> None:

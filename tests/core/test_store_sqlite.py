@@ -14,7 +14,7 @@ from collections.abc import AsyncIterator, Iterator
 from pathlib import Path
 
 import pytest
-from kept_turns import ended, everything, keep, key, new, texts
+from kept_turns import TIMES, ended, everything, keep, key, new, texts
 from moltbot_server.errors import StorageFull, StorageUnavailable
 from moltbot_server.store.sqlite import SCHEMA_VERSION, SqliteStore
 from moltbot_server.turns import FinishReason, Role, TurnState
@@ -291,3 +291,14 @@ async def test_two_thousand_writes_share_their_syncs(store: SqliteStore) -> None
     assert sum(groups) == 2000
     assert len(groups) < 200
     assert max(groups) <= 512
+
+
+async def test_a_database_that_forgets_as_much_as_it_is_given_does_not_grow(store: SqliteStore) -> None:
+    sizes = []
+    for round_ in range(6):
+        turns = [new(session=f"{round_}-{number}", text="x" * 2000) for number in range(400)]
+        await asyncio.gather(*(store.accept(turn) for turn in turns), *(store.finish(ended(turn)) for turn in turns))
+        while await store.prune(next(TIMES), ephemeral=False):
+            continue
+        sizes.append(store._writing.execute("PRAGMA page_count").fetchone()[0])
+    assert sizes[-1] <= 1.2 * sizes[0], sizes

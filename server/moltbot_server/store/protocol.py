@@ -147,8 +147,11 @@ class Store(Protocol):
     """Keeps sessions and turns, and what they used.
 
     What a pending write or a coroutine has answered is on the disk. Every method raises `StorageFull` or
-    `StorageUnavailable` when the store cannot do it.
+    `StorageUnavailable` when the store cannot do it. A `shared` store serves several cores at once: turns of one that
+    is gone are found by asking again and again.
     """
+
+    shared: bool
 
     async def open(self) -> None:
         """Open the store; turns that were running when it was last used wait to be taken over."""
@@ -162,7 +165,7 @@ class Store(Protocol):
     def reaccept(self, turn: NewTurn) -> Pending[StoredTurn | None]:
         """Store a turn like `accept`, taking the `request_id` and the question over from a turn without a good end.
 
-        Whoever calls this knows that the earlier turn does not run any more.
+        Whoever calls this knows that the earlier turn does not run any more here; one that another core runs stays.
         """
 
     def append(self, entries: Sequence[JournalEntry]) -> Pending[Collection[TurnKey]]:
@@ -207,8 +210,11 @@ class Store(Protocol):
     async def delete_session(self, key: SessionKey) -> bool:
         """Delete a session with all that is in it; answer False when there is none."""
 
-    async def prune(self, before: float) -> int:
-        """Delete ephemeral sessions last used before a time; answer how many."""
+    async def prune(self, before: float, *, ephemeral: bool = True) -> int:
+        """Delete ephemeral sessions, or all others, last used before a time: so many that nobody waits for it.
+
+        Answer how many are gone; 0 when there are no more.
+        """
 
     def add_usage(self, rows: Sequence[UsageRow]) -> Pending[None]:
         """Add rows to what is stored of the same workspace, day, model and user."""

@@ -16,6 +16,7 @@ from redis.asyncio.retry import Retry
 from redis.backoff import NoBackoff
 
 from moltbot_server.errors import StorageUnavailable, TurnInterrupted
+from moltbot_server.store.findings import Finding
 from moltbot_server.store.pending import Pending
 from moltbot_server.store.protocol import (
     EndedTurn,
@@ -29,7 +30,7 @@ from moltbot_server.store.protocol import (
     UsageQuery,
     UsageRow,
 )
-from moltbot_server.store.redis_line import Call, Command, RedisLine
+from moltbot_server.store.redis_line import Argument, Call, Command, RedisLine
 from moltbot_server.store.redis_listing import list_sessions
 from moltbot_server.store.redis_nodes import LEASE, NodeLease
 from moltbot_server.store.redis_rows import (
@@ -46,7 +47,7 @@ from moltbot_server.store.redis_rows import (
     turn_from,
 )
 from moltbot_server.store.redis_scripts import loading, scripts
-from moltbot_server.store.redis_settings import require_fit
+from moltbot_server.store.redis_settings import judge, require_fit
 from moltbot_server.store.redis_takeover import Takeover
 from moltbot_server.store.redis_usage import REMEMBERED, Row, addition, list_usage, row_of
 from moltbot_server.turns import Message, Session, SessionKey, TurnKey, encode
@@ -147,7 +148,7 @@ class RedisStore:
 
     def _accept(self, script: str, turn: NewTurn) -> Pending[StoredTurn | None]:
         workspace, session = turn.key.session.workspace, turn.key.session.session
-        withdrawal = self._run("withdraw", workspace, self.node, session, turn.key.ordinal, turn.request_id)
+        withdrawal = self.run("withdraw", workspace, self.node, session, turn.key.ordinal, turn.request_id)
 
         def read(replies: list[Any]) -> StoredTurn | StorageUnavailable | None:
             reply = replies[-1]
@@ -157,7 +158,7 @@ class RedisStore:
                 return StorageUnavailable("another turn has taken this one's place; try again", retry_after=0.0)
             return turn_from(key_of(workspace, reply[0]), reply[1:])
 
-        command = self._run(script, workspace, *accept_arguments(self.node, turn))
+        command = self.run(script, workspace, *accept_arguments(self.node, turn))
         return self._writing.put(Call(*self._introduce(workspace), command, read=read, undo=(withdrawal,)))
 
     def append(self, entries: Sequence[JournalEntry]) -> Pending[Collection[TurnKey]]:
@@ -173,7 +174,7 @@ class RedisStore:
                 first = entry.events[0].sequence
                 # What is sent again with more behind it has a higher id than before, and is kept beside it.
                 told += (name_of(entry.key), entry.epoch, f"{first}-{len(entry.events)}", encode(entry.events))
-            commands.append(self._run("append", workspace, *told))
+            commands.append(self.run("append", workspace, *told))
 
         def read(replies: list[Any]) -> Collection[TurnKey]:
             groups = zip(by_workspace.values(), replies, strict=True)
@@ -188,7 +189,7 @@ class RedisStore:
     def finish(self, turn: EndedTurn) -> Pending[None]:
         """Store how a turn ended."""
         workspace = turn.key.session.workspace
-        command = self._run("finish", workspace, *finish_arguments(self.node, turn))
+        command = self.run("finish", workspace, *finish_arguments(self.node, turn))
         return self._writing.put(
             Call(command, read=lambda replies: None if replies[0] == 1 else _TAKEN_OVER, patient=True)
         )
@@ -202,7 +203,7 @@ class RedisStore:
         return await self._forget(key, "delete") > 0
 
     async def _forget(self, key: SessionKey, what: str) -> int:
-        command = self._run("forget", key.workspace, key.session, _STEP, what)
+        command = self.run("forget", key.workspace, key.session, _STEP, what)
         while (done := await self._writing.put(Call(command, read=_only, repeatable=what != "delete"))) == 2:
             continue
         return int(done)
@@ -223,8 +224,8 @@ class RedisStore:
         adding, taking_back = [], []
         for workspace in {row.workspace for row in rows}:
             name, told = addition(row for row in rows if row.workspace == workspace)
-            adding += [*self._introduce(workspace), self._run("add_usage", workspace, name, 1, REMEMBERED, *told)]
-            taking_back.append(self._run("add_usage", workspace, name, -1, REMEMBERED, *told))
+            adding += [*self._introduce(workspace), self.run("add_usage", workspace, name, 1, REMEMBERED, *told)]
+            taking_back.append(self.run("add_usage", workspace, name, -1, REMEMBERED, *told))
         return self._writing.put(Call(*adding, read=lambda _: None, patient=True, undo=taking_back))
 
     async def forget_usage(self, before: str) -> None:
@@ -246,7 +247,7 @@ class RedisStore:
 
     async def load_session(self, key: SessionKey, limit: int) -> StoredSession | None:
         """Return what a session needs to go on, or None."""
-        command = self._run("load", key.workspace, key.session, limit)
+        command = self.run("load", key.workspace, key.session, limit)
         return await self._reading.put(Call(command, read=lambda replies: loaded_from(replies[0])))
 
     async def get_session(self, key: SessionKey) -> Session | None:
@@ -265,7 +266,7 @@ class RedisStore:
 
     async def list_messages(self, key: SessionKey, *, after: tuple[int, int], limit: int) -> Sequence[Message]:
         """Return a session's messages, oldest first."""
-        command = self._run("messages", key.workspace, key.session, after[0], limit + 1)
+        command = self.run("messages", key.workspace, key.session, after[0], limit + 1)
 
         def read(replies: list[Any]) -> list[Message]:
             messages = [message for turn in replies[0] for message in messages_from(turn)]
@@ -308,10 +309,35 @@ class RedisStore:
         """Return how the keys of a workspace begin."""
         return base_of(self.prefix, workspace)
 
-    async def _ask(self, command: Command) -> Any:
-        return await self._reading.put(Call(command, read=_only))
+    async def ask(self, *commands: Command) -> list[Any]:
+        """Return what Redis replies to commands that change nothing.
 
-    def _run(self, script: str, workspace: str, *arguments: str | bytes | int | float) -> Command:
+        Raises:
+            StorageUnavailable: Redis does not answer, or refuses.
+        """
+        return await self._reading.put(Call(*commands, read=list))
+
+    async def write(self, *commands: Command) -> list[Any]:
+        """Return what Redis replies to commands that may be carried out twice.
+
+        Raises:
+            StorageUnavailable: Redis does not answer, or refuses.
+        """
+        return await self._writing.put(Call(*commands, read=list))
+
+    async def judge(self) -> list[Finding]:
+        """Return what is wrong with how Redis is set up.
+
+        Raises:
+            StorageUnavailable: Redis does not answer.
+        """
+        return await judge(self._reading, self.prefix)
+
+    async def _ask(self, command: Command) -> Any:
+        return (await self.ask(command))[0]
+
+    def run(self, script: str, workspace: str, *arguments: Argument) -> Command:
+        """Return the command that runs a script on a workspace."""
         return self._scripts[script].on(self.base(workspace), *arguments)
 
     def _introduce(self, workspace: str) -> Sequence[Command]:

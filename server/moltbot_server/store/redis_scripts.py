@@ -16,6 +16,7 @@ from moltbot_server.store.redis_line import Argument, Command
 _FIRST = {"accept": "accepting.lua", "reaccept": "accepting.lua"}
 _NAMES = (
     "accept", "reaccept", "append", "finish", "take_over", "withdraw", "forget", "load", "messages", "add_usage",
+    "restore_session", "restore_turn",
 )  # fmt: skip
 
 

@@ -4,10 +4,9 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
-from typing import Literal
 
 from moltbot_server.errors import StorageUnavailable
+from moltbot_server.store.findings import Finding
 from moltbot_server.store.redis_line import Call, RedisLine, parse_info
 
 log = logging.getLogger(__name__)
@@ -15,14 +14,6 @@ log = logging.getLogger(__name__)
 SCHEMA_VERSION = 1
 _OLDEST = (6, 2)
 _NAMES = ("appendonly", "appendfsync", "maxmemory-policy")
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Finding:
-    """Something about a store that its keeper should know. `weight`: it must not be, it may do harm, or just a note."""
-
-    text: str
-    weight: Literal["grave", "warning", "note"] = "grave"
 
 
 async def require_fit(line: RedisLine, prefix: str, address: str) -> None:

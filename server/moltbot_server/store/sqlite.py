@@ -29,6 +29,7 @@ from moltbot_server.store import (
 from moltbot_server.store.protocol import JournalEntry, Orphan
 from moltbot_server.store.reader import GroupReader
 from moltbot_server.store.sqlite_journal import JOURNAL_SCHEMA, append_entries, forget_entries, names_of, take_over
+from moltbot_server.store.sqlite_pruning import prune_sessions
 from moltbot_server.store.sqlite_rows import end_columns, messages_of, rest_columns, session_of, turn_of
 from moltbot_server.store.sqlite_usage import USAGE_SCHEMA, add_usage, forget_usage, read_usage
 from moltbot_server.store.writer import GroupWriter, Rows, storage_error
@@ -119,6 +120,8 @@ WHERE sessions.workspace = recent.workspace AND sessions.id = recent.session AND
 class SqliteStore:
     """A `Store` in one file."""
 
+    shared = False
+
     def __init__(self, path: Path) -> None:
         self._path = path
         self._touched: dict[tuple[str, str], float] = {}
@@ -206,16 +209,12 @@ class SqliteStore:
 
         return bool(await self._writer.submit(write))
 
-    async def prune(self, before: float) -> int:
-        """Delete ephemeral sessions last used before a time."""
+    async def prune(self, before: float, *, ephemeral: bool = True) -> int:
+        """Delete sessions last used before a time: those of stateless callers, or the others."""
 
         def write(connection: sqlite3.Connection) -> int:
-            old = connection.execute(
-                "SELECT workspace, id FROM sessions WHERE ephemeral = 1 AND update_time < ? LIMIT 1000", (before,)
-            ).fetchall()
-            connection.executemany("DELETE FROM turns WHERE workspace = ? AND session = ?", old)
-            connection.executemany("DELETE FROM sessions WHERE workspace = ? AND id = ?", old)
-            return len(old)
+            self._write_touched(connection)
+            return prune_sessions(connection, before, ephemeral=ephemeral)
 
         return int(await self._writer.submit(write))
 

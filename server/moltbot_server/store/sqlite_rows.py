@@ -22,8 +22,8 @@ from moltbot_server.turns import (
     encode,
 )
 
-# A request_id that another turn took over ends with this, which cannot be in one.
-_MARK = "\x1f"
+MARK = "\x1f"
+"""What a request_id ends with that another turn took over: it cannot be in one."""
 
 _parts = msgspec.msgpack.Decoder(tuple[Part, ...])
 _events = msgspec.msgpack.Decoder(tuple[Event, ...])
@@ -76,7 +76,7 @@ def turn_of(row: tuple[Any, ...] | None) -> StoredTurn | None:
     last = recorded[-1].kind if recorded else None
     return StoredTurn(
         key=TurnKey(session=SessionKey(workspace=workspace, session=session), ordinal=ordinal),
-        request_id=request_id.partition(_MARK)[0],
+        request_id=request_id.partition(MARK)[0],
         digest=digest,
         state=TurnState(state),
         create_time=create_time,

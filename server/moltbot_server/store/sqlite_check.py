@@ -1,0 +1,88 @@
+"""Whether a SQLite store is whole, and whether what is in it belongs together."""
+
+from __future__ import annotations
+
+import contextlib
+import sqlite3
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import msgspec
+
+from moltbot_server.store.findings import Finding
+from moltbot_server.store.sqlite import SCHEMA_VERSION
+from moltbot_server.turns import Event, Part
+
+_TELL_FREE = 0.25
+_QUESTIONS = (
+    (
+        "SELECT count(*) FROM turns t WHERE NOT EXISTS "
+        "(SELECT 1 FROM sessions s WHERE s.workspace = t.workspace AND s.id = t.session)",
+        "{} turns belong to no session",
+    ),
+    (
+        "SELECT count(*) FROM journal j WHERE NOT EXISTS (SELECT 1 FROM turns t WHERE t.workspace = j.workspace "
+        "AND t.session = j.session AND t.ordinal = j.ordinal AND t.state = 'running')",
+        "{} entries of the journal belong to no turn that runs; the next start takes them away",
+    ),
+    (
+        "SELECT count(*) FROM turns WHERE state NOT IN ('running', 'completed', 'cancelled', 'failed')",
+        "{} turns are in a state that is not known",
+    ),
+)
+
+
+def check_database(path: Path, *, in_use: bool, progress: Callable[[float, str], None]) -> Iterator[Finding]:
+    """Yield what is wrong with a database; nothing is changed. `progress` hears how far it is, from 0 to 1.
+
+    Raises:
+        sqlite3.Error: it cannot be read at all.
+    """
+    uri = f"{path.absolute().as_uri()}?mode=ro"
+    with contextlib.closing(sqlite3.connect(uri, uri=True, isolation_level=None, timeout=5.0)) as connection:
+        version = connection.execute("PRAGMA user_version").fetchone()[0]
+        if version != SCHEMA_VERSION:
+            newer = version > SCHEMA_VERSION
+            text = f"its schema is {version}, and this release writes {SCHEMA_VERSION}"
+            after = "a newer release has written it" if newer else "the next start brings it up to date"
+            yield Finding(text=f"{text}: {after}", weight="grave" if newer else "note")
+            return
+        progress(0.0, "pages")
+        damage = [row[0] for row in connection.execute("PRAGMA integrity_check(10)")]
+        if damage != ["ok"]:
+            yield from (Finding(text=f"damaged: {line}") for line in damage)
+            return
+        progress(0.3, "rows")
+        for question, text in _QUESTIONS:
+            if number := connection.execute(question).fetchone()[0]:
+                yield Finding(text=text.format(number), weight="warning")
+        yield from _unreadable(connection, progress)
+        yield from _notes(connection, in_use)
+
+
+def _unreadable(connection: sqlite3.Connection, progress: Callable[[float, str], None]) -> Iterator[Finding]:
+    """Yield the turns of which something cannot be read."""
+    parts, events = msgspec.msgpack.Decoder(tuple[Part, ...]), msgspec.msgpack.Decoder(tuple[Event, ...])
+    total = connection.execute("SELECT count(*) FROM turns").fetchone()[0]
+    rows = connection.execute("SELECT workspace, session, ordinal, question, answer, events FROM turns")
+    for number, (workspace, session, ordinal, question, answer, recorded) in enumerate(rows):
+        if not number % 1000:
+            progress(0.4 + 0.6 * number / total, "turns")
+        try:
+            parts.decode(question)
+            parts.decode(answer or b"\x90")
+            events.decode(recorded or b"\x90")
+        except (msgspec.MsgspecError, TypeError):
+            yield Finding(text=f"turn {ordinal} of session {session} in workspace {workspace} cannot be read")
+
+
+def _notes(connection: sqlite3.Connection, in_use: bool) -> Iterator[Finding]:
+    running = connection.execute("SELECT count(*) FROM turns WHERE state = 'running'").fetchone()[0]
+    if running and not in_use:
+        yield Finding(text=f"{running} turns wait to be carried on by the next start", weight="note")
+    pages, free, size = (
+        connection.execute(f"PRAGMA {name}").fetchone()[0] for name in ("page_count", "freelist_count", "page_size")
+    )
+    if free > _TELL_FREE * pages:
+        text = f"{free * size >> 20} MiB of its {pages * size >> 20} MiB are free, and are used again for what comes"
+        yield Finding(text=text, weight="note")

@@ -1,0 +1,163 @@
+"""What a SQLite store holds, record by record."""
+
+from __future__ import annotations
+
+import contextlib
+import sqlite3
+from collections.abc import AsyncIterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import msgspec
+
+from moltbot_server.errors import StorageUnavailable
+from moltbot_server.store.moving import Record, SessionRecord, TurnRecord, UsageRecord
+from moltbot_server.store.protocol import UsageRow
+from moltbot_server.store.sqlite_rows import MARK
+from moltbot_server.store.writer import storage_error
+from moltbot_server.turns import Event, Part, TurnInput, TurnState, encode
+
+_SESSION = "workspace, id, title, user, channel, create_time, update_time, base_ordinal, ephemeral"
+_TURN = (
+    "workspace, session, ordinal, request_id, digest, state, create_time, end_time, model, finish, question, answer, "
+    "events, rest, deadline, epoch"
+)
+_USAGE = tuple(UsageRow.__struct_fields__)
+_EMPTY = encode(())
+
+_parts = msgspec.msgpack.Decoder(tuple[Part, ...])
+_events = msgspec.msgpack.Decoder(tuple[Event, ...])
+_rest = msgspec.msgpack.Decoder(TurnInput)
+
+
+class SqliteRecords:
+    """The records of a database that has been opened as a store before, at its present schema."""
+
+    def __init__(self, path: Path) -> None:
+        self._path = path
+
+    async def count(self) -> int:
+        """Return how many records there are."""
+        with self._connected() as connection:
+            tables = ("sessions", "turns", "usage")
+            return sum(connection.execute(f"SELECT count(*) FROM {name}").fetchone()[0] for name in tables)
+
+    async def read(self) -> AsyncIterator[Record]:
+        """Yield all records as they are at one moment."""
+        with self._connected() as connection:
+            connection.execute("BEGIN")
+            for row in connection.execute(f"SELECT {_SESSION} FROM sessions"):
+                yield _session_of(row)
+            for row in connection.execute(f"SELECT {_TURN} FROM turns ORDER BY rowid"):
+                yield _turn_of(connection, row)
+            for row in connection.execute(f"SELECT {', '.join(_USAGE)} FROM usage"):
+                yield UsageRecord(row=UsageRow(**dict(zip(_USAGE, row, strict=True))))
+
+    async def put(self, records: Sequence[Record]) -> int:
+        """Store records that are not there yet, in one transaction."""
+        with self._connected() as connection:
+            connection.execute("BEGIN IMMEDIATE")
+            new = sum(_put(connection, record) for record in records)
+            connection.execute("COMMIT")
+        return new
+
+    @contextlib.contextmanager
+    def _connected(self) -> Any:
+        try:
+            with contextlib.closing(sqlite3.connect(self._path, isolation_level=None, timeout=5.0)) as connection:
+                yield connection
+        except sqlite3.Error as error:
+            raise storage_error(error) from error
+        except msgspec.MsgspecError:
+            raise StorageUnavailable("a turn cannot be read: the database is damaged") from None
+
+
+def _session_of(row: Sequence[Any]) -> SessionRecord:
+    workspace, session, title, user, channel, create, update, base, ephemeral = row
+    return SessionRecord(
+        workspace=workspace,
+        session=session,
+        title=title,
+        user=user,
+        channel=channel,
+        create_time=create,
+        update_time=update,
+        base_ordinal=base,
+        ephemeral=bool(ephemeral),
+    )
+
+
+def _turn_of(connection: sqlite3.Connection, row: Sequence[Any]) -> TurnRecord:
+    workspace, session, ordinal, request, digest, state, create, end, model, finish, *blobs, deadline, epoch = row
+    question, answer, events, rest = blobs
+    kept: Sequence[Any] = ()
+    if state == TurnState.RUNNING:
+        query = "SELECT events FROM journal WHERE workspace = ? AND session = ? AND ordinal = ? ORDER BY sequence"
+        kept = connection.execute(query, (workspace, session, ordinal)).fetchall()
+    return TurnRecord(
+        workspace=workspace,
+        session=session,
+        ordinal=ordinal,
+        request_id=request.partition(MARK)[0],
+        digest=digest,
+        state=TurnState(state),
+        create_time=create,
+        end_time=end,
+        model=model,
+        finish=finish,
+        question=_parts.decode(question),
+        answer=None if answer is None else _parts.decode(answer),
+        events=_events.decode(events) if events else (),
+        rest=_rest.decode(rest) if rest else None,
+        deadline=deadline,
+        epoch=epoch,
+        kept=tuple(event for (entry,) in kept for event in _events.decode(entry)),
+    )
+
+
+def _put(connection: sqlite3.Connection, record: Record) -> int:
+    """Store a record if it is not there; return 1 if it was not."""
+    if isinstance(record, SessionRecord):
+        return _put_session(connection, record)
+    if isinstance(record, TurnRecord):
+        return _put_turn(connection, record)
+    values = [getattr(record.row, name) for name in _USAGE]
+    places = ", ".join("?" * len(_USAGE))
+    return connection.execute(
+        f"INSERT INTO usage ({', '.join(_USAGE)}) VALUES ({places}) ON CONFLICT DO NOTHING", values
+    ).rowcount
+
+
+def _put_session(connection: sqlite3.Connection, record: SessionRecord) -> int:
+    names = (record.workspace, record.session)
+    values = (*names, record.title, record.user, record.channel, record.create_time, record.update_time)
+    new = connection.execute(
+        f"INSERT INTO sessions ({_SESSION}) VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?) ON CONFLICT DO NOTHING",
+        (*values, record.base_ordinal, int(record.ephemeral)),
+    ).rowcount
+    connection.execute(
+        "UPDATE sessions SET base_ordinal = max(base_ordinal, ?) WHERE workspace = ? AND id = ?",
+        (record.base_ordinal, *names),
+    )
+    return new
+
+
+def _put_turn(connection: sqlite3.Connection, record: TurnRecord) -> int:
+    names = (record.workspace, record.session, record.ordinal)
+    # Of several turns with one request_id, the one with the question has it.
+    request = record.request_id if record.question else f"{record.request_id}{MARK}{record.session}:{record.ordinal}"
+    values = (*names, request, record.digest, record.state.value, record.create_time, record.end_time)
+    answer = None if record.answer is None else encode(record.answer)
+    blobs = (encode(record.question) if record.question else _EMPTY, answer)
+    rest = None if record.rest is None else encode(record.rest)
+    new = connection.execute(
+        f"INSERT INTO turns ({_TURN}) VALUES ({', '.join('?' * 16)}) ON CONFLICT DO NOTHING",
+        (*values, record.model, record.finish, *blobs, encode(record.events) if record.events else None, rest,
+         record.deadline, record.epoch),
+    ).rowcount  # fmt: skip
+    if new and record.kept:
+        connection.execute(
+            "INSERT INTO journal (workspace, session, ordinal, sequence, events) VALUES (?, ?, ?, ?, ?)",
+            (*names, record.kept[0].sequence, encode(record.kept)),
+        )
+    return new
