@@ -72,6 +72,7 @@ class Checker:
         self._shown: list[tuple[str, int, str]] = []
         self._highest: Counter[str] = Counter()
         self._cancelled: set[str] = set()
+        self._reused: set[str] = set()
         self._reads: dict[str, list[Read]] = defaultdict(list)
         self._kept: dict[str, Kept] = {}
         self._listed: dict[str, Listed] = {}
@@ -98,6 +99,7 @@ class Checker:
     def _opened(self, entry: Opened) -> None:
         self._streams[entry.stream] = (entry, entry.turn)
         if entry.other:
+            self._reused.add(entry.request)
             return
         request = self._requests.get(entry.request)
         if request is None:
@@ -171,6 +173,8 @@ class Checker:
         request = self._requests[opened.request]
         if entry.reason == "TURN_NOT_FOUND":
             self._break(LOST, turn, "a turn that was accepted is not found")
+        elif entry.reason == "REQUEST_ID_REUSED" and opened.request in self._reused:
+            request.followers[opened.follower] = True  # both calls were under way, and neither was the first
         elif entry.reason == "REQUEST_ID_REUSED":
             self._break(LOST, opened.request, "a repeated call was taken for one with other content")
         elif entry.code not in ("UNAVAILABLE", "RESOURCE_EXHAUSTED", "CANCELLED") and not request.turns:
@@ -269,13 +273,13 @@ class Checker:
         reads = [read for reads in self._reads.values() for read in reads if read.question == kept.request]
         if not reads or (not end.text and kept.state == "cancelled"):
             return
-        read = next((read for read in reads if _says(read, end.text, cut=kept.state == "cancelled")), None)
-        if read is None:
+        saying = [read for read in reads if _says(read, end.text, cut=kept.state == "cancelled")]
+        if not saying:
             self._break(MIXED, kept.turn, f"no model said {end.text!r}")
         elif (session := self._listed.get(kept.turn.split("/")[1])) is not None:
             before = _history(session, kept.request)
-            if read.history != before:
-                self._break(OUT_OF_ORDER, kept.turn, f"the model read {read.history} where {before} was said")
+            if all(read.history != before for read in saying):
+                self._break(OUT_OF_ORDER, kept.turn, f"the model read {saying[0].history} where {before} was said")
 
     def _check_shown(self) -> None:
         """What a follower saw can be read again."""

@@ -1,6 +1,6 @@
 """What happened in a run with faults, as its clients and its store tell it: JSON lines that a checker reads.
 
-Entries are in the order in which one observer noted them, so their order is the order of things. A *follower* is somebody
+Entries are in the order in which one observer noted them, so their order is that of things. A *follower* is somebody
 who looks at one turn and, after a break, goes on where it was; a *stream* is one call of it. Times are in seconds.
 """
 

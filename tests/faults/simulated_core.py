@@ -177,7 +177,9 @@ class _Store(sqlite.SqliteStore):
         """Open the store; the path is nowhere, so the folder is not made."""
         reading, self._writing = await asyncio.to_thread(self._prepare)
         self._reader = sqlite.GroupReader(reading)
-        self._writer = sqlite.GroupWriter(self._writing, self._write_turns, is_light=lambda row: isinstance(row, tuple))
+        self._writer = sqlite.GroupWriter(
+            self._writing, self._write_turns, is_light=lambda row: isinstance(row, tuple), over=self._written
+        )
         for thread in (self._reader, self._writer):
             thread._groups.bound = (self._node.disk, self._node, thread)  # type: ignore[attr-defined]
 
@@ -415,6 +417,9 @@ class Node:
             await self.pipeline.drain(grace)
             await asyncio.sleep(0.05)  # streams deliver their last events
             self.serving = False
+            for stream in tuple(self.calls):
+                stream.cut()
+                self.hang_up(stream)
             await self.store.close()
             self.loop.die()
             self._gone()

@@ -16,6 +16,9 @@ from typing import Any
 
 EPOCH = 1_600_000_000.0
 """The Unix time at which the world begins."""
+_NEVER = float("inf")
+_SLOW = 0.05
+"""Seconds for which a process that has something to do may be kept from it, as on a machine with too much to do."""
 
 
 class World:
@@ -47,26 +50,27 @@ class World:
             RuntimeError: there is no end.
         """
         chance = self.random.random
+        agenda, loops = self._agenda, self.loops
         while True:
             self.steps += 1
             if self.steps > most_steps:
                 raise RuntimeError("the world does not come to rest")
-            ready = [loop for loop in self.loops if loop.can_step]
-            if ready and (chance() > 0.15 or not self._agenda):
+            moment = agenda[0][0] if agenda else _NEVER
+            ready = [loop for loop in loops if loop.can_step]
+            if ready and (moment > self.now + _SLOW or chance() > 0.15):
                 loop = ready[0] if len(ready) == 1 else ready[int(chance() * len(ready))]
                 loop.step()
                 continue
-            moment = self._agenda[0][0] if self._agenda else float("inf")
-            timers = min((loop.next_timer for loop in self.loops), default=float("inf"))
-            if min(moment, timers) == float("inf"):
-                return
+            timers = min([loop.next_timer for loop in loops], default=_NEVER)
             if timers < moment:
                 self.now = max(self.now, timers)
-                for loop in self.loops:
+                for loop in loops:
                     loop.ring()
-            else:
-                self.now, _, happen = heapq.heappop(self._agenda)
+            elif agenda:
+                self.now, _, happen = heapq.heappop(agenda)
                 happen()
+            else:
+                return
 
 
 class Clock:
@@ -116,7 +120,7 @@ class SimulatedLoop(asyncio.AbstractEventLoop):
         timers = self._timers
         while timers and timers[0][2].cancelled():
             heapq.heappop(timers)
-        return timers[0][0] if timers and self.alive and not self.stopped else float("inf")
+        return timers[0][0] if timers and self.alive and not self.stopped else _NEVER
 
     def ring(self) -> None:
         """Make the callbacks of timers that are due ready."""
@@ -135,11 +139,12 @@ class SimulatedLoop(asyncio.AbstractEventLoop):
 
     def within(self, call: Callable[[], Any]) -> Any:
         """Call something as if from a callback of this loop."""
+        outer = asyncio._get_running_loop()
         asyncio._set_running_loop(self)
         try:
             return call()
         finally:
-            asyncio._set_running_loop(None)
+            asyncio._set_running_loop(outer)
 
     def die(self) -> None:
         """Do nothing any more."""

@@ -13,8 +13,8 @@ import multiprocessing
 import os
 import sys
 import time
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass, field
 
 import msgspec
 from fault_checker import Violation, check
@@ -194,8 +194,8 @@ class Town:
         }
         listed: dict[str, list[str]] = {}
         rows = execute(
-            "SELECT session, ordinal, request_id, state, events, question, answer, model, create_time, end_time, finish "
-            "FROM turns ORDER BY session, ordinal"
+            "SELECT session, ordinal, request_id, state, events, question, answer, model, create_time, end_time, "
+            "finish FROM turns ORDER BY session, ordinal"
         ).fetchall()
         for session, ordinal, request, state, events, question, answer, *rest in rows:
             yield Kept(
@@ -226,96 +226,152 @@ def _kept_event(event: Event) -> KeptEvent:
 
 @dataclass(slots=True)
 class Outcome:
-    """What became of some worlds."""
+    """What became of some worlds. `broken`: for each that broke a promise, how to have it again, and what it broke."""
 
     schedules: int = 0
     steps: int = 0
     turns: int = 0
-    kills: int = 0
-    broken: list[tuple[str, list[Violation]]] = None  # type: ignore[assignment]
+    ends: int = 0
+    broken: list[tuple[str, list[Violation]]] = field(default_factory=list)
 
-    def __post_init__(self) -> None:
-        """Begin with nothing broken."""
-        self.broken = self.broken or []
+    def count(self, town: Town, found: list[Violation], name: str) -> None:
+        """Add what became of one."""
+        self.schedules += 1
+        self.steps += town.world.steps
+        self.turns += sum(isinstance(entry, Kept) for entry in town.history)
+        self.ends += sum(isinstance(entry, Fault) and entry.what == "gone" for entry in town.history)
+        if found:
+            self.broken.append((name, found))
 
     def add(self, other: Outcome) -> None:
         """Add what became of others."""
         self.schedules += other.schedules
         self.steps += other.steps
         self.turns += other.turns
-        self.kills += other.kills
+        self.ends += other.ends
         self.broken += other.broken
 
 
-def play(seed: int, disk: Disk, *, kill_at: int | None = None, plan: Plan | None = None) -> tuple[Town, list[Violation]]:
-    """Let the world of a seed happen and return it with what it broke; call it within `virtual_time`."""
-    town = Town(seed, disk, plan or plan_of(seed), kill_at=kill_at)
-    try:
-        town.live()
-        found = town.verdict()
-    except Exception as error:
-        found = [Violation(kind="broken", subject="simulation", problem=repr(error))]
-    finally:
-        town.bury()
-    return town, found
+class Player:
+    """Plays worlds one after the other; use it in a `with` block, in which time is virtual."""
+
+    def __init__(self) -> None:
+        self._disk = Disk()
+        self._time = virtual_time()
+        self._put_into: Callable[[World], None] = lambda world: None
+
+    def __enter__(self) -> Player:
+        logging.disable(logging.CRITICAL)
+        self._put_into = self._time.__enter__()
+        return self
+
+    def __exit__(self, *failed: object) -> None:
+        self._time.__exit__(None, None, None)
+        logging.disable(logging.NOTSET)
+
+    def play(self, seed: int, *, plan: Plan | None = None, kill_at: int | None = None) -> tuple[Town, list[Violation]]:
+        """Let the world of a seed happen, and return it with what it broke."""
+        town = Town(seed, self._disk, plan or plan_of(seed), kill_at=kill_at)
+        self._put_into(town.world)
+        try:
+            town.live()
+            found = town.verdict()
+        except Exception as error:
+            found = [Violation(kind="broken", subject="simulation", problem=repr(error))]
+        finally:
+            town.bury()
+        return town, found
 
 
-def run(seeds: Sequence[int], *, most_broken: int = 5) -> Outcome:
+def run(seeds: Iterable[int], *, most_broken: int = 5) -> Outcome:
     """Play seeds, until so many have broken something."""
     outcome = Outcome()
-    disk = Disk()
-    logging.disable(logging.CRITICAL)
-    try:
-        with virtual_time() as put_into:
-            for seed in seeds:
-                town, found = _played(seed, disk, put_into)
-                _count(outcome, town, found, str(seed))
-                if len(outcome.broken) >= most_broken:
-                    break
-    finally:
-        logging.disable(logging.NOTSET)
+    with Player() as player:
+        for seed in seeds:
+            town, found = player.play(seed)
+            outcome.count(town, found, f"--seed {seed}")
+            if len(outcome.broken) >= most_broken:
+                break
     return outcome
 
 
-def sweep(seeds: Sequence[int], *, most_broken: int = 5) -> Outcome:
-    """Play seeds without faults, then each once more for each step of its core, which is killed before it."""
+def sweep(seeds: Iterable[int], *, most_broken: int = 5) -> Outcome:
+    """Play seeds without faults, then each once more for every step of its core, which is killed just before it."""
     outcome = Outcome()
-    disk = Disk()
-    logging.disable(logging.CRITICAL)
-    try:
-        with virtual_time() as put_into:
-            for seed in seeds:
-                calm, found = _played(seed, disk, put_into, plan=Plan())
-                _count(outcome, calm, found, f"{seed} without faults")
-                for step in range(calm.nodes[0].loop.taken):
-                    town, found = _played(seed, disk, put_into, kill_at=step, plan=Plan())
-                    _count(outcome, town, found, f"{seed} --kill-at {step}")
+    with Player() as player:
+        for seed in seeds:
+            calm, found = player.play(seed, plan=Plan())
+            outcome.count(calm, found, f"--seed {seed} --calm")
+            for step in range(calm.nodes[0].loop.taken):
+                town, found = player.play(seed, plan=Plan(), kill_at=step)
+                outcome.count(town, found, f"--seed {seed} --kill-at {step}")
                 if len(outcome.broken) >= most_broken:
-                    break
-    finally:
-        logging.disable(logging.NOTSET)
+                    return outcome
     return outcome
 
 
-def _played(
-    seed: int, disk: Disk, put_into: object, *, kill_at: int | None = None, plan: Plan | None = None
-) -> tuple[Town, list[Violation]]:
-    town = Town(seed, disk, plan or plan_of(seed), kill_at=kill_at)
-    put_into(town.world)  # type: ignore[operator]
-    try:
-        town.live()
-        found = town.verdict()
-    except Exception as error:
-        found = [Violation(kind="broken", subject="simulation", problem=repr(error))]
-    finally:
-        town.bury()
-    return town, found
+_SHARE = 500
 
 
-def _count(outcome: Outcome, town: Town, found: list[Violation], name: str) -> None:
-    outcome.schedules += 1
-    outcome.steps += town.world.steps
-    outcome.turns += sum(isinstance(entry, Kept) for entry in town.history)
-    outcome.kills += sum(isinstance(entry, Fault) and entry.what == "gone" for entry in town.history)
-    if found:
-        outcome.broken.append((name, found))
+def run_all(first: int, schedules: int, processes: int, *, told: Callable[[Outcome], None] = lambda _: None) -> Outcome:
+    """Play seeds on several processors, until some have broken something; `told` hears how far it is."""
+    outcome = Outcome()
+    shares = (range(start, min(start + _SHARE, first + schedules)) for start in range(first, first + schedules, _SHARE))
+    with multiprocessing.get_context("spawn").Pool(processes) as pool:
+        for part in pool.imap(run, shares):
+            outcome.add(part)
+            told(outcome)
+            if len(outcome.broken) >= 5:
+                pool.terminate()
+                break
+    return outcome
+
+
+def _replay(seed: int, kill_at: int | None, *, calm: bool) -> int:
+    with Player() as player:
+        plan = Plan() if calm or kill_at is not None else None
+        town, found = player.play(seed, plan=plan, kill_at=kill_at)
+    for entry in town.history:
+        print(msgspec.json.encode(entry).decode())
+    for violation in found:
+        print(f"{violation.kind}: {violation.subject}: {violation.problem}")
+    print(f"seed={seed} steps={town.world.steps} broken={len(found)}")
+    return 1 if found else 0
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run as a program; return 1 when a promise was broken."""
+    parser = argparse.ArgumentParser(description="Play turns, clients and faults in virtual time.")
+    parser.add_argument("--schedules", type=int, default=20_000, help="how many seeds to play (default: 20000)")
+    parser.add_argument("--first", type=int, default=0, help="the first seed")
+    parser.add_argument("--sweep", type=int, default=20, help="seeds of which every step is a kill (default: 20)")
+    parser.add_argument("--processes", type=int, default=os.cpu_count() or 1)
+    parser.add_argument("--seed", type=int, help="play this seed alone and print all that happens")
+    parser.add_argument("--kill-at", type=int, help="with --seed: kill the core just before this step")
+    parser.add_argument("--calm", action="store_true", help="with --seed: without faults")
+    flags = parser.parse_args(arguments)
+    if flags.seed is not None:
+        return _replay(flags.seed, flags.kill_at, calm=flags.calm)
+    began = time.monotonic()
+
+    def told(outcome: Outcome) -> None:
+        if outcome.schedules % 20_000 < _SHARE:
+            print(f"{outcome.schedules} schedules, {time.monotonic() - began:.0f} s", file=sys.stderr, flush=True)
+
+    outcome = run_all(flags.first, flags.schedules, flags.processes, told=told)
+    if flags.sweep and not outcome.broken:
+        outcome.add(sweep(range(flags.first, flags.first + flags.sweep)))
+    seconds = time.monotonic() - began
+    for name, found in outcome.broken:
+        print(f"broken by {name}:")
+        for violation in found[:8]:
+            print(f"  {violation.kind}: {violation.subject}: {violation.problem}")
+    print(
+        f"schedules={outcome.schedules} steps={outcome.steps} turns={outcome.turns} cores_ended={outcome.ends} "
+        f"seconds={seconds:.0f} broken={len(outcome.broken)}"
+    )
+    return 1 if outcome.broken else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
