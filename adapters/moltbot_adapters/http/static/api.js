@@ -1,5 +1,8 @@
 // The HTTP calls of the page, one function each. Every failure is an ApiError or the browser's own network TypeError.
 
+const AWAY = new Set(["core_unavailable", "not_serving", "shutting_down", "storage_unavailable"]);
+const PAUSES_MS = [250, 500, 1_000, 2_000, 4_000]; // what is started again is back within them
+
 /** A refusal by the server, in the four-key form of its errors. */
 export class ApiError extends Error {
   constructor(status, error = {}, retryAfterMs = null) {
@@ -12,6 +15,11 @@ export class ApiError extends Error {
   /** Whether the same call may work in a moment without anyone doing anything. */
   get passing() {
     return this.status === 429 || this.status >= 500;
+  }
+
+  /** Whether nobody refused anything: the server behind this one, or behind a proxy, is being started again. */
+  get away() {
+    return AWAY.has(this.code) || ([502, 503, 504].includes(this.status) && this.code === "");
   }
 }
 
@@ -29,6 +37,19 @@ async function call(method, path, { body, headers = {}, signal } = {}) {
   throw new ApiError(response.status, answer?.error ?? {}, wait > 0 ? wait * 1000 : null);
 }
 
+/** The outcome of a call that is safe to repeat, made again while the server is away. */
+async function patiently(made) {
+  for (const pause of PAUSES_MS) {
+    try {
+      return await made();
+    } catch (error) {
+      if (error instanceof ApiError && !error.away) throw error;
+    }
+    await new Promise((resolve) => setTimeout(resolve, pause));
+  }
+  return made();
+}
+
 const json = async (...request) => (await call(...request)).json();
 const part = encodeURIComponent;
 const paged = (path, token) => (token ? `${path}?page_token=${part(token)}` : path);
@@ -36,16 +57,16 @@ const paged = (path, token) => (token ? `${path}?page_token=${part(token)}` : pa
 export const me = () => json("GET", "/api/me");
 export const logIn = (key) => call("POST", "/api/login", { body: { key } });
 export const logOut = () => call("POST", "/api/logout");
-export const listSessions = (token = "") => json("GET", paged("/api/sessions", token));
+export const listSessions = (token = "") => patiently(() => json("GET", paged("/api/sessions", token)));
 export const deleteSession = (sid) => call("DELETE", `/api/sessions/${part(sid)}`);
-export const cancelTurn = (sid, tid) => json("POST", `/api/sessions/${part(sid)}/turns/${part(tid)}/cancel`);
+export const cancelTurn = (sid, tid) => patiently(() => json("POST", `/api/sessions/${part(sid)}/turns/${part(tid)}/cancel`));
 
 /** Every message of a session, oldest first. */
 export async function listMessages(sid) {
   const messages = [];
   let token = "";
   do {
-    const page = await json("GET", paged(`/api/sessions/${part(sid)}/messages`, token));
+    const page = await patiently(() => json("GET", paged(`/api/sessions/${part(sid)}/messages`, token)));
     messages.push(...page.messages);
     token = page.next_page_token;
   } while (token);

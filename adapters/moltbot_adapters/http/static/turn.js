@@ -4,7 +4,8 @@ import { ApiError, cancelTurn, startTurn, turnEvents } from "./api.js";
 import { readEvents } from "./sse.js";
 
 const SILENCE_MS = 45_000; // three missed pings: the connection is dead though nobody said so
-const ATTEMPTS = 8; // about a minute of trying
+const ATTEMPTS = 16; // about a minute of trying
+const LONGEST_PAUSE_MS = 4_000;
 const UNACCEPTED_STOP_MS = 1_500;
 const CANCEL_GRACE_MS = 5_000;
 const LAST_KINDS = new Set(["completed", "failed"]);
@@ -12,7 +13,7 @@ const LAST_KINDS = new Set(["completed", "failed"]);
 /** The server cannot be reached, and the page has stopped trying by itself. */
 export class ConnectionLost extends Error {}
 
-/** One turn as this page sees it. `onEvent(kind, data)` hears each event once and in order; `onLink(up)` hears the connection. */
+/** One turn as this page sees it. `onEvent(kind, data)` hears each event once and in order; `onLink(up, was)` hears the connection. */
 export class TurnFollower {
   /** `start` is either {request} for a new turn or {session, turn} for one that already runs. */
   constructor({ request = null, session = "", turn = "" }, { onEvent, onLink }) {
@@ -25,6 +26,7 @@ export class TurnFollower {
     this.onEvent = onEvent;
     this.onLink = onLink;
     this.abort = new AbortController();
+    this.linked = true; // until it is known better
   }
 
   get accepted() {
@@ -41,13 +43,13 @@ export class TurnFollower {
       } catch (error) {
         if (this.detached) return this.stopping ? "stopped" : "detached";
         if (error instanceof ApiError && !error.passing) throw error;
-        if (error instanceof ApiError && attempt >= 2) throw error;
+        if (error instanceof ApiError && !error.away && attempt >= 2) throw error;
       }
       if (this.detached) return this.stopping ? "stopped" : "detached";
       attempt = this.last > before ? 1 : attempt + 1;
       if (attempt > ATTEMPTS) throw new ConnectionLost();
-      this.onLink(false);
-      await this.#pause(Math.min(8_000, 250 * 2 ** attempt) * (0.75 + Math.random() / 2));
+      this.#link(false);
+      await this.#pause(Math.min(LONGEST_PAUSE_MS, 125 * 2 ** attempt) * (0.75 + Math.random() / 2));
       if (this.detached) return this.stopping ? "stopped" : "detached";
     }
   }
@@ -92,7 +94,8 @@ export class TurnFollower {
       const response = this.accepted
         ? await turnEvents(this.session, this.turn, this.last, link.signal)
         : await startTurn(this.request, link.signal);
-      this.onLink(true);
+      this.#link(true);
+      if (response.status === 204) return "completed"; // nothing comes any more
       for await (const frame of readEvents(response.body, alive)) {
         const kind = this.#take(frame);
         if (LAST_KINDS.has(kind)) return kind;
@@ -102,6 +105,12 @@ export class TurnFollower {
       clearTimeout(timer);
       this.abort.signal.removeEventListener("abort", drop);
     }
+  }
+
+  #link(up) {
+    const was = this.linked;
+    this.linked = up;
+    this.onLink(up, was);
   }
 
   #take(frame) {
