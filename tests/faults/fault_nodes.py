@@ -1,0 +1,150 @@
+"""Nodes as processes: cores that are killed, stopped, told to leave, and started again on what they left."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import os
+import signal
+import socket
+import sys
+import time
+from asyncio.subprocess import DEVNULL, PIPE, Process
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from fault_history import Entry, Fault
+from moltbot_server.workspace import Workspace
+
+START = 60.0
+"""Seconds within which a core serves, on a machine with much else to do."""
+SCRIPT = """
+rules:
+  - {match: '^q\\d+\\.\\d+ quick', template: 'said {text}'}
+  - {match: '^q\\d+\\.\\d+ steady', template: 'said {text} one two three four five six seven eight nine', pace: 0.1}
+  - {match: '^q\\d+\\.\\d+ late', template: 'said {text} one two three', first_delay: 1.0, pace: 0.05}
+  - {match: '^q\\d+\\.\\d+ long', template: 'said {text} one two three four five six seven eight nine', pace: 0.25}
+"""
+TAILS = {
+    "quick": "",
+    "steady": " one two three four five six seven eight nine",
+    "late": " one two three",
+    "long": " one two three four five six seven eight nine",
+}
+"""What the scripted model says behind a question of each kind."""
+
+
+def free_port() -> int:
+    """Return a port on which nobody listens."""
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+        port: int = listener.getsockname()[1]
+    return port
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Setup:
+    """What the nodes of a run are: their folder, their model and their store. `environ` says more of them."""
+
+    folder: Path
+    model: str = "scripted"
+    grace: float = 5.0
+    environ: dict[str, str] = field(default_factory=dict)
+
+    def prepare(self) -> None:
+        """Make the workspace and the script."""
+        Workspace(folder=self.folder).create()
+        (self.folder / "script.yaml").write_text(SCRIPT)
+
+    @property
+    def key(self) -> str:
+        """The key of the workspace."""
+        return Workspace(folder=self.folder).read_key()
+
+    @property
+    def variables(self) -> dict[str, str]:
+        """The environment of a node."""
+        known = {name: value for name, value in os.environ.items() if not name.startswith("MOLTBOT_")}
+        model = {"MODEL_TYPE": "scripted", "MODEL_PATH": str(self.folder / "script.yaml")}
+        own = {"MOLTBOT_DRAIN_GRACE": str(self.grace), "MOLTBOT_FIRST_TUNING": "off"}
+        return {**known, **(model if self.model == "scripted" else {}), **own, **self.environ}
+
+
+class Node:
+    """A core on a port of its own, which stays the same when it is started again."""
+
+    def __init__(self, setup: Setup, name: str, note: Callable[[Entry], None]) -> None:
+        """`note` hears of what is done to it."""
+        self.name = name
+        self.port = free_port()
+        self.serving = asyncio.Event()
+        self.log = setup.folder / f"{name}.log"
+        self.codes: list[int] = []
+        self._setup = setup
+        self._note = note
+        self._process: Process | None = None
+        self._watching: asyncio.Task[None] | None = None
+
+    @property
+    def address(self) -> str:
+        """Its gRPC address."""
+        return f"127.0.0.1:{self.port}"
+
+    def command(self) -> list[str]:
+        """Return the command that starts it."""
+        return [
+            *(sys.executable, "-m", "moltbot_server", "--workspace", str(self._setup.folder), "--no-notices"),
+            *("--grpc-port", str(self.port), "--metrics-port", "0"),
+        ]
+
+    async def start(self) -> None:
+        """Start the process; it serves later."""
+        with self.log.open("ab") as log:
+            self._process = await asyncio.create_subprocess_exec(
+                *self.command(), env=self._setup.variables, stdin=DEVNULL, stdout=PIPE, stderr=log, process_group=0
+            )
+        self._note(Fault(at=time.monotonic(), what="start", node=self.name))
+        self._watching = asyncio.create_task(self._watch(self._process))
+
+    async def _watch(self, process: Process) -> None:
+        assert process.stdout is not None
+        line = await process.stdout.readline()
+        if line and json.loads(line).get("ready"):
+            self._note(Fault(at=time.monotonic(), what="serves", node=self.name))
+            self.serving.set()
+
+    async def ready(self) -> None:
+        """Wait until it serves."""
+        await asyncio.wait_for(self.serving.wait(), START)
+
+    def send(self, number: signal.Signals, what: str) -> None:
+        """Send it a signal."""
+        assert self._process is not None
+        self._note(Fault(at=time.monotonic(), what=what, node=self.name))
+        self._process.send_signal(number)
+
+    async def end(self, within: float = 30.0) -> int:
+        """Wait for its end and return its exit code."""
+        assert self._process is not None
+        assert self._watching is not None
+        self.serving.clear()
+        code = await asyncio.wait_for(self._process.wait(), within)
+        await self._watching
+        self.serving.clear()
+        self.codes.append(code)
+        return code
+
+    async def kill(self) -> None:
+        """End it at once."""
+        assert self._process is not None
+        if self._process.returncode is None:
+            self.send(signal.SIGKILL, "kill")
+        await self.end()
+
+    async def restart(self, grace: float) -> int:
+        """Tell it to leave, wait for that, start it again, and return the code with which it left."""
+        self.send(signal.SIGTERM, "leave")
+        code = await self.end(grace + 20.0)
+        await self.start()
+        await self.ready()
+        return code

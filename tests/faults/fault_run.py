@@ -1,0 +1,286 @@
+"""Ends cores at random moments under load, and checks what everybody was told against what was kept.
+
+`python tests/faults/fault_run.py --kills 100` kills a core a hundred times while people talk; it ends with one line:
+`kills=… turns=… lost=… duplicated=… mixed=… out_of_order=…` and 1 when anything was broken.
+"""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import contextlib
+import json
+import platform
+import random
+import signal
+import sys
+import tempfile
+import time
+from collections import Counter
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+
+import fault_history
+from fault_checker import DUPLICATED, LATE, LOST, MIXED, OUT_OF_ORDER, Violation, check
+from fault_keeping import journal_rows, kept_in
+from fault_load import Load, pauses
+from fault_nodes import TAILS, Node, Setup
+from moltbot_server.store import Store
+from moltbot_server.store.sqlite import SqliteStore
+
+LONGEST_PAUSE = 6.0
+"""Seconds from the end of a core to the next word of a stream that it cut."""
+_ENDS = frozenset({"kill", "leave"})
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Orders:
+    """What a run does: how often and how cores are ended, and who talks meanwhile."""
+
+    kills: int = 100
+    how: str = "kill"
+    streams: int = 64
+    nodes: int = 1
+    model: str = "scripted"
+    grace: float = 5.0
+    each: int = 50
+    """So many ends in one workspace; then all is checked, and it goes on with another."""
+
+
+@dataclass(slots=True)
+class Findings:
+    """What came of a run."""
+
+    kills: int = 0
+    stops: int = 0
+    turns: int = 0
+    failed: int = 0
+    broken_streams: int = 0
+    seconds: float = 0.0
+    pauses: list[float] = field(default_factory=list)
+    violations: list[Violation] = field(default_factory=list)
+    codes: Counter[int] = field(default_factory=Counter)
+
+    def add(self, other: Findings) -> None:
+        """Add what came of another one."""
+        for name in ("kills", "stops", "turns", "failed", "broken_streams"):
+            setattr(self, name, getattr(self, name) + getattr(other, name))
+        self.pauses += other.pauses
+        self.violations += other.violations
+        self.codes.update(other.codes)
+
+    def pause(self, share: float) -> float:
+        """Return the pause that so many streams had at most."""
+        ordered = sorted(self.pauses)
+        return ordered[int(share * (len(ordered) - 1))] if ordered else 0.0
+
+    @property
+    def counts(self) -> dict[str, int]:
+        """How many violations there are of each kind."""
+        found = Counter(violation.kind for violation in self.violations)
+        return {kind: found.get(kind, 0) for kind in (LOST, DUPLICATED, MIXED, OUT_OF_ORDER, LATE, "broken")}
+
+    def line(self) -> str:
+        """Return the line that says it all."""
+        counts = self.counts
+        told = " ".join(f"{kind}={counts[kind]}" for kind in (LOST, DUPLICATED, MIXED, OUT_OF_ORDER))
+        return f"kills={self.kills} turns={self.turns} {told}"
+
+    def more(self) -> str:
+        """Return the line before it."""
+        p50, p95, p99 = (self.pause(share) for share in (0.5, 0.95, 0.99))
+        return (
+            f"resumed p50={p50:.2f}s p95={p95:.2f}s p99={p99:.2f}s longest={self.pause(1.0):.2f}s "
+            f"of {len(self.pauses)} broken streams; failed={self.failed} stops={self.stops} "
+            f"late={self.counts[LATE]} broken={self.counts['broken']} seconds={self.seconds:.0f}"
+        )
+
+
+class Leg:
+    """One workspace, its nodes and the people who talk, while cores are ended."""
+
+    def __init__(self, folder: Path, orders: Orders, seed: int, make_store: Callable[[Path], Store]) -> None:
+        self.orders = orders
+        self.setup = Setup(folder=folder, model=orders.model, grace=orders.grace)
+        self.setup.prepare()
+        self.dice = random.Random(seed)
+        self.findings = Findings()
+        self._make_store = make_store
+        self.nodes = [
+            Node(self.setup, f"n{number}", lambda entry: self.load.note(entry)) for number in range(orders.nodes)
+        ]
+        kinds = tuple(TAILS) if orders.model == "scripted" else ()
+        self.load = Load(seed, self.nodes, self.setup.key, sessions=orders.streams, kinds=kinds)
+
+    def _note(self, entry: fault_history.Entry) -> None:
+        self.load.note(entry)
+
+    async def run(self, kills: int) -> Findings:
+        """End cores so many times, let everything come to its end, and check it."""
+        for node in self.nodes:
+            await node.start()
+        await asyncio.gather(*(node.ready() for node in self.nodes))
+        self.load.begin()
+        try:
+            while self.findings.kills < kills:
+                await self._end_one(self.dice.choice(self.nodes))
+            for node in self.nodes:
+                await node.ready()
+            async with asyncio.timeout(180):
+                await self.load.finish()
+            for node in self.nodes:
+                node.send(signal.SIGTERM, "stop at the end")
+                self.findings.codes[await node.end()] += 1
+        finally:
+            for node in self.nodes:
+                with contextlib.suppress(ProcessLookupError):
+                    await node.kill()
+        await self._check()
+        return self.findings
+
+    async def _end_one(self, node: Node) -> None:
+        """End a core and start it again; now while it starts, now soon after, now in the middle of everything."""
+        dice, findings = self.dice, self.findings
+        if self.orders.how == "leave":
+            await asyncio.sleep(dice.random() * 2.0)
+            findings.kills += 1
+            findings.codes[await node.restart(self.orders.grace)] += 1
+            return
+        if dice.random() < 0.2:
+            await asyncio.sleep(dice.random() * 1.5)  # perhaps it does not serve yet
+        else:
+            await node.ready()
+            await asyncio.sleep(dice.random() * 1.5)
+            if dice.random() < 0.1:
+                await self._stand_still(node)
+        findings.kills += 1
+        await node.kill()
+        await node.start()
+
+    async def _stand_still(self, node: Node) -> None:
+        self.findings.stops += 1
+        node.send(signal.SIGSTOP, "stop")
+        await asyncio.sleep(self.dice.random() * 2.0)
+        node.send(signal.SIGCONT, "go_on")
+        await asyncio.sleep(self.dice.random())
+
+    async def _check(self) -> None:
+        findings, history = self.findings, self.load.history
+        history += await kept_in(self._make_store(self.setup.folder), history)
+        findings.turns, findings.failed = self.load.turns, self.load.failed
+        findings.violations = check(history)
+        if left := journal_rows(self.setup.folder / "moltbot.db"):
+            findings.violations.append(
+                Violation(kind="broken", subject="store", problem=f"{left} journal entries left")
+            )
+        findings.pauses = pauses(history, lambda what: what in _ENDS)
+        findings.broken_streams = len(findings.pauses)
+        for code in (code for node in self.nodes for code in node.codes):
+            findings.codes[code] += 1
+
+
+async def run(orders: Orders, folder: Path, seed: int, told: Callable[[str], None] = lambda _: None) -> Findings:
+    """Carry out orders leg by leg. The history of a leg that broke a promise stays in the folder."""
+    findings, began, number = Findings(), time.monotonic(), 0
+    while findings.kills < orders.kills:
+        number += 1
+        place = folder / f"leg-{seed}-{number}"
+        place.mkdir(parents=True)
+        leg = Leg(place, orders, seed * 1000 + number, lambda where: SqliteStore(where / "moltbot.db"))
+        part = await leg.run(min(orders.each, orders.kills - findings.kills))
+        findings.add(part)
+        findings.seconds = time.monotonic() - began
+        if part.violations:
+            fault_history.write(folder / f"history-{seed}-{number}.jsonl", leg.load.history)
+        told(f"leg {number}: {findings.line()} ({findings.more()})")
+    return findings
+
+
+def _report(findings: Findings, orders: Orders, seed: int, rigs: int) -> dict[str, object]:
+    return {
+        "orders": asdict(orders),
+        "seed": seed,
+        "rigs": rigs,
+        "kills": findings.kills,
+        "stops": findings.stops,
+        "turns": findings.turns,
+        "failed": findings.failed,
+        **findings.counts,
+        "resumed": {
+            "streams": len(findings.pauses),
+            **{f"p{share}": round(findings.pause(share / 100), 3) for share in (50, 90, 95, 99)},
+            "longest": round(findings.pause(1.0), 3),
+        },
+        "exit_codes": {str(code): count for code, count in sorted(findings.codes.items())},
+        "seconds": round(findings.seconds),
+        "machine": {"python": platform.python_version(), "system": platform.platform(), "cpu": platform.machine()},
+    }
+
+
+async def _rigs(orders: Orders, folder: Path, seed: int, rigs: int) -> Findings:
+    """Carry orders out by several programs side by side, each with its own cores and people."""
+    share = [orders.kills // rigs + (number < orders.kills % rigs) for number in range(rigs)]
+    processes = [
+        await asyncio.create_subprocess_exec(
+            *(sys.executable, __file__, "--kills", str(kills), "--how", orders.how, "--streams", str(orders.streams)),
+            *("--nodes", str(orders.nodes), "--model", orders.model, "--seed", str(seed + number)),
+            *("--each", str(orders.each), "--folder", str(folder), "--raw", str(folder / f"raw-{number}.json")),
+        )
+        for number, kills in enumerate(share)
+    ]
+    findings = Findings()
+    for number, process in enumerate(processes):
+        await process.wait()
+        raw = json.loads((folder / f"raw-{number}.json").read_text())
+        part = Findings(**{**raw, "violations": [Violation(**found) for found in raw["violations"]]})
+        part.codes = Counter({int(code): count for code, count in raw["codes"].items()})
+        findings.add(part)
+        findings.seconds = max(findings.seconds, part.seconds)
+    return findings
+
+
+def _tell(line: str) -> None:
+    print(line, file=sys.stderr, flush=True)
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run as a program; return 1 when anything was broken."""
+    parser = argparse.ArgumentParser(description="End cores under load and check what everybody was told.")
+    parser.add_argument("--kills", type=int, default=100)
+    parser.add_argument("--how", choices=("kill", "leave"), default="kill", help="SIGKILL, or SIGTERM")
+    parser.add_argument("--streams", type=int, default=64, help="sessions that talk at the same time, in each rig")
+    parser.add_argument("--nodes", type=int, default=1)
+    parser.add_argument("--model", choices=("scripted", "builtin"), default="scripted")
+    parser.add_argument("--rigs", type=int, default=1, help="how many of all this side by side")
+    parser.add_argument("--each", type=int, default=50, help="ends in one workspace, before all is checked")
+    parser.add_argument("--seed", type=int, default=1)
+    parser.add_argument("--folder", type=Path, help="keep workspaces and histories here")
+    parser.add_argument("--json", type=Path, help="write the figures to a file")
+    parser.add_argument("--raw", type=Path, help=argparse.SUPPRESS)
+    flags = parser.parse_args(arguments)
+    orders = Orders(
+        kills=flags.kills, how=flags.how, streams=flags.streams, nodes=flags.nodes, model=flags.model, each=flags.each
+    )
+    with tempfile.TemporaryDirectory(prefix="moltbot-faults-") as temporary:
+        folder = flags.folder or Path(temporary)
+        if flags.rigs > 1:
+            findings = asyncio.run(_rigs(orders, folder, flags.seed, flags.rigs))
+        else:
+            findings = asyncio.run(
+                run(orders, folder, flags.seed, lambda line: print(line, file=sys.stderr, flush=True))
+            )
+    if flags.raw:
+        flags.raw.write_text(json.dumps(asdict(findings)))
+        return 0
+    if flags.json:
+        flags.json.write_text(json.dumps(_report(findings, orders, flags.seed, flags.rigs), indent=1) + "\n")
+    for violation in findings.violations[:20]:
+        print(f"{violation.kind}: {violation.subject}: {violation.problem}")
+    print(findings.more())
+    print(findings.line())
+    return 1 if findings.violations or findings.pause(1.0) > LONGEST_PAUSE else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
