@@ -131,6 +131,19 @@ async def test_an_answer_that_goes_on_elsewhere_is_printed_once(home: Home) -> N
     assert (ended.out, ended.err) == ("Half an answer.\n", "")
 
 
+async def test_an_answer_that_says_the_same_once_more_is_printed_once(home: Home) -> None:
+    again = (_text("Ha"), _text("lf an ans"), _text("wer."))
+    async with telling(home, _text("Half"), _text(" an"), _reset(""), *again, _end("Half an answer.")):
+        ended = await home.run("chat", "Hi")
+        assert (ended.out, ended.err) == ("Half an answer.\n", "")
+    async with telling(home, _text("Half an"), _reset(""), _text("Half"), _end("Half")):
+        ended = await home.run("chat", "Hi")
+        assert (ended.out, ended.err) == ("Half an\nHalf\n", ANEW)
+    async with telling(home, _text("Half an"), _reset(""), _text("Half"), _reset("H"), _text("all"), _end("Hall")):
+        ended = await home.run("chat", "Hi")
+        assert (ended.out, ended.err) == ("Half an\nHall\n", ANEW)
+
+
 async def test_blanks_that_are_taken_back_are_not_worth_a_word(home: Home) -> None:
     async with telling(home, _text("\n"), _reset(""), _text("Whole"), _end("Whole")):
         ended = await home.run("chat", "Hi")

@@ -7,7 +7,7 @@ import json
 import signal
 import sys
 import time
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Callable
 from contextlib import aclosing, asynccontextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -22,6 +22,7 @@ from moltbot_server.cli.showing import Shown
 from moltbot_server.cli.terminal import Exit, Failure, harmless
 
 CHANNEL = "cli"
+_PATIENCE = 30.0  # seconds; a person who waits for longer asks what is wrong
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -31,9 +32,9 @@ class Place:
     address: str
     key: str
 
-    def connect(self) -> MoltBot:
-        """Return a client."""
-        return MoltBot(self.address, self.key)
+    def connect(self, on_repeat: Callable[[str], None] | None = None) -> MoltBot:
+        """Return a client; `on_repeat` hears when something is asked for again, because the core was away."""
+        return MoltBot(self.address, self.key, patience=_PATIENCE, on_repeat=on_repeat)
 
 
 def failure(error: MoltBotClientError) -> Failure:
@@ -99,10 +100,10 @@ async def cancelling(bot: MoltBot, turn: list[str], pressed: asyncio.Event) -> A
 
 async def ask(place: Place, text: str, *, session: str, model: str, form: str) -> int:
     """Ask and print the answer; `form` is `text`, `json` or `events`. Return the exit status."""
-    async with place.connect() as bot, interrupts() as pressed:
+    shown = Shown()
+    async with place.connect(shown.waits if form == "text" else None) as bot, interrupts() as pressed:
         turn: list[str] = []
         completed: chat_pb2.Completed | None = None
-        shown = Shown()
         show = {"text": shown.show, "events": _print_event}.get(form)
         try:
             stream = bot.stream_turn(text, session=session, model=_model(model), channel=CHANNEL)

@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import sys
+import time
 
 from moltbot.v1 import chat_pb2
 
 from moltbot_server.cli.terminal import dim, harmless
+
+_SILENT = 2.0  # seconds; a core that was killed is most often there again before anybody wonders
 
 
 class Shown:
@@ -19,11 +22,16 @@ class Shown:
     def __init__(self) -> None:
         self._screen = sys.stdout.isatty()
         self._text = ""
+        self._again: str | None = None  # what an answer begun anew has said, as long as that is shown already
+        self._void = ""  # why it was begun anew
         self._ends_line = True
         self._thinks = False
+        self._away_since: float | None = None
+        self._told_away = False
 
     def show(self, event: chat_pb2.Event) -> None:
         """Write what an event adds."""
+        self._away_since, self._told_away = None, False
         match event.WhichOneof("kind"):
             case "text_delta":
                 self._say(event.text_delta.text)
@@ -33,8 +41,25 @@ class Shown:
                 self._begin_anew(event.reset)
             case "notice":
                 self._remark(notice_text(event.notice))
+            case "completed" if self._again is not None:
+                self._say(event.completed.text[len(self._again) :])
+                if self._again is not None:
+                    self._take_back(self._again)
             case "queued" if event.queued.position > 1:
                 self._remark(f"{event.queued.position} are ahead")
+
+    def waits(self, _kind: str) -> None:
+        """Say that the core is away and waited for, once and not before that takes a while. Clients call this."""
+        now = time.monotonic()
+        self._away_since = self._away_since or now
+        if now - self._away_since < _SILENT or self._told_away:
+            return
+        self._told_away = True
+        text = "the core does not answer; waiting for it …"
+        if self._screen:
+            self._remark(text)
+        else:
+            print(f"moltbot: {text}", file=sys.stderr, flush=True)
 
     def end(self) -> None:
         """End the last line."""
@@ -42,6 +67,15 @@ class Shown:
             self._write("\n")
 
     def _say(self, text: str) -> None:
+        if self._again is not None:
+            again = self._again + text
+            if again != self._text and self._text.startswith(again):
+                self._again = again
+                return
+            if not again.startswith(self._text):
+                self._take_back(again)
+                return
+            text, self._again = again[len(self._text) :], None
         if self._thinks and text:
             self._thinks = False
             self.end()
@@ -54,20 +88,21 @@ class Shown:
             self._write(dim(harmless(text)), ends_line=text.endswith("\n"))
 
     def _begin_anew(self, reset: chat_pb2.Reset) -> None:
-        if reset.text.startswith(self._text):
-            self._say(reset.text[len(self._text) :])
-            return
-        if not self._text.strip():  # blanks before an answer are as good as nothing
+        """Go on with an answer that was begun anew; only where it says something else is anything said twice."""
+        if self._text.strip():
+            self._again, self._void = "", reset.reason
+        else:  # blanks before an answer are as good as nothing
             self._text = ""
-            self._say(reset.text)
-            return
+        self._say(reset.text)
+
+    def _take_back(self, text: str) -> None:
         self._remark("the answer begins anew")
         if not self._screen:
             self.end()
-            reason = f": {reset.reason}" if reset.reason else ""
+            reason = f": {self._void}" if self._void else ""
             print(f"moltbot: what was written so far is void, the answer begins anew{reason}", file=sys.stderr)
-        self._text = ""
-        self._say(reset.text)
+        self._text, self._again = "", None
+        self._say(text)
 
     def _remark(self, text: str) -> None:
         if self._screen:

@@ -7,7 +7,7 @@ import sys
 from collections.abc import Awaitable, Callable, Mapping
 from contextlib import aclosing
 
-from moltbot import MoltBot, MoltBotClientError
+from moltbot import MoltBotClientError
 from moltbot.errors import from_event
 from moltbot.v1 import chat_pb2, message_pb2, session_pb2
 from prompt_toolkit import PromptSession
@@ -36,10 +36,11 @@ _LEAVING = frozenset({"exit", "quit", ":q"})  # what other programs of a termina
 class Talk:
     """One conversation at a terminal, which may move from session to session."""
 
-    def __init__(self, bot: MoltBot, *, session: str, model: str) -> None:
-        self._bot = bot
+    def __init__(self, place: Place, *, session: str, model: str) -> None:
+        self.bot = place.connect(self._waits)
         self._session = session
         self._model = model
+        self._shown = Shown()
         self._listed: list[session_pb2.Session] = []
         self._leaving = False
         self.commands: Mapping[str, Callable[[str], Awaitable[None]]] = {
@@ -72,6 +73,9 @@ class Talk:
             except KeyboardInterrupt:  # pressed twice: nobody answered the first
                 print(" [left the answer]", flush=True)
 
+    def _waits(self, kind: str) -> None:
+        self._shown.waits(kind)
+
     async def take(self, text: str) -> None:
         """Carry out a command, or say the text and show the answer."""
         if text.startswith("/") and not text.startswith("//"):
@@ -86,16 +90,16 @@ class Talk:
 
     async def _say(self, text: str) -> None:
         turn: list[str] = []
-        shown = Shown()
+        self._shown = shown = Shown()
         async with interrupts() as pressed:
-            stream = self._bot.stream_turn(text, session=self._session, model=self._model, channel=CHANNEL)
-            async with aclosing(stream) as events, cancelling(self._bot, turn, pressed):
+            stream = self.bot.stream_turn(text, session=self._session, model=self._model, channel=CHANNEL)
+            async with aclosing(stream) as events, cancelling(self.bot, turn, pressed):
                 async for event in events:
                     if event.HasField("accepted"):
                         turn.append(event.accepted.turn)
                         self._session = event.accepted.session
                         if pressed.is_set():
-                            await self._bot.cancel_turn(turn[0])
+                            await self.bot.cancel_turn(turn[0])
                     _show(shown, event)
         print(flush=True)
 
@@ -119,7 +123,7 @@ class Talk:
     async def _list(self) -> bool:
         """Keep the conversations used last; return whether there are older ones."""
         self._listed = []
-        async for session in self._bot.sessions(channel=CHANNEL):
+        async for session in self.bot.sessions(channel=CHANNEL):
             if len(self._listed) == _LISTED:
                 return True
             self._listed.append(session)
@@ -139,7 +143,7 @@ class Talk:
         await self._recall()
 
     async def _recall(self) -> None:
-        messages = [message async for message in self._bot.messages(self._session)]
+        messages = [message async for message in self.bot.messages(self._session)]
         for message in messages[-4:]:
             text = harmless("".join(part.text for part in message.parts))
             who = "you" if message.role == message_pb2.ROLE_USER else "bot"
@@ -147,11 +151,11 @@ class Talk:
 
     async def _choose_model(self, rest: str) -> None:
         if rest:
-            model = await self._bot.get_model(rest)
+            model = await self.bot.get_model(rest)
             self._model = model.name
             print(f"From now on {harmless(model.display_name)} answers.")
             return
-        async for model in self._bot.models():
+        async for model in self.bot.models():
             mark = "*" if model.name == self._model or (not self._model and model.is_default) else " "
             print(f"{mark} {harmless(model.name.removeprefix('models/'))}  {harmless(model.display_name)}")
 
@@ -176,8 +180,8 @@ def _show(shown: Shown, event: chat_pb2.Event) -> None:
 
 async def talk(place: Place, workspace: Workspace, *, session: str, model: str) -> int:
     """Hold a conversation at the terminal; return the exit status."""
-    async with place.connect() as bot:
-        conversation = Talk(bot, session=session, model=f"models/{model}" if model and "/" not in model else model)
+    conversation = Talk(place, session=session, model=f"models/{model}" if model and "/" not in model else model)
+    async with conversation.bot as bot:
         names = [item.name.removeprefix("models/") async for item in bot.models()]
         prompt: PromptSession[str] = PromptSession(
             HTML("<b>You</b>  "),
