@@ -7,7 +7,7 @@ from moltbot_server.config import Settings
 from moltbot_server.workspace import Workspace
 
 _FIRST_PAUSE = 0.1  # seconds; what dies for the first time is back as soon as can be, for callers wait for it
-_LONGEST_ENGINE_PAUSE = 2.0
+_LONGEST_PAUSE = 2.0  # streams, pages and turns wait for what died, however often that was
 # What glibc's malloc reads when a process begins. By default it keeps up to eight arenas for each processor, and what
 # a flood of calls took in one of them is not given back; two hold a core a fifth smaller after it, at the same speed.
 # In an engine, whose threads come and go with its models, they bound what switches leave behind.
@@ -34,6 +34,7 @@ def plans(settings: Settings, workspace: Workspace, *, core: str, engine_metrics
             arguments=(*server, *ports, "--engine", address if own else settings.engine),
             stage=1,
             pause=_FIRST_PAUSE,
+            longest_pause=_LONGEST_PAUSE,
             environ=environ,
             secrets=True,
         ),
@@ -43,6 +44,7 @@ def plans(settings: Settings, workspace: Workspace, *, core: str, engine_metrics
                 module="moltbot_adapters",
                 arguments=tuple(http),
                 pause=_FIRST_PAUSE,
+                longest_pause=_LONGEST_PAUSE,
                 environ=environ | {"MOLTBOT_PROCESS": name},
             )
             for name in names
@@ -58,7 +60,7 @@ def _engine(server: list[str], address: str, metrics: int, environ: dict[str, st
         arguments=("engine", *server, "--listen", address, "--metrics-port", str(metrics)),
         stage=2,
         pause=_FIRST_PAUSE,
-        longest_pause=_LONGEST_ENGINE_PAUSE,  # turns wait for it ten seconds
+        longest_pause=_LONGEST_PAUSE,  # turns wait for it ten seconds
         environ=environ,
     )
 
