@@ -24,6 +24,7 @@ from moltbot_server.cli.mock_provider import add_mock_provider
 from moltbot_server.cli.model import add_model
 from moltbot_server.cli.route import add_route
 from moltbot_server.cli.running import Running, joined, reachable
+from moltbot_server.cli.store import add_store
 from moltbot_server.cli.terminal import Exit, Failure, command, shown
 from moltbot_server.cli.usage import add_usage
 from moltbot_server.config import ConfigError, load_settings
@@ -122,6 +123,7 @@ def _parser() -> tuple[argparse.ArgumentParser, Collection[str]]:
     add_model(add)
     add_key(add)
     add_usage(add)
+    add_store(add)
     add_cache(add)
     add_route(add)
     add_failover(add)

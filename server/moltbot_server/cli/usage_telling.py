@@ -18,6 +18,7 @@ from moltbot.v1 import usage_pb2, usage_pb2_grpc
 
 from moltbot_server.cli.asking import Place
 from moltbot_server.cli.model_place import Models, told
+from moltbot_server.cli.store_opening import open_redis
 from moltbot_server.cli.terminal import Exit, Failure, command, harmless, shown
 from moltbot_server.store import UsagePage, UsageQuery, UsageRow
 from moltbot_server.store.sqlite_usage import read_usage
@@ -74,7 +75,7 @@ def tell_usage(given: argparse.Namespace) -> int:
         print(json.dumps({**told, "records": found.records, "total": found.total}, ensure_ascii=False))
     elif found.records:
         print(_usage_table(found, asked.by))
-    elif place is None and not models.workspace.database.exists():
+    elif place is None and not _shares(models) and not models.workspace.database.exists():
         print(f"Nothing was used: MoltBot has not run in {shown(models.workspace.folder)} yet.")
     else:
         print(f"Nothing was used{_of(asked)} from {days['since']} to {days['until']}.")
@@ -151,14 +152,28 @@ def _read(models: Models, asked: _Asked) -> _Told:
         model=asked.model,
         user=asked.user,
     )
-    path = models.workspace.database
-    try:
-        none = UsagePage(rows=(), total=UsageRow(workspace=WORKSPACE))
-        page = read_usage(path, query, after=None, limit=-1) if path.exists() else none
-    except sqlite3.Error as error:
-        raise Failure(f"the database {path} cannot be read: {error}") from None
+    page = asyncio.run(_page_of_redis(models, query)) if _shares(models) else _page_of_database(models, query)
     records = [_record(row, asked.by, row.cost) for row in page.rows]
     return _Told(records=records, total=_record(page.total, (), page.total.cost), currency=models.settings.currency)
+
+
+def _shares(models: Models) -> bool:
+    return models.settings.store.type == "redis"
+
+
+async def _page_of_redis(models: Models, query: UsageQuery) -> UsagePage:
+    async with open_redis(models.settings, fit=False) as store:
+        return await store.list_usage(query, after=None, limit=-1)
+
+
+def _page_of_database(models: Models, query: UsageQuery) -> UsagePage:
+    path = models.workspace.database
+    if not path.exists():
+        return UsagePage(rows=(), total=UsageRow(workspace=query.workspace))
+    try:
+        return read_usage(path, query, after=None, limit=-1)
+    except sqlite3.Error as error:
+        raise Failure(f"the database {path} cannot be read: {error}") from None
 
 
 def _record(row: Any, by: Sequence[str], cost: float) -> dict[str, Any]:

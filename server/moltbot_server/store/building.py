@@ -2,10 +2,15 @@
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING
+
 from moltbot_server.config import ConfigError, Problem, Settings
 from moltbot_server.store.protocol import Store
 from moltbot_server.store.sqlite import SqliteStore
 from moltbot_server.workspace import Workspace
+
+if TYPE_CHECKING:
+    from moltbot_server.store.redis import RedisStore
 
 
 def build_store(settings: Settings) -> Store:
@@ -14,15 +19,24 @@ def build_store(settings: Settings) -> Store:
     Raises:
         ConfigError: it is Redis, and its client is not installed.
     """
-    named = settings.store
-    if named.type == "sqlite":
-        return SqliteStore(Workspace(folder=settings.workspace).database)
+    if settings.store.type == "redis":
+        return build_redis(settings)
+    return SqliteStore(Workspace(folder=settings.workspace).database)
+
+
+def build_redis(settings: Settings) -> RedisStore:
+    """Return the store in Redis that the settings name, not open yet.
+
+    Raises:
+        ConfigError: its client is not installed.
+    """
     # Late: it takes half a second, and only those who keep turns in Redis need it installed.
     try:
         from moltbot_server.store.redis import RedisStore
     except ModuleNotFoundError:
         text = "store.type is redis, and its client is not installed: pip install 'moltbot[redis]'"
         raise ConfigError(Problem(where=settings.origin("store.type"), text=text)) from None
+    named = settings.store
     return RedisStore(
         host=named.host,
         port=named.port,

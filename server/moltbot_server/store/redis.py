@@ -97,8 +97,10 @@ class RedisStore:
         self._known: set[str] = set()
         self._closed = True
 
-    async def open(self) -> None:
+    async def open(self, *, fit: bool = True) -> None:
         """Connect, make sure that Redis is set up to keep things, and be among its nodes.
+
+        Without `fit`, one that is not set up well is opened too, to be looked at.
 
         Raises:
             StorageUnavailable: Redis cannot be reached, or is set up so that it would lose what it is given.
@@ -110,7 +112,8 @@ class RedisStore:
         try:
             await self._writing.open(_START)
             await self._reading.open(_START)
-            await require_fit(self._reading, self.prefix, self.address)
+            if fit:
+                await require_fit(self._reading, self.prefix, self.address)
             self._lease = NodeLease(self._reading, prefix=self.prefix, node=self.node, seconds=self._lease_seconds)
             await self._lease.join()
         except BaseException as problem:

@@ -1,0 +1,95 @@
+"""What `moltbot store export` and `import` do: all that a store holds, to a file and from it."""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import json
+import os
+from collections.abc import Callable
+from pathlib import Path
+from typing import BinaryIO
+
+from moltbot_server.cli.model_place import Models, told
+from moltbot_server.cli.progress import Progress
+from moltbot_server.cli.running import is_held
+from moltbot_server.cli.store_opening import open_records, open_redis
+from moltbot_server.cli.terminal import Exit, Failure, command, shown
+from moltbot_server.models.sizes import readable
+from moltbot_server.store.moving import NotMovable, check_file, export, take_in
+
+
+@told
+def export_store(given: argparse.Namespace) -> int:
+    """Write what the store holds to a new file; return the exit status."""
+    models, path = Models.of(given), given.file
+    models.workspace.read_key()  # raises where there is no workspace
+    try:
+        # Conversations are for their owner alone.
+        descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600)
+    except FileExistsError:
+        raise Failure(f"{shown(path)} exists already: choose another name, or remove it.", Exit.USAGE) from None
+    except OSError as error:
+        raise Failure(f"{shown(path)} cannot be written: {error.strerror}.") from None
+    try:
+        with os.fdopen(descriptor, "wb") as file, Progress("Exporting", quiet=given.json) as progress:
+            written = asyncio.run(_export(models, file, progress))
+            file.flush()
+            os.fsync(file.fileno())
+    except BaseException:
+        path.unlink(missing_ok=True)
+        raise
+    size = path.stat().st_size
+    if given.json:
+        print(json.dumps({"file": str(path), "records": written, "bytes": size}))
+    else:
+        print(f"{written} records were written to {shown(path)} ({readable(size)}), readable by you alone.")
+    return int(Exit.OK)
+
+
+async def _export(models: Models, file: BinaryIO, progress: Progress) -> int:
+    async with open_records(models.workspace, models.settings, held=is_held(models.workspace), make=False) as records:
+        total = await records.count()
+        return await export(records, file, lambda written: progress.reach(min(written / max(total, 1), 1.0)))
+
+
+@told
+def import_store(given: argparse.Namespace) -> int:
+    """Put what a file holds into the store; return the exit status."""
+    models, path = Models.of(given), given.file
+    models.workspace.read_key()  # raises where there is no workspace
+    try:
+        check_file(path)
+        with Progress("Importing", total=max(2, path.stat().st_size), quiet=given.json) as progress:
+            read, new = asyncio.run(_import(models, path, progress.advance, merge=given.merge))
+    except NotMovable as problem:
+        raise Failure(f"{shown(path)} cannot be imported: {problem}.") from None
+    except FileNotFoundError:
+        raise Failure(f"there is no file {shown(path)}.", Exit.USAGE) from None
+    except OSError as error:
+        raise Failure(f"{shown(path)} cannot be read: {error.strerror}.") from None
+    if given.json:
+        print(json.dumps({"file": str(path), "records": read, "new": new}))
+    else:
+        there = f", {read - new} were there already" if read > new else ""
+        print(f"{new} of {read} records were imported{there}.")
+    return int(Exit.OK)
+
+
+async def _import(models: Models, path: Path, progress: Callable[[int], None], *, merge: bool) -> tuple[int, int]:
+    workspace, settings = models.workspace, models.settings
+    held = is_held(workspace)
+    if held:
+        raise Failure(f"MoltBot runs in {shown(workspace.folder)}: stop it first.", Exit.UNAVAILABLE)
+    if settings.store.type == "redis":
+        from moltbot_server.store.redis_check import nodes_there  # late: only where Redis is the store
+
+        async with open_redis(settings) as store:
+            if there := await nodes_there(store):
+                running = ", ".join(there.values())
+                raise Failure(f"cores use this Redis ({running}): stop them first.", Exit.UNAVAILABLE)
+    async with open_records(workspace, settings, held=held, make=True) as records:
+        if not merge and await records.count():
+            again = command(f"store import {path} --merge", workspace)
+            raise Failure(f"the store is not empty. To add what is missing, and leave what is there: `{again}`.")
+        return await take_in(records, path, progress)

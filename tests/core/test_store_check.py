@@ -1,0 +1,139 @@
+"""What is told of a store that is not whole, or not set up well."""
+
+from __future__ import annotations
+
+import sqlite3
+from collections.abc import AsyncIterator, Sequence
+from contextlib import closing
+from pathlib import Path
+
+import pytest
+from kept_turns import keep, new, said
+from moltbot_server.store.findings import Finding
+from moltbot_server.store.protocol import JournalEntry
+from moltbot_server.store.redis import RedisStore
+from moltbot_server.store.redis_check import check_redis, nodes_there
+from moltbot_server.store.sqlite import SqliteStore
+from moltbot_server.store.sqlite_check import check_database
+from moltbot_server.turns import Event, TextDelta, TurnInput
+from redis.asyncio import Redis
+
+ASKED = TurnInput(parts=said("question"))
+
+
+def told(findings: Sequence[Finding]) -> list[tuple[str, str]]:
+    return [(finding.weight, finding.text) for finding in findings]
+
+
+@pytest.fixture
+async def path(tmp_path: Path) -> Path:
+    """A closed database with a turn that ended and one that runs."""
+    path = tmp_path / "moltbot.db"
+    store = SqliteStore(path)
+    await store.open()
+    await keep(store, new())
+    await store.accept(new(session="runs", rest=ASKED))
+    await store.close()
+    return path
+
+
+def checked(path: Path, *, in_use: bool = False) -> list[tuple[str, str]]:
+    """Return what is found in a database."""
+    shares: list[float] = []
+    found = told(list(check_database(path, in_use=in_use, progress=lambda share, _: shares.append(share))))
+    assert shares == sorted(shares)
+    assert all(0 <= share <= 1 for share in shares)
+    return found
+
+
+def changed(path: Path, *statements: str) -> None:
+    """Change a database behind the store's back."""
+    with closing(sqlite3.connect(path)) as connection:
+        connection.executescript(";".join(statements))
+
+
+async def test_a_database_that_is_whole_has_nothing_but_turns_that_wait(path: Path) -> None:
+    assert checked(path) == [("note", "1 turns wait to be carried on by the next start")]
+    assert checked(path, in_use=True) == []
+
+
+async def test_rows_that_belong_to_nothing_or_cannot_be_read_are_found(path: Path) -> None:
+    changed(
+        path,
+        "DELETE FROM sessions WHERE id = 'runs'",
+        "INSERT INTO journal VALUES ('w', 'nowhere', 1, 1, x'90')",
+        "UPDATE turns SET answer = x'93ff' WHERE session = 's'",
+    )
+    assert checked(path, in_use=True) == [
+        ("warning", "1 turns belong to no session"),
+        ("warning", "1 entries of the journal belong to no turn that runs; the next start takes them away"),
+        ("grave", "turn 1 of session s in workspace w cannot be read"),
+    ]
+
+
+def test_a_damaged_page_and_a_schema_of_another_release_are_found(path: Path) -> None:
+    changed(path, "PRAGMA user_version = 99")
+    assert [weight for weight, _ in checked(path)] == ["grave"]
+    changed(path, "PRAGMA user_version = 1")
+    ((weight, text),) = checked(path)
+    assert (weight, "next start brings it up to date" in text) == ("note", True)
+    changed(path, "PRAGMA user_version = 4", "PRAGMA wal_checkpoint(TRUNCATE)")
+    whole = path.read_bytes()
+    size = int.from_bytes(whole[16:18], "big")
+    path.write_bytes(whole[: 2 * size] + b"\xff" * size + whole[3 * size :])
+    try:
+        found = checked(path)
+    except sqlite3.DatabaseError:
+        return
+    assert "grave" in {weight for weight, _ in found}
+
+
+@pytest.fixture
+async def store(redis_port: int, tmp_path: Path) -> AsyncIterator[RedisStore]:
+    """An open store with a turn that ended and one that runs."""
+    store = RedisStore(host="127.0.0.1", port=redis_port, prefix=f"test-{tmp_path.name}")
+    await store.open()
+    await keep(store, new())
+    await store.accept(new(session="runs", rest=ASKED))
+    event = Event(sequence=1, at=1.0, kind=TextDelta(text="word"))
+    await store.append([JournalEntry(key=new(session="runs").key, events=(event,))])
+    yield store
+    await store.close()
+
+
+async def looked_at(store: RedisStore) -> list[tuple[str, str]]:
+    """Return what another one finds in a store."""
+    other = RedisStore(host="127.0.0.1", port=store._options["port"], prefix=store.prefix)
+    await other.open()
+    try:
+        assert list(await nodes_there(other)) == ([] if store._closed else [store.node])
+        return told([finding async for finding in check_redis(other, progress=lambda *_: None)])
+    finally:
+        await other.close()
+
+
+async def test_a_redis_that_is_whole_has_nothing_but_its_cores(store: RedisStore) -> None:
+    ((weight, text),) = await looked_at(store)
+    assert (weight, f"the core {store.node} is there" in text) == ("note", True)
+    await store.close()
+    ((weight, text),) = await looked_at(store)
+    assert (weight, "1 turns of workspace w wait to be carried on" in text) == ("note", True)
+
+
+async def test_keys_that_belong_to_nothing_or_cannot_be_read_are_found(store: RedisStore) -> None:
+    base = store.base("w")
+    async with Redis(host="127.0.0.1", port=store._options["port"], protocol=2) as client:
+        await client.hset(f"{base}t:1:s", "a", b"\x93\xff")
+        await client.zrem(f"{base}run:{store.node}", "1:runs")
+        await client.zrem(f"{base}o:runs", "1:runs")
+        await client.xadd(f"{base}j:7:gone", {"e": b"\x90"})
+        await client.hset(f"{base}requests", "r", "9:gone")
+        await client.config_set("appendonly", "yes")
+
+    assert set(await looked_at(store)) >= {
+        ("grave", "turn 1 of session s in workspace w cannot be read"),
+        ("grave", "turn 1 of session runs in workspace w runs, and no core has it"),
+        ("warning", "turn 1 of session runs in workspace w belongs to no session"),
+        ("warning", "1 journals of workspace w belong to no turn that runs"),
+        ("warning", "1 request_ids of workspace w lead to turns that are not there"),
+    }

@@ -1,0 +1,120 @@
+"""`moltbot store` as people run it: with the database of a workspace, and with a Redis."""
+
+from __future__ import annotations
+
+import os
+import stat
+from pathlib import Path
+
+import pytest
+from cli_process import ANY_PORTS, Home
+from moltbot_server.store import NewTurn, UsageRow
+from moltbot_server.store.sqlite import SqliteStore
+from moltbot_server.turns import SessionKey, TextPart, TurnKey
+from redis_process import KeepingRedis
+
+
+@pytest.fixture
+def home(tmp_path: Path) -> Home:
+    """A home folder."""
+    (tmp_path / "home").mkdir()
+    return Home(tmp_path / "home")
+
+
+async def fill(home: Home, turns: int = 3) -> None:
+    """Make the workspace, and store turns in it."""
+    assert (await home.run("init")).status == 0
+    store = SqliteStore(home.workspace / "moltbot.db")
+    await store.open()
+    for number in range(1, turns + 1):
+        key = TurnKey(session=SessionKey(workspace="default", session="s"), ordinal=number)
+        said = (TextPart(text=f"question {number}"),)
+        await store.accept(
+            NewTurn(key=key, request_id=f"r{number}", digest=b"d", create_time=1e9 + number, question=said, title="t")
+        )
+    await store.add_usage([UsageRow(workspace="default", day="2026-01-01", model="m", turns=4)])
+    await store.close()
+
+
+async def test_a_workspace_without_a_store_says_what_to_do(home: Home) -> None:
+    told = await home.run("store", "check")
+    assert (told.status, "there is no database yet" in told.out) == (0, True)
+    told = await home.run("store", "export", "x.jsonl")
+    assert (told.status, "moltbot init" in told.err) == (78, True)
+    assert (await home.run("init")).status == 0
+    told = await home.run("store", "export", "x.jsonl")
+    assert (told.status, "made by the first" in told.err) == (1, True)
+    assert not (home.folder / "x.jsonl").exists()
+    told = await home.run("store", "import", "x.jsonl")
+    assert (told.status, told.err) == (2, "moltbot: there is no file x.jsonl.\n")
+
+
+async def test_a_store_is_checked_exported_and_imported_into_another_workspace(home: Home) -> None:
+    await fill(home)
+    told = await home.run("store", "check", "--json")
+    assert told.status == 0
+    assert (told.json["ok"], told.json["store"]) == (True, "sqlite")
+
+    file = home.folder / "all.jsonl"
+    told = await home.run("store", "export", "all.jsonl")
+    assert (told.status, told.out.startswith("5 records were written to all.jsonl")) == (0, True)
+    assert stat.S_IMODE(file.stat().st_mode) == 0o600
+    told = await home.run("store", "export", "all.jsonl", "--json")
+    assert (told.status, "exists already" in told.json["error"]["message"]) == (2, True)
+    assert file.read_bytes()
+
+    told = await home.run("store", "import", "all.jsonl")
+    assert (told.status, "--merge" in told.err) == (1, True)
+    assert (await home.run("init", "-w", "other")).status == 0
+    told = await home.run("store", "import", "all.jsonl", "-w", "other")
+    assert (told.status, told.out) == (0, "5 of 5 records were imported.\n")
+    told = await home.run("store", "import", "all.jsonl", "-w", "other", "--merge", "--json")
+    assert (told.status, told.json["records"], told.json["new"]) == (0, 5, 0)
+    file.write_bytes(file.read_bytes()[:-5])
+    told = await home.run("store", "import", "all.jsonl", "-w", "other", "--merge")
+    assert (told.status, "its end is missing" in told.err) == (1, True)
+
+
+async def test_a_damaged_database_is_told_with_what_to_do(home: Home) -> None:
+    await fill(home)
+    (home.workspace / "moltbot.db").write_bytes(b"no database at all" * 100)
+    told = await home.run("store", "check")
+    assert told.status == 1
+    assert "WRONG: it is damaged, or no database" in told.out
+
+
+async def test_a_workspace_moves_to_redis_where_a_core_serves_it_and_back(home: Home, tmp_path: Path) -> None:
+    await fill(home)
+    assert (await home.run("store", "export", "all.jsonl")).status == 0
+    with KeepingRedis(tmp_path) as redis:
+        home.variables |= {"MOLTBOT_STORE_TYPE": "redis", "MOLTBOT_STORE_PORT": str(redis.port)}
+        told = await home.run("store", "import", "all.jsonl")
+        assert (told.status, told.out) == (0, "5 of 5 records were imported.\n")
+        assert "4" in (await home.run("usage", "--since", "2026-01-01", "--until", "2026-02-01")).out
+        async with home.started():
+            told = await home.run("chat", "--session", "s", "and now?")
+            assert (told.status, "You said" in told.out) == (0, True)
+            told = await home.run("store", "check")
+            assert (told.status, "is there (" in told.out) == (0, True)
+            told = await home.run("store", "import", "all.jsonl", "--merge")
+            assert (told.status, "stop it first" in told.err) == (69, True)
+        assert (await home.run("store", "export", "back.jsonl")).status == 0
+        home.variables |= {"MOLTBOT_STORE_TYPE": "sqlite"}
+    told = await home.run("store", "import", "back.jsonl", "--merge", "--json")
+    assert (told.status, told.json["new"]) == (0, 2)  # the turn of the chat, and its usage
+    lines = (home.folder / "back.jsonl").read_bytes().splitlines()
+    assert len([line for line in lines if b"and now?" in line]) == 1
+
+
+async def test_a_redis_that_cannot_be_used_is_told_with_what_to_change(home: Home, tmp_path: Path) -> None:
+    assert (await home.run("init")).status == 0
+    home.variables |= {"MOLTBOT_STORE_TYPE": "redis", "MOLTBOT_STORE_PORT": "1"}
+    told = await home.run("store", "check")
+    assert (told.status, "127.0.0.1:1" in told.err) == (69, True)
+    with KeepingRedis(tmp_path, "--maxmemory-policy", "allkeys-lru") as redis:
+        home.variables |= {"MOLTBOT_STORE_PORT": str(redis.port)}
+        told = await home.run("store", "check")
+        assert (told.status, "WRONG: maxmemory-policy is allkeys-lru" in told.out) == (1, True)
+        told = await home.run("start", *ANY_PORTS)
+        assert told.status != os.EX_OK
+        assert "set maxmemory-policy noeviction" in told.err
