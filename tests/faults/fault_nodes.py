@@ -22,9 +22,9 @@ START = 60.0
 SCRIPT = """
 rules:
   - {match: '^q\\d+\\.\\d+ quick', template: 'said {text}'}
-  - {match: '^q\\d+\\.\\d+ steady', template: 'said {text} one two three four five six seven eight nine', pace: 0.1}
-  - {match: '^q\\d+\\.\\d+ late', template: 'said {text} one two three', first_delay: 1.0, pace: 0.05}
-  - {match: '^q\\d+\\.\\d+ long', template: 'said {text} one two three four five six seven eight nine', pace: 0.25}
+  - {match: '^q\\d+\\.\\d+ steady', template: 'said {text} one two three four five six seven eight nine', pace: 0.06}
+  - {match: '^q\\d+\\.\\d+ late', template: 'said {text} one two three', first_delay: 0.5, pace: 0.05}
+  - {match: '^q\\d+\\.\\d+ long', template: 'said {text} one two three four five six seven eight nine', pace: 0.15}
 """
 TAILS = {
     "quick": "",

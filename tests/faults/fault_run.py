@@ -151,7 +151,7 @@ class Leg:
             await asyncio.sleep(dice.random() * 1.5)  # perhaps it does not serve yet
         else:
             await node.ready()
-            await asyncio.sleep(dice.random() * 1.5)
+            await asyncio.sleep(dice.random() * 3.0)
             if dice.random() < 0.1:
                 await self._stand_still(node)
         findings.kills += 1
