@@ -26,6 +26,7 @@ from moltbot_server.models.engines.local import LocalEngine
 from moltbot_server.models.folder import ModelFolder, read_folder
 from moltbot_server.models.measuring_load import Beside, Questions, run_streams
 from moltbot_server.models.memory import available_memory, check_room
+from moltbot_server.models.replica.nursery import Nursery
 from moltbot_server.models.tuning import Tuning, default_tuning
 from moltbot_server.turns import Value
 
@@ -97,10 +98,15 @@ async def measure(folder: ModelFolder, *, quick: bool = False, progress: Progres
         ModelUnavailable, ModelNotLoadable: the model cannot be loaded.
     """
     default = default_tuning(usable_cpus(), _weights(folder), usable_cores())
-    async with Beside() as beside:
-        bench = _Bench(folder, beside, progress)
-        await bench.prepare(default)
-        trials = await (bench.quickly(default) if quick else bench.thoroughly(default))
+    nursery = Nursery() if Nursery.possible() else None  # as the engine's process has it
+    try:
+        async with Beside() as beside:
+            bench = _Bench(folder, beside, progress, nursery)
+            await bench.prepare(default)
+            trials = await (bench.quickly(default) if quick else bench.thoroughly(default))
+    finally:
+        if nursery is not None:
+            nursery.close()
     questions = bench.questions
     return Outcome(
         best=trials[0].tuning,
@@ -123,8 +129,9 @@ def better_first(trials: Sequence[Trial], by: float) -> list[Trial]:
 class _Bench:
     """Loads a model with one tuning after the other and counts what it does."""
 
-    def __init__(self, folder: ModelFolder, beside: Beside, progress: Progress) -> None:
+    def __init__(self, folder: ModelFolder, beside: Beside, progress: Progress, nursery: Nursery | None) -> None:
         self._folder = folder
+        self._nursery = nursery
         self._beside = beside
         self._progress = progress
         self._seen: dict[Tuning, list[dict[str, float]]] = {}
@@ -226,7 +233,7 @@ class _Bench:
 
     @contextlib.asynccontextmanager
     async def _loaded(self, tuning: Tuning) -> AsyncGenerator[LocalEngine, None]:
-        engine = LocalEngine(self._folder, tuning=tuning)
+        engine = LocalEngine(self._folder, tuning=tuning, nursery=self._nursery)
         await engine.start()
         try:
             yield engine

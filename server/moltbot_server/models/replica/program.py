@@ -93,13 +93,15 @@ class Replica:
 
     def run(self) -> None:
         """Load the model and write batches until nobody asks any more."""
-        path, threads, kind, ends, gather = self._read()
+        path, threads, kind, ends, gather, trial = self._read()
         self._ends = frozenset(ends)
         self._steps = _Steps(self._tell, gather)
         try:
             self._generator = ctranslate2.Generator(
                 path, device="cpu", inter_threads=1, intra_threads=threads, compute_type=kind, max_queued_batches=-1
             )
+            # The first batch takes longer than others: nobody shall wait for that.
+            self._generator.generate_batch([trial], max_length=2, end_token=ends)
         except (RuntimeError, ValueError, MemoryError) as problem:
             self._tell(wire.FAILED, str(problem).encode())
             return

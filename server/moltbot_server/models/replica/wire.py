@@ -18,9 +18,11 @@ REFUSED = -10_000
 SIZE = struct.Struct("<I")
 """Goes before each message to a replica: how many bytes of `marshal` follow.
 
-The first message is how to load the model: path, threads, number type, ids of the tokens that end an answer, and how
-many seconds of steps are told at once. Each further one is a batch: its number, the prompts, how many tokens each may
-have, the beginning that all share and the model keeps, and the sampling: top k, top p, temperature, repetition penalty.
+The first message is how to load the model: path, threads, number type, ids of the tokens that end an answer, how many
+seconds of steps are told at once, and a prompt to wake the model up with.
+
+Each further one is a batch: its number, the prompts, how many tokens each may have, the beginning that all share and
+the model keeps, and the sampling: top k, top p, temperature, repetition penalty.
 """
 
 FRAME = struct.Struct("<iid")

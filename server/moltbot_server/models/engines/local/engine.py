@@ -51,6 +51,7 @@ _TOLD_EVERY = 0.25
 _PROBED = 8  # tokens of the answers by which a model is proved, and its pace guessed
 _LEADS_SHARE = 0.25  # of the weights' size: what the beginnings that the model keeps may take beside them,
 _LEADS_LEAST = 8 << 20  # or this many bytes where the model is small
+_HELLO = (Message(role=Role.USER, parts=(TextPart(text="Hello"),)),)
 _DIED = "A thread of the model has died; restart the core."
 _log = logging.getLogger(__name__)
 
@@ -331,10 +332,9 @@ class LocalEngine:
 
     async def _probe(self, tokens: int) -> None:
         """Let every replica answer, with so many tokens at most."""
-        messages = (Message(role=Role.USER, parts=(TextPart(text="Hello"),)),)
 
         async def ask() -> None:
-            async for _ in stream(self, messages, GenerationOptions(max_output_tokens=tokens)):
+            async for _ in stream(self, _HELLO, GenerationOptions(max_output_tokens=tokens)):
                 pass
 
         await asyncio.gather(*(ask() for _ in range(self.tuning.replicas)))
@@ -382,6 +382,7 @@ class LocalEngine:
         """Return the replicas, in processes or around one loaded model."""
         count, nursery = self.tuning.replicas, self._nursery
         if nursery is not None:
-            return [ProcessReplica(nursery, self._folder, self.tuning, ends) for _ in range(count)]
+            trial = self._tokenizer.prompt(_HELLO)
+            return [ProcessReplica(nursery, self._folder, self.tuning, ends=ends, trial=trial) for _ in range(count)]
         generator = load(self._folder, self.tuning)
         return [ThreadReplica(generator, ends) for _ in range(count)]

@@ -15,7 +15,7 @@ import signal
 import socket
 import tempfile
 import threading
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 from moltbot_server.errors import ModelUnavailable
@@ -37,11 +37,13 @@ class ReplicaLost(Exception):
 class ProcessReplica:
     """A replica in a process of its own. `close` may be called from any thread, all else is for one."""
 
-    def __init__(self, nursery: Nursery, folder: ModelFolder, tuning: Tuning, ends: frozenset[int]) -> None:
-        """`ends`: ids of the tokens that end an answer."""
+    def __init__(
+        self, nursery: Nursery, folder: ModelFolder, tuning: Tuning, *, ends: frozenset[int], trial: Sequence[str]
+    ) -> None:
+        """`ends`: ids of the tokens that end an answer; `trial`: a prompt that a process answers before all others."""
         self._nursery = nursery
         self._folder = folder
-        self._order = (str(folder.path), tuning.threads, tuning.compute_type, sorted(ends), GATHER)
+        self._order = (str(folder.path), tuning.threads, tuning.compute_type, sorted(ends), GATHER, list(trial))
         self._lock = threading.Lock()
         self._closed = False
         self._link: socket.socket | None = None
