@@ -82,6 +82,13 @@ class CoreClient:
         """Yields the events of the turn `name` with a sequence number above `after`."""
         return self._calls.follow(None, name, after, caller.metadata, within=limit_s)
 
+    async def accepted(self, turn: chat_pb2.TurnInput, caller: Caller, limit_s: float) -> str:
+        """Starts a turn, or finds the one that the same request id started; returns its name."""
+        async with aclosing(self.stream_turn(turn, caller, limit_s)) as events:
+            async for event in events:
+                return event.accepted.turn  # an accepted turn says its name at once
+        raise MoltBotClientError(grpc.StatusCode.INTERNAL, "")  # the contract knows no stream without an event
+
     async def cancel_turn(self, name: str, caller: Caller) -> bool:
         """Cancels a turn; returns whether this call ended it."""
         request = chat_pb2.CancelTurnRequest(name=name)
@@ -101,17 +108,10 @@ class CoreClient:
         try:
             async with asyncio.timeout(_LEAVE_S):
                 if not name:
-                    name = await self._name_of(turn, caller)
+                    name = await self.accepted(turn, caller, _LEAVE_S)
                 await self.cancel_turn(name, caller)
         except (MoltBotClientError, TimeoutError):
             return  # it was never accepted, or runs to its end unheard
-
-    async def _name_of(self, turn: chat_pb2.TurnInput, caller: Caller) -> str:
-        # The same call follows the turn that the first one started, and an accepted turn says its name at once.
-        async with aclosing(self.stream_turn(turn, caller, _LEAVE_S)) as events:
-            async for event in events:
-                return event.accepted.turn
-        return ""
 
     # --- sessions and models -------------------------------------------------------------------------------------
 

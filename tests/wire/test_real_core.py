@@ -133,6 +133,20 @@ async def test_a_chat_in_the_browser_is_listed_resumed_and_deleted(browser):
         assert answer.status == 404
 
 
+async def test_a_start_that_is_repeated_with_the_last_number_brings_only_what_came_after_it(browser):
+    say = {"session": "", "text": "#20 pace=0.02", "request_id": "r-1", "model": ""}
+    text, last, ended = "", 0, False
+    while not ended:
+        async with browser.post("/api/turns", json=say, headers={"Last-Event-ID": str(last)}) as answer:
+            async for frame in frames(answer):
+                assert frame.id > last
+                last, ended = frame.id, frame.event == "completed"
+                text += frame.data["text"] if frame.event == "text_delta" else ""
+                if frame.event == "text_delta" and len(text) % 3 == 0:
+                    break  # and come back: text that waited is told as one event, under its last number
+    assert text == frame.data["text"]
+
+
 async def test_a_stopped_turn_keeps_what_was_said(browser):
     say = {"session": "", "text": "#500 pace=0.02", "request_id": "r-1", "model": ""}
     async with browser.post("/api/turns", json=say) as answer:

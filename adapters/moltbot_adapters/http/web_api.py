@@ -94,7 +94,13 @@ class WebApi:
             user=context.user,
             channel=CHANNEL,
         )
-        events = self._core.stream_turn(turn, context.caller, self._settings.turn_limit_s)
+        limit_s = self._settings.turn_limit_s
+        if after:
+            # Not by leaving out what has been seen: text that waited comes as one event, under its last number.
+            name = await self._core.accepted(turn, context.caller, limit_s)
+            events = self._core.resume_turn(name, after, context.caller, limit_s)
+        else:
+            events = self._core.stream_turn(turn, context.caller, limit_s)
         return await self._send(request, events, after)
 
     async def turn_events(self, request: web.Request) -> web.StreamResponse:
@@ -125,8 +131,6 @@ class WebApi:
         async with self._streams.stream(request, open_after_s=open_after_s) as out, aclosing(events):
             try:
                 async for event in events:
-                    if event.sequence <= after:
-                        continue
                     if waiting and (event.HasField("text_delta") or event.HasField("reasoning_delta")):
                         waiting = False
                         self._metrics.first_token(context.route, context.seconds())
