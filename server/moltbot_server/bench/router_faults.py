@@ -36,13 +36,13 @@ _RELOAD_EVERY = 0.05
 def mixed(rig: Rig, turns: int, tell: Tell) -> Report:
     """Return what became of turns whose first model has mixed faults in 30 % of its calls, and then fails always.
 
-    With the usual thresholds it is put to rest and only tried now and then; a route that never puts it to rest shows
-    what users see when all those faults come their way.
+    With the usual thresholds it is put to rest and only tried now and then; a route that puts it to rest for moments
+    alone shows what users see when all those faults come their way.
     """
     tell(f"{turns} turns, the first model at 30 % mixed faults")
     rig.first.follow(faults=list(MIXED), seed=1)
     found = {"mixed_faults": _counted(rig, "mixed", turns)}
-    tell(f"{turns} turns, the same and never put to rest")
+    tell(f"{turns} turns, the same and hardly ever put to rest")
     rig.first.follow(faults=list(KEPT_ON), seed=1)
     found["mixed_faults_kept_on"] = _counted(rig, "kept-on", turns)
     few = max(1000, turns // 10)

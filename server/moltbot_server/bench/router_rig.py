@@ -40,8 +40,12 @@ _PATIENCE = 60.0
 LATENCY = 0.3
 """The threshold of the routes, in seconds."""
 
-_LENIENT = {"threshold": {"latency": f"{LATENCY:g}s", "error_rate": "100%"}, "retry_budget": "100%"}
-"""Routes that put nobody to rest for single faults: so that many turns meet one."""
+_LENIENT = {
+    "threshold": {"latency": f"{LATENCY:g}s", "error_rate": "100%"},
+    "retry_budget": "100%",
+    "cooldown": "50ms",
+}
+"""Routes that put nobody to rest but for five faults in a row, and then for a moment: so that many turns meet one."""
 
 
 class Mock:
