@@ -228,6 +228,8 @@ class LiveTurn:
     def _flush(self) -> None:
         """Record the text that was held back."""
         self._ticker.forget(self._flush)
+        if not self._held:
+            return
         text = "".join(self._held)
         self._held.clear()
         self._append(TextDelta(text=text))

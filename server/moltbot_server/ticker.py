@@ -45,6 +45,13 @@ class Ticker:
 
 
 def timer_at(when: float, callback: Callable[[], None]) -> asyncio.TimerHandle:
-    """Return a timer that knows when it is due. uvloop's do not where no millisecond is left: those get one."""
+    """Return a timer that knows when it is due. uvloop's do not where no millisecond is left: those get one or more."""
     loop = asyncio.get_running_loop()
-    return loop.call_at(max(when, loop.time() + 0.001), callback)
+    left = 0.001
+    while True:
+        timer = loop.call_at(max(when, loop.time() + left), callback)
+        if hasattr(timer, "when"):
+            return timer
+        # The system kept the process from going on between the two looks at the clock.
+        timer.cancel()
+        left *= 2
