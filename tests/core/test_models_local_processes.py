@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import gc
 import os
 import signal
@@ -179,6 +180,20 @@ async def test_models_that_come_and_go_leave_no_process_and_no_descriptor(endles
         await one()
     assert pids(nursery) == []
     assert descriptors() <= before
+
+
+@pytest.mark.parametrize("born", [0, 1, 2, 3])
+async def test_a_load_that_is_given_up_leaves_no_process(endless: Path, nursery: Nursery, born: int) -> None:
+    nursery.start()
+    local = LocalEngine(read_folder(endless), tuning=Tuning(replicas=3), nursery=nursery)
+    loading = asyncio.create_task(local.start())
+    await until(lambda: nursery.born >= born or loading.done())
+    loading.cancel()
+    with contextlib.suppress(asyncio.CancelledError):
+        await loading
+        await local.close()
+    await until(lambda: not pids(nursery))
+    assert nursery.born == 0
 
 
 async def test_a_model_that_is_not_small_has_no_processes(

@@ -172,12 +172,11 @@ class LocalEngine:
             ModelUnavailable: the model cannot be loaded; the text says what was found and what was expected.
         """
         self._loop = asyncio.get_running_loop()
-        replicas = await asyncio.to_thread(self._load)
-        await asyncio.to_thread(replicas.load)
-        self._replicas = replicas
-        replicas.start()
-        self.trouble = ""
+        self._replicas = replicas = await asyncio.to_thread(self._load)
         try:
+            await asyncio.to_thread(replicas.load)
+            replicas.start()
+            self.trouble = ""
             await self._probe(1)
             self._waiting.forget()
             await self._probe(_PROBED)

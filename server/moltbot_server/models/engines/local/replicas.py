@@ -95,14 +95,10 @@ class Replicas:
         """Make all replicas ready to write.
 
         Raises:
-            ModelUnavailable: one of them cannot be; none is left.
+            ModelUnavailable: one of them cannot be; the others are still to be closed.
         """
-        try:
-            with ThreadPoolExecutor(len(self._replicas), "load") as pool:
-                list(pool.map(lambda replica: replica.start(), self._replicas))
-        except BaseException:
-            self.close()
-            raise
+        with ThreadPoolExecutor(len(self._replicas), "load") as pool:
+            list(pool.map(lambda replica: replica.start(), self._replicas))
 
     def start(self) -> None:
         """Start the threads; from now on the interpreter's lock goes round faster in this process."""
