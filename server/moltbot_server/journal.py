@@ -233,16 +233,18 @@ class Journal:
 
         Raises:
             TurnNotFound: the workspace has no such turn.
-            NotServing: it was left to another core, and has not ended.
+            NotServing: another core has it, and it has not ended.
         """
         if (live := self._live.get(key)) is not None:
             return live
         found = await self._store.find_turn(key)
         if found is None:
             raise TurnNotFound("there is no such turn in this workspace; its session may have been reset or deleted")
-        if found.state is TurnState.RUNNING and key in self._elsewhere:
+        if (live := self._live.get(key)) is not None:
+            return live
+        if found.state is TurnState.RUNNING and (self._store.shared or key in self._elsewhere):
             raise NotServing("another core carries this turn on; follow it there", retry_after=1.0)
-        return self._live.get(key) or found
+        return found
 
     def follow(self, turn: LiveTurn | StoredTurn, after: int = 0) -> Follower:
         """Return the way to read a turn's events after a sequence number, to its end."""

@@ -135,10 +135,12 @@ async def test_a_node_that_is_gone_is_followed_by_another_with_all_that_was_kept
 async def test_a_node_that_leaves_is_followed_at_once(nodes: Nodes) -> None:
     first, second = await nodes.join(), await nodes.join()
     await first.accept(new(rest=ASKED))
+    await second.take_over()
     await first.close()
-    second._takeover._sweep_at = 0.0
 
     assert [orphan.epoch for orphan in await second.take_over()] == [2]
+    async with nodes.keys() as client:
+        assert await client.exists(f"{nodes.prefix}:left") == 0
 
 
 async def test_a_node_that_comes_back_can_write_nothing_into_what_another_has(nodes: Nodes) -> None:
@@ -382,7 +384,7 @@ async def test_every_key_of_a_workspace_begins_alike_whatever_its_name_is(nodes:
     async with nodes.keys() as client:
         names = [name async for name in client.scan_iter(f"*{nodes.prefix}*", count=10_000)]
 
-    apart = {f"{nodes.prefix}:{rest}".encode() for rest in ("schema", "workspaces", "nodes", f"node:{store.node}")}
+    apart = {f"{nodes.prefix}:{rest}".encode() for rest in ("schema", "workspaces", "nodes", "left", f"node:{store.node}")}
     begins = [store.base(workspace).encode() for workspace in ("a}:t:1:x", "{", "å b")]
     assert all(len([1 for begin in begins if name.startswith(begin)]) == 1 for name in set(names) - apart)
     for workspace in ("a}:t:1:x", "{", "å b"):

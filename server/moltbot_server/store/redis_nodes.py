@@ -54,7 +54,8 @@ class NodeLease:
         await asyncio.wait({self._task})
         self._task = None
         try:
-            await self._ask(("DEL", self._key(self.node)), ("SREM", self._nodes, self.node))
+            left = (("SADD", self._left, self.node), ("SREM", self._nodes, self.node))
+            await self._ask(*left, ("DEL", self._key(self.node)))
         except MoltBotError:
             log.warning("Redis is away; others take this node's turns over when its lease has ended")
 
@@ -91,13 +92,13 @@ class NodeLease:
         return [node for node in absent if not calm or node.encode() not in known]
 
     async def registered(self) -> Collection[str]:
-        """Return the nodes that have not left by themselves, whether they are there or not.
+        """Return the nodes that are there, are gone, or have left, until they are struck.
 
         Raises:
             StorageUnavailable: Redis does not answer.
         """
-        (found,) = await self._ask(("SMEMBERS", self._nodes))
-        return {node.decode() for node in found}
+        found = await self._ask(("SMEMBERS", self._nodes), ("SMEMBERS", self._left))
+        return {node.decode() for nodes in found for node in nodes}
 
     async def strike(self, nodes: Sequence[str]) -> None:
         """Let nodes that are gone be known no more.
@@ -106,11 +107,15 @@ class NodeLease:
             StorageUnavailable: Redis does not answer.
         """
         if nodes:
-            await self._ask(("SREM", self._nodes, *nodes))
+            await self._ask(("SREM", self._nodes, *nodes), ("SREM", self._left, *nodes))
 
     @property
     def _nodes(self) -> str:
         return f"{self._prefix}:nodes"
+
+    @property
+    def _left(self) -> str:
+        return f"{self._prefix}:left"
 
     def _key(self, node: str) -> str:
         return f"{self._prefix}:node:{node}"
