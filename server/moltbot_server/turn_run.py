@@ -216,7 +216,7 @@ class TurnRun:
         elif self._may_start_again(earlier) and earlier.digest == live.digest and not again:
             self._accept(again=True)
         else:
-            self._drop(refusal=_content_error(earlier, live), duplicate_of=earlier)
+            self._drop(refusal=_content_error(earlier, live) or self._elsewhere(earlier), duplicate_of=earlier)
 
     def _accepted_again(self, earlier: StoredTurn | MoltBotError | None) -> None:
         self._accepted(earlier, again=True)
@@ -225,6 +225,12 @@ class TurnRun:
         """Tell whether a turn is over without a good end; one whose end could not be stored runs in the store only."""
         gone = earlier.state is TurnState.RUNNING and self._pipeline.journal.live(earlier.key) is None
         return earlier.retryable or gone
+
+    def _elsewhere(self, earlier: StoredTurn) -> MoltBotError | None:
+        """Return where to follow a turn that another core carries out, if so."""
+        pipeline = self._pipeline
+        runs = earlier.state is TurnState.RUNNING and pipeline.journal.live(earlier.key) is None
+        return _taken_over() if runs and pipeline.store.shared else None
 
     def _drop(self, *, refusal: MoltBotError | None = None, duplicate_of: StoredTurn | None = None) -> None:
         """End without an end: the store has no such turn."""
