@@ -80,10 +80,16 @@ class Node:
         self.serving = asyncio.Event()
         self.log = setup.folder / f"{name}.log"
         self.codes: list[int] = []
-        self._setup = setup
+        self.setup = setup
         self._note = note
         self._process: Process | None = None
         self._watching: asyncio.Task[None] | None = None
+
+    @property
+    def process_id(self) -> int:
+        """The number of its process."""
+        assert self._process is not None
+        return self._process.pid
 
     @property
     def address(self) -> str:
@@ -93,7 +99,7 @@ class Node:
     def command(self) -> list[str]:
         """Return the command that starts it."""
         return [
-            *(sys.executable, "-m", "moltbot_server", "--workspace", str(self._setup.folder), "--no-notices"),
+            *(sys.executable, "-m", "moltbot_server", "--workspace", str(self.setup.folder), "--no-notices"),
             *("--grpc-port", str(self.port), "--metrics-port", "0"),
         ]
 
@@ -101,7 +107,7 @@ class Node:
         """Start the process; it serves later."""
         with self.log.open("ab") as log:
             self._process = await asyncio.create_subprocess_exec(
-                *self.command(), env=self._setup.variables, stdin=DEVNULL, stdout=PIPE, stderr=log, process_group=0
+                *self.command(), env=self.setup.variables, stdin=DEVNULL, stdout=PIPE, stderr=log, process_group=0
             )
         self._note(Fault(at=time.monotonic(), what="start", node=self.name))
         self._watching = asyncio.create_task(self._watch(self._process))

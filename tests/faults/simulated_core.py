@@ -170,16 +170,12 @@ class _Store(sqlite.SqliteStore):
     """The embedded store, on the world's disk."""
 
     def __init__(self, node: Node) -> None:
-        super().__init__(Path("/dev/null/moltbot.db"))
+        super().__init__(Path("/nowhere"))  # its folder is there, and the file is not made
         self._node = node
 
     async def open(self) -> None:
-        """Open the store; the path is nowhere, so the folder is not made."""
-        reading, self._writing = await asyncio.to_thread(self._prepare)
-        self._reader = sqlite.GroupReader(reading)
-        self._writer = sqlite.GroupWriter(
-            self._writing, self._write_turns, is_light=lambda row: isinstance(row, tuple), over=self._written
-        )
+        """Open the store, and have its threads' work done by the disk."""
+        await super().open()
         for thread in (self._reader, self._writer):
             thread._groups.bound = (self._node.disk, self._node, thread)  # type: ignore[attr-defined]
 

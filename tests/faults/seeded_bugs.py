@@ -1,0 +1,110 @@
+"""Puts bugs into copies of the code, one into each, and shows that the simulation finds every one of them.
+
+`python tests/faults/seeded_bugs.py` plays them all; names behind it play those alone. A bug is a patch in `bugs/` that
+begins with what is wrong; it is caught when worlds of the simulation break a promise with it that they keep without it.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import re
+import shutil
+import subprocess
+import sys
+import tempfile
+from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+
+BUGS = Path(__file__).parent / "bugs"
+ROOT = Path(__file__).resolve().parents[2]
+_COPIED = ("server/moltbot_server", "clients/python/moltbot", "tests/faults")
+_WITHIN = 900.0
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Verdict:
+    """What came of a bug: whether it was caught, by which world, and what that broke."""
+
+    name: str
+    caught: bool
+    by: str
+    broke: str
+
+
+def names() -> list[str]:
+    """Return the names of all bugs."""
+    return sorted(path.stem for path in BUGS.glob("*.patch"))
+
+
+def what(name: str) -> str:
+    """Return what is wrong with a bug."""
+    return " ".join((BUGS / f"{name}.patch").read_text("utf-8").partition("\n---")[0].split())
+
+
+def try_out(name: str, *, schedules: int) -> Verdict:
+    """Put a bug into a copy of the code and play so many worlds, or fewer when one breaks a promise."""
+    with tempfile.TemporaryDirectory(prefix="moltbot-bug-") as folder:
+        tree = Path(folder)
+        for part in _COPIED:
+            ignored = shutil.ignore_patterns("__pycache__", "artifact", "data", "bugs")
+            shutil.copytree(ROOT / part, tree / part, ignore=ignored)
+        if problem := _patch(name, tree):
+            return Verdict(name=name, caught=False, by="", broke=f"the patch does not fit the code any more: {problem}")
+        command = [sys.executable, "tests/faults/simulation.py", "--schedules", str(schedules), "--processes", "1"]
+        path = os.pathsep.join((str(tree / "server"), str(tree / "clients/python")))
+        played = subprocess.run(
+            [*command, "--sweep", "0"],
+            cwd=tree,
+            env={**os.environ, "PYTHONPATH": path, "PYTHONDONTWRITEBYTECODE": "1"},
+            capture_output=True,
+            text=True,
+            check=False,
+            timeout=_WITHIN,
+        )
+    found = re.search(r"^broken by (.*):\n  (.*)$", played.stdout, re.MULTILINE)
+    if found is None:
+        problem = played.stdout.strip().splitlines() or played.stderr.strip().splitlines() or [""]
+        return Verdict(name=name, caught=False, by="", broke=problem[-1])
+    return Verdict(name=name, caught=True, by=found[1], broke=found[2])
+
+
+def misfit(name: str) -> str:
+    """Return why a bug cannot be put into the code; empty when it can."""
+    return _patch(name, ROOT, "--check")
+
+
+def _patch(name: str, tree: Path, *flags: str) -> str:
+    command = ["git", "apply", "-C1", "--recount", "--whitespace=nowarn", *flags, str(BUGS / f"{name}.patch")]
+    # The copy is patched as it is, and not as part of a repository that it happens to lie in.
+    apart = {**os.environ, "GIT_CEILING_DIRECTORIES": str(tree.parent)}
+    return subprocess.run(command, cwd=tree, check=False, capture_output=True, text=True, env=apart).stderr.strip()
+
+
+def try_all(chosen: Sequence[str], *, schedules: int, together: int) -> Iterator[Verdict]:
+    """Try bugs out, several at the same time."""
+    with ThreadPoolExecutor(together) as pool:
+        yield from pool.map(lambda name: try_out(name, schedules=schedules), chosen)
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run as a program; return 1 when a bug was not caught."""
+    parser = argparse.ArgumentParser(description="Show that the simulation catches every seeded bug.")
+    parser.add_argument("names", nargs="*", help="the bugs to try (default: all)")
+    parser.add_argument("--schedules", type=int, default=8_000, help="worlds to play at most, for each bug")
+    parser.add_argument("--together", type=int, default=os.cpu_count() or 1)
+    flags = parser.parse_args(arguments)
+    chosen = flags.names or names()
+    caught = 0
+    for verdict in try_all(chosen, schedules=flags.schedules, together=flags.together):
+        caught += verdict.caught
+        print(f"{'caught' if verdict.caught else 'MISSED'}  {verdict.name}: {what(verdict.name)}")
+        print(f"        {verdict.by}  {verdict.broke}"[:200], flush=True)
+    print(f"bugs={len(chosen)} caught={caught}")
+    return 0 if caught == len(chosen) else 1
+
+
+if __name__ == "__main__":
+    sys.exit(main())
