@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import json
 import os
 import signal
@@ -14,6 +15,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 
+import psutil
 from fault_history import Entry, Fault
 from moltbot_server.workspace import Workspace
 
@@ -147,6 +149,11 @@ class Node:
             self.send(signal.SIGKILL, "kill")
         await self.end()
 
+    async def end_all(self) -> None:
+        """End everything that runs still."""
+        if self._process is not None and self._process.returncode is None:
+            await self.kill()
+
     async def restart(self, grace: float) -> int:
         """Tell it to leave, wait for that, start it again, and return the code with which it left."""
         self.send(signal.SIGTERM, "leave")
@@ -154,3 +161,66 @@ class Node:
         await self.start()
         await self.ready()
         return code
+
+
+class Supervised(Node):
+    """A whole installation, `moltbot start`: its core is ended, and its supervisor starts it again."""
+
+    def command(self) -> list[str]:
+        """Return the command that starts it."""
+        return [
+            *(sys.executable, "-m", "moltbot_server.cli", "start", "--workspace", str(self.setup.folder)),
+            *("--port", "0", "--grpc-port", str(self.port), "--metrics-port", "0"),
+        ]
+
+    async def _watch(self, process: Process) -> None:
+        """Serve as long as somebody listens on the core's port; what the supervisor says is read and dropped."""
+        assert process.stdout is not None
+        looking = asyncio.create_task(self._look())
+        while await process.stdout.readline():
+            pass
+        looking.cancel()
+        await asyncio.wait({looking})
+
+    async def _look(self) -> None:
+        while True:
+            try:
+                _, writer = await asyncio.open_connection("127.0.0.1", self.port)
+            except OSError:
+                self.serving.clear()
+            else:
+                writer.close()
+                if not self.serving.is_set():
+                    self._note(Fault(at=time.monotonic(), what="serves", node=self.name))
+                    self.serving.set()
+            await asyncio.sleep(0.05)  # nobody announces what a supervisor does
+
+    def _core(self) -> psutil.Process | None:
+        """Return the core among the processes that the supervisor has started."""
+        for process in psutil.Process(self.process_id).children():
+            with contextlib.suppress(psutil.Error):
+                line = process.cmdline()
+                if "moltbot_server" in line and "engine" not in line:
+                    return process
+        return None
+
+    async def kill(self) -> None:
+        """End the core at once; the rest stays and starts it again."""
+        core = self._core()
+        if core is None:
+            return  # it is being started again
+        self._note(Fault(at=time.monotonic(), what="kill", node=self.name))
+        core.kill()
+        self.serving.clear()
+        await asyncio.sleep(0.1)  # it is gone when the system has taken it away; its port tells the rest
+
+    async def start(self) -> None:
+        """Start the installation; later, leave it to its supervisor to start its core."""
+        if self._process is None:
+            await super().start()
+
+    async def end_all(self) -> None:
+        """End everything."""
+        if self._process is not None and self._process.returncode is None:
+            self._process.send_signal(signal.SIGTERM)
+            await self._process.wait()

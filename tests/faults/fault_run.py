@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import argparse
 import asyncio
-import contextlib
 import json
 import platform
 import random
@@ -25,7 +24,7 @@ import fault_history
 from fault_checker import DUPLICATED, LATE, LOST, MIXED, OUT_OF_ORDER, Violation, check
 from fault_keeping import journal_rows, kept_in
 from fault_load import Load, pauses
-from fault_nodes import TAILS, Node, Setup
+from fault_nodes import TAILS, Node, Setup, Supervised
 from moltbot_server.store import Store
 from moltbot_server.store.sqlite import SqliteStore
 
@@ -43,6 +42,7 @@ class Orders:
     streams: int = 64
     nodes: int = 1
     model: str = "scripted"
+    supervised: bool = False
     grace: float = 5.0
     each: int = 50
     """So many ends in one workspace; then all is checked, and it goes on with another."""
@@ -107,9 +107,8 @@ class Leg:
         self.dice = random.Random(seed)
         self.findings = Findings()
         self._make_store = make_store
-        self.nodes = [
-            Node(self.setup, f"n{number}", lambda entry: self.load.note(entry)) for number in range(orders.nodes)
-        ]
+        make = Supervised if orders.supervised else Node
+        self.nodes = [make(self.setup, f"n{number}", self._note) for number in range(orders.nodes)]
         kinds = tuple(TAILS) if orders.model == "scripted" else ()
         self.load = Load(seed, self.nodes, self.setup.key, sessions=orders.streams, kinds=kinds)
 
@@ -131,11 +130,10 @@ class Leg:
                 await self.load.finish()
             for node in self.nodes:
                 node.send(signal.SIGTERM, "stop at the end")
-                self.findings.codes[await node.end()] += 1
+                await node.end()
         finally:
             for node in self.nodes:
-                with contextlib.suppress(ProcessLookupError):
-                    await node.kill()
+                await node.end_all()
         await self._check()
         return self.findings
 
@@ -145,14 +143,14 @@ class Leg:
         if self.orders.how == "leave":
             await asyncio.sleep(dice.random() * 2.0)
             findings.kills += 1
-            findings.codes[await node.restart(self.orders.grace)] += 1
+            await node.restart(self.orders.grace)
             return
         if dice.random() < 0.2:
             await asyncio.sleep(dice.random() * 1.5)  # perhaps it does not serve yet
         else:
             await node.ready()
             await asyncio.sleep(dice.random() * 3.0)
-            if dice.random() < 0.1:
+            if dice.random() < 0.1 and not self.orders.supervised:
                 await self._stand_still(node)
         findings.kills += 1
         await node.kill()
@@ -225,6 +223,7 @@ async def _rigs(orders: Orders, folder: Path, seed: int, rigs: int) -> Findings:
         await asyncio.create_subprocess_exec(
             *(sys.executable, __file__, "--kills", str(kills), "--how", orders.how, "--streams", str(orders.streams)),
             *("--nodes", str(orders.nodes), "--model", orders.model, "--seed", str(seed + number)),
+            *(("--supervised",) if orders.supervised else ()),
             *("--each", str(orders.each), "--folder", str(folder), "--raw", str(folder / f"raw-{number}.json")),
         )
         for number, kills in enumerate(share)
@@ -252,6 +251,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--streams", type=int, default=64, help="sessions that talk at the same time, in each rig")
     parser.add_argument("--nodes", type=int, default=1)
     parser.add_argument("--model", choices=("scripted", "builtin"), default="scripted")
+    parser.add_argument("--supervised", action="store_true", help="whole installations, as `moltbot start` runs them")
+    parser.add_argument("--longest", type=float, default=LONGEST_PAUSE, help="seconds that a stream may be cut for")
     parser.add_argument("--rigs", type=int, default=1, help="how many of all this side by side")
     parser.add_argument("--each", type=int, default=50, help="ends in one workspace, before all is checked")
     parser.add_argument("--seed", type=int, default=1)
@@ -259,9 +260,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--json", type=Path, help="write the figures to a file")
     parser.add_argument("--raw", type=Path, help=argparse.SUPPRESS)
     flags = parser.parse_args(arguments)
-    orders = Orders(
-        kills=flags.kills, how=flags.how, streams=flags.streams, nodes=flags.nodes, model=flags.model, each=flags.each
-    )
+    chosen = ("kills", "how", "streams", "nodes", "model", "supervised", "each")
+    orders = Orders(**{name: getattr(flags, name) for name in chosen})
     with tempfile.TemporaryDirectory(prefix="moltbot-faults-") as temporary:
         folder = flags.folder or Path(temporary)
         if flags.rigs > 1:
@@ -279,7 +279,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         print(f"{violation.kind}: {violation.subject}: {violation.problem}")
     print(findings.more())
     print(findings.line())
-    return 1 if findings.violations or findings.pause(1.0) > LONGEST_PAUSE else 0
+    return 1 if findings.violations or findings.pause(1.0) > flags.longest else 0
 
 
 if __name__ == "__main__":

@@ -1,0 +1,57 @@
+"""Cores that are ended at random moments under load: nobody loses anything, and nobody is told anything twice."""
+
+from __future__ import annotations
+
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import fault_run
+import pytest
+
+KILLS = int(os.environ.get("KILLS", "60"))
+
+
+def ended(tmp_path: Path, *arguments: str) -> str:
+    """Carry orders out and return the lines at the end, which have to say that nothing is broken."""
+    # Tests of many kinds may run beside these, so what is measured of time says little.
+    command = [sys.executable, fault_run.__file__, "--folder", str(tmp_path), "--longest", "30", *arguments]
+    done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=1200)
+    told = "\n".join(done.stdout.splitlines()[-20:])
+    assert done.returncode == 0, f"{told}\n{done.stderr[-3000:]}"
+    return told
+
+
+def numbers(told: str) -> dict[str, int]:
+    """Return the numbers of the last line."""
+    return {name: int(number) for name, number in re.findall(r"(\w+)=(\d+)", told.splitlines()[-1])}
+
+
+def test_cores_that_are_killed_again_and_again_lose_and_repeat_nothing(tmp_path: Path) -> None:
+    told = numbers(ended(tmp_path, "--kills", str(KILLS), "--rigs", "2", "--streams", "24", "--each", "15"))
+
+    assert told["kills"] == KILLS
+    assert told["turns"] > KILLS
+    assert {name: told[name] for name in ("lost", "duplicated", "mixed", "out_of_order")} == {
+        "lost": 0,
+        "duplicated": 0,
+        "mixed": 0,
+        "out_of_order": 0,
+    }
+
+
+def test_a_rolling_restart_is_seen_by_nobody(tmp_path: Path) -> None:
+    told = ended(tmp_path, "--kills", "4", "--how", "leave", "--streams", "24")
+
+    assert numbers(told)["lost"] == 0
+    assert " failed=0 " in told
+
+
+@pytest.mark.parametrize("model", ["builtin", "scripted"])
+def test_a_core_under_its_supervisor_comes_back_by_itself(tmp_path: Path, model: str) -> None:
+    told = ended(tmp_path, "--kills", "5", "--supervised", "--streams", "8", "--model", model)
+
+    assert numbers(told)["kills"] == 5
+    assert " failed=0 " in told
