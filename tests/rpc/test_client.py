@@ -160,6 +160,7 @@ async def test_an_address_where_nobody_is_fails_soon_and_says_unavailable() -> N
         assert "nobody answers at 127.0.0.1:1 (Connection refused): start MoltBot with `moltbot start`" in str(
             caught.value
         )
+    async with MoltBot("127.0.0.1:1", "mb_live_x", patience=0.5) as bot, asyncio.timeout(2):
         with pytest.raises(MoltBotClientError, match="nobody answers at") as caught:
             _ = [event async for event in bot.stream_turn("Hi")]
     assert "AioRpcError" not in "".join(traceback.format_exception(caught.value))

@@ -7,6 +7,7 @@ import json
 import os
 import random
 import re
+import socket
 from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import AsyncExitStack, asynccontextmanager
 from dataclasses import dataclass, field
@@ -48,10 +49,13 @@ class Running:
         psutil.Process(self.started.told()["processes"][name]).kill()
 
     async def back(self, name: str, pid: int) -> None:
-        """Wait until a process that was killed runs again under another id."""
-        async with asyncio.timeout(20):
+        """Wait until a process that was killed runs again under another id, and answers."""
+        async with asyncio.timeout(30):
             # Another process's doing, of which nothing tells us.
             while self.started.told()["processes"].get(name) in (pid, 0, None):  # noqa: ASYNC110
+                await asyncio.sleep(0.05)
+            address = self.started.told()["grpc"] if name == "core" else self.http.removeprefix("http://")
+            while not _connects(address):  # noqa: ASYNC110
                 await asyncio.sleep(0.05)
 
     async def repeat(self, name: str, talk: Callable[[str], Awaitable[None]]) -> None:
@@ -74,6 +78,15 @@ async def running(tmp_path: Path) -> AsyncIterator[Running]:
         yield Running(started, key)
         reading.cancel()
         await asyncio.gather(reading, return_exceptions=True)
+
+
+def _connects(address: str) -> bool:
+    host, _, port = address.rpartition(":")
+    try:
+        socket.create_connection((host, int(port)), timeout=5).close()
+    except OSError:
+        return False
+    return True
 
 
 async def read_on(started: Started) -> None:

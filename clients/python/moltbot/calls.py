@@ -9,7 +9,7 @@ import grpc
 
 from moltbot.channel import Link, Ways
 from moltbot.errors import MoltBotClientError, from_status
-from moltbot.patience import Budget, Patience
+from moltbot.patience import FIRST_CONTACT, PATIENCE, Budget, Patience
 from moltbot.v1 import chat_pb2
 
 _Answer = TypeVar("_Answer")
@@ -32,16 +32,19 @@ class Calls:
         self,
         ways: Ways,
         *,
-        patience: float = 60.0,
+        patience: float = PATIENCE,
+        first_contact: float = FIRST_CONTACT,
         resume: bool = True,
         on_repeat: Callable[[str], None] | None = None,
     ) -> None:
-        """`patience` is in seconds without any progress; `on_repeat` hears `call`, `start` or `resume` at each repeat.
+        """`patience` is in seconds without any progress, `first_contact` as much before a core has ever answered.
 
-        Without `resume` nothing is made again, and what breaks is told.
+        `on_repeat` hears `call`, `start` or `resume` at each repeat. Without `resume` nothing is made again, and what
+        breaks is told.
         """
         self.ways = ways
         self._limit = patience
+        self._first = first_contact
         self._resume = resume
         self._on_repeat = on_repeat or _nobody_listens
         self._budget = Budget()
@@ -61,7 +64,7 @@ class Calls:
         Raises:
             MoltBotClientError: the core refused, or nothing led to it for too long.
         """
-        patience = Patience(self.ways, self._budget, limit=self._limit, within=within, safe=safe)
+        patience = self._patience(within, safe=safe)
         while True:
             link = self.ways.pick()
             try:
@@ -89,7 +92,7 @@ class Calls:
         Raises:
             MoltBotClientError: the core refused, or nothing led to it for too long.
         """
-        patience = Patience(self.ways, self._budget, limit=self._limit, within=within)
+        patience = self._patience(within)
         starting = turn is not None
         while True:
             link = self.ways.pick()
@@ -115,6 +118,9 @@ class Calls:
             if failure.reason == "TURN_NOT_FOUND" and starting and name:
                 raise _interrupted()
             await self._pause(patience, failure, link, "resume" if name else "start")
+
+    def _patience(self, within: float | None, *, safe: bool = True) -> Patience:
+        return Patience(self.ways, self._budget, limit=self._limit, first=self._first, within=within, safe=safe)
 
     async def _pause(self, patience: Patience, failure: MoltBotClientError, link: Link, kind: str) -> None:
         if not self._resume:

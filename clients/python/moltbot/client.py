@@ -60,9 +60,10 @@ class MoltBot:
     as in `grpc.ssl_channel_credentials()`.
 
     What breaks on the way, or a core that is started again, is waited for and mended unseen, up to `patience` seconds
-    without any progress; `on_repeat` hears `call`, `start` or `resume` each time. With `resume=False` every break is
-    told. Every call raises `MoltBotClientError` and nothing else when the core or the way to it fails. `within` is the
-    seconds that a call may take to its end; None waits as long as it takes.
+    without any progress (60 by default, and 5 as long as no core has ever answered); `on_repeat` hears `call`, `start`
+    or `resume` each time. With `resume=False` every break is told. Every call raises `MoltBotClientError` and nothing
+    else when the core or the way to it fails. `within` is the seconds that a call may take to its end; None waits as
+    long as it takes.
     """
 
     def __init__(
@@ -71,13 +72,14 @@ class MoltBot:
         key: str | None = None,
         *,
         credentials: grpc.ChannelCredentials | None = None,
-        patience: float = 60.0,
+        patience: float | None = None,
         resume: bool = True,
         on_repeat: Callable[[str], None] | None = None,
     ) -> None:
         self._metadata = (("authorization", f"Bearer {key or find_key()}"),)
         self._ways = Ways(address or find_address(), credentials)
-        self._calls = Calls(self._ways, patience=patience, resume=resume, on_repeat=on_repeat)
+        limits = {} if patience is None else {"patience": patience, "first_contact": patience}
+        self._calls = Calls(self._ways, resume=resume, on_repeat=on_repeat, **limits)
 
     async def __aenter__(self) -> Self:
         return self

@@ -13,8 +13,10 @@ from moltbot.errors import MoltBotClientError
 
 _FIRST_PAUSE = 0.1
 _LONGEST_PAUSE = 1.0
-_FIRST_CONTACT = 3.0
-"""Seconds that a client waits for a core of which it has never heard: most often the address is wrong."""
+PATIENCE = 60.0
+"""Seconds that a client goes without any progress."""
+FIRST_CONTACT = 5.0
+"""Seconds that it waits for a core of which it has never heard: most often the address is wrong."""
 _HELD = 30.0
 """Seconds after which a call that broke was alive, however silent it was: a dead connection is found sooner."""
 _ODD_TRIES = 4
@@ -51,11 +53,17 @@ class Budget:
 class Patience:
     """What one call has left: of its deadline, and of the time that it may go without any progress."""
 
-    def __init__(self, ways: Ways, budget: Budget, *, limit: float, within: float | None, safe: bool = True) -> None:
-        """`limit` and `within` in seconds; a call that is not `safe` is repeated where no core can have begun it."""
+    def __init__(
+        self, ways: Ways, budget: Budget, *, limit: float, first: float, within: float | None, safe: bool = True
+    ) -> None:
+        """`limit`, `first` (the limit before any core has answered) and `within` are in seconds.
+
+        A call that is not `safe` is repeated only where no core can have begun it.
+        """
         self._ways = ways
         self._budget = budget
         self._limit = limit
+        self._first = first
         self._safe = safe
         self._ends = None if within is None else time.monotonic() + within
         self._began = 0.0
@@ -117,5 +125,5 @@ class Patience:
         """Return the time after which the call is given up."""
         assert self._since is not None
         known = self._ways.answered or error.reason
-        until = self._since + (self._limit if known else min(self._limit, _FIRST_CONTACT))
+        until = self._since + (self._limit if known else min(self._limit, self._first))
         return until if self._ends is None else min(until, self._ends)
