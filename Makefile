@@ -16,10 +16,14 @@ RUN_ARGS ?=
 TEST_ARGS ?=
 BENCH_ARGS ?= --json
 LOAD_ARGS ?=
+KILLS ?= 100
+FAULT_ARGS ?= --rigs 2
+SCHEDULES ?= 20000
+BUGS ?=
 
 export PATH := $(CURDIR)/$(BIN):$(CURDIR)/.tools/bin:$(PATH)
 
-.PHONY: help install run test test-convert check fmt proto proto-check proto-accept docs bench load lock clean
+.PHONY: help install run test test-convert check fmt proto proto-check proto-accept docs bench load faults simulate seeded-bugs lock clean
 
 help: ## Lists the tasks
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-13s %s\n", $$1, $$2 }' $(firstword $(MAKEFILE_LIST))
@@ -71,6 +75,15 @@ bench: $(RUN) ## Measures the core on this machine
 load: $(DEV) ## Drives a core with ghz (ADDRESS=host:port for one that runs already)
 	@scripts/tools ghz
 	@exec $(BIN)/python tests/load/run.py $(if $(ADDRESS),--address $(ADDRESS)) $(LOAD_ARGS)
+
+faults: $(DEV) ## Kills cores under load and checks what everybody was told (KILLS=1000 for more)
+	@exec $(BIN)/python tests/faults/fault_run.py --kills $(KILLS) $(FAULT_ARGS)
+
+simulate: $(DEV) ## Plays turns and faults in virtual time (SCHEDULES=1000000 for more)
+	@exec $(BIN)/python tests/faults/simulation.py --schedules $(SCHEDULES)
+
+seeded-bugs: $(DEV) ## Puts bugs into copies of the code and shows what catches them (BUGS="name ...")
+	@exec $(BIN)/python tests/faults/seeded_bugs.py $(BUGS)
 
 lock: $(DEV) ## Resolves the dependencies of pyproject.toml into requirements/
 	scripts/lock

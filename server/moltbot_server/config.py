@@ -14,7 +14,17 @@ from pathlib import Path
 from typing import Any
 
 from moltbot_server.config_keys import ENV_NAMES, KEYS, OTHER_NAMES, OTHERS_NAMES, PLAIN_NAMES, is_provider_key
-from moltbot_server.config_models import Budget, Cache, ModelRoute, Price, Provider, ProviderModel, Retention, Storage
+from moltbot_server.config_models import (
+    DEFAULT_ROUTE,
+    Budget,
+    Cache,
+    ModelRoute,
+    Price,
+    Provider,
+    ProviderModel,
+    Retention,
+    Storage,
+)
 from moltbot_server.config_reading import flat, read
 from moltbot_server.config_sections import route, route_problems
 from moltbot_server.config_sources import (
@@ -49,6 +59,7 @@ INLINE = "inline"
 """The value of `engine` for models in the core's own process."""
 
 _ADDRESS = re.compile(r"unix:.+|(dns:///)?(\[[0-9A-Fa-f:.]+\]|[^:/\[\]\s]+):\d{1,5}")
+_TAKEN = frozenset({DEFAULT_ROUTE, "moltbot", "local", "builtin", "built-in"})
 _NEED_NO_PATH = frozenset({"", "moltbot-demo", "builtin", "built-in", "scripted"})
 
 
@@ -175,6 +186,9 @@ class Settings:
     def _wrong_routes(self) -> Iterator[Problem]:
         yield from (self._problem("models.primary", f"models: {text}") for text in route_problems(self.models))
         names = {route.name for route in self.routes}
+        for name in sorted(names & _TAKEN):
+            text = f"routes.{name}: this name has a meaning of its own; give the route another one"
+            yield self._problem("routes", text)
         for one in (self.models, *self.routes):
             for model in names.intersection((one.primary, *one.fallback)):
                 key, title = ("routes", f"routes.{one.name}") if one.name else ("models.primary", "models")

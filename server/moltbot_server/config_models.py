@@ -6,6 +6,9 @@ from dataclasses import dataclass, field
 from typing import Literal
 
 Dialect = Literal["openai", "anthropic"]
+DEFAULT_ROUTE = "default"
+"""The name of the route of turns that name no model."""
+
 OnFailure = Literal["restart", "continue", "stop"]
 Answers = Literal["deterministic", "always", "off"]
 Scope = Literal["workspace", "user", "model"]

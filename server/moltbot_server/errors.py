@@ -255,7 +255,7 @@ class ModelInUse(MoltBotError):
 class BudgetExceeded(MoltBotError):
     """The workspace, the user or the model has used up its budget; `retry_after` says when the next period begins."""
 
-    status, reason, retryable = Status.RESOURCE_EXHAUSTED, "BUDGET_EXCEEDED", True
+    status, reason = Status.RESOURCE_EXHAUSTED, "BUDGET_EXCEEDED"
     advice = "Wait for the next period, or raise the budget; `moltbot usage` says what was used."
 
 

@@ -276,10 +276,14 @@ class LiveTurn:
                 waiter.set_result(None)
         self._end_waiters.clear()
 
-    def _left(self) -> None:
-        self._followers -= 1
+    def cancel_unfollowed(self) -> None:
+        """Cancel the turn if it is to end with its last follower and has none."""
         if self._followers == 0 and self.input.cancel_on_disconnect and not self.ended:
             self.cancel()
+
+    def _left(self) -> None:
+        self._followers -= 1
+        self.cancel_unfollowed()
 
 
 # Kinds that say where a turn stands, and nothing of its answer.

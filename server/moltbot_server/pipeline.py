@@ -40,7 +40,6 @@ from moltbot_server.store import Store, StoredTurn
 from moltbot_server.store.protocol import Orphan
 from moltbot_server.turn_run import TurnRun
 from moltbot_server.turns import (
-    Completed,
     Message,
     Principal,
     Role,
@@ -48,6 +47,7 @@ from moltbot_server.turns import (
     TextPart,
     TurnInput,
     TurnKey,
+    Usage,
     encode,
 )
 from moltbot_server.usage import Ledger
@@ -55,6 +55,8 @@ from moltbot_server.usage import Ledger
 _MOST_IN_A_SESSION = 128
 _MOST_CORES = 5
 """A turn that so many cores did not survive is given up: it may be what ends them."""
+_COME_BACK = 15.0
+"""Seconds that a turn which ends with its last follower waits for one after a take-over."""
 _OLDEST = 3600.0
 """Seconds after which nobody waits for an answer any more."""
 _NAME = re.compile(r"(?!\.+\Z)[A-Za-z0-9._~-]{1,128}\Z")  # dots alone are no name but a way up, in a path or a URL
@@ -229,6 +231,8 @@ class TurnPipeline:
             return
         run.carry_on()
         live.expire_at(wanted_by)
+        if turn.cancel_on_disconnect:
+            asyncio.get_running_loop().call_later(_COME_BACK, live.cancel_unfollowed)
 
     def refusal_unread(self, principal: Principal) -> QueueFull | None:
         """Return why a turn that has arrived would be refused whatever it says, if so; only while its sender floods.
@@ -302,10 +306,10 @@ class TurnPipeline:
         """Begin the answer that a run listens to; raises what `Engine.begin` does."""
         return self._answers.begin(engine, messages, turn, asker.workspace, listener, asker)
 
-    def used(self, live: LiveTurn, ending: Completed, model: str) -> None:
-        """Count what an answer took."""
+    def used(self, live: LiveTurn, usage: Usage, *, cached: bool, model: str) -> None:
+        """Count what an answer took, or what there was of it."""
         workspace, user = live.key.session.workspace, live.input.user
-        self._ledger.record(workspace, user, model, ending.usage, ending.cached, live.events[-1].at, self._price(model))
+        self._ledger.record(workspace, user, model, usage, cached, live.events[-1].at, self._price(model))
 
     def over(self, run: TurnRun) -> None:
         """Let a run go."""
@@ -333,8 +337,6 @@ def _unfinishable(orphan: Orphan, left: float | None) -> MoltBotError | None:
     """Return why a turn is not carried on, if so."""
     if left is not None and left <= 0:
         return DeadlineExceeded("the deadline passed while the core was away")
-    if orphan.input.cancel_on_disconnect:
-        return TurnInterrupted("the core stopped while the turn ran, and nobody followed it any more")
     if orphan.epoch > _MOST_CORES or time.time() - orphan.turn.create_time > _OLDEST:
         return TurnInterrupted("the core stopped while the turn ran, again and again or long ago")
     return None

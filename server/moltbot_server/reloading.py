@@ -16,7 +16,7 @@ from moltbot_server.models.lineup import Lineup, Plan
 from moltbot_server.models.providers import ProviderKey, presets
 from moltbot_server.models.routing import RouteEngine
 from moltbot_server.usage import Ledger
-from moltbot_server.workspace import WorkspaceError
+from moltbot_server.workspace import Workspace, WorkspaceError
 
 log = logging.getLogger(__name__)
 
@@ -62,6 +62,7 @@ class Reloading:
         settings = self._started_with
         self._use_keys(self._read_keys(settings))
         await self._lineup.open(_plan(settings))
+        self._look_for_slips(settings)
         self.renew_answers()
 
     def renew_answers(self) -> None:
@@ -76,6 +77,9 @@ class Reloading:
             StorageUnavailable: the budgets cannot be counted now; nothing has changed.
         """
         async with self._one_at_a_time:
+            settings_file = Workspace(folder=self._started_with.workspace).config_file
+            if self._settings.origins and not settings_file.exists():
+                raise InvalidConfiguration(f"{settings_file} is gone; what it said holds on until there is one again")
             try:
                 settings = await asyncio.to_thread(self._reread)
                 held = await asyncio.to_thread(self._read_keys, settings)
@@ -90,6 +94,7 @@ class Reloading:
             self._lineup.keys_changed([name for name in providers if before.get(name) != held.by_provider.get(name)])
             self._settings = settings
             self.renew_answers()
+            self._look_for_slips(settings)
             log.info("the configuration was read again", extra={"routes": len(self.routes)})
             return _needs_restart(self._started_with, settings)
 
@@ -99,6 +104,12 @@ class Reloading:
             return self._keys.read(variables_of(settings.providers, known))
         except (ConfigError, WorkspaceError) as problem:
             raise InvalidConfiguration(str(problem)) from None
+
+    def _look_for_slips(self, settings: Settings) -> None:
+        """Warn of budgets that no turn will ever count for, as far as can be told: a model may be loaded later."""
+        for budget in settings.budgets:
+            if budget.scope == "model" and not self._lineup.has(budget.model):
+                log.warning("a budget is of a model that is not there now", extra={"model": budget.model})
 
     def _use_keys(self, held: HeldKeys[ProviderKey]) -> None:
         for problem in held.problems:

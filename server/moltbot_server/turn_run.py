@@ -5,8 +5,6 @@ from __future__ import annotations
 import logging
 import secrets
 import time
-from collections.abc import Sequence
-from typing import Protocol
 
 import msgspec
 
@@ -19,14 +17,14 @@ from moltbot_server.errors import (
     NotServing,
     TurnInterrupted,
 )
-from moltbot_server.journal import Journal, same_content
+from moltbot_server.journal import same_content
 from moltbot_server.live_turn import LiveTurn
-from moltbot_server.metrics import Metrics
 from moltbot_server.models.catalog import CatalogEntry
 from moltbot_server.models.context import ContextWindow, Fitted
-from moltbot_server.models.engine import Asker, Engine, Finished, Generation, Listener
+from moltbot_server.models.engine import Asker, Finished, Generation
 from moltbot_server.sessions import OpenSession
-from moltbot_server.store import EndedTurn, NewTurn, Store, StoredTurn
+from moltbot_server.store import EndedTurn, NewTurn, StoredTurn
+from moltbot_server.surroundings import Surroundings
 from moltbot_server.turns import (
     Accepted,
     Attempt,
@@ -56,28 +54,6 @@ _TRY_AGAIN = 1.0
 _NOTHING_READ = Fitted([], 0, 0, 0)
 
 
-class Surroundings(Protocol):
-    """What a run needs of the pipeline that it belongs to."""
-
-    store: Store
-    journal: Journal
-    metrics: Metrics
-
-    def conversation(self, turn: TurnInput, session: OpenSession[ContextWindow], engine: Engine) -> Fitted:
-        """Return what the model is to read, cut to its context."""
-
-    def generate(
-        self, engine: Engine, messages: Sequence[Message], turn: TurnInput, listener: Listener, asker: Asker
-    ) -> Generation:
-        """Begin the answer; raises what `Engine.begin` does."""
-
-    def used(self, live: LiveTurn, ending: Completed, model: str) -> None:
-        """Count what an answer took."""
-
-    def over(self, run: TurnRun) -> None:
-        """Let a run go."""
-
-
 class TurnRun:
     """One turn on its way from its acceptance to its end.
 
@@ -102,6 +78,7 @@ class TurnRun:
         "_over",
         "_pieces",
         "_pipeline",
+        "_routed",
         "_row",
         "_session",
         "_started",
@@ -132,7 +109,7 @@ class TurnRun:
         self._pieces: list[str] = []
         self._generation: Generation | None = None
         self._finished: Finished | None = None
-        self._thoughts = ""
+        self._thoughts = self._routed = ""
         self._attempts: tuple[Attempt, ...] = ()
         self._ending: Completed | Failed | None = None
         self._row: EndedTurn | None = None
@@ -275,6 +252,8 @@ class TurnRun:
 
     def noted(self, what: Routed | Notice | Reset) -> None:
         """Record who answers, a switch, or that what was written is void; the engine calls this."""
+        if isinstance(what, Routed):
+            self._routed = what.name
         if isinstance(what, Reset):
             self._pieces = [what.text] if what.text else []
             self._thoughts = ""
@@ -357,7 +336,7 @@ class TurnRun:
                 end_time=events[-1].at,
                 events=events,
                 answer=answer,
-                model=ending.model if isinstance(ending, Completed) else self._engine.id,
+                model=ending.model if isinstance(ending, Completed) else self._model(),
                 finish_reason=ending.finish_reason if isinstance(ending, Completed) else None,
                 epoch=self._live.epoch,
             )
@@ -396,8 +375,9 @@ class TurnRun:
             self._session.history.extend((question, said))
         live.end(last)
         self._pipeline.metrics.turn_ended(ending, row.model)
-        if isinstance(ending, Completed) and row.model:
-            self._pipeline.used(live, ending, row.model)
+        if row.model and (isinstance(ending, Completed) or self._pieces):
+            cached = isinstance(ending, Completed) and ending.cached
+            self._pipeline.used(live, self._usage(), cached=cached, model=row.model)
         self._leave()
 
     def _store_later(self, error: MoltBotError) -> None:
@@ -454,7 +434,7 @@ class TurnRun:
         """Return the id of the model that answered: of a route it is known at the end, or not at all."""
         if self._finished is not None and self._finished.model:
             return self._finished.model
-        return self._engine.id
+        return self._routed or self._engine.id
 
     def _failed(self, error: MoltBotError) -> Failed:
         """Return the event of an answer that an error ended."""

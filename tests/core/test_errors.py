@@ -44,7 +44,10 @@ def test_each_error_has_a_canonical_status_a_sentence_and_advice(error: type[Mol
 def test_only_what_may_pass_is_retryable(error: type[MoltBotError]) -> None:
     may_pass = {"RESOURCE_EXHAUSTED", "UNAVAILABLE", "DEADLINE_EXCEEDED", "ABORTED"}
 
-    assert error.retryable == (error.status.name in may_pass or error.reason == "SESSION_BUSY")
+    # A budget passes too, but not while anybody waits.
+    lasts = {"BUDGET_EXCEEDED"}
+    may = error.status.name in may_pass or error.reason == "SESSION_BUSY"
+    assert error.retryable == (may and error.reason not in lasts)
 
 
 def test_the_page_is_that_of_the_tree() -> None:

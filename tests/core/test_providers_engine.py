@@ -184,7 +184,7 @@ async def test_a_provider_that_is_not_there_is_told_as_such() -> None:
 
 async def test_a_name_that_nobody_knows_is_told_as_such() -> None:
     async with started(provider("http://no-such-host-of-ours.invalid.local", connect_timeout=5.0)) as engine:
-        with pytest.raises(ModelUnavailable, match=r"its name is not known|could not be reached"):
+        with pytest.raises(ModelUnavailable, match=r"name of its host is not known|could not be reached"):
             await answered(engine)
 
 

@@ -34,7 +34,7 @@ async def test_a_hard_budget_refuses_until_its_next_period(store: Store) -> None
         kept.use("bob", "n")
         refusal = kept.refused()
         assert refusal is not None
-        assert (refusal.reason, refusal.retryable, refusal.retry_after) == ("BUDGET_EXCEEDED", True, DAY / 2)
+        assert (refusal.reason, refusal.retryable, refusal.retry_after) == ("BUDGET_EXCEEDED", False, DAY / 2)
         assert refusal.message == (
             "this workspace has used up its daily budget of 200 tokens; the next one begins at 2026-01-31 00:00 UTC"
         )

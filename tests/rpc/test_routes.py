@@ -11,7 +11,17 @@ from typing import Any
 
 import grpc
 import pytest
-from moltbot.v1 import chat_pb2, chat_pb2_grpc, message_pb2, model_pb2, model_pb2_grpc, route_pb2, route_pb2_grpc
+from moltbot.v1 import (
+    chat_pb2,
+    chat_pb2_grpc,
+    message_pb2,
+    model_pb2,
+    model_pb2_grpc,
+    route_pb2,
+    route_pb2_grpc,
+    usage_pb2,
+    usage_pb2_grpc,
+)
 from moltbot_server.app import Core
 from moltbot_server.auth.vault import Vault
 from moltbot_server.config import Settings
@@ -163,12 +173,47 @@ async def test_a_model_without_a_key_says_what_to_do(tmp_path: Path) -> None:
     keyless = (Provider(name="openai"),)
     async with rig(tmp_path, WELL, WELL, providers=keyless, models=ModelRoute(primary="openai/gpt-4o")) as core:
         refusals = []
-        for model in ("models/openai-gpt-4o", ""):
+        for model in ("models/openai/gpt-4o", ""):
             with pytest.raises(grpc.aio.AioRpcError) as refused:
                 await core.answer(model=model)
             refusals.append((refused.value.code(), "moltbot key add openai" in (refused.value.details() or "")))
 
     assert refusals == [(grpc.StatusCode.FAILED_PRECONDITION, True)] * 2
+
+
+async def test_a_model_goes_by_each_of_its_names(tmp_path: Path) -> None:
+    budget = Budget(scope="model", model="first-model", period="day", max_tokens=1)
+    route = ModelRoute(primary="first/first-model", fallback=("second/anything",))
+    async with rig(tmp_path, WELL, WELL, models=route, budgets=(budget,)) as core:
+        by_route = await core.answer()
+        second = await core.answer(model="models/second/anything")
+        with pytest.raises(grpc.aio.AioRpcError) as refused:
+            await core.answer(model="models/first/first-model")
+
+    assert (by_route.model, second.model) == ("models/first-model", "models/second/anything")
+    assert refused.value.code() is grpc.StatusCode.RESOURCE_EXHAUSTED
+
+
+async def test_what_a_turn_used_before_it_was_stopped_is_on_the_account_of_the_model_that_wrote(tmp_path: Path) -> None:
+    slow = {"chunks": 200, "pace": "10ms"}
+    async with rig(tmp_path, slow, WELL) as core:
+        request = chat_pb2.StreamTurnRequest(
+            turn=chat_pb2.TurnInput(parts=[message_pb2.Part(text="hello")], cancel_on_disconnect=True)
+        )
+        call = core.chat.StreamTurn(request, metadata=core.server.metadata)
+        async for response in call:
+            if response.event.HasField("text_delta"):
+                break
+        call.cancel()
+        for _ in range(500):
+            if not len(core.core.pipeline):
+                break
+            await asyncio.sleep(0.01)
+        usage: Any = usage_pb2_grpc.UsageServiceStub(core.channel)
+        used = await usage.ListUsage(usage_pb2.ListUsageRequest(), metadata=core.server.metadata)
+
+    assert [record.model for record in used.records] == ["models/first-model"]
+    assert used.total.cost_micros > 0
 
 
 async def test_a_route_of_its_own_is_taken_by_its_name(tmp_path: Path) -> None:

@@ -19,7 +19,7 @@ import psutil
 import pytest
 from cli_process import ANY_PORTS, Home, Started, all_gone
 from moltbot_server.cli.children import Child, Plan
-from moltbot_server.cli.status import lasting
+from moltbot_server.cli.terminal import lasting
 
 _AT_ONCE = 0.8  # it takes 0.1 s; the rest is for a busy machine
 

@@ -24,6 +24,8 @@ def options_of(body: dict[str, Any]) -> message_pb2.GenerationOptions:
         options.temperature = temperature
     if (top_p := _number(body, "top_p", 0, 1)) is not None:
         options.top_p = top_p
+    if (top_k := _integer(body, "top_k", 0, _INT32)) is not None:
+        options.top_k = top_k
     if (seed := _integer(body, "seed", -_INT64 - 1, _INT64)) is not None:
         options.seed = seed
     options.stop.extend(_stop(body.get("stop")))
@@ -66,6 +68,8 @@ _NEUTRAL: dict[str, tuple[Any, ...]] = {
     "modalities": (["text"],),
     "audio": (),
     "web_search_options": (),
+    "reasoning_effort": (),
+    "verbosity": (),
 }
 
 

@@ -19,7 +19,7 @@ from moltbot.errors import from_event
 from moltbot.v1 import chat_pb2, message_pb2
 
 from moltbot_server.cli.showing import Shown
-from moltbot_server.cli.terminal import Exit, Failure, harmless
+from moltbot_server.cli.terminal import Exit, Failure, harmless, lasting
 
 CHANNEL = "cli"
 _PATIENCE = 30.0  # seconds; a person who waits for longer asks what is wrong
@@ -39,7 +39,8 @@ class Place:
 
 def failure(error: MoltBotClientError) -> Failure:
     """Return a client's error as the end of a command."""
-    wait = f" Try again in {error.retry_after:g} s." if error.retry_after else ""
+    stop = "" if error.message.endswith((".", "?", "!")) else "."
+    wait = f"{stop} Try again in {lasting(error.retry_after)}." if error.retry_after else ""
     statuses = {
         "UNAVAILABLE": Exit.UNAVAILABLE,
         "UNAUTHENTICATED": Exit.NOT_ALLOWED,

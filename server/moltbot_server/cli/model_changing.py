@@ -139,7 +139,7 @@ async def _switch(place: Place, models: Models, model: KnownModel, *, loaded: bo
             await _load(bot, models, model, quiet=given.json)
         answer = await bot.switch_model(model.name)
         previous = answer.previous.removeprefix("models/")
-        if previous and previous != model.name and not given.keep:
+        if previous and previous != model.name and not given.keep and not models.routed:
             await _let_go(bot, previous)
     return previous
 
@@ -193,6 +193,10 @@ def _tell(given: argparse.Namespace, models: Models, model: KnownModel, *, runni
         words = f"{model.name} answers. {_decides(models)}"
     elif at_start == model.name:
         words = f"{model.name} answers, also after the next start."
+    elif models.routed:
+        words = (
+            f"{model.name} answers. After the next start the route in moltbot.yaml does; change it there."
+        )
     elif given.default:
         words = f"{model.name} answers. After the next start {at_start} does."
     else:

@@ -17,6 +17,7 @@ from moltbot_server.cli.reaching import find_core
 from moltbot_server.cli.running import is_held
 from moltbot_server.cli.terminal import Exit, Failure, command
 from moltbot_server.config import INLINE, Settings, load_settings
+from moltbot_server.config_models import DEFAULT_ROUTE
 from moltbot_server.errors import InvalidField, ModelNotFound, ModelUnavailable, MoltBotError
 from moltbot_server.models.encoder_folder import EncoderFolder
 from moltbot_server.models.folder import BUILTIN_ID, SCRIPTED, ModelFolder, configured_folder, families
@@ -81,10 +82,17 @@ class Models:
         return "" if engine in ("", INLINE, f"unix:{self.workspace.engine_socket}") else engine
 
     @property
+    def routed(self) -> bool:
+        """Whether the configuration has a route for turns that name no model: it goes before any choice."""
+        return bool(self.settings.models.primary)
+
+    @property
     def at_start(self) -> str:
         """The name of the model that would answer after a start; empty where an engine elsewhere decides that."""
         if self.elsewhere:
             return ""
+        if self.routed:
+            return DEFAULT_ROUTE
         try:
             chosen = default_model(self.settings)
         except ModelUnavailable:

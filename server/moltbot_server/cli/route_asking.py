@@ -42,7 +42,9 @@ def list_routes(given: argparse.Namespace) -> int:
         print(_table(routes))
     else:
         place = models.workspace.config_file
-        print(f"There is no route: each turn goes to the model that it names. `models:` in {place} makes one.")
+        print(
+            f"There is no route: the model that a turn names answers, or the default. `models:` in {place} makes one."
+        )
     return int(Exit.OK)
 
 

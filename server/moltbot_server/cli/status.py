@@ -13,7 +13,7 @@ from urllib.parse import urlsplit
 import psutil
 
 from moltbot_server.cli.running import Running, is_held
-from moltbot_server.cli.terminal import Exit, command, shown
+from moltbot_server.cli.terminal import Exit, command, lasting, shown
 from moltbot_server.workspace import Workspace
 
 
@@ -66,18 +66,6 @@ def state(workspace: Workspace, running: Running) -> dict[str, Any]:
         "processes": processes,
         "memory": sum(item["memory"] or 0 for item in processes.values()),
     }
-
-
-def lasting(seconds: float) -> str:
-    """Return a time as people say it, in its two largest units: `54 s`, `2 min 5 s`, `3 h 20 min`, `2 d 4 h`."""
-    rest, parts = int(seconds), []
-    for size, unit in ((86400, "d"), (3600, "h"), (60, "min"), (1, "s")):
-        count, rest = divmod(rest, size)
-        if count:
-            parts.append(f"{count} {unit}")
-        elif parts:
-            break
-    return " ".join(parts[:2]) or "0 s"
 
 
 class _Health(NamedTuple):

@@ -74,3 +74,15 @@ def shown(path: Path) -> str:
     """Return a path as people write it, with `~` for their home."""
     home = Path.home()
     return f"~/{path.relative_to(home)}" if path.is_relative_to(home) and path != home else str(path)
+
+
+def lasting(seconds: float) -> str:
+    """Return a time as people say it, in its two largest units: `54 s`, `2 min 5 s`, `3 h 20 min`, `2 d 4 h`."""
+    rest, parts = int(seconds), []
+    for size, unit in ((86400, "d"), (3600, "h"), (60, "min"), (1, "s")):
+        count, rest = divmod(rest, size)
+        if count:
+            parts.append(f"{count} {unit}")
+        elif parts:
+            break
+    return " ".join(parts[:2]) or "0 s"

@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import logging
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from enum import StrEnum
 
 from moltbot_server.errors import ModelInUse, ModelNotFound, ModelUnavailable, MoltBotError
@@ -123,6 +123,8 @@ class Catalog:
         if len(self._entries) < len(engines):
             raise ValueError("each engine of a catalog needs an id of its own")
         self._default = engines[0].id if engines else ""
+        self.aliases: Mapping[str, str] = {}
+        """Other names of models, such as those that routes have for them."""
 
     @property
     def default(self) -> str:
@@ -131,7 +133,7 @@ class Catalog:
 
     def __contains__(self, model: str) -> bool:
         """Tell whether there is a model by this id."""
-        return model in self._entries
+        return model in self._entries or self.aliases.get(model) in self._entries
 
     @property
     def entries(self) -> list[CatalogEntry]:
@@ -144,7 +146,7 @@ class Catalog:
         Raises:
             ModelNotFound: no model has this id.
         """
-        entry = self._entries.get(model or self._default)
+        entry = self._entries.get(model or self._default) or self._entries.get(self.aliases.get(model, ""))
         if entry is None:
             raise ModelNotFound(f"There is no model {model[:64]!r}; available: {', '.join(self._entries) or 'none'}.")
         return entry

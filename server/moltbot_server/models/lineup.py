@@ -13,17 +13,16 @@ import re
 from collections.abc import Callable, Collection, Iterator, Mapping
 from dataclasses import dataclass, field, replace
 
-from moltbot_server.config_models import ModelRoute, Price, Provider, ProviderModel
+from moltbot_server.config_models import DEFAULT_ROUTE, ModelRoute, Price, Provider, ProviderModel
 from moltbot_server.errors import BudgetExceeded, InvalidConfiguration, ModelNotFound
 from moltbot_server.models.catalog import Catalog, CatalogEntry
 from moltbot_server.models.engine import Engine
 from moltbot_server.models.providers import Cooldowns, KeyRing, Pools, ProviderEngine, resolve
 from moltbot_server.models.routing import Breakers, RouteEngine
-from moltbot_server.models.routing.engine import DEFAULT_ROUTE
 
 _log = logging.getLogger(__name__)
 
-_OTHER = re.compile(r"[^A-Za-z0-9._~-]+")
+_OTHER = re.compile(r"[^A-Za-z0-9._~:/-]+")
 
 _PRESETS_ARE_IN = "USD"
 
@@ -96,6 +95,9 @@ class Lineup:
                 here = ", ".join(sorted(local)) or "none is loaded"
                 problems.append(f"{where}: {problem.message} Local models: {here}.")
                 continue
+            # `provider/model` is a model that the provider lists under a name of its own.
+            listed = next((each for each in provider.models if f"{provider.name}/{each.name}" == name), None)
+            model = listed or model
             served[name] = _slug(model.name)
             remote.setdefault(served[name], (provider, replace(model, name=served[name], id=model.id or model.name)))
         for provider in plan.providers:
@@ -155,6 +157,7 @@ class Lineup:
         for name in old.engines:
             if lines.engines.get(name) is not old.engines[name]:
                 self._let_go(self._catalog.take_out(name))
+        self._catalog.aliases = {name: model for name, model in lines.served.items() if name != model}
         for engine in fresh:
             self._catalog.add(engine)
             if not engine.is_route:
@@ -188,6 +191,10 @@ class Lineup:
     def price(self, model: str) -> Price | None:
         """Return what a model costs; None when nothing is known of it or it is local."""
         return self._lines.prices.get(model)
+
+    def has(self, model: str) -> bool:
+        """Tell whether a model is there by this name."""
+        return model in self._catalog
 
     def owns(self, model: str) -> bool:
         """Tell whether a model is there by the configuration, and so cannot be unloaded."""
@@ -228,5 +235,5 @@ def _named(plan: Plan) -> Iterator[tuple[str, str]]:
 
 
 def _slug(name: str) -> str:
-    """Return a name as a resource id: what it has of other characters becomes a dash."""
+    """Return a name as a resource id: what it has of characters beyond those of names becomes a dash."""
     return _OTHER.sub("-", name)[:128]

@@ -9,6 +9,7 @@ from moltbot_server.config import ConfigError, Problem, Settings
 from moltbot_server.models.caching.answers import AnswerCache
 from moltbot_server.models.caching.backend import Backend, MemoryBackend
 from moltbot_server.models.caching.metadata import MetadataCache
+from moltbot_server.workspace import Workspace
 
 _METADATA_BYTES = 4 << 20
 
@@ -60,4 +61,7 @@ def _redis(settings: Settings) -> Backend:
         text = "cache.type is redis, and its client is not installed: pip install 'moltbot[redis]'"
         raise ConfigError(Problem(where=settings.origin("cache.type"), text=text)) from None
     cache = settings.cache
-    return RedisBackend(host=cache.host, port=cache.port, password=cache.password, ttl=cache.ttl)
+    place = Workspace(folder=settings.workspace)
+    # All nodes of a workspace have its key, and no other workspace has.
+    owner = blake2b(place.read_key().encode(), digest_size=8).hexdigest() if place.exists() else ""
+    return RedisBackend(host=cache.host, port=cache.port, password=cache.password, ttl=cache.ttl, owner=owner)

@@ -46,7 +46,9 @@ class RedisBackend:
     kind = "redis"
     entries = size = 0
 
-    def __init__(self, *, host: str, port: int, password: str = "", ttl: float) -> None:
+    def __init__(self, *, host: str, port: int, password: str = "", ttl: float, owner: str = "") -> None:
+        """`owner` tells installations that share a Redis from each other, and is the same on all nodes of one."""
+        self._owner = owner
         self.address = f"{host}:{port}"
         self._is_near = is_loopback(host)
         self.failures = 0
@@ -98,7 +100,7 @@ class RedisBackend:
         if not self._there:
             return None
         future: asyncio.Future[bytes | None] = asyncio.get_running_loop().create_future()
-        self._wanted.append((_name(key), future))
+        self._wanted.append((self._name(key), future))
         self._work_on()
         return future
 
@@ -106,7 +108,7 @@ class RedisBackend:
         """Have a value written soon; too much that waits is not kept."""
         if not self._there or len(value) > _LARGEST or self._unwritten_size > _MOST_UNWRITTEN:
             return
-        name = _name(key)
+        name = self._name(key)
         self._unwritten_size += len(value) - len(self._unwritten.get(name, b""))
         self._unwritten[name] = value
         self._work_on()
@@ -119,7 +121,7 @@ class RedisBackend:
             async with asyncio.timeout(_LONGEST_CLEAR):
                 cursor = 0
                 while True:
-                    cursor, names = await self._client.scan(cursor, match=f"{_prefix(workspace)}*", count=1000)
+                    cursor, names = await self._client.scan(cursor, match=f"{self._prefix(workspace)}*", count=1000)
                     cleared += int(await self._client.unlink(*names)) if names else 0
                     if not cursor:
                         return cleared
@@ -212,6 +214,14 @@ class RedisBackend:
             rest = REST
         log.info("the cache is there again", extra={"at": self.address})
 
+    def _prefix(self, workspace: str) -> str:
+        """Return how the names of a workspace's entries begin; no name of a workspace means anything to Redis."""
+        whose = f"{self._owner}/{workspace}" if self._owner else workspace
+        return f"moltbot:1:answers:{blake2b(whose.encode(), digest_size=8).hexdigest()}:"
+
+    def _name(self, key: Key) -> str:
+        return self._prefix(key[0]) + key[1].hex()
+
     async def _answers(self, within: float) -> bool:
         with contextlib.suppress(*_PROBLEMS):
             async with asyncio.timeout(within):
@@ -219,12 +229,3 @@ class RedisBackend:
                 self._there = True
                 return True
         return False
-
-
-def _prefix(workspace: str) -> str:
-    """Return how the names of a workspace's entries begin; no name of a workspace means anything to Redis."""
-    return f"moltbot:1:answers:{blake2b(workspace.encode(), digest_size=8).hexdigest()}:"
-
-
-def _name(key: Key) -> str:
-    return _prefix(key[0]) + key[1].hex()

@@ -9,7 +9,7 @@ from time import perf_counter
 from typing import Protocol
 
 from moltbot_server.config_models import Provider
-from moltbot_server.errors import ModelUnavailable, MoltBotError, QueueFull
+from moltbot_server.errors import ModelCredential, ModelUnavailable, MoltBotError, QueueFull
 from moltbot_server.models.engine import Finished, Listener
 from moltbot_server.models.providers.calls import Dialect
 from moltbot_server.models.providers.connection import Connection
@@ -59,6 +59,9 @@ class Asked(Protocol):
 
     def secrets(self) -> list[str]:
         """Return everything that must not be told."""
+
+    def keyless(self) -> ModelCredential:
+        """Return the refusal of a provider that was given no key and wants one."""
 
     def over(self, answer: ProviderAnswer) -> None:
         """Let an answer go."""
@@ -323,6 +326,8 @@ class ProviderAnswer:
                 self._go_on(other)
                 return
         error = self._worst or found.error
+        if isinstance(error, ModelCredential) and not key.text:
+            error = model.keyless()
         if isinstance(error, QueueFull):
             error.retry_after = model.rest or error.retry_after
         self.fail(error)

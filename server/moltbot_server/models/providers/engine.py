@@ -151,6 +151,8 @@ class ProviderEngine:
         if any(not self.cooldowns.rest(place) for place in places):
             return
         if all(self.cooldowns.cause(place) is Cause.CREDENTIAL for place in places):
+            if keys is _KEYLESS:
+                raise self.keyless()
             raise ModelCredential(f"{self.terms.title} refused each key that it was given for {self.id}.")
         text = f"{self.terms.title} takes no more requests for {self.id} now."
         raise QueueFull(text, retry_after=self.rest)
@@ -175,6 +177,10 @@ class ProviderEngine:
         self._answers.add(answer)
         answer.begin()
         return answer
+
+    def keyless(self) -> ModelCredential:
+        """Return the refusal of a provider that was given no key and wants one."""
+        return ModelCredential(f"{self.terms.title} wants a key; add one with `moltbot key add {self.type}`.")
 
     # --- what an answer asks for -------------------------------------------------------------------------------------
 

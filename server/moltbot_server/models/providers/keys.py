@@ -3,15 +3,20 @@
 from __future__ import annotations
 
 import re
+from base64 import b64encode
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import Protocol
+from urllib.parse import quote
 
 _SHORTEST = 6
 _LIKE_A_KEY = re.compile(
     r"(?i)\b(?:bearer\s+\S{4,}|(?:sk|pk|rk|ak|gsk|xai|key|api[-_]?key|token)[-_=][^\s'\"<>,;]{6,})"
 )
 _HIDDEN = "[key]"
+_PIECE = 10
+_HIDDEN_LETTER = "\x00"
+_HIDDEN_RUN = re.compile("\x00+")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -41,5 +46,17 @@ def scrubbed(text: str, secrets: Iterable[str]) -> str:
     """Return a text without these secrets, and without anything that has the form of a key."""
     for secret in secrets:
         if len(secret) >= _SHORTEST:
-            text = text.replace(secret, _HIDDEN)
+            for form in (secret, quote(secret, safe=""), secret.encode().hex(), b64encode(secret.encode()).decode()):
+                text = text.replace(form, _HIDDEN)
+            text = _without_pieces(text, secret)
     return _LIKE_A_KEY.sub(_HIDDEN, text)
+
+
+def _without_pieces(text: str, secret: str) -> str:
+    """Return a text without any longer piece of a secret, as whoever cuts or quotes it leaves one behind."""
+    size = min(_PIECE, len(secret))
+    starts = {secret[at : at + size] for at in range(len(secret) - size + 1)}
+    found = [at for at in range(len(text) - size + 1) if text[at : at + size] in starts]
+    for at in reversed(found):
+        text = text[:at] + _HIDDEN_LETTER * size + text[at + size :]
+    return _HIDDEN_RUN.sub(_HIDDEN, text)

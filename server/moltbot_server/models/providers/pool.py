@@ -84,7 +84,7 @@ class Pool:
         except ssl.SSLError as error:
             raise Unreachable(f"it cannot be spoken to in TLS ({error.reason or 'no reason given'})") from None
         except socket.gaierror:
-            raise Unreachable("its name is not known") from None
+            raise Unreachable("the name of its host is not known (DNS)") from None
         except OSError as error:
             # The text of a failed connection names the address; that of its number does not.
             why = os.strerror(error.errno) if error.errno else error.strerror or type(error).__name__

@@ -9,7 +9,7 @@ from typing import NamedTuple
 
 import msgspec
 
-from moltbot_server.config_models import ModelRoute
+from moltbot_server.config_models import DEFAULT_ROUTE, ModelRoute
 from moltbot_server.errors import ModelUnavailable, MoltBotError
 from moltbot_server.models.catalog import CatalogEntry, ModelState
 from moltbot_server.models.engine import (
@@ -30,10 +30,6 @@ from moltbot_server.models.routing.outcome import Refusal, final_error
 from moltbot_server.models.routing.run import RouteRun, Terms
 from moltbot_server.models.routing.suitability import Conversation
 from moltbot_server.turns import GenerationOptions, Message
-
-DEFAULT_ROUTE = "default"
-"""The id of the route that has no name: the one for turns that name no model."""
-
 
 _FRESH = 0.05  # seconds
 
