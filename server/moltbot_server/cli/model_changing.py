@@ -194,9 +194,7 @@ def _tell(given: argparse.Namespace, models: Models, model: KnownModel, *, runni
     elif at_start == model.name:
         words = f"{model.name} answers, also after the next start."
     elif models.routed:
-        words = (
-            f"{model.name} answers. After the next start the route in moltbot.yaml does; change it there."
-        )
+        words = f"{model.name} answers. After the next start the route in moltbot.yaml does; change it there."
     elif given.default:
         words = f"{model.name} answers. After the next start {at_start} does."
     else:
