@@ -24,7 +24,7 @@ from cli_terminal import terminal
 from moltbot import Answer, MoltBot
 from web.browser import answered, ask, chromium, find_chromium, visiting
 
-KILLS = int(os.environ.get("KILLS", "6"))
+KILLS = int(os.environ.get("KILLS", "5"))
 WORDS = [f"word{number}" for number in range(50)]
 TEXT = " ".join(WORDS)
 SCRIPT = f"rules: [{{match: '^Tell', template: '{TEXT}', pace: 0.02}}]\n"
