@@ -130,8 +130,10 @@ class Disk:
 
     def clear(self, *, may_lose_power: bool, refusals: float) -> None:
         """Become empty. `refusals`: how probable it is that a group fails."""
+        self.connection.execute("BEGIN")
         for table in self._tables:
             self.connection.execute(f"DELETE FROM {table}")
+        self.connection.execute("COMMIT")
         self._keeps_copies, self.refusals = may_lose_power, refusals
         self._synced = self.connection.serialize() if may_lose_power else None
 

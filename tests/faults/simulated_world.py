@@ -56,7 +56,7 @@ class World:
             if self.steps > most_steps:
                 raise RuntimeError("the world does not come to rest")
             moment = agenda[0][0] if agenda else _NEVER
-            ready = [loop for loop in loops if loop.can_step]
+            ready = [loop for loop in loops if loop._ready and not loop.stopped]
             if ready and (moment > self.now + _SLOW or chance() > 0.15):
                 loop = ready[0] if len(ready) == 1 else ready[int(chance() * len(ready))]
                 loop.step()
@@ -110,17 +110,12 @@ class SimulatedLoop(asyncio.AbstractEventLoop):
     # --- what the world does with it ------------------------------------------------------------------------------
 
     @property
-    def can_step(self) -> bool:
-        """Whether there is something to do now."""
-        return bool(self._ready) and self.alive and not self.stopped
-
-    @property
     def next_timer(self) -> float:
         """When the next timer is due."""
         timers = self._timers
         while timers and timers[0][2].cancelled():
             heapq.heappop(timers)
-        return timers[0][0] if timers and self.alive and not self.stopped else _NEVER
+        return timers[0][0] if timers and not self.stopped else _NEVER
 
     def ring(self) -> None:
         """Make the callbacks of timers that are due ready."""
@@ -149,6 +144,8 @@ class SimulatedLoop(asyncio.AbstractEventLoop):
     def die(self) -> None:
         """Do nothing any more."""
         self.alive = False
+        if self in self.world.loops:
+            self.world.loops.remove(self)
         self._ready.clear()
         self._timers.clear()
 
