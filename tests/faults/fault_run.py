@@ -22,11 +22,10 @@ from pathlib import Path
 
 import fault_history
 from fault_checker import DUPLICATED, LATE, LOST, MIXED, OUT_OF_ORDER, Violation, check
-from fault_keeping import journal_rows, kept_in
+from fault_keeping import kept_in
 from fault_load import Load, pauses
 from fault_nodes import TAILS, Node, Setup, Supervised
-from moltbot_server.store import Store
-from moltbot_server.store.sqlite import SqliteStore
+from fault_stores import KINDS
 
 LONGEST_PAUSE = 6.0
 """Seconds from the end of a core to the next word of a stream that it cut."""
@@ -42,6 +41,7 @@ class Orders:
     streams: int = 64
     nodes: int = 1
     model: str = "scripted"
+    store: str = "sqlite"
     supervised: bool = False
     grace: float = 5.0
     each: int = 50
@@ -100,13 +100,13 @@ class Findings:
 class Leg:
     """One workspace, its nodes and the people who talk, while cores are ended."""
 
-    def __init__(self, folder: Path, orders: Orders, seed: int, make_store: Callable[[Path], Store]) -> None:
+    def __init__(self, folder: Path, orders: Orders, seed: int) -> None:
         self.orders = orders
-        self.setup = Setup(folder=folder, model=orders.model, grace=orders.grace)
+        self.keeping = KINDS[orders.store](folder)
+        self.setup = Setup(folder=folder, model=orders.model, grace=orders.grace, environ=self.keeping.environ)
         self.setup.prepare()
         self.dice = random.Random(seed)
         self.findings = Findings()
-        self._make_store = make_store
         make = Supervised if orders.supervised else Node
         self.nodes = [make(self.setup, f"n{number}", self._note) for number in range(orders.nodes)]
         kinds = tuple(TAILS) if orders.model == "scripted" else ()
@@ -117,29 +117,44 @@ class Leg:
 
     async def run(self, kills: int) -> Findings:
         """End cores so many times, let everything come to its end, and check it."""
+        try:
+            await self.keeping.start()
+            try:
+                await self._talk_and_end(kills)
+            finally:
+                for node in self.nodes:
+                    await node.end_all()
+            await self._check()
+        finally:
+            await self.keeping.kill()
+        return self.findings
+
+    async def _talk_and_end(self, kills: int) -> None:
         for node in self.nodes:
             await node.start()
         await asyncio.gather(*(node.ready() for node in self.nodes))
         self.load.begin()
-        try:
-            while self.findings.kills < kills:
-                await self._end_one(self.dice.choice(self.nodes))
-            for node in self.nodes:
-                await node.ready()
-            async with asyncio.timeout(180):
-                await self.load.finish()
-            for node in self.nodes:
-                node.send(signal.SIGTERM, "stop at the end")
-                await node.end()
-        finally:
-            for node in self.nodes:
-                await node.end_all()
-        await self._check()
-        return self.findings
+        while self.findings.kills < kills:
+            await self._end_one(self.dice.choice(self.nodes))
+        for node in self.nodes:
+            await node.ready()
+        async with asyncio.timeout(180):
+            await self.load.finish()
+        for node in self.nodes:
+            node.send(signal.SIGTERM, "stop at the end")
+            await node.end()
 
     async def _end_one(self, node: Node) -> None:
         """End a core and start it again; now while it starts, now soon after, now in the middle of everything."""
         dice, findings = self.dice, self.findings
+        if self.orders.how == "store":
+            await asyncio.sleep(dice.random() * 2.0)
+            findings.kills += 1
+            self._note(fault_history.Fault(at=time.monotonic(), what="kill", node="store"))
+            await self.keeping.kill()
+            await asyncio.sleep(dice.random() * 3.0)
+            await self.keeping.start()
+            return
         if self.orders.how == "leave":
             await asyncio.sleep(dice.random() * 2.0)
             findings.kills += 1
@@ -165,10 +180,10 @@ class Leg:
 
     async def _check(self) -> None:
         findings, history = self.findings, self.load.history
-        history += await kept_in(self._make_store(self.setup.folder), history)
+        history += await kept_in(self.keeping.store(), history)
         findings.turns, findings.failed = self.load.turns, self.load.failed
         findings.violations = check(history)
-        if left := journal_rows(self.setup.folder / "moltbot.db"):
+        if left := self.keeping.left():
             findings.violations.append(
                 Violation(kind="broken", subject="store", problem=f"{left} journal entries left")
             )
@@ -185,7 +200,7 @@ async def run(orders: Orders, folder: Path, seed: int, told: Callable[[str], Non
         number += 1
         place = folder / f"leg-{seed}-{number}"
         place.mkdir(parents=True)
-        leg = Leg(place, orders, seed * 1000 + number, lambda where: SqliteStore(where / "moltbot.db"))
+        leg = Leg(place, orders, seed * 1000 + number)
         part = await leg.run(min(orders.each, orders.kills - findings.kills))
         findings.add(part)
         findings.seconds = time.monotonic() - began
@@ -223,6 +238,7 @@ async def _rigs(orders: Orders, folder: Path, seed: int, rigs: int) -> Findings:
         await asyncio.create_subprocess_exec(
             *(sys.executable, __file__, "--kills", str(kills), "--how", orders.how, "--streams", str(orders.streams)),
             *("--nodes", str(orders.nodes), "--model", orders.model, "--seed", str(seed + number)),
+            *("--store", orders.store),
             *(("--supervised",) if orders.supervised else ()),
             *("--each", str(orders.each), "--folder", str(folder), "--raw", str(folder / f"raw-{number}.json")),
         )
@@ -247,7 +263,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Run as a program; return 1 when anything was broken."""
     parser = argparse.ArgumentParser(description="End cores under load and check what everybody was told.")
     parser.add_argument("--kills", type=int, default=100)
-    parser.add_argument("--how", choices=("kill", "leave"), default="kill", help="SIGKILL, or SIGTERM")
+    how = "SIGKILL of a core, SIGTERM of a core, or SIGKILL of Redis"
+    parser.add_argument("--how", choices=("kill", "leave", "store"), default="kill", help=how)
+    parser.add_argument("--store", choices=tuple(KINDS), default="sqlite")
     parser.add_argument("--streams", type=int, default=64, help="sessions that talk at the same time, in each rig")
     parser.add_argument("--nodes", type=int, default=1)
     parser.add_argument("--model", choices=("scripted", "builtin"), default="scripted")
@@ -260,7 +278,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--json", type=Path, help="write the figures to a file")
     parser.add_argument("--raw", type=Path, help=argparse.SUPPRESS)
     flags = parser.parse_args(arguments)
-    chosen = ("kills", "how", "streams", "nodes", "model", "supervised", "each")
+    chosen = ("kills", "how", "streams", "nodes", "model", "store", "supervised", "each")
     orders = Orders(**{name: getattr(flags, name) for name in chosen})
     with tempfile.TemporaryDirectory(prefix="moltbot-faults-") as temporary:
         folder = flags.folder or Path(temporary)

@@ -313,9 +313,10 @@ def sweep(seeds: Iterable[int], *, most_broken: int = 5) -> Outcome:
 _SHARE = 500
 
 
-def run_all(first: int, schedules: int, processes: int, *, told: Callable[[Outcome], None] = lambda _: None) -> Outcome:
+def run_all(
+    first: int, schedules: int, processes: int, outcome: Outcome, *, told: Callable[[Outcome], None] = lambda _: None
+) -> None:
     """Play seeds on several processors, until some have broken something; `told` hears how far it is."""
-    outcome = Outcome()
     shares = (range(start, min(start + _SHARE, first + schedules)) for start in range(first, first + schedules, _SHARE))
     with multiprocessing.get_context("spawn").Pool(processes) as pool:
         for part in pool.imap(run, shares):
@@ -324,7 +325,6 @@ def run_all(first: int, schedules: int, processes: int, *, told: Callable[[Outco
             if len(outcome.broken) >= 5:
                 pool.terminate()
                 break
-    return outcome
 
 
 def _replay(seed: int, kill_at: int | None, *, calm: bool) -> int:
@@ -358,7 +358,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
         if outcome.schedules % 20_000 < _SHARE:
             print(f"{outcome.schedules} schedules, {time.monotonic() - began:.0f} s", file=sys.stderr, flush=True)
 
-    outcome = run_all(flags.first, flags.schedules, flags.processes, told=told)
+    outcome = Outcome()
+    try:
+        run_all(flags.first, flags.schedules, flags.processes, outcome, told=told)
+    except KeyboardInterrupt:
+        flags.sweep = 0
+        print("stopped before the end", file=sys.stderr)
     if flags.sweep and not outcome.broken:
         outcome.add(sweep(range(flags.first, flags.first + flags.sweep)))
     seconds = time.monotonic() - began

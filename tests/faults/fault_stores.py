@@ -1,0 +1,118 @@
+"""Where the nodes of a run keep their turns: in a SQLite file, for one core, or in a Redis that can be killed too."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import shutil
+from asyncio.subprocess import DEVNULL, Process
+from pathlib import Path
+from typing import Protocol
+
+from fault_keeping import journal_rows
+from fault_nodes import free_port
+from moltbot_server.store import Store
+from moltbot_server.store.sqlite import SqliteStore
+
+_TOOLS = Path(__file__).parents[2] / ".tools" / "bin"
+
+
+class Keeping(Protocol):
+    """A place for turns that several processes reach."""
+
+    @property
+    def environ(self) -> dict[str, str]:
+        """What nodes have to know of it."""
+
+    async def start(self) -> None:
+        """Make it reachable."""
+
+    async def kill(self) -> None:
+        """End it at once, as far as that can be done."""
+
+    def store(self) -> Store:
+        """Return the store, not open yet."""
+
+    def left(self) -> int:
+        """Return how many entries of journals are there still."""
+
+
+class FileKeeping:
+    """A file; there is nothing to start and nothing to kill."""
+
+    environ: dict[str, str]
+
+    def __init__(self, folder: Path) -> None:
+        self.environ = {}
+        self._path = folder / "moltbot.db"
+
+    async def start(self) -> None:
+        """Do nothing."""
+
+    async def kill(self) -> None:
+        """Do nothing."""
+
+    def store(self) -> Store:
+        """Return the store in the workspace."""
+        return SqliteStore(self._path)
+
+    def left(self) -> int:
+        """Return how many entries of journals the file has."""
+        return journal_rows(self._path)
+
+
+class RedisKeeping:
+    """A `redis-server` that writes everything down before it answers."""
+
+    def __init__(self, folder: Path) -> None:
+        self._folder = folder / "redis"
+        self._folder.mkdir()
+        self._port = free_port()
+        self._process: Process | None = None
+        self.environ = {"MOLTBOT_STORE_TYPE": "redis", "MOLTBOT_STORE_PORT": str(self._port)}
+
+    async def start(self) -> None:
+        """Start it and wait until it listens.
+
+        Raises:
+            FileNotFoundError: redis-server is not installed.
+        """
+        program = shutil.which("redis-server", path=f"{_TOOLS}{os.pathsep}{os.environ['PATH']}")
+        if program is None:
+            raise FileNotFoundError("redis-server is not installed: type  scripts/tools redis")
+        keeping = ("--save", "", "--appendonly", "yes", "--appendfsync", "always")
+        self._process = await asyncio.create_subprocess_exec(
+            *(program, "--port", str(self._port), "--bind", "127.0.0.1", "--dir", str(self._folder), *keeping),
+            stdin=DEVNULL,
+            stdout=DEVNULL,
+            stderr=DEVNULL,
+        )
+        async with asyncio.timeout(30):
+            while True:
+                try:
+                    _, writer = await asyncio.open_connection("127.0.0.1", self._port)
+                except ConnectionRefusedError:
+                    await asyncio.sleep(0.01)  # nobody announces it
+                else:
+                    writer.close()
+                    return
+
+    async def kill(self) -> None:
+        """End it at once."""
+        if self._process is not None and self._process.returncode is None:
+            self._process.kill()
+            await self._process.wait()
+
+    def store(self) -> Store:
+        """Return the store in this Redis."""
+        # Late: only runs with Redis need its client.
+        from moltbot_server.store.redis import RedisStore
+
+        return RedisStore(host="127.0.0.1", port=self._port)
+
+    def left(self) -> int:
+        """Return 0: it is not looked for here."""
+        return 0
+
+
+KINDS: dict[str, type[FileKeeping] | type[RedisKeeping]] = {"sqlite": FileKeeping, "redis": RedisKeeping}
