@@ -119,7 +119,7 @@ class Replica:
     ) -> None:
         topk, topp, temperature, penalty = sampling
         listener = self._steps.listener(number, limits, self._cells, self._ends)
-        trouble = ""
+        trouble, began = "", perf_counter()
         try:
             self._generator.generate_batch(
                 prompts,
@@ -137,7 +137,10 @@ class Replica:
         except Exception as problem:
             trouble = f"{type(problem).__name__}: {problem}"
         self._steps.flush()
-        self._tell(wire.FAILED if trouble else wire.DONE, trouble.encode())
+        if trouble:
+            self._tell(wire.FAILED, trouble.encode())
+        else:
+            self._tell(wire.DONE, wire.BEGAN.pack(began), perf_counter())
 
     def _read(self) -> Any:
         (size,) = wire.SIZE.unpack(self._exactly(wire.SIZE.size))

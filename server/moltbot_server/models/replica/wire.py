@@ -28,9 +28,12 @@ the model keeps, and the sampling: top k, top p, temperature, repetition penalty
 FRAME = struct.Struct("<iid")
 """Goes before what a replica tells: what it is, how many bytes follow, and when the last of it was written.
 
-`LOADED` and `DONE` say all by themselves, `TOKENS` are pairs of 32-bit numbers, a row of the batch and a token, and
-`FAILED` is a text.
+`LOADED` says all by itself, `TOKENS` are pairs of 32-bit numbers, a row of the batch and a token, `DONE` says `BEGAN`,
+and `FAILED` is a text.
 """
+
+BEGAN = struct.Struct("<d")
+"""When a batch was begun. Times are those of `perf_counter`, which is one clock for all processes of a machine."""
 
 LOADED, TOKENS, DONE, FAILED = range(4)
 

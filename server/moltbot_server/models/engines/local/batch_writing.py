@@ -50,15 +50,15 @@ class Reader(Protocol):
 class BatchWriting:
     """Takes the tokens of a batch, for one thread. Native code calls it, so nothing of it raises.
 
-    `first` is when the first token came, 0 before. `last` is the last row that is written still, -1 for none, and
-    `open` has the rows of which no end was noted. `trouble` is what went wrong.
+    `began` and `ended` are when the native code did, `first` is when the first token came, 0 before. `last` is the last
+    row that is written still, -1 for none, and `open` has the rows of which no end was noted. `trouble` is what went
+    wrong.
     """
 
     __slots__ = (
         "_alive",
         "_at",
         "_batch",
-        "_began",
         "_due",
         "_ends",
         "_note",
@@ -68,6 +68,8 @@ class BatchWriting:
         "_told",
         "_vocabulary",
         "_waiting",
+        "began",
+        "ended",
         "first",
         "last",
         "open",
@@ -85,7 +87,8 @@ class BatchWriting:
         self._waiting = waiting
         self._ends = ends
         self._vocabulary = vocabulary
-        self._began = self._at = perf_counter()
+        self.began = self._at = perf_counter()
+        self.ended = 0.0
         self._told = self._pays_at = 0.0
         self._due = False
         self._alive = set(range(len(batch.rows)))
@@ -161,7 +164,7 @@ class BatchWriting:
         if row.left <= _NEARLY_DONE or row.sampling.alone:
             return False
         if not self._pays_at:
-            self._pays_at = self._began + PAYS * self._waiting.rereading(self._batch)
+            self._pays_at = self.began + PAYS * self._waiting.rereading(self._batch)
         if row.last < self._pays_at:
             return False
         if not self._waiting.pause(self._batch, index, self.words(index)):

@@ -108,6 +108,8 @@ class ProcessReplica:
         self._send((number, prompts, [row.left for row in batch.rows], lead, tuple(batch.rows[0].sampling)))
         for what, at, content in self._frames():
             if what == wire.DONE:
+                # Not when this thread had its turn: on a busy machine that tells nothing of the model.
+                (writing.began,), writing.ended = wire.BEGAN.unpack(content), at
                 return
             if what == wire.FAILED:
                 raise RuntimeError(content.decode())

@@ -155,7 +155,7 @@ class Replicas:
             for index in writing.open:
                 self._reader.note(batch.rows[index], GONE)
             self._reader.hand_over()
-        self._learn(batch, began, writing, usual=not lost)
+        self._learn(batch, writing, usual=not lost)
         if lost and not self._closing.is_set():
             extra = {"model": self._name, "how": lost, "rows": len(batch.rows), "again": len(batch.paused)}
             _log.error("a process of the model has died, and another one takes its place", extra=extra)
@@ -176,8 +176,8 @@ class Replicas:
                 return True
         raise RuntimeError("no process for a replica can be started")
 
-    def _learn(self, batch: Batch, began: float, writing: BatchWriting, *, usual: bool) -> None:
+    def _learn(self, batch: Batch, writing: BatchWriting, *, usual: bool) -> None:
         new = bool(batch.lead) and batch.lead not in self._leads
         self._leads.add(batch.lead)
         usual = usual and bool(writing.first) and not new and not writing.trouble
-        self._waiting.ended(batch, began, writing.first if usual else None, perf_counter())
+        self._waiting.ended(batch, writing.began, writing.first if usual else None, writing.ended or perf_counter())
