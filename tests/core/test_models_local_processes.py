@@ -93,6 +93,7 @@ async def test_answers_of_a_process_that_is_killed_go_on_in_others_and_say_the_s
         answers = await asyncio.gather(*tasks)
         assert local.healthy
         assert (len(set(before) | set(pids(nursery))), nursery.born) == (4, 2)
+        assert local.numbers["revivals"] == 2
     assert [text for text, _ in answers] == await in_threads(endless, TEXTS)
     assert {finished.usage.output_tokens for _, finished in answers} == {600}
     told = [record for record in caplog.records if "has died" in record.message]

@@ -159,6 +159,11 @@ class LocalEngine:
         return self._waiting.refused
 
     @property
+    def revivals(self) -> int:
+        """How often a replica's process was started again, since the start."""
+        return self._replicas.revivals if self._replicas else 0
+
+    @property
     def static_prompts(self) -> int:
         """Beginnings of prompts that the model keeps."""
         return 0 if self._leads is None else len(self._leads)
@@ -223,6 +228,7 @@ class LocalEngine:
             "pauses": self.pauses,
             "refused": self.refused,
             "static_prompts": self.static_prompts,
+            "revivals": self.revivals,
         }
 
     def admit(self, asker: Asker) -> None:
