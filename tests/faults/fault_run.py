@@ -60,7 +60,8 @@ class Findings:
     seconds: float = 0.0
     pauses: list[float] = field(default_factory=list)
     violations: list[Violation] = field(default_factory=list)
-    codes: Counter[int] = field(default_factory=Counter)
+    codes: dict[str, int] = field(default_factory=dict)
+    """How often cores ended with each exit code; -9 is SIGKILL."""
 
     def add(self, other: Findings) -> None:
         """Add what came of another one."""
@@ -68,7 +69,7 @@ class Findings:
             setattr(self, name, getattr(self, name) + getattr(other, name))
         self.pauses += other.pauses
         self.violations += other.violations
-        self.codes.update(other.codes)
+        self.codes = dict(Counter(self.codes) + Counter(other.codes))
 
     def pause(self, share: float) -> float:
         """Return the pause that so many streams had at most."""
@@ -189,8 +190,7 @@ class Leg:
             )
         findings.pauses = pauses(history, lambda what: what in _ENDS)
         findings.broken_streams = len(findings.pauses)
-        for code in (code for node in self.nodes for code in node.codes):
-            findings.codes[code] += 1
+        findings.codes = dict(Counter(str(code) for node in self.nodes for code in node.codes))
 
 
 async def run(orders: Orders, folder: Path, seed: int, told: Callable[[str], None] = lambda _: None) -> Findings:
@@ -225,7 +225,7 @@ def _report(findings: Findings, orders: Orders, seed: int, rigs: int) -> dict[st
             **{f"p{share}": round(findings.pause(share / 100), 3) for share in (50, 90, 95, 99)},
             "longest": round(findings.pause(1.0), 3),
         },
-        "exit_codes": {str(code): count for code, count in sorted(findings.codes.items())},
+        "exit_codes": findings.codes,
         "seconds": round(findings.seconds),
         "machine": {"python": platform.python_version(), "system": platform.platform(), "cpu": platform.machine()},
     }
@@ -249,7 +249,6 @@ async def _rigs(orders: Orders, folder: Path, seed: int, rigs: int) -> Findings:
         await process.wait()
         raw = json.loads((folder / f"raw-{number}.json").read_text())
         part = Findings(**{**raw, "violations": [Violation(**found) for found in raw["violations"]]})
-        part.codes = Counter({int(code): count for code, count in raw["codes"].items()})
         findings.add(part)
         findings.seconds = max(findings.seconds, part.seconds)
     return findings
