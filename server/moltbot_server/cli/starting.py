@@ -27,7 +27,6 @@ from moltbot_server.cli.watcher import Watcher
 from moltbot_server.config import INLINE, ConfigError, Settings, load_settings, misspelled, overlooked
 from moltbot_server.logs import configure_logging
 from moltbot_server.models.cpus import too_many_threads
-from moltbot_server.models.folder import SCRIPTED
 from moltbot_server.workspace import LINK_LIFE, Workspace
 
 
@@ -126,6 +125,8 @@ def _end(process: subprocess.Popen[bytes]) -> None:
         os.killpg(process.pid, signal.SIGKILL)
     process.wait()
 
+
+_SCRIPTED = "scripted"  # as in models.folder, which would bring the code of models here
 
 # What cannot change under processes that run: addresses that were told to others, and how many processes there are.
 _FIXED = ("host", "port", "grpc_host", "grpc_port", "metrics_host", "metrics_port", "workers", "engine")
@@ -253,7 +254,7 @@ class _Site:
 
     def measure_once(self) -> None:
         """Have it measured, if it never was, how the model runs best here: beside all else, for the starts to come."""
-        own = self._settings.model_type.strip().lower() != SCRIPTED and self._settings.engine in ("", INLINE)
+        own = self._settings.model_type.strip().lower() != _SCRIPTED and self._settings.engine in ("", INLINE)
         wanted = os.environ.get("MOLTBOT_FIRST_TUNING", "").strip().lower() != "off"
         # Tied to this process by its input, as the system would not tell it that we are gone.
         module = (sys.executable, "-m", "moltbot_server.cli.tied", "moltbot_server.cli.first_tuning")
