@@ -118,3 +118,17 @@ async def test_a_redis_that_cannot_be_used_is_told_with_what_to_change(home: Hom
         told = await home.run("start", *ANY_PORTS)
         assert told.status != os.EX_OK
         assert "set maxmemory-policy noeviction" in told.err
+
+
+async def test_sessions_that_nobody_has_used_for_the_days_of_retention_are_deleted(home: Home) -> None:
+    await fill(home)
+    home.variables |= {"MOLTBOT_RETENTION_DAYS": "30"}
+    async with home.started() as started:
+        await home.run("chat", "--session", "fresh", "hello")
+        if "forgot sessions" not in started.said:
+            await started.line("forgot sessions")
+    told = await home.run("store", "export", "all.jsonl")
+    assert told.status == 0
+    text = (home.folder / "all.jsonl").read_text()
+    assert "question 1" not in text
+    assert "hello" in text

@@ -7,6 +7,7 @@ the names of keys mean is in docs/store.md.
 
 from __future__ import annotations
 
+import logging
 import secrets
 from collections.abc import AsyncIterator, Collection, Sequence
 from typing import Any
@@ -15,6 +16,7 @@ from redis.asyncio.connection import AbstractConnection, Connection, SSLConnecti
 from redis.asyncio.retry import Retry
 from redis.backoff import NoBackoff
 
+from moltbot_server.config import is_loopback
 from moltbot_server.errors import StorageUnavailable, TurnInterrupted
 from moltbot_server.store.findings import Finding
 from moltbot_server.store.pending import Pending
@@ -51,6 +53,8 @@ from moltbot_server.store.redis_settings import judge, require_fit
 from moltbot_server.store.redis_takeover import Takeover
 from moltbot_server.store.redis_usage import REMEMBERED, Row, addition, list_usage, row_of
 from moltbot_server.turns import Message, Session, SessionKey, TurnKey, encode
+
+log = logging.getLogger(__name__)
 
 _STEP = 1000
 """Turns that one script deletes at most: Redis does nothing else meanwhile."""
@@ -106,6 +110,8 @@ class RedisStore:
             StorageUnavailable: Redis cannot be reached, or is set up so that it would lose what it is given.
         """
         self.node = secrets.token_hex(8)
+        if not self._tls and not is_loopback(self._options["host"]):
+            log.warning("conversations pass the network to Redis unencrypted", extra={"at": self.address})
         self._writing, self._reading = (
             RedisLine(self.connection, scripts=loading(), on_connect=self._known.clear) for _ in range(2)
         )

@@ -230,7 +230,9 @@ class RedisLine:
             async with asyncio.timeout(QUICK / 2 if self._away else QUICK):
                 await connection.connect()  # type: ignore[no-untyped-call]
                 await self._make_ready(connection)
-        except (RedisError, OSError, TimeoutError) as problem:
+        except Exception as problem:
+            if not isinstance(problem, RedisError | OSError):
+                log.exception("what Redis says is not understood")
             await connection.disconnect(nowait=True)
             return problem
         except BaseException:
