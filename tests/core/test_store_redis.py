@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import random
 import secrets
 import time
 from collections.abc import AsyncIterator, Callable
@@ -354,6 +355,62 @@ async def test_what_is_sent_twice_is_there_once(nodes: Nodes) -> None:
     session = await other.get_session(key())
     assert session is not None
     assert session.message_count == 1
+
+
+async def test_connections_that_break_all_the_time_lose_nothing_and_store_nothing_twice(nodes: Nodes) -> None:
+    store, other = await nodes.join(), await nodes.join()
+    broken = 0
+
+    async def break_connections() -> None:
+        nonlocal broken
+        async with nodes.keys() as client:
+            while True:
+                broken += await client.execute_command("CLIENT", "KILL", "TYPE", "normal", "SKIPME", "yes")
+                await asyncio.sleep(random.uniform(0.002, 0.02))
+
+    async def say(number: int) -> int:
+        """Say something until it is taken in, as callers do; return how often it was refused."""
+        await asyncio.sleep(random.uniform(0, 1.5))
+        refused = 0
+        while True:
+            turn = new(number + 1000 * refused, session=f"s{number % 10}", request_id=f"r{number}", rest=ASKED)
+            try:
+                # None: what was refused before is not found.
+                assert await store.accept(turn) is None
+                break
+            except StorageUnavailable:
+                refused += 1
+                await asyncio.sleep(0.02)
+        for word in range(3):
+            assert await store.append([wrote(turn, f"{word}", first=1 + word)]) == []
+        await store.add_usage([UsageRow(workspace="w", day="2026-01-01", turns=1)])
+        await store.finish(ended(turn, answer=f"a{number}"))
+        return refused
+
+    breaking = asyncio.create_task(break_connections())
+    async with asyncio.timeout(60):
+        refused = await asyncio.gather(*(say(number) for number in range(1, 401)))
+    breaking.cancel()
+    await asyncio.wait({breaking})
+    await there_again(store)
+    await keep(store, new(session="end"))
+
+    assert broken > 20
+    for number, times in enumerate(refused, start=1):
+        for attempt in range(times + 1):
+            found = await store.find_turn(new(number + 1000 * attempt, session=f"s{number % 10}").key)
+            assert (found is not None and found.state is TurnState.COMPLETED) is (attempt == times), number
+    count = 0
+    for session in await other.list_sessions("w", user="", channel="", before=None, limit=100):
+        messages = await other.list_messages(session.key, after=(0, 0), limit=1000)
+        assert session.message_count == len(messages)
+        count += len(messages)
+    assert count == 2 * 400 + 2
+    page = await other.list_usage(UsageQuery(first="2026-01-01", last="2026-01-02", by=()), after=None, limit=1)
+    assert page.total.turns == 400
+    async with nodes.keys() as client:
+        assert await client.keys(f"{store.base('w')}j:*") == []
+        assert await client.zcard(f"{store.base('w')}run:{store.node}") == 0
 
 
 async def test_a_turn_that_was_refused_is_withdrawn_with_its_session(nodes: Nodes) -> None:
