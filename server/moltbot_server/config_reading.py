@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator, Mapping
 from typing import Any
 
 from moltbot_server.config_sources import Given, Problem
 from moltbot_server.config_spelling import unknown
 from moltbot_server.config_values import Kind, Misread, Unfit
+
+_CREDENTIALS = re.compile(r"//[^/@\s]*@")  # a name and a password in an address
 
 
 def flat(
@@ -50,7 +53,7 @@ def read(
         except Misread as wrong:
             problems.extend(wrong.problems)
         except ValueError as wrong:
-            found = "a secret that does not fit" if kind.secret else str(value)
+            found = "a secret that does not fit" if kind.secret else _CREDENTIALS.sub("//…@", str(value))
             told = str(wrong) if isinstance(wrong, Unfit) else f"found {found}, expected {kind.expected}"
             # A flag is the key's own name already.
             subject = "" if value.where.startswith("--") else f"{title}{key}: "

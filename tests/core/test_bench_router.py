@@ -12,6 +12,7 @@ from contextlib import asynccontextmanager
 from pathlib import Path
 from typing import Any
 
+import msgspec
 import pytest
 from moltbot_server.bench import router, router_faults
 from moltbot_server.bench.router_lines import read
@@ -164,6 +165,27 @@ def test_doors_are_compared_round_by_round(rig: Rig) -> None:
     dead = speed.dead_first(4)
     assert dead["doors"].keys() == {"moltbot"}
     assert dead["doors"]["moltbot"]["visible_failures"] == 0
+
+
+def test_streams_of_a_paced_model_ask_at_once_or_one_after_the_other(rig: Rig) -> None:
+    rig.configure()
+    rig.reload()
+    speed = Comparison(rig, None, seconds=1.5, rounds=1, tell=quiet)
+
+    spread, together = speed.paced(together=False), speed.paced(together=True)
+
+    for found in (spread, together):
+        assert found["doors"]["moltbot"]["visible_failures"] == 0
+        assert found["doors"]["moltbot"]["full_ms"]["p50"] > 500
+        assert found["added_ttft_ms_p50"]["median"] > 0
+
+
+def test_each_stream_asks_first_after_its_delay(rig: Rig) -> None:
+    delays = (0.0, 0.3, 0.6)
+    asked = rig.loads.run(msgspec.structs.replace(rig.direct(streams=3, turns=3, texts=rig.texts), delays=delays))
+
+    sent = sorted(each.sent for each in asked)
+    assert [later - sent[0] > 0.9 * delay for later, delay in zip(sent, delays, strict=True)] == [True] * 3
 
 
 def test_a_door_that_answers_nobody_breaks_off(rig: Rig) -> None:

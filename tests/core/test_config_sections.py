@@ -212,12 +212,13 @@ def test_a_wrong_section_is_told_with_what_is_expected(tmp_path: Path, yaml: str
         "providers: {x: {headers: {x-API-key: PLANTED}}}\n",
         "providers: {x: {headers: [PLANTED]}}\n",
         "providers: {x: {base_url: 'https://me:PLANTED@llm.example.com/v1'}}\n",
+        "providers: {x: {base_url: 'https://me:PLANTED@llm.example.com/?a=secret'}}\n",
     ],
 )
 def test_a_key_in_the_file_is_refused_and_not_repeated(tmp_path: Path, yaml: str) -> None:
     said = "\n".join(told(tmp_path, yaml))
     assert "PLANTED" not in said
-    assert "moltbot key add" in said or "a secret that does not fit" in said
+    assert "moltbot key add" in said or "a secret that does not fit" in said or "//…@llm.example.com" in said
 
 
 def test_headers_of_a_provider_stay_out_of_its_text(tmp_path: Path) -> None:

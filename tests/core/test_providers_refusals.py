@@ -196,6 +196,12 @@ def test_a_rest_grows_with_each_failure_in_a_row_up_to_a_bound() -> None:
         grown.append(rests.failed(PLACE, Cause.CREDENTIAL))
         clock.now += grown[-1]
     assert grown == [5, 10, 20, 40, 80, 160, 300, 300, 300]
+    limits = [rests.failed(PLACE._replace(model="other"), cause) for cause in (Cause.LIMIT, Cause.OUTAGE)]
+    assert limits == [1, 1]
+    for _ in range(5):
+        clock.now += 20
+        limits = [rests.failed(PLACE._replace(model="other"), Cause.LIMIT)]
+    assert limits == [8]  # nobody waits longer than ten seconds for what is well again
     rests.worked(PLACE)
     assert rests.failed(PLACE, Cause.CREDENTIAL) == 5
 

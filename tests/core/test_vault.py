@@ -204,6 +204,15 @@ def test_a_file_that_others_can_read_is_refused_with_the_next_step(workspace: Wo
         opened(workspace)
 
 
+def test_a_vault_that_was_opened_to_others_meanwhile_is_refused_when_it_is_read_again(workspace: Workspace) -> None:
+    vault = Vault(workspace, {})
+    vault.add("openai", SECRET)
+    workspace.vault_file.chmod(0o644)
+    with pytest.raises(VaultError, match="can be read by other users"):
+        vault.reload()
+    assert [key.text for key in vault.keys] == [SECRET]
+
+
 @pytest.mark.parametrize("name", ["vault.json", "vault.key"])
 def test_a_link_a_folder_or_a_pipe_in_the_place_of_a_file_is_refused(workspace: Workspace, name: str) -> None:
     Vault(workspace, {}).add("openai", SECRET)

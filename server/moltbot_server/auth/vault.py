@@ -26,7 +26,7 @@ _MOST = 1000
 _SHOWN = 4
 _HIDDEN_WHOLE = 16  # of a shorter key four characters would be too much
 _TEXT = re.compile(r"[\x21-\x7e]{8,4096}")
-_Stamp = tuple[int, int, int]
+_Stamp = tuple[int, int, int, int, int]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -224,9 +224,9 @@ def _fresh_id(known: Sequence[StoredKey]) -> str:
 
 
 def _stamp(file: Path) -> _Stamp | None:
-    """Return what changes when a file is replaced; None when there is none."""
+    """Return what changes when a file is replaced, or opened to others; None when there is none."""
     try:
         found = file.lstat()
     except OSError:
         return None
-    return found.st_mtime_ns, found.st_ino, found.st_size
+    return found.st_mtime_ns, found.st_ino, found.st_size, found.st_mode, found.st_uid

@@ -36,6 +36,7 @@ class Job(Value, frozen=True, kw_only=True):
     Each of `streams` asks again when it was answered: until `turns` were asked together, for `seconds` after `begin`
     (`perf_counter`'s, 0 for now), or until the next line. `texts` are what may be answered, empty for anything.
     `sessions`: each question belongs to a session, of five turns. `same`: all ask the same and leave nothing to chance.
+    `delays`: for each stream, how many seconds after `begin` it asks first; all at once where there are none.
     """
 
     kind: str
@@ -49,6 +50,7 @@ class Job(Value, frozen=True, kw_only=True):
     texts: tuple[str, ...] = ()
     sessions: bool = True
     same: bool = False
+    delays: tuple[float, ...] = ()
 
 
 class Asked(Value, frozen=True, kw_only=True, array_like=True):
@@ -88,6 +90,7 @@ class Load:
 
         async def work(stream: int) -> None:
             ask, close = self._asking(job, stream)
+            await asyncio.sleep(job.delays[stream] if job.delays else 0)
             try:
                 while not over.is_set() and time.perf_counter() < end and (not job.turns or next(left) <= job.turns):
                     asked.append(found := await ask(stream))

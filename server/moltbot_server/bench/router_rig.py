@@ -104,6 +104,7 @@ class Loads:
                 begin=begin,
                 streams=job.streams // count + (number < job.streams % count),
                 turns=job.turns // count + (number < job.turns % count),
+                delays=job.delays[number::count],
             )
             child.tell(msgspec.json.encode(share).decode())
         return begin

@@ -11,6 +11,8 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
+import msgspec
+
 from moltbot_server.bench.installation import spread
 from moltbot_server.bench.router_load import Job
 from moltbot_server.bench.router_rig import FLAT_OUT, LiteLlm, Rig, firsts, good, problems
@@ -19,6 +21,7 @@ Report = dict[str, Any]
 Tell = Callable[[str], None]
 
 _MODEL_PACE = "20ms"
+_LENGTH_OF_A_TURN = 32 * 0.02
 _PACED_STREAMS = 16
 
 
@@ -34,10 +37,19 @@ class Comparison:
         """Return what streams get through that ask again at once, of mocks that wait for nothing."""
         return self._compared(f"{streams} streams, flat out", self._doors(streams, "first", ""))
 
-    def paced(self, pace: str = _MODEL_PACE) -> Report:
-        """Return the same for 16 streams of a mock that writes at the pace of a model."""
-        self._rig.first.follow(pace=pace)
-        found = self._compared(f"{_PACED_STREAMS} streams, {pace} a chunk", self._doors(_PACED_STREAMS, "first", ""))
+    def paced(self, *, together: bool) -> Report:
+        """Return the same for 16 streams of a mock that writes at the pace of a model.
+
+        The streams ask one after the other, spread over the length of a turn, or all at the same moment, `together`.
+        Turns last as long as each other, so they stay as they began.
+        """
+        count = _PACED_STREAMS
+        delays = () if together else tuple(_LENGTH_OF_A_TURN * stream / count for stream in range(count))
+        doors = {
+            door: msgspec.structs.replace(job, delays=delays) for door, job in self._doors(count, "first", "").items()
+        }
+        self._rig.first.follow(pace=_MODEL_PACE)
+        found = self._compared(f"{count} streams, {_MODEL_PACE} a chunk, {'at once' if together else 'spread'}", doors)
         self._rig.first.follow(pace=FLAT_OUT)
         return found
 

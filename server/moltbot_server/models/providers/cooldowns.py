@@ -13,7 +13,8 @@ LONGEST_REST = 86_400.0
 
 _SHORTEST = 0.2  # a provider that says 0 and means it is asked again soon enough
 _FIRST = {"limit": 1.0, "credential": 5.0, "outage": 1.0}
-_LONGEST = {"limit": 60.0, "credential": 300.0, "outage": 30.0}
+# A healed provider is to be back within ten seconds; only what it asked for itself, or a refused key, rests longer.
+_LONGEST = {"limit": 8.0, "credential": 300.0, "outage": 8.0}
 _FORGOTTEN = 600.0  # seconds after its rest in which another failure still counts as the next one in a row
 _MANY = 4096
 
@@ -66,7 +67,7 @@ class Cooldowns:
         """Let a place rest and return for how long, in seconds.
 
         `after` is what the provider asked for, and is obeyed. Without it the rest doubles with each failure in a row:
-        from 1 s to a minute after a limit, from 5 s to five minutes after a refused key.
+        from 1 s to 8 s after a limit, from 5 s to five minutes after a refused key.
         """
         now = self._clock()
         earlier = self._rests.get(place)
