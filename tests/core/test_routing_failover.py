@@ -15,6 +15,7 @@ from moltbot_server.errors import (
     TurnInterrupted,
 )
 from moltbot_server.models.engine import Asker
+from moltbot_server.models.routing.outcome import Refusal, final_error
 from moltbot_server.turns import (
     Attempt,
     FinishReason,
@@ -281,6 +282,17 @@ def test_a_long_answer_that_goes_on_is_left_alone() -> None:
 
 
 # --- what is told when all fail --------------------------------------------------------------------------------------
+
+
+def test_a_model_that_was_asked_twice_is_named_once_with_what_it_said_last() -> None:
+    error = final_error(
+        [
+            Refusal("a", ModelUnavailable("Slow."), asked=True),
+            Refusal("b", ModelUnavailable("Gone."), asked=False),
+            Refusal("a", ModelUnavailable("Slower."), asked=True),
+        ]
+    )
+    assert error.message == "None of the route's 2 models (1 asked) could answer: a: Slower; b: Gone"
 
 
 def test_when_all_fail_the_error_names_them_and_the_shortest_wait() -> None:

@@ -14,7 +14,7 @@ export class ApiError extends Error {
 
   /** Whether the same call may work in a moment without anyone doing anything. */
   get passing() {
-    return this.status === 429 || this.status >= 500;
+    return (this.status === 429 && this.code !== "insufficient_quota") || this.status >= 500;
   }
 
   /** Whether nobody refused anything: the server behind this one, or behind a proxy, is being started again. */

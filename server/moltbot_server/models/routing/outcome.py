@@ -34,7 +34,8 @@ def final_error(refusals: Sequence[Refusal]) -> MoltBotError:
     if isinstance(only, MoltBotError) and only.retryable:
         return only
     waits = [wait for refusal in hopeful if (wait := getattr(refusal.error, "retry_after", None)) is not None]
-    told = f"{_count(refusals)} could answer: {'; '.join(map(_line, refusals))}"
+    last = {refusal.model: refusal for refusal in refusals}  # one that was asked twice is named once
+    told = f"{_count(refusals)} could answer: {'; '.join(map(_line, last.values()))}"
     full = hopeful and all(isinstance(refusal.error, QueueFull | BudgetExceeded) for refusal in hopeful)
     return (QueueFull if full else ModelUnavailable)(told, retry_after=min(waits, default=None))
 
@@ -54,7 +55,7 @@ def _mendable(refusals: Sequence[Refusal]) -> MoltBotError:
 
 def _count(refusals: Sequence[Refusal]) -> str:
     models = len({refusal.model for refusal in refusals})
-    asked = sum(refusal.asked for refusal in refusals)
+    asked = len({refusal.model for refusal in refusals if refusal.asked})
     return f"None of the route's {models} models ({asked} asked)"
 
 
