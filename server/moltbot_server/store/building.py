@@ -13,15 +13,17 @@ if TYPE_CHECKING:
     from moltbot_server.store.redis import RedisStore
 
 
-def build_store(settings: Settings) -> Store:
+def build_store(settings: Settings, *, address: str = "") -> Store:
     """Return the store that the settings name, not open yet.
+
+    `address` is where other nodes reach this one; without it a store in a file has one node.
 
     Raises:
         ConfigError: it is Redis, and its client is not installed.
     """
     if settings.store.type == "redis":
         return build_redis(settings)
-    return SqliteStore(Workspace(folder=settings.workspace).database)
+    return SqliteStore(Workspace(folder=settings.workspace).database, address=address)
 
 
 def build_redis(settings: Settings) -> RedisStore:

@@ -14,7 +14,7 @@ from typing import Any, TypeVar
 
 import msgspec
 
-from moltbot_server.errors import MoltBotError, StorageUnavailable, TurnInterrupted
+from moltbot_server.errors import StorageUnavailable, TurnInterrupted
 from moltbot_server.store import (
     EndedTurn,
     NewTurn,
@@ -29,10 +29,11 @@ from moltbot_server.store import (
 from moltbot_server.store.protocol import JournalEntry, Orphan
 from moltbot_server.store.reader import GroupReader
 from moltbot_server.store.sqlite_journal import JOURNAL_SCHEMA, append_entries, forget_entries, names_of, take_over
+from moltbot_server.store.sqlite_nodes import Pen, SqliteNodes
 from moltbot_server.store.sqlite_pruning import prune_sessions
 from moltbot_server.store.sqlite_rows import end_columns, messages_of, rest_columns, session_of, turn_of
 from moltbot_server.store.sqlite_usage import USAGE_SCHEMA, add_usage, forget_usage, read_usage
-from moltbot_server.store.writer import GroupWriter, Rows, storage_error
+from moltbot_server.store.writer import GroupWriter, Rows, storage_error, unusable
 from moltbot_server.turns import (
     Message,
     Session,
@@ -120,10 +121,12 @@ WHERE sessions.workspace = recent.workspace AND sessions.id = recent.session AND
 class SqliteStore:
     """A `Store` in one file."""
 
-    shared = False
-
-    def __init__(self, path: Path) -> None:
+    def __init__(self, path: Path, *, address: str = "") -> None:
+        """With an `address`, at which others reach this node, several processes share the file."""
         self._path = path
+        self.nodes = SqliteNodes(path.parent / "run" / "nodes", address=address)
+        self.shared = self.nodes.shared
+        self._pen: Pen | None = None
         self._touched: dict[tuple[str, str], float] = {}
         self._touched_at = 0.0
         self._journaled: set[TurnKey] = set()
@@ -133,10 +136,14 @@ class SqliteStore:
     async def open(self) -> None:
         """Open the file, bring its schema up to date, and close the turns that a crash left running."""
         self._path.parent.mkdir(parents=True, exist_ok=True)
-        reading, self._writing = await asyncio.to_thread(self._prepare)
+        reading, self._writing = await asyncio.to_thread(self._join)
         self._reader = GroupReader(reading)
         self._writer = GroupWriter(
-            self._writing, self._write_turns, is_light=lambda row: isinstance(row, tuple), over=self._written
+            self._writing,
+            self._write_turns,
+            is_light=lambda row: isinstance(row, tuple),
+            over=self._written,
+            pen=self._pen,
         )
 
     async def close(self) -> None:
@@ -148,7 +155,14 @@ class SqliteStore:
             await asyncio.gather(self._writer.submit(self._write_touched), return_exceptions=True)
         await self._writer.close()
         await self._reader.close()
+        if self._pen is not None:
+            self._pen.close()
+        self.nodes.leave()
         self._closed = True
+
+    def address_of(self, node: str) -> str:
+        """Return the address at which a node is reached; empty when it is gone."""
+        return self.nodes.address_of(node)
 
     # --- writing -------------------------------------------------------------------------------------------------
 
@@ -340,6 +354,23 @@ class SqliteStore:
         )
         return connection
 
+    def _join(self) -> tuple[sqlite3.Connection, sqlite3.Connection]:
+        """Be among the nodes of the file, and prepare it while none of them does."""
+        if not self.shared:
+            return self._prepare()
+        try:
+            self.nodes.join()
+            self._pen = Pen(self._path.parent / "run")
+        except OSError as error:
+            raise StorageUnavailable(f"{self._path.parent / 'run'} cannot be used: {error.strerror}") from error
+        try:
+            with self._pen:
+                return self._prepare()
+        except BaseException:
+            self._pen.close()
+            self.nodes.leave()
+            raise
+
     def _prepare(self) -> tuple[sqlite3.Connection, sqlite3.Connection]:
         """Return a connection to read with and one to write with."""
         try:
@@ -353,7 +384,7 @@ class SqliteStore:
                 connection.executescript(f"BEGIN; {steps} PRAGMA user_version = {SCHEMA_VERSION}; COMMIT;")
             connection.execute(_CATCH_UP)
         except sqlite3.Error as error:
-            raise _unusable(self._path, error) from error
+            raise unusable(self._path, error) from error
         return connection, writing
 
     def _write_turns(
@@ -461,12 +492,3 @@ class SqliteStore:
     async def _flush_touched(self) -> None:
         if self._touched:
             await self._writer.submit(self._write_touched)
-
-
-def _unusable(path: Path, error: sqlite3.Error) -> MoltBotError:
-    """Return why the store cannot be opened, for whoever starts the core: with the file and what to do about it."""
-    name = getattr(error, "sqlite_errorname", "") or type(error).__name__
-    if name in ("SQLITE_NOTADB", "SQLITE_CORRUPT"):
-        advice = "put a backup in its place, or move it away to begin with an empty one"
-        return StorageUnavailable(f"{path} is damaged, or no database ({name}): {advice}")
-    return StorageUnavailable(f"the database {path} cannot be opened ({name})")

@@ -12,7 +12,7 @@ import secrets
 from collections.abc import Collection, Iterable
 from pathlib import Path
 
-_PEN = ".pen"  # the names of files that are no nodes begin with a dot
+_PEN = "pen"
 
 
 class SqliteNodes:
@@ -87,7 +87,7 @@ class SqliteNodes:
 
     def _known(self) -> Collection[str]:
         try:
-            return [name for name in os.listdir(self._folder) if not name.startswith(".")]
+            return [name for name in os.listdir(self._folder) if not name.startswith(".")]  # those are drafts
         except FileNotFoundError:
             return ()
 

@@ -10,7 +10,9 @@ import contextlib
 import logging
 import sqlite3
 from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager
 from itertools import chain
+from pathlib import Path
 from typing import Any
 
 from moltbot_server.errors import MoltBotError, StorageFull, StorageUnavailable
@@ -68,6 +70,15 @@ def storage_error(error: sqlite3.Error) -> MoltBotError:
     return StorageUnavailable(f"the database cannot be used now ({name})", retry_after=1.0)
 
 
+def unusable(path: Path, error: sqlite3.Error) -> MoltBotError:
+    """Return why the store cannot be opened, for whoever starts the core: with the file and what to do about it."""
+    name = _name(error)
+    if name in ("SQLITE_NOTADB", "SQLITE_CORRUPT"):
+        advice = "put a backup in its place, or move it away to begin with an empty one"
+        return StorageUnavailable(f"{path} is damaged, or no database ({name}): {advice}")
+    return StorageUnavailable(f"the database {path} cannot be opened ({name})")
+
+
 def _name(error: sqlite3.Error) -> str:
     return getattr(error, "sqlite_errorname", "") or type(error).__name__
 
@@ -86,16 +97,19 @@ class GroupWriter(GroupThread[_Job]):
         *,
         is_light: Callable[[Any], bool] = lambda _: False,
         over: Callable[[bool], None] = lambda _: None,
+        pen: AbstractContextManager[None] | None = None,
     ) -> None:
         """Take a connection over, which waits for the disk; it is closed with the writer.
 
         A group of rows that are all light is not waited for: the system has it, and will write it. `over` hears on the
-        thread whether a transaction stands, or was undone.
+        thread whether a transaction stands, or was undone. The `pen` is held while the database is written: other
+        processes wait for it then.
         """
         super().__init__(connection, name="moltbot-writer", distance=_DISTANCE)
         self._write_rows = write_rows
         self._is_light = is_light
         self._transaction_over = over
+        self._pen = pen or contextlib.nullcontext()
         self._waits = True
 
     def submit(self, write: Write) -> Pending[Any]:
@@ -108,7 +122,8 @@ class GroupWriter(GroupThread[_Job]):
 
     def carry_out(self, connection: sqlite3.Connection, group: list[_Job]) -> list[tuple[_Job, Any]]:
         """Write a group in one transaction."""
-        return self._write(connection, group)
+        with self._pen:
+            return self._write(connection, group)
 
     def _write(self, connection: sqlite3.Connection, group: list[_Job]) -> list[tuple[_Job, Any]]:
         waits = not all(job.write is None and self._is_light(job.row) for job in group)
