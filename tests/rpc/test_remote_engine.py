@@ -350,7 +350,7 @@ def test_an_address_that_cannot_be_listened_on_is_refused_by_name(tmp_path: Path
 
 async def test_one_socket_has_one_engine(tmp_path: Path, role: EngineRole) -> None:
     second = EngineRole(settings(tmp_path), key="mb", listen=role.server.address, catalog=Catalog([AskedEngine()]))
-    with pytest.raises(OSError, match="another engine listens there"):
+    with pytest.raises(OSError, match="another process listens there"):
         await second.start()
 
 

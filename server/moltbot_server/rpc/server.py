@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import asyncio
 import logging
 import socket
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -76,8 +78,26 @@ _STARTING = tuple(f"/{SERVICES[0]}/{method}" for method in ("StreamTurn", "RunTu
 _MOST_PENDING = 2_000
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Sharing:
+    """How a server shares its work with others of the same kind.
+
+    Each of them listens on the same port, if `port` says so, and on a Unix socket of its own, `private`, where it goes
+    on serving while it leaves. A connection is asked to end at an age of `age` seconds, so that those that come later
+    get their share; the calls on it may go on for `grace` seconds. 0: it may stay for ever.
+    """
+
+    port: bool = False
+    private: Path | None = None
+    age: float = 0.0
+    grace: float = 0.0
+
+
+_ALONE = Sharing()
+
+
 class GrpcServer:
-    """A gRPC server of ours on one address. `methods` names every RPC that it serves."""
+    """A gRPC server of ours on one address, or on two. `methods` names every RPC that it serves."""
 
     def __init__(
         self,
@@ -87,15 +107,20 @@ class GrpcServer:
         path: Path | None = None,
         max_message_bytes: int,
         tls: tuple[bytes, bytes] | None = None,
+        sharing: Sharing = _ALONE,
     ) -> None:
         """`path` is a Unix socket in place of host and port. `tls` is a certificate chain and its private key, PEM.
 
-        Port 0 takes any free one.
+        Port 0 takes any free one. On the Unix socket of `sharing` there is no TLS.
         """
         self._host, self._port, self._socket = host, port, path
         self._served: Sequence[str] = SERVICES
         self._tls = tls
-        self._server = aio.server(options=_options(max_message_bytes))
+        self._sharing = sharing
+        options = _options(max_message_bytes)
+        self._server = aio.server(options=list({**dict(options), **_shared(sharing)}.items()))
+        self._private = aio.server(options=options) if sharing.private is not None else None
+        self._closing: asyncio.Task[None] | None = None
         self._health = health.aio.HealthServicer()
         self.methods: Sequence[str] = ()
         self.port = 0
@@ -125,19 +150,24 @@ class GrpcServer:
     ) -> None:
         """Add all services of a core, each method behind the guard."""
         gates = dict.fromkeys(_STARTING, pipeline.refusal_unread)
-        guarded: Any = GuardedServer(self._server, Guard(authenticator, metrics), gates)
+        guard = Guard(authenticator, metrics)
         reader = convert.Reader(max_inline_bytes=max_inline_bytes)
-        chat_pb2_grpc.add_ChatServiceServicer_to_server(ChatService(pipeline, journal, reader), guarded)
-        session_pb2_grpc.add_SessionServiceServicer_to_server(SessionService(store, sessions), guarded)
-        model_pb2_grpc.add_ModelServiceServicer_to_server(ModelService(catalog, manager), guarded)
-        inference_pb2_grpc.add_InferenceServiceServicer_to_server(InferenceService(catalog, reader), guarded)
-        plugin_pb2_grpc.add_PluginServiceServicer_to_server(PluginService(), guarded)
-        usage_pb2_grpc.add_UsageServiceServicer_to_server(UsageService(store, ledger), guarded)
-        route_pb2_grpc.add_RouteServiceServicer_to_server(RouteService(reloading, catalog), guarded)
-        cache_pb2_grpc.add_CacheServiceServicer_to_server(CacheService(caches), guarded)
-        health_pb2_grpc.add_HealthServicer_to_server(self._health, guarded)
-        self._reflect(guarded)
-        self.methods = tuple(guarded.methods)
+        chat, session = ChatService(pipeline, journal, reader), SessionService(store, sessions)
+        model, inference = ModelService(catalog, manager), InferenceService(catalog, reader)
+        usage, route, cache = UsageService(store, ledger), RouteService(reloading, catalog), CacheService(caches)
+        for server in filter(None, (self._private, self._server)):
+            guarded: Any = GuardedServer(server, guard, gates)
+            chat_pb2_grpc.add_ChatServiceServicer_to_server(chat, guarded)
+            session_pb2_grpc.add_SessionServiceServicer_to_server(session, guarded)
+            model_pb2_grpc.add_ModelServiceServicer_to_server(model, guarded)
+            inference_pb2_grpc.add_InferenceServiceServicer_to_server(inference, guarded)
+            plugin_pb2_grpc.add_PluginServiceServicer_to_server(PluginService(), guarded)
+            usage_pb2_grpc.add_UsageServiceServicer_to_server(usage, guarded)
+            route_pb2_grpc.add_RouteServiceServicer_to_server(route, guarded)
+            cache_pb2_grpc.add_CacheServiceServicer_to_server(cache, guarded)
+            health_pb2_grpc.add_HealthServicer_to_server(self._health, guarded)
+            self._reflect(guarded)
+            self.methods = tuple(guarded.methods)
 
     def register_engine(
         self, *, authenticator: Authenticator, metrics: Metrics, catalog: Catalog, manager: ModelManager
@@ -166,29 +196,48 @@ class GrpcServer:
         Raises:
             OSError: the address cannot be bound.
         """
+        if self._private is not None and (private := self._sharing.private) is not None:
+            _clear(private)
+            _add_port(self._private, f"unix:{private}", None)
         wanted = f"[{self._host}]:{self._port}" if ":" in self._host else f"{self._host}:{self._port}"
         if self._socket is not None:
             wanted = self.address
             _clear(self._socket)
-        try:
-            if self._tls is None:
-                self.port = self._server.add_insecure_port(wanted)
-            else:
-                chain, key = self._tls
-                self.port = self._server.add_secure_port(wanted, grpc.ssl_server_credentials([(key, chain)]))
-        except RuntimeError as error:
-            raise OSError(f"{wanted} cannot be bound; another program may listen there") from error
+        self.port = _add_port(self._server, wanted, self._tls)
+        if self._private is not None:
+            await self._private.start()
         await self._server.start()
         for service in ("", *self._served):
             await self._health.set(service, health_pb2.HealthCheckResponse.SERVING)
 
-    async def retire(self) -> None:
-        """Tell health checkers that no new work is wanted here."""
+    async def retire(self, grace: float = 0.0) -> None:
+        """Tell health checkers that no new work is wanted here.
+
+        A shared port is closed at once, so that callers go to the others that have it; calls under way may go on for
+        `grace` seconds.
+        """
         await self._health.enter_graceful_shutdown()
+        if self._private is not None:
+            self._closing = asyncio.create_task(self._server.stop(grace))
 
     async def stop(self, grace: float) -> None:
         """End the calls under way within `grace` seconds and close the port."""
-        await self._server.stop(grace)
+        if self._closing is None:
+            await self._server.stop(grace)
+        else:
+            await self._closing
+        if self._private is not None:
+            await self._private.stop(grace)
+
+
+def _add_port(server: aio.Server, wanted: str, tls: tuple[bytes, bytes] | None) -> int:
+    try:
+        if tls is None:
+            return server.add_insecure_port(wanted)
+        chain, key = tls
+        return server.add_secure_port(wanted, grpc.ssl_server_credentials([(key, chain)]))
+    except RuntimeError as error:
+        raise OSError(f"{wanted} cannot be bound; another program may listen there") from error
 
 
 def _clear(path: Path) -> None:
@@ -205,7 +254,7 @@ def _clear(path: Path) -> None:
         except ConnectionRefusedError:
             path.unlink(missing_ok=True)
             return
-    raise OSError(f"{path} cannot be bound; another engine listens there")
+    raise OSError(f"{path} cannot be bound; another process listens there")
 
 
 def _options(max_message_bytes: int) -> list[tuple[str, int]]:
@@ -220,7 +269,7 @@ def _options(max_message_bytes: int) -> list[tuple[str, int]]:
         # nothing but CANCELLED; here they are refused with a reason when their turn comes.
         ("grpc.server.max_pending_requests", _MOST_PENDING),
         ("grpc.server.max_pending_requests_hard_limit", _MOST_PENDING),
-        # A second server on the port is a mistake here, not a way to share it.
+        # A second server on the port is a mistake, unless `_shared` says otherwise.
         ("grpc.so_reuseport", 0),
         ("grpc.keepalive_time_ms", 30_000),
         ("grpc.keepalive_timeout_ms", 10_000),
@@ -229,3 +278,12 @@ def _options(max_message_bytes: int) -> list[tuple[str, int]]:
         ("grpc.http2.min_ping_interval_without_data_ms", 10_000),
         ("grpc.http2.max_pings_without_data", 0),
     ]
+
+
+def _shared(sharing: Sharing) -> dict[str, int]:
+    """Return the options that come on top for a server that shares its work."""
+    options = {"grpc.so_reuseport": 1} if sharing.port else {}
+    if sharing.age:
+        options["grpc.max_connection_age_ms"] = int(sharing.age * 1000)
+        options["grpc.max_connection_age_grace_ms"] = int(sharing.grace * 1000)
+    return options
