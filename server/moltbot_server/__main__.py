@@ -26,7 +26,7 @@ from moltbot_server.workspace import WorkspaceError, find_workspace
 log = logging.getLogger("moltbot_server.core")
 
 _BAD_CONFIGURATION = 78  # EX_CONFIG of sysexits.h
-_OWN = ("role", "workspace", "no_notices", "listen")
+_OWN = ("role", "workspace", "no_notices", "listen", "worker")
 
 Leave = Callable[[], Awaitable[None]]
 
@@ -43,7 +43,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except (ConfigError, WorkspaceError) as error:
         print(f"moltbot: {error}", file=sys.stderr)
         return _BAD_CONFIGURATION
-    configure_logging(settings.log_level, as_json=settings.log_json, process=flags.role)
+    process = f"core-{flags.worker}" if flags.worker else flags.role
+    configure_logging(settings.log_level, as_json=settings.log_json, process=process)
     for notice in () if flags.no_notices else settings.notices:
         log.warning("not used by this release", extra={"notice": notice})
     if flags.role == "engine" and not flags.no_notices and (odd := too_many_threads(settings.threads or 0)):
@@ -51,7 +52,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if flags.role == "engine":
         listen = flags.listen or f"unix:{workspace.engine_socket}"
         return uvloop.run(_run(lambda: _start_engine(settings, key, listen, flags.metrics_port)))
-    return uvloop.run(_run(lambda: _start_core(settings, key, reread)))
+    return uvloop.run(_run(lambda: _start_core(settings, key, reread, flags.worker)))
 
 
 async def _run(start: Callable[[], Awaitable[tuple[Mapping[str, Any], Leave]]]) -> int:
@@ -85,10 +86,12 @@ async def _run(start: Callable[[], Awaitable[tuple[Mapping[str, Any], Leave]]]) 
 # Each role imports late what only it needs: the core none of the models' native code, the engine no store.
 
 
-async def _start_core(settings: Settings, key: str, reread: Callable[[], Settings]) -> tuple[Mapping[str, Any], Leave]:
+async def _start_core(
+    settings: Settings, key: str, reread: Callable[[], Settings], worker: int
+) -> tuple[Mapping[str, Any], Leave]:
     from moltbot_server.app import Core
 
-    core = Core(settings, key=key, reread=reread, environ=os.environ)
+    core = Core(settings, key=key, reread=reread, environ=os.environ, worker=worker)
     await core.start()
     asyncio.get_running_loop().add_signal_handler(signal.SIGHUP, core.reload_soon)
     ready = {
@@ -141,6 +144,10 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--grpc-host", metavar="HOST")
     parser.add_argument("--grpc-port", type=int, metavar="PORT")
     parser.add_argument("--metrics-port", type=int, metavar="PORT")
+    parser.add_argument(
+        "--worker", type=int, default=0, metavar="N", help="be one of several cores, which count from 1"
+    )
+    parser.add_argument("--workers", type=int, metavar="COUNT", help="how many cores there are")
     parser.add_argument("--engine", metavar="ADDRESS", help="where the core finds its models (default: in itself)")
     parser.add_argument(
         "--listen", metavar="ADDRESS", help="where an engine listens (default: a socket of the workspace)"

@@ -27,7 +27,7 @@ from moltbot_server.ops import OpsServer
 from moltbot_server.pipeline import TurnPipeline
 from moltbot_server.reloading import Reloading, Reread
 from moltbot_server.rpc.remote_engine import EngineLink, RemoteEngine
-from moltbot_server.rpc.server import GrpcServer
+from moltbot_server.rpc.server import GrpcServer, Sharing
 from moltbot_server.sessions import Sessions
 from moltbot_server.store.building import build_store
 from moltbot_server.turns import Message, Principal
@@ -40,7 +40,8 @@ WORKSPACE = "default"
 _EMPTY: Mapping[str, str] = MappingProxyType({})
 _KEEP_EPHEMERAL = 24 * 3600.0
 _PRUNE_EVERY = 600.0
-_LOOK_EVERY = 1.0
+_LOOK_EVERY = {"redis": 1.0, "sqlite": 0.1}  # seconds; a look at locks costs next to nothing
+_AFTER_GRACE = 1.0
 _ENGINE_START = 60.0
 _SHORTEST_AT_HAND = 60.0
 
@@ -56,14 +57,18 @@ class Core:
         catalog: Catalog | None = None,
         reread: Reread | None = None,
         environ: Mapping[str, str] = _EMPTY,
+        worker: int = 0,
     ) -> None:
         """`key` is the workspace's own; `catalog` stands in for the configured model.
 
-        `reread` reads the settings again, for a reload; `environ` may have keys of providers.
+        `reread` reads the settings again, for a reload; `environ` may have keys of providers. `worker` counts from 1
+        the cores that share this machine's work; 0 is a core by itself.
         """
         self.settings = settings
         self.metrics = Metrics()
-        self.store = build_store(settings)
+        self._worker = worker
+        private = Workspace(folder=settings.workspace).core_socket(worker) if worker else None
+        self.store = build_store(settings, address=f"unix:{private}" if private else "")
         self.ledger = Ledger(self.store, settings.budgets, currency=settings.currency, metrics=self.metrics)
         self.journal = Journal(self.store)
         self.catalog, self._link, loader = _models(settings, key, catalog)
@@ -106,6 +111,12 @@ class Core:
             port=settings.grpc_port,
             max_message_bytes=settings.max_message_bytes,
             tls=_tls(settings),
+            sharing=Sharing(
+                port=bool(worker),
+                private=private,
+                age=settings.connection_age,
+                grace=settings.max_connection_age_grace,
+            ),
         )
         self.ops: OpsServer | None = None
         self._serving = False
@@ -158,7 +169,8 @@ class Core:
             await self.server.start()
             undo.pop_all()
         self._serving = True
-        self._duties.append(asyncio.create_task(self._prune()))
+        if self._worker <= 1:  # of several, one does it
+            self._duties.append(asyncio.create_task(self._prune()))
         if self.store.shared:
             self._duties.append(asyncio.create_task(self._look_after_others()))
         seconds = round(time.perf_counter() - started, 3)
@@ -167,14 +179,14 @@ class Core:
     async def stop(self, grace: float) -> None:
         """Leave well: no new turns, those under way end within `grace` seconds, what is written is on the disk."""
         self._serving = False
-        await self.server.retire()
+        await self.server.retire(grace + _AFTER_GRACE)
         for duty in self._duties:
             duty.cancel()
         if self._duties:
             await asyncio.wait(self._duties)
         await self.pipeline.drain(grace)
         # Streams deliver the last events of turns that have ended by now.
-        await self.server.stop(1.0)
+        await self.server.stop(_AFTER_GRACE)
         await self.caches.close()
         await self._close_models()
         await self.lineup.close()
@@ -254,7 +266,8 @@ class Core:
     async def _look_after_others(self) -> None:
         """Carry on what other cores left unfinished, soon after they are gone."""
         while True:
-            await asyncio.sleep(_LOOK_EVERY)
+            await asyncio.sleep(every)
+        every = _LOOK_EVERY[self.settings.store.type]
             try:
                 await self._take_over()
             except MoltBotError as error:

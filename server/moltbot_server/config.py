@@ -58,6 +58,7 @@ __all__ = [
 INLINE = "inline"
 """The value of `engine` for models in the core's own process."""
 
+_CONNECTION_AGE = 600.0
 _ADDRESS = re.compile(r"unix:.+|(dns:///)?(\[[0-9A-Fa-f:.]+\]|[^:/\[\]\s]+):\d{1,5}")
 _TAKEN = frozenset({DEFAULT_ROUTE, "moltbot", "local", "builtin", "built-in"})
 _NEED_NO_PATH = frozenset({"", "moltbot-demo", "builtin", "built-in", "scripted"})
@@ -78,6 +79,8 @@ class Settings:
 
     `origins` maps a key to the place that set it, such as `.env:4`, for messages about a value that turns out wrong.
     `engine` is empty for models of MoltBot's own choosing, `inline`, or the address of an engine that runs elsewhere.
+    `workers` are cores that share the work of this machine; as many serve HTTP unless `http_workers` says otherwise.
+    `max_connection_age` None: where connections are shared by several cores, they end now and then; 0: never.
     `shares` are weights of workspaces: how they share a model when all of them want it; 1 for those not named.
     `models` is the route of turns that name no model, `routes` are the others; prices and budgets are in `currency`.
     `notices` tells what was asked for and is not acted on by this release, one sentence each.
@@ -94,6 +97,7 @@ class Settings:
     metrics_host: str = "127.0.0.1"
     metrics_port: int = 9464
     workers: int = 1
+    http_workers: int | None = None
     model_type: str = ""
     model_path: Path | None = None
     context_length: int | None = None
@@ -112,6 +116,8 @@ class Settings:
     queue_limit: int = 256
     shares: tuple[tuple[str, int], ...] = ()
     drain_grace: float = 10.0
+    max_connection_age: float | None = None
+    max_connection_age_grace: float = 60.0
     providers: tuple[Provider, ...] = ()
     models: ModelRoute = field(default_factory=ModelRoute)
     routes: tuple[ModelRoute, ...] = ()
@@ -138,6 +144,16 @@ class Settings:
         if self.autoscaling is None:
             return ()
         return ("autoscaling: this release does not start or stop replicas by itself; the section is not used yet.",)
+
+    @property
+    def connection_age(self) -> float:
+        """After how many seconds a client is asked to connect anew; 0 for never.
+
+        Where several cores share what comes, one that has just been started would have no clients otherwise.
+        """
+        if self.max_connection_age is not None:
+            return self.max_connection_age
+        return _CONNECTION_AGE if self.workers > 1 or self.store.type == "redis" else 0.0
 
     def _unsafe(self) -> Iterator[Problem]:
         """A port that others can reach needs TLS of its own or a proxy that has it; there is no way around it."""

@@ -137,11 +137,18 @@ class Workspace:
         """Where the engine of `moltbot start` listens: in the workspace, or, where that path is too long, in a folder
         of the system's for short-lived files.
         """
-        path = self.run / "engine.sock"
+        return self._socket("engine.sock")
+
+    def core_socket(self, worker: int) -> Path:
+        """Where one of several cores listens for the others and for adapters, in the same place; they count from 1."""
+        return self._socket(f"core-{worker}.sock")
+
+    def _socket(self, name: str) -> Path:
+        path = self.run / name
         if len(os.fsencode(path)) <= _LONGEST_SOCKET:
             return path
-        name = hashlib.sha256(os.fsencode(path)).hexdigest()[:16]
-        return Path(tempfile.gettempdir()) / f"moltbot-{os.geteuid()}-{name}.sock"
+        digest = hashlib.sha256(os.fsencode(path)).hexdigest()[:16]
+        return Path(tempfile.gettempdir()) / f"moltbot-{os.geteuid()}-{digest}.sock"
 
     @property
     def vault_file(self) -> Path:
