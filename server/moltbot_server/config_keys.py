@@ -65,7 +65,7 @@ KEYS: Mapping[str, Kind] = {
     "cache.ttl": duration(0, 365 * 86400),
     "cache.max_bytes": size(64 << 10, 1 << 40),
     "cache.answers": choice("deterministic", "always", "off"),
-    "store.type": choice("sqlite", "redis"),
+    "store.type": choice("sqlite", "redis", "memory"),
     "store.host": HOST,
     "store.port": whole(1, 65535, "a port"),
     "store.password": text(512, secret=True),

@@ -12,7 +12,7 @@ DEFAULT_ROUTE = "default"
 OnFailure = Literal["restart", "continue", "stop"]
 Answers = Literal["deterministic", "always", "off"]
 Scope = Literal["workspace", "user", "model"]
-StoreType = Literal["sqlite", "redis"]
+StoreType = Literal["sqlite", "redis", "memory"]
 Period = Literal["day", "month"]
 
 

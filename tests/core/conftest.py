@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 from kept_turns import Reopen
 from moltbot_server.store import Store
+from moltbot_server.store.memory import MemoryStore
 from moltbot_server.store.redis import RedisStore
 from moltbot_server.store.sqlite import SqliteStore
 from redis_process import KeepingRedis
@@ -31,7 +32,12 @@ def _redis(request: pytest.FixtureRequest) -> Callable[[], Store]:
     return lambda: RedisStore(host="127.0.0.1", port=port, prefix=prefix)
 
 
-STORES = {"sqlite": _sqlite, "redis": _redis}
+def _memory(request: pytest.FixtureRequest) -> Callable[[], Store]:
+    store = MemoryStore()  # opened again, it has what it had
+    return lambda: store
+
+
+STORES = {"sqlite": _sqlite, "redis": _redis, "memory": _memory}
 """A maker for each kind of store; what two of one kind make in one test is the same store."""
 
 

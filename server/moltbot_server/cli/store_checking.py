@@ -11,7 +11,7 @@ from collections.abc import Callable, Sequence
 from moltbot_server.cli.model_place import Models, told
 from moltbot_server.cli.progress import Progress
 from moltbot_server.cli.running import is_held
-from moltbot_server.cli.store_opening import open_redis
+from moltbot_server.cli.store_opening import open_redis, refuse_memory
 from moltbot_server.cli.terminal import Exit, Failure, harmless, shown
 from moltbot_server.store.findings import Finding
 from moltbot_server.store.sqlite_check import check_database
@@ -24,6 +24,7 @@ def check_store(given: argparse.Namespace) -> int:
     """Print what is wrong with the store; return the exit status: 1 when something is."""
     models = Models.of(given)
     named = models.settings.store
+    refuse_memory(models.settings)
     if named.type == "redis":
         place = f"Redis at {named.host}:{named.port}, names that begin with {named.prefix}"
         with Progress("Checking", quiet=given.json) as progress:

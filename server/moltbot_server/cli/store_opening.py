@@ -19,6 +19,17 @@ if TYPE_CHECKING:
     from moltbot_server.store.redis import RedisStore
 
 
+def refuse_memory(settings: Settings) -> None:
+    """Refuse where nothing is kept.
+
+    Raises:
+        Failure: the store is the memory of the core.
+    """
+    if settings.store.type == "memory":
+        text = "store.type is memory: what is said is in the core alone, and gone when it ends. Nothing is kept."
+        raise Failure(text, Exit.UNAVAILABLE)
+
+
 @asynccontextmanager
 async def open_redis(settings: Settings, *, fit: bool = True) -> AsyncIterator[RedisStore]:
     """Open the Redis that the settings name; with `fit`, only one that is set up well.
@@ -46,6 +57,7 @@ async def open_records(workspace: Workspace, settings: Settings, *, held: bool, 
     Raises:
         Failure: there is none, or it cannot be used.
     """
+    refuse_memory(settings)
     if settings.store.type == "redis":
         from moltbot_server.store.redis_moving import RedisRecords  # late: only where Redis is the store
 

@@ -168,7 +168,7 @@ async def _page_of_redis(models: Models, query: UsageQuery) -> UsagePage:
 
 def _page_of_database(models: Models, query: UsageQuery) -> UsagePage:
     path = models.workspace.database
-    if not path.exists():
+    if not path.exists() or models.settings.store.type == "memory":
         return UsagePage(rows=(), total=UsageRow(workspace=query.workspace))
     try:
         return read_usage(path, query, after=None, limit=-1)

@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from moltbot_server.config import ConfigError, Problem, Settings
+from moltbot_server.store.memory import MemoryStore
 from moltbot_server.store.protocol import Store
 from moltbot_server.store.sqlite import SqliteStore
 from moltbot_server.workspace import Workspace
@@ -23,6 +24,8 @@ def build_store(settings: Settings, *, address: str = "") -> Store:
     """
     if settings.store.type == "redis":
         return build_redis(settings)
+    if settings.store.type == "memory":
+        return MemoryStore()
     return SqliteStore(Workspace(folder=settings.workspace).database, address=address)
 
 

@@ -62,7 +62,12 @@ def read_usage(path: Path, query: UsageQuery, *, after: UsagePlace | None, limit
             return UsagePage(rows=(), total=UsageRow(workspace=query.workspace))
         # Both are of one moment: the page and the total agree while others write.
         connection.execute("BEGIN")
-        return UsagePage(rows=_page(connection, query, after, limit), total=_total(connection, query))
+        return usage_page(connection, query, after=after, limit=limit)
+
+
+def usage_page(connection: sqlite3.Connection, query: UsageQuery, *, after: UsagePlace | None, limit: int) -> UsagePage:
+    """Return what was used, from a table that is there."""
+    return UsagePage(rows=_page(connection, query, after, limit), total=_total(connection, query))
 
 
 def _page(
