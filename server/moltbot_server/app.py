@@ -160,6 +160,8 @@ class Core:
                 max_inline_bytes=self.settings.max_inline_bytes,
             )
             self.metrics.turns_under_way.ask(lambda: len(self.journal))
+            loop = asyncio.get_running_loop()
+            self.metrics.tasks.ask(lambda: len(asyncio.all_tasks(loop)))
             self.metrics.sessions_at_hand.ask(lambda: len(self.sessions))
             self.metrics.models.ask(self.catalog.numbers)
             self.metrics.caches.read(caches)
@@ -265,9 +267,9 @@ class Core:
 
     async def _look_after_others(self) -> None:
         """Carry on what other cores left unfinished, soon after they are gone."""
+        every = _LOOK_EVERY[self.settings.store.type]
         while True:
             await asyncio.sleep(every)
-        every = _LOOK_EVERY[self.settings.store.type]
             try:
                 await self._take_over()
             except MoltBotError as error:

@@ -203,6 +203,7 @@ class Metrics:
         self.errors = Tally("moltbot_errors", "Calls and turns that failed.", ("reason",))
         self.trimmed = Tally("moltbot_trimmed_messages", "Messages left out to fit the context.")
         self.turns_under_way = Measure("moltbot_turns_under_way", "Turns that run or wait.")
+        self.tasks = Measure("moltbot_tasks", "Tasks of the event loop; at rest always the same number.")
         self.sessions_at_hand = Measure("moltbot_sessions_at_hand", "Sessions kept in memory.")
         self.models = Readings("moltbot_model", "What a model's engine counts of itself.", ("model", "number"))
         self._models: set[str] = set()

@@ -6,6 +6,8 @@ import asyncio
 import random
 import time
 from collections.abc import Callable, Sequence
+from typing import Any
+from zlib import crc32
 
 from fault_history import Closed, Entry, Opened, Told
 from fault_nodes import TAILS, Node
@@ -28,15 +30,18 @@ _AGAIN = {"UNAVAILABLE", "RESOURCE_EXHAUSTED", "ABORTED", "CANCELLED"}
 class Lines:
     """The connections of some people to the nodes: a channel to each."""
 
-    def __init__(self, nodes: Sequence[Node], key: str) -> None:
+    def __init__(self, nodes: Sequence[Node], key: str, *, sticky: bool = False) -> None:
+        """`sticky`: each session has a node of its own, and asks no other."""
         self.nodes = nodes
+        self._sticky = sticky
         self.metadata = (("authorization", f"Bearer {key}"),)
         self._channels = {node.address: aio.insecure_channel(node.address, options=_OPTIONS) for node in nodes}
 
-    def chat(self, dice: random.Random) -> chat_pb2_grpc.ChatServiceStub:
-        """Return the service at any node, rather one that serves."""
+    def chat(self, dice: random.Random, session: str) -> chat_pb2_grpc.ChatServiceStub:
+        """Return the service at the session's node, or at any, rather one that serves."""
         serving = [node for node in self.nodes if node.serving.is_set()] or self.nodes
-        return chat_pb2_grpc.ChatServiceStub(self._channels[dice.choice(serving).address])
+        node = self.nodes[crc32(session.encode()) % len(self.nodes)] if self._sticky else dice.choice(serving)
+        return chat_pb2_grpc.ChatServiceStub(self._channels[node.address])
 
     async def close(self) -> None:
         """Hang up."""
@@ -46,8 +51,22 @@ class Lines:
 class Load:
     """Sessions in which people ask and follow, each until its turns have ended. `history` has what they were told."""
 
-    def __init__(self, seed: int, nodes: Sequence[Node], key: str, *, sessions: int, kinds: Sequence[str]) -> None:
-        """`kinds` are the kinds of questions: names in `TAILS`, or none when a real model answers."""
+    def __init__(
+        self,
+        seed: int,
+        nodes: Sequence[Node],
+        key: str,
+        *,
+        sessions: int,
+        kinds: Sequence[str],
+        sticky: bool = False,
+        follower: type[Follower] | None = None,
+        lines: Callable[[], Any] | None = None,
+    ) -> None:
+        """`kinds` are the kinds of questions: names in `TAILS`, or none when a real model answers.
+
+        `follower` reads what `lines` lead to; without them it is gRPC at the nodes. `sticky`: see `Lines`.
+        """
         self.history: list[Entry] = []
         self.turns = 0
         self.failed = 0
@@ -55,7 +74,9 @@ class Load:
         self._dice = random.Random(seed)
         self._kinds = kinds
         self._streams = 0
-        self._lines = [Lines(nodes, key) for _ in range(max(1, min(8, sessions // 4)))]
+        self._follower = follower or Follower
+        make = lines or (lambda: Lines(nodes, key, sticky=sticky))
+        self._lines = [make() for _ in range(max(1, min(8, sessions // 4)))]
         self._sessions = sessions
         self._people: list[asyncio.Task[None]] = []
 
@@ -88,20 +109,20 @@ class Load:
             await asyncio.gather(*waiting)
             await asyncio.sleep(dice.random() * 0.5)  # thinks
 
-    async def _ask(self, lines: Lines, dice: random.Random, session: str, name: str) -> None:
+    async def _ask(self, lines: Any, dice: random.Random, session: str, name: str) -> None:
         kind = dice.choice(self._kinds) if self._kinds else ""
         question = f"{name} {kind}".strip() if self._kinds else f"{name} Tell me about gRPC, please."
         answer = f"said {question}{TAILS[kind]}" if kind else ""
         self.turns += 1
         for attempt in range(5):
-            follower = _Follower(self, lines, dice, f"{name}/{attempt}", session, question, answer)
+            follower = self._follower(self, lines, dice, f"{name}/{attempt}", session, question, answer)
             if await follower.follow():
                 return
         self.failed += 1
 
     async def ask_after(self, name: str) -> None:
         """Ask for one more turn of the history by its name, and read it from the start, as a late reader does."""
-        follower = _Follower(self, self._lines[0], self._dice, f"late {name}", "", "", "")
+        follower = self._follower(self, self._lines[0], self._dice, f"late {name}", "", "", "")
         follower.turn = name
         await follower.follow()
 
@@ -111,11 +132,11 @@ class Load:
         return self._streams
 
 
-class _Follower:
+class Follower:
     """One reader of one request."""
 
     def __init__(
-        self, load: Load, lines: Lines, dice: random.Random, name: str, session: str, question: str, answer: str
+        self, load: Load, lines: Any, dice: random.Random, name: str, session: str, question: str, answer: str
     ) -> None:
         self.load, self.lines, self.dice = load, lines, dice
         self.name, self.session, self.question, self.answer = name, session, question, answer
@@ -154,18 +175,22 @@ class _Follower:
                 answer=self.answer,
             )
         )
-        try:
-            async for response in self._call():
-                self._hear(stream, response.event)
-        except aio.AioRpcError as error:
-            code, reason = error.code().name, reason_of(error)
-        else:
-            code = reason = ""
+        code, reason = await self.listen(stream)
         load.note(Closed(at=time.monotonic(), stream=stream, code=code, reason=reason))
         return code
 
+    async def listen(self, stream: int) -> tuple[str, str]:
+        """Hear one stream to its end, and return the status and the reason of its break; empty where it ended well."""
+        try:
+            async for response in self._call():
+                self.hear(told(stream, response.event))
+        except aio.AioRpcError as error:
+            return error.code().name, reason_of(error)
+        return "", ""
+
     def _call(self) -> aio.UnaryStreamCall:  # type: ignore[type-arg]
-        chat, metadata = self.lines.chat(self.dice), self.lines.metadata
+        session = self.turn.split("/")[1] if self.turn else self.session
+        chat, metadata = self.lines.chat(self.dice, session), self.lines.metadata
         if self.turn:
             resume = chat_pb2.ResumeTurnRequest(name=self.turn, after_sequence=self.seen)
             return chat.ResumeTurn(resume, metadata=metadata)  # type: ignore[return-value]
@@ -176,10 +201,10 @@ class _Follower:
         )
         return chat.StreamTurn(chat_pb2.StreamTurnRequest(turn=turn), metadata=metadata)  # type: ignore[return-value]
 
-    def _hear(self, stream: int, event: chat_pb2.Event) -> None:
-        entry = told(stream, event)
+    def hear(self, entry: Told) -> None:
+        """Take an event in."""
         self.load.note(entry)
-        self.seen = event.sequence
+        self.seen = entry.sequence
         self.turn = entry.turn or self.turn
         if entry.kind in ("completed", "failed"):
             self.ended, self.retryable = entry.kind, entry.retryable

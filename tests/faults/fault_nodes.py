@@ -14,6 +14,7 @@ from asyncio.subprocess import DEVNULL, PIPE, Process
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import psutil
 from fault_history import Entry, Fault
@@ -82,6 +83,7 @@ class Node:
         self.serving = asyncio.Event()
         self.log = setup.folder / f"{name}.log"
         self.codes: list[int] = []
+        self.told: dict[str, Any] = {}
         self.setup = setup
         self._note = note
         self._process: Process | None = None
@@ -109,7 +111,12 @@ class Node:
         """Start the process; it serves later."""
         with self.log.open("ab") as log:
             self._process = await asyncio.create_subprocess_exec(
-                *self.command(), env=self.setup.variables, stdin=DEVNULL, stdout=PIPE, stderr=log, process_group=0
+                *self.command(),
+                env=self.setup.variables,
+                stdin=DEVNULL,
+                stdout=PIPE,
+                stderr=log,
+                start_new_session=True,
             )
         self._note(Fault(at=time.monotonic(), what="start", node=self.name))
         self._watching = asyncio.create_task(self._watch(self._process))
@@ -117,7 +124,8 @@ class Node:
     async def _watch(self, process: Process) -> None:
         assert process.stdout is not None
         line = await process.stdout.readline()
-        if line and json.loads(line).get("ready"):
+        self.told = json.loads(line) if line else {}
+        if self.told.get("ready"):
             self._note(Fault(at=time.monotonic(), what="serves", node=self.name))
             self.serving.set()
 

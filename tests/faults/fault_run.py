@@ -22,6 +22,7 @@ from pathlib import Path
 
 import fault_history
 from fault_checker import DUPLICATED, LATE, LOST, MIXED, OUT_OF_ORDER, Violation, check
+from fault_http import Adapter, HttpFollower, HttpLines
 from fault_keeping import kept_in
 from fault_load import Load, pauses
 from fault_nodes import TAILS, Node, Setup, Supervised
@@ -40,6 +41,8 @@ class Orders:
     how: str = "kill"
     streams: int = 64
     nodes: int = 1
+    sticky: bool = False
+    adapters: int = 0
     model: str = "scripted"
     store: str = "sqlite"
     supervised: bool = False
@@ -110,8 +113,27 @@ class Leg:
         self.findings = Findings()
         make = Supervised if orders.supervised else Node
         self.nodes = [make(self.setup, f"n{number}", self._note) for number in range(orders.nodes)]
+        core = self.nodes[0].address
+        self.adapters = [
+            Adapter(self.setup, f"http{number}", self._note, core=core) for number in range(orders.adapters)
+        ]
+        self.load = self._people(seed)
+
+    def _people(self, seed: int) -> Load:
+        """Return who talks: over HTTP where there are adapters, else with the nodes themselves."""
+        orders, key = self.orders, self.setup.key
         kinds = tuple(TAILS) if orders.model == "scripted" else ()
-        self.load = Load(seed, self.nodes, self.setup.key, sessions=orders.streams, kinds=kinds)
+        if not self.adapters:
+            return Load(seed, self.nodes, key, sessions=orders.streams, kinds=kinds, sticky=orders.sticky)
+        return Load(
+            seed,
+            self.nodes,
+            key,
+            sessions=orders.streams,
+            kinds=kinds,
+            follower=HttpFollower,
+            lines=lambda: HttpLines(self.adapters, key),
+        )
 
     def _note(self, entry: fault_history.Entry) -> None:
         self.load.note(entry)
@@ -123,7 +145,7 @@ class Leg:
             try:
                 await self._talk_and_end(kills)
             finally:
-                for node in self.nodes:
+                for node in (*self.adapters, *self.nodes):
                     await node.end_all()
             await self._check()
         finally:
@@ -131,17 +153,18 @@ class Leg:
         return self.findings
 
     async def _talk_and_end(self, kills: int) -> None:
-        for node in self.nodes:
+        everything = [*self.nodes, *self.adapters]
+        for node in everything:
             await node.start()
-        await asyncio.gather(*(node.ready() for node in self.nodes))
+        await asyncio.gather(*(node.ready() for node in everything))
         self.load.begin()
         while self.findings.kills < kills:
-            await self._end_one(self.dice.choice(self.nodes))
-        for node in self.nodes:
+            await self._end_one(self.dice.choice(self.adapters or self.nodes))
+        for node in everything:
             await node.ready()
         async with asyncio.timeout(180):
             await self.load.finish()
-        for node in self.nodes:
+        for node in (*self.adapters, *self.nodes):
             node.send(signal.SIGTERM, "stop at the end")
             await node.end()
 
@@ -227,8 +250,19 @@ def _report(findings: Findings, orders: Orders, seed: int, rigs: int) -> dict[st
         },
         "exit_codes": findings.codes,
         "seconds": round(findings.seconds),
+        "command": _command(orders, seed, rigs),
         "machine": {"python": platform.python_version(), "system": platform.platform(), "cpu": platform.machine()},
     }
+
+
+def _command(orders: Orders, seed: int, rigs: int) -> str:
+    """Return what repeats a run: the same faults in the same order, at moments that differ by what the machine does."""
+    plain = Orders()
+    flags = [f"--seed {seed}", f"--rigs {rigs}"]
+    for name, value in asdict(orders).items():
+        if value != getattr(plain, name):
+            flags.append(f"--{name}" if value is True else f"--{name} {value}")
+    return f"python tests/faults/fault_run.py {' '.join(flags)}"
 
 
 async def _rigs(orders: Orders, folder: Path, seed: int, rigs: int) -> Findings:
@@ -238,8 +272,9 @@ async def _rigs(orders: Orders, folder: Path, seed: int, rigs: int) -> Findings:
         await asyncio.create_subprocess_exec(
             *(sys.executable, __file__, "--kills", str(kills), "--how", orders.how, "--streams", str(orders.streams)),
             *("--nodes", str(orders.nodes), "--model", orders.model, "--seed", str(seed + number)),
-            *("--store", orders.store),
+            *("--store", orders.store, "--adapters", str(orders.adapters)),
             *(("--supervised",) if orders.supervised else ()),
+            *(("--sticky",) if orders.sticky else ()),
             *("--each", str(orders.each), "--folder", str(folder), "--raw", str(folder / f"raw-{number}.json")),
         )
         for number, kills in enumerate(share)
@@ -262,11 +297,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Run as a program; return 1 when anything was broken."""
     parser = argparse.ArgumentParser(description="End cores under load and check what everybody was told.")
     parser.add_argument("--kills", type=int, default=100)
-    how = "SIGKILL of a core, SIGTERM of a core, or SIGKILL of Redis"
+    how = "SIGKILL or SIGTERM of a core, or of an adapter where there are some; or SIGKILL of Redis"
     parser.add_argument("--how", choices=("kill", "leave", "store"), default="kill", help=how)
     parser.add_argument("--store", choices=tuple(KINDS), default="sqlite")
     parser.add_argument("--streams", type=int, default=64, help="sessions that talk at the same time, in each rig")
     parser.add_argument("--nodes", type=int, default=1)
+    parser.add_argument("--sticky", action="store_true", help="each session talks with one node only")
+    parser.add_argument("--adapters", type=int, default=0, help="HTTP adapters, which are ended in place of the core")
     parser.add_argument("--model", choices=("scripted", "builtin"), default="scripted")
     parser.add_argument("--supervised", action="store_true", help="whole installations, as `moltbot start` runs them")
     parser.add_argument("--longest", type=float, default=LONGEST_PAUSE, help="seconds that a stream may be cut for")
@@ -277,7 +314,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--json", type=Path, help="write the figures to a file")
     parser.add_argument("--raw", type=Path, help=argparse.SUPPRESS)
     flags = parser.parse_args(arguments)
-    chosen = ("kills", "how", "streams", "nodes", "model", "store", "supervised", "each")
+    chosen = ("kills", "how", "streams", "nodes", "model", "store", "supervised", "each", "sticky", "adapters")
     orders = Orders(**{name: getattr(flags, name) for name in chosen})
     with tempfile.TemporaryDirectory(prefix="moltbot-faults-") as temporary:
         folder = flags.folder or Path(temporary)

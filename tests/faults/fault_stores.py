@@ -4,8 +4,11 @@ from __future__ import annotations
 
 import asyncio
 import os
+import re
 import shutil
+import sqlite3
 from asyncio.subprocess import DEVNULL, Process
+from collections import Counter
 from pathlib import Path
 from typing import Protocol
 
@@ -14,6 +17,9 @@ from fault_nodes import free_port
 from moltbot_server.store import Store
 from moltbot_server.store.sqlite import SqliteStore
 
+_ALWAYS_THERE = re.compile(
+    r"moltbot:(schema|workspaces|nodes|left|node)|\{moltbot:\w+\}:(accepted|days|used|added|nodes)"
+)
 _TOOLS = Path(__file__).parents[2] / ".tools" / "bin"
 
 
@@ -35,6 +41,9 @@ class Keeping(Protocol):
 
     def left(self) -> int:
         """Return how many entries of journals are there still."""
+
+    async def counts(self) -> dict[str, int]:
+        """Return how much is kept of each kind, but for what a store has without any turn, and for usage."""
 
 
 class FileKeeping:
@@ -59,6 +68,19 @@ class FileKeeping:
     def left(self) -> int:
         """Return how many entries of journals the file has."""
         return journal_rows(self._path)
+
+    async def counts(self) -> dict[str, int]:
+        """Return the rows of each table."""
+        connection = sqlite3.connect(f"file:{self._path}?mode=ro", uri=True)
+        try:
+            tables = [name for (name,) in connection.execute("SELECT name FROM sqlite_master WHERE type = 'table'")]
+            return {
+                f"rows of {name}": int(connection.execute(f"SELECT count(*) FROM {name}").fetchone()[0])
+                for name in tables
+                if not name.startswith(("sqlite_", "usage"))
+            }
+        finally:
+            connection.close()
 
 
 class RedisKeeping:
@@ -113,6 +135,18 @@ class RedisKeeping:
     def left(self) -> int:
         """Return 0: it is not looked for here."""
         return 0
+
+    async def counts(self) -> dict[str, int]:
+        """Return the keys of each kind."""
+        from redis.asyncio import Redis
+
+        found = Counter[str]()
+        async with Redis(host="127.0.0.1", port=self._port) as redis:
+            async for key in redis.scan_iter(count=1000):
+                kind = re.sub(r":[^:]*\d[^:]*", "", key.decode())
+                if not _ALWAYS_THERE.fullmatch(kind):
+                    found[f"keys {kind}"] += 1
+        return dict(found)
 
 
 KINDS: dict[str, type[FileKeeping] | type[RedisKeeping]] = {"sqlite": FileKeeping, "redis": RedisKeeping}
