@@ -49,8 +49,11 @@ class CoreClient:
     """
 
     def __init__(self, target: str, *, on_retry: Callable[[str], None] | None = None) -> None:
-        """Makes the channels; they connect with the first call. `on_retry` hears `call`, `start` or `resume`."""
-        self._ways = Ways(target, None, copies=_CHANNELS, options=_CHANNEL_OPTIONS)
+        """Makes the channels; they connect with the first call. `on_retry` hears `call`, `start` or `resume`.
+
+        `target` may be several addresses, as of the workers of one machine: calls are spread over those that serve.
+        """
+        self._ways = Ways(target, None, copies=_CHANNELS, options=_CHANNEL_OPTIONS, spread=True)
         self._calls = Calls(self._ways, patience=PATIENCE_S, on_repeat=on_retry)
         self._leaving: set[asyncio.Task[None]] = set()
 

@@ -150,6 +150,7 @@ async def test_a_stream_that_is_left_leaves_no_call_and_no_task_behind(core: Run
 def test_a_list_of_addresses_is_told_from_one_that_grpc_knows() -> None:
     assert addresses("a:1, b:2,") == ["a:1", "b:2"]
     assert addresses("[::1]:50051") == ["[::1]:50051"]
+    assert addresses("unix:/a,b,unix:/c") == ["unix:/a,b", "unix:/c"]
     for one in ("ipv4:1.2.3.4:1,5.6.7.8:2", "dns:///cores:50051", "unix:/tmp/core"):
         assert addresses(one) == [one]
 

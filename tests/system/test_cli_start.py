@@ -116,7 +116,7 @@ async def test_every_line_of_the_log_names_the_process_that_wrote_it(home: Home)
         await home.run("chat", "Hi")
     logged = [line for line in started.said.splitlines() if re.match(r"\d\d:\d\d:\d\d ", line)]
     writers = {line.split()[2].partition("/")[0].rstrip(":") for line in logged}
-    assert writers == {"start", "engine", "core", "http-1", "http-2"}
+    assert writers == {"start", "engine", "core-1", "core-2", "http-1", "http-2"}
     assert len(set(logged)) == len(logged), "no line comes twice"
 
 
@@ -212,12 +212,11 @@ async def test_a_core_that_stays_away_is_told_to_be_started_again(started: Start
 
 
 async def test_hints_of_another_workspace_name_it_and_notices_are_told_once(home: Home) -> None:
-    home.variables |= {"WORKERS": "2", "MOLTBOT_AUTOSCALING_MIN_REPLICAS": "2"}
+    home.variables |= {"MOLTBOT_HTTP_WORKERS": "2", "MOLTBOT_AUTOSCALING_MIN_REPLICAS": "2"}
     (home.folder / ".env").write_text("CONTEXT_LENGHT=5\n")
     async with home.started("--workspace", "w2") as started:
         assert "link --workspace ~/w2" in started.said
         assert "chat --workspace ~/w2" in started.said
-        assert "several processes serve HTTP" in started.said
         assert "workers:" not in started.said
         if "the core serves" not in started.said:
             await started.line("the core serves")
@@ -426,8 +425,8 @@ def test_an_engine_is_back_within_a_few_seconds_however_often_it_died(tmp_path: 
     assert pauses == [0.1, 0.2, 0.4, 0.8, 1.6, 2, 2, 2]
 
 
-async def test_several_workers_share_the_http_port(home: Home) -> None:
-    home.variables["WORKERS"] = "2"
+async def test_several_processes_share_the_http_port(home: Home) -> None:
+    home.variables["MOLTBOT_HTTP_WORKERS"] = "2"
     async with home.started() as started:
         while started.said.count("listening") < 2:
             await started.line("listening")

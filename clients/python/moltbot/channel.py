@@ -49,8 +49,13 @@ def open_channel(
 
 
 def addresses(text: str) -> list[str]:
-    """Return the addresses of a list such as `a:1,b:2`; what has a scheme (`ipv4:`, `dns:///`) is one for gRPC."""
+    """Return the addresses of a list such as `a:1,b:2` or `unix:/a,unix:/b`.
+
+    What has another scheme (`ipv4:`, `dns:///`) is one for gRPC, which reads lists of its own there.
+    """
     schemes = ("dns:", "ipv4:", "ipv6:", "unix:", "unix-abstract:", "vsock:")
+    if text.startswith("unix:"):
+        return text.replace(",unix:", "\0unix:").split("\0")
     if text.startswith(schemes):
         return [text]
     return [each for part in text.split(",") if (each := part.strip())] or [text]
@@ -75,7 +80,8 @@ class Link:
 class Ways:
     """The channels to a core. Calls take the same address as long as it answers, and then the next one.
 
-    Among several addresses the first one is drawn by lot, so that clients spread over the cores.
+    Among several addresses the first one is drawn by lot, so that clients spread over the cores. Where calls are to be
+    `spread`, each takes the next address that is connected and whose core says that it serves.
     """
 
     def __init__(
@@ -85,6 +91,7 @@ class Ways:
         *,
         copies: int = 1,
         options: Sequence[tuple[str, int | str]] = (),
+        spread: bool = False,
     ) -> None:
         """`copies` is the number of channels to each address, over which calls are spread."""
         found = addresses(address)
@@ -95,6 +102,7 @@ class Ways:
         ]
         self._at = random.randrange(len(self._groups))
         self._turn = 0
+        self._spread = spread and len(found) > 1
         self.answered = False
         """True when a core has answered once."""
 
@@ -104,13 +112,32 @@ class Ways:
 
     def pick(self) -> Link:
         """Return the link for the next call."""
+        if self._spread:
+            return self._next_ready()
         group = self._groups[self._at]
         self._turn += 1
         return group[self._turn % len(group)]
 
+    def _next_ready(self) -> Link:
+        """Return a link of the next address, or of the first one after it that is ready; all of them are kept so."""
+        self._turn += 1
+        count = len(self._groups)
+        found: Link | None = None
+        for step in range(1, count + 1):
+            at = (self._at + step) % count
+            link = self._groups[at][self._turn // count % len(self._groups[at])]
+            ready = link.channel.get_state(try_to_connect=True) is grpc.ChannelConnectivity.READY
+            if ready or found is None:
+                found, next_at = link, at
+            if ready:
+                break
+        assert found is not None
+        self._at = next_at
+        return found
+
     def leave(self, link: Link) -> None:
         """Take the next address for the calls that follow, unless another call saw to that."""
-        if link in self._groups[self._at]:
+        if not self._spread and link in self._groups[self._at]:
             self._at = (self._at + 1) % len(self._groups)
 
     async def close(self) -> None:

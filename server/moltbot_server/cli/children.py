@@ -24,7 +24,8 @@ class Plan:
 
     `pause` is how long to wait, in seconds, before one that died is started again; it doubles each time. `environ` are
     variables that it is given unless our own environment has them. `secrets` tells whether it is given those of our
-    environment that hold keys of providers, or open them: what faces the network has no business with them.
+    environment that hold keys of providers, or open them: what faces the network has no business with them. `tells`:
+    MoltBot is not ready before this process has said so, in a line on its standard output.
     """
 
     name: str
@@ -35,6 +36,7 @@ class Plan:
     longest_pause: float = LONGEST_PAUSE
     environ: Mapping[str, str] = field(default_factory=dict)
     secrets: bool = False
+    tells: bool = False
 
 
 @dataclass(slots=True, kw_only=True)

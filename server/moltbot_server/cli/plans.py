@@ -1,6 +1,8 @@
-"""What `moltbot start` runs: an engine unless the models are elsewhere, a core, the processes of the HTTP adapter."""
+"""What `moltbot start` runs: an engine unless the models are elsewhere, cores, the processes of the HTTP adapter."""
 
 from __future__ import annotations
+
+from collections.abc import Sequence
 
 from moltbot_server.cli.children import Plan
 from moltbot_server.config import Settings
@@ -14,29 +16,45 @@ _LONGEST_PAUSE = 2.0  # streams, pages and turns wait for what died, however oft
 _FEW_ARENAS = {"MALLOC_ARENA_MAX": "2"}
 
 
-def plans(settings: Settings, workspace: Workspace, *, core: str, engine_metrics: int) -> list[Plan]:
+def plans(
+    settings: Settings, workspace: Workspace, *, core: str, metrics: Sequence[int], engine_metrics: int
+) -> list[Plan]:
     """Return the processes by settings whose ports are all known.
 
-    `core` is the address that adapters call; `engine_metrics` the port on which the engine tells how it does.
+    `core` is the address of the cores, `metrics` the port on which each of them tells how it does, and `engine_metrics`
+    that of the engine.
     """
     # gRPC's native part writes lines of its own, which a reader of JSON cannot take.
     environ = _FEW_ARENAS | ({"GRPC_VERBOSITY": "NONE"} if settings.log_json else {})
     server = ["--no-notices", "--workspace", str(workspace.folder), "--log-level", settings.log_level]
-    http = _http(settings, workspace, core)
-    names = [f"http-{number}" if settings.workers > 1 else "http" for number in range(1, settings.workers + 1)]
+    many = settings.workers > 1
+    if many:
+        # Each has a socket of its own, over which calls are spread evenly, however few the connections.
+        core = ",".join(f"unix:{workspace.core_socket(number + 1)}" for number in range(settings.workers))
+    adapters = settings.http_workers or settings.workers
+    http = _http(settings, workspace, core, shares_port=adapters > 1)
+    names = [f"http-{number}" if adapters > 1 else "http" for number in range(1, adapters + 1)]
     address = f"unix:{workspace.engine_socket}"
     own = settings.engine == ""
-    ports = ["--grpc-port", str(settings.grpc_port), "--metrics-port", str(settings.metrics_port)]
+    engine, server = server, [*server, "--grpc-port", str(settings.grpc_port)]
     found = [
-        Plan(
-            name="core",
-            module="moltbot_server",
-            arguments=(*server, *ports, "--engine", address if own else settings.engine),
-            stage=1,
-            pause=_FIRST_PAUSE,
-            longest_pause=_LONGEST_PAUSE,
-            environ=environ,
-            secrets=True,
+        *(
+            Plan(
+                name=f"core-{number}" if many else "core",
+                module="moltbot_server",
+                arguments=(
+                    *server,
+                    *("--metrics-port", str(port), "--engine", address if own else settings.engine),
+                    *(("--worker", str(number), "--workers", str(settings.workers)) if many else ()),
+                ),
+                stage=1,
+                pause=_FIRST_PAUSE,
+                longest_pause=_LONGEST_PAUSE,
+                environ=environ,
+                secrets=True,
+                tells=True,
+            )
+            for number, port in enumerate(metrics, start=1)
         ),
         *(
             Plan(
@@ -50,7 +68,7 @@ def plans(settings: Settings, workspace: Workspace, *, core: str, engine_metrics
             for name in names
         ),
     ]
-    return [_engine(server, address, engine_metrics, environ), *found] if own else found
+    return [_engine(engine, address, engine_metrics, environ), *found] if own else found
 
 
 def _engine(server: list[str], address: str, metrics: int, environ: dict[str, str]) -> Plan:
@@ -65,11 +83,11 @@ def _engine(server: list[str], address: str, metrics: int, environ: dict[str, st
     )
 
 
-def _http(settings: Settings, workspace: Workspace, core: str) -> list[str]:
+def _http(settings: Settings, workspace: Workspace, core: str, *, shares_port: bool) -> list[str]:
     words = ["http", "--host", settings.host, "--port", str(settings.port), "--core", core]
     words += ["--key-file", str(workspace.key_file), "--state", str(workspace.http_state)]
     words += ["--log-level", settings.log_level]
     words += ["--log-json"] if settings.log_json else []
-    words += ["--reuse-port"] if settings.workers > 1 else []
+    words += ["--reuse-port"] if shares_port else []
     words += ["--trusted-proxy", *settings.trusted_proxies] if settings.trusted_proxies else []
     return words

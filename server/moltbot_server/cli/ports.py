@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import errno
 import socket
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 
 from moltbot_server.cli.terminal import Exit, Failure
@@ -40,6 +41,22 @@ def take_ports(ports: Sequence[Wanted], again: Callable[[Mapping[str, object]], 
         more = f"{'; '.join(told)}. Choose {'others' if len(taken) > 1 else 'another one'}: {again(others)}"
         raise Failure(more, Exit.UNAVAILABLE)
     return found
+
+
+@contextmanager
+def kept_port(host: str, port: int) -> Iterator[None]:
+    """Keep a port for processes of ours that share it: while none of them listens, no stranger can have it.
+
+    Raises:
+        Failure: somebody has taken it since it was looked at.
+    """
+    with _socket(host) as keeper:
+        keeper.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEPORT, 1)
+        try:
+            keeper.bind((host, port))  # and never listens: nothing that comes is given to it
+        except OSError as error:
+            raise Failure(f"cannot keep port {port} for several processes: {error.strerror}.") from None
+        yield
 
 
 def spare_ports(ports: Sequence[Wanted]) -> dict[str, object]:

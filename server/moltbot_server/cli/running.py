@@ -8,7 +8,7 @@ import os
 import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from itertools import count
 from typing import Any, Self
 
@@ -19,6 +19,8 @@ from moltbot_server.workspace import Workspace
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Running:
     """A MoltBot that serves: addresses, process ids by name, and when it started (Unix seconds).
+
+    `cores`: where each of several cores tells how it does, by the name of its process; `metrics` is the first of them.
 
     `stopping`: somebody has asked it to leave, and answers under way may still end. `engine_metrics`: where the engine
     that it runs tells how it does; empty where the models run elsewhere. `notices` are what is odd with its settings.
@@ -32,6 +34,7 @@ class Running:
     metrics: str
     model: str
     processes: Mapping[str, int]
+    cores: Mapping[str, str] = field(default_factory=dict)
     stopping: bool = False
     engine_metrics: str = ""
     notices: tuple[str, ...] = ()

@@ -12,14 +12,15 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import replace
+from contextlib import nullcontext
+from dataclasses import dataclass, replace
 from importlib import metadata
 from typing import Any
 
 from moltbot_server.cli.children import Child, Plan
 from moltbot_server.cli.model_check import model_problems
 from moltbot_server.cli.plans import plans
-from moltbot_server.cli.ports import Wanted, near_port, spare_ports, take_ports
+from moltbot_server.cli.ports import Wanted, kept_port, near_port, spare_ports, take_ports
 from moltbot_server.cli.running import Running, joined, only_one, reachable
 from moltbot_server.cli.supervisor import Supervisor, log
 from moltbot_server.cli.terminal import Exit, Failure, command, shown
@@ -48,13 +49,11 @@ def start(workspace: Workspace, flags: Mapping[str, object], *, reload: bool, fi
     odd = _odd(settings)
     for notice in odd:
         log.warning("a setting does not suit this machine", extra={"notice": notice})
-    if settings.workers > 1:
-        log.info("several processes serve HTTP, one process is the core", extra={"workers": settings.workers})
     extra = ["--reload"] * reload + ["--first-question", first_question] * bool(first_question)
     with only_one(workspace, lambda other: _typed(other, {**flags, **spare_ports(_wanted(settings))}, extra)):
         settings = _with_ports(settings, lambda others: _typed(workspace, {**flags, **others}, extra))
-        port = _engine_port(settings)
-        site = _Site(workspace=workspace, settings=settings, engine_port=port, flags=flags, began=began, notices=odd)
+        ports = _more_ports(settings)
+        site = _Site(workspace=workspace, settings=settings, ports=ports, flags=flags, began=began, notices=odd)
         site.ask_early(first_question)
         supervisor = Supervisor(
             site.children,
@@ -66,8 +65,10 @@ def start(workspace: Workspace, flags: Mapping[str, object], *, reload: bool, fi
             renew=site.renew,
             watcher=Watcher(workspace.folder) if reload else None,
         )
+        shared = kept_port(settings.grpc_host, settings.grpc_port) if settings.workers > 1 else nullcontext()
         try:
-            return supervisor.run()
+            with shared:
+                return supervisor.run()
         finally:
             site.close()
 
@@ -97,18 +98,33 @@ def _odd(settings: Settings) -> tuple[str, ...]:
     return (f"{settings.origin('threads')}: {text}",) if text else ()
 
 
-def _engine_port(settings: Settings) -> int:
-    """Return the port for the metrics of the engine that this start runs, the one behind the core's; 0 without one.
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _MorePorts:
+    """Where processes tell how they do: the engine, 0 without one, and each core, the first one where it is told to."""
 
-    Nobody is refused for it: where it is taken, another one is.
+    engine: int
+    cores: tuple[int, ...]
+
+
+def _more_ports(settings: Settings) -> _MorePorts:
+    """Return the ports behind that of the first core's metrics: the next one is the engine's, then come other cores'.
+
+    Nobody is refused for them: where one is taken, another one is.
     """
-    if settings.engine != "":
-        return 0
-    wanted = Wanted(key="", host=settings.metrics_host, port=settings.metrics_port, what="metrics of the engine")
-    found = near_port(wanted, {settings.port, settings.grpc_port})
-    if found != settings.metrics_port + 1:
-        log.warning("the engine's metrics are at another port", extra={"port": found})
-    return found
+    used = {settings.port, settings.grpc_port, settings.metrics_port}
+
+    def near(what: str, distance: int) -> int:
+        before = settings.metrics_port + distance - 1
+        wanted = Wanted(key="", host=settings.metrics_host, port=before, what=f"metrics of {what}")
+        found = near_port(wanted, used)
+        used.add(found)
+        if found != before + 1:
+            log.warning("some metrics are at another port", extra={"of": what, "port": found})
+        return found
+
+    engine = near("the engine", 1) if settings.engine == "" else 0
+    others = [near(f"core-{number}", number) for number in range(2, settings.workers + 1)]
+    return _MorePorts(engine=engine, cores=(settings.metrics_port, *others))
 
 
 def _wanted(settings: Settings) -> tuple[Wanted, ...]:
@@ -129,7 +145,10 @@ def _end(process: subprocess.Popen[bytes]) -> None:
 _SCRIPTED = "scripted"  # as in models.folder, which would bring the code of models here
 
 # What cannot change under processes that run: addresses that were told to others, and how many processes there are.
-_FIXED = ("host", "port", "grpc_host", "grpc_port", "metrics_host", "metrics_port", "workers", "engine")
+_FIXED = (
+    *("host", "port", "grpc_host", "grpc_port", "metrics_host", "metrics_port"),
+    *("workers", "http_workers", "engine"),
+)
 
 
 class _Site:
@@ -140,18 +159,15 @@ class _Site:
         *,
         workspace: Workspace,
         settings: Settings,
-        engine_port: int,
+        ports: _MorePorts,
         flags: Mapping[str, object],
         began: float,
         notices: tuple[str, ...],
     ) -> None:
-        """`engine_port`: where the engine of this start tells its metrics; 0 where the models run elsewhere.
-
-        `notices`: what `moltbot status` is to say of the settings.
-        """
+        """`notices`: what `moltbot status` is to say of the settings."""
         self._notices = notices
         self._workspace = workspace
-        self._engine_port = engine_port
+        self._ports = ports
         self._flags = flags
         self._settings = settings
         self._began = began
@@ -163,11 +179,24 @@ class _Site:
         self.http = joined(reachable(settings.host), settings.port)
         self.grpc = joined(reachable(settings.grpc_host), settings.grpc_port)
         self.metrics = joined(reachable(settings.metrics_host), settings.metrics_port)
-        self.engine_metrics = joined(reachable(settings.metrics_host), engine_port) if engine_port else ""
+        self.engine_metrics = joined(reachable(settings.metrics_host), ports.engine) if ports.engine else ""
         self.children = [Child(plan=plan) for plan in self._plans()]
 
     def _plans(self) -> list[Plan]:
-        return plans(self._settings, self._workspace, core=self.grpc, engine_metrics=self._engine_port)
+        return plans(
+            self._settings,
+            self._workspace,
+            core=self.grpc,
+            metrics=self._ports.cores,
+            engine_metrics=self._ports.engine,
+        )
+
+    def _core_metrics(self) -> dict[str, str]:
+        """Return where each of several cores tells how it does."""
+        names = [child.plan.name for child in self.children if child.plan.tells]
+        host = reachable(self._settings.metrics_host)
+        told = {name: f"http://{joined(host, port)}" for name, port in zip(names, self._ports.cores, strict=True)}
+        return told if len(told) > 1 else {}
 
     def renew(self) -> bool:
         """Read the settings again and plan by them, on the ports as they are; False when something is wrong there."""
@@ -212,6 +241,7 @@ class _Site:
             f"  Health      http://{self.http}/health",
             f"  Metrics     http://{self.metrics}/metrics"
             + (f"   Engine  http://{self.engine_metrics}/metrics" if self.engine_metrics else ""),
+            *(f"  {name:12}{metrics}/metrics" for name, metrics in [*self._core_metrics().items()][1:]),
             "",
             f"Talk in another terminal: {chat}   Stop: Ctrl-C",
         ]
@@ -232,6 +262,7 @@ class _Site:
             metrics=f"http://{self.metrics}",
             model=self._model,
             processes={child.plan.name: child.pid for child in self.children},
+            cores=self._core_metrics(),
             stopping=self._stopping,
             notices=self._notices,
             engine_metrics=self.engine_metrics and f"http://{self.engine_metrics}",
@@ -271,8 +302,10 @@ class _Site:
         """Take away what is left: helping processes that still run, and the socket of an engine that was killed."""
         if self._measuring is not None:
             _end(self._measuring)
-        if self._engine_port:
+        if self._ports.engine:
             self._workspace.engine_socket.unlink(missing_ok=True)
+        for number in range(1, self._settings.workers + 1):
+            self._workspace.core_socket(number).unlink(missing_ok=True)
         if self._asking is not None:
             if self._asking.stdin:
                 self._asking.stdin.close()

@@ -42,11 +42,13 @@ def status(workspace: Workspace, *, as_json: bool) -> int:
 def state(workspace: Workspace, running: Running) -> dict[str, Any]:
     """Return the state as the JSON object of `moltbot status --json`. Memory is proportional set size, in bytes."""
     core, adapter = _health(running.metrics), _health(running.http)
+    cores = {name: _health(metrics) for name, metrics in running.cores.items()}
+    all_serve = all(each.healthy for each in (core, *cores.values()))
     pids = {"supervisor": running.pid, **running.processes}
     processes = {name: {"pid": pid, "memory": _memory(pid, set(pids.values()))} for name, pid in pids.items() if pid}
     return {
         "running": True,
-        "healthy": bool(core.healthy and adapter.healthy and core.said.get("engine") != "away")
+        "healthy": bool(all_serve and adapter.healthy and core.said.get("engine") != "away")
         and all(item["memory"] is not None for item in processes.values())
         and not running.stopping,
         "stopping": running.stopping,
@@ -56,7 +58,8 @@ def state(workspace: Workspace, running: Running) -> dict[str, Any]:
         "model": core.said.get("model") or running.model,
         "model_problem": core.said.get("model_problem", ""),
         "uptime_s": round(time.time() - running.started, 1),
-        "core": {"healthy": core.healthy, "grpc": running.grpc, "metrics": running.metrics},
+        "core": {"healthy": all_serve, "grpc": running.grpc, "metrics": running.metrics},
+        "workers": {name: {"healthy": each.healthy, "metrics": running.cores[name]} for name, each in cores.items()},
         "engine": {
             "healthy": core.said.get("engine") == "serving",
             "where": core.said.get("engine_address", ""),
@@ -113,6 +116,10 @@ def _in_words(found: Mapping[str, Any]) -> str:
     lines = [
         f"MoltBot {found['version']} runs in {found['workspace']} for {lasting(found['uptime_s'])}.",
         f"  Core    {word(core['healthy']):12} gRPC {core['grpc']}   {core['metrics']}/metrics",
+        *(
+            f"    {name:8}{word(each['healthy']):12} {each['metrics']}/metrics"
+            for name, each in found["workers"].items()
+        ),
         f"  Engine  {word(engine['healthy']):12} {engine['where']}{told}",
         f"  HTTP    {word(found['http']['healthy']):12} {found['http']['address']}",
         f"  Model   {found['model']}{problem}",

@@ -57,7 +57,7 @@ class Supervisor:
         self._renew = renew
         self._watcher = watcher
         self._selector = selectors.DefaultSelector()
-        self._core_said: Mapping[str, Any] | None = None
+        self._said: dict[str, Mapping[str, Any]] = {}  # by the names of those that told that they serve
         self._ready = False
         self._asked = 0  # how often somebody asked us to stop
         self._stage: int | None = None  # which children are being stopped
@@ -120,7 +120,7 @@ class Supervisor:
         now = time.monotonic()
         times = [child.due for child in self._children if child.due is not None and self._stage is None]
         if not self._ready and self._stage is None:
-            times.append(now + _LOOK if self._core_said is not None else self._deadline)
+            times.append(now + _LOOK if self._all_said else self._deadline)
         if self._stage is not None:
             times.append(self._deadline)
         if self._watcher:
@@ -161,7 +161,12 @@ class Supervisor:
 
     # --- serving ---------------------------------------------------------------------------------------------------
 
+    @property
+    def _all_said(self) -> bool:
+        return all(child.plan.name in self._said for child in self._children if child.plan.tells)
+
     def _start(self, child: Child) -> None:
+        self._said.pop(child.plan.name, None)
         child.start(time.monotonic())
         assert child.process is not None
         if (stdout := child.process.stdout) is not None:
@@ -177,8 +182,8 @@ class Supervisor:
         except ValueError:
             said = None
         if isinstance(said, dict) and said.get("ready"):
-            if child.plan.name == "core":
-                self._core_said = said
+            if child.plan.tells:
+                self._said[child.plan.name] = said
         else:
             print(line.decode("utf-8", "replace"), end="", file=sys.stderr, flush=True)
 
@@ -191,9 +196,9 @@ class Supervisor:
                 if self._ready:
                     self._on_change()
         if not self._ready:
-            if self._core_said is not None and self._serving():
+            if self._all_said and self._serving():
                 self._ready = True
-                self._on_ready(self._core_said)
+                self._on_ready(next(iter(self._said.values())))
             elif now >= self._deadline and not self._watcher:
                 log.error("MoltBot did not become ready in time", extra={"seconds": _LONGEST_START})
                 self._status = int(Exit.FAILED)
