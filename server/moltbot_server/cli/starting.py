@@ -49,6 +49,8 @@ def start(workspace: Workspace, flags: Mapping[str, object], *, reload: bool, fi
     odd = _odd(settings)
     for notice in odd:
         log.warning("a setting does not suit this machine", extra={"notice": notice})
+    if settings.workers > 1:
+        log.info("several cores share the work", extra={"workers": settings.workers})
     extra = ["--reload"] * reload + ["--first-question", first_question] * bool(first_question)
     with only_one(workspace, lambda other: _typed(other, {**flags, **spare_ports(_wanted(settings))}, extra)):
         settings = _with_ports(settings, lambda others: _typed(workspace, {**flags, **others}, extra))
