@@ -22,6 +22,40 @@ else:
 
 DESCRIPTOR: _descriptor.FileDescriptor
 
+class _WhenBusy:
+    ValueType = _typing.NewType("ValueType", _builtins.int)
+    V: _TypeAlias = ValueType  # noqa: Y015
+
+class _WhenBusyEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[_WhenBusy.ValueType], _builtins.type):
+    DESCRIPTOR: _descriptor.EnumDescriptor
+    WHEN_BUSY_UNSPECIFIED: _WhenBusy.ValueType  # 0
+    """Not set."""
+    WHEN_BUSY_QUEUE: _WhenBusy.ValueType  # 1
+    """It waits until the turns before it have ended."""
+    WHEN_BUSY_INTERRUPT: _WhenBusy.ValueType  # 2
+    """It cancels the turns before it, as `CancelTurn` does, and goes."""
+    WHEN_BUSY_JOIN: _WhenBusy.ValueType  # 3
+    """It waits. Turns that wait so directly behind each other, for the same place
+    to reply to, are answered once: the last of them reads the messages of all,
+    and the others end with FINISH_REASON_JOINED.
+    """
+
+class WhenBusy(_WhenBusy, metaclass=_WhenBusyEnumTypeWrapper):
+    """What becomes of a turn whose session is busy."""
+
+WHEN_BUSY_UNSPECIFIED: WhenBusy.ValueType  # 0
+"""Not set."""
+WHEN_BUSY_QUEUE: WhenBusy.ValueType  # 1
+"""It waits until the turns before it have ended."""
+WHEN_BUSY_INTERRUPT: WhenBusy.ValueType  # 2
+"""It cancels the turns before it, as `CancelTurn` does, and goes."""
+WHEN_BUSY_JOIN: WhenBusy.ValueType  # 3
+"""It waits. Turns that wait so directly behind each other, for the same place
+to reply to, are answered once: the last of them reads the messages of all,
+and the others end with FINISH_REASON_JOINED.
+"""
+Global___WhenBusy: _TypeAlias = WhenBusy  # noqa: Y015
+
 class _TurnState:
     ValueType = _typing.NewType("ValueType", _builtins.int)
     V: _TypeAlias = ValueType  # noqa: Y015
@@ -75,6 +109,8 @@ class TurnInput(_message.Message):
     CHANNEL_FIELD_NUMBER: _builtins.int
     CANCEL_ON_DISCONNECT_FIELD_NUMBER: _builtins.int
     FLUSH_INTERVAL_FIELD_NUMBER: _builtins.int
+    REPLY_TO_FIELD_NUMBER: _builtins.int
+    WHEN_BUSY_FIELD_NUMBER: _builtins.int
     session: _builtins.str
     """`sessions/{session}`, where {session} is 1 to 128 characters of
     `A-Z a-z 0-9 . _ ~ -`. It is made when it does not exist. Empty: a new
@@ -100,6 +136,10 @@ class TurnInput(_message.Message):
     """
     cancel_on_disconnect: _builtins.bool
     """True: the turn is cancelled when the last stream that follows it breaks."""
+    when_busy: Global___WhenBusy.ValueType
+    """What becomes of the turn while others of its session run or wait. Unset:
+    what the setting `sessions.when_busy` says of `channel`, else it waits.
+    """
     @_builtins.property
     def parts(self) -> _containers.RepeatedCompositeFieldContainer[_message_pb2.Part]:
         """What the user says. Required; at least one part that is not blank."""
@@ -122,6 +162,13 @@ class TurnInput(_message.Message):
         Unset: the core's default (20 ms). Zero: each delta is an event by itself.
         """
 
+    @_builtins.property
+    def reply_to(self) -> Global___Place:
+        """Where the answer is to be posted. When the turn has ended, `DeliveryService`
+        gives its answer, or its failure, to an adapter of that channel, until one
+        has posted it. Unset: nowhere; who wants the answer follows the turn.
+        """
+
     def __init__(
         self,
         *,
@@ -136,14 +183,47 @@ class TurnInput(_message.Message):
         channel: _builtins.str = ...,
         cancel_on_disconnect: _builtins.bool = ...,
         flush_interval: _duration_pb2.Duration | None = ...,
+        reply_to: Global___Place | None = ...,
+        when_busy: Global___WhenBusy.ValueType = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["flush_interval", b"flush_interval", "options", b"options", "transcript", b"transcript"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["flush_interval", b"flush_interval", "options", b"options", "reply_to", b"reply_to", "transcript", b"transcript"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["cancel_on_disconnect", b"cancel_on_disconnect", "channel", b"channel", "flush_interval", b"flush_interval", "model", b"model", "options", b"options", "parts", b"parts", "request_id", b"request_id", "session", b"session", "system_prompt", b"system_prompt", "transcript", b"transcript", "user", b"user"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["cancel_on_disconnect", b"cancel_on_disconnect", "channel", b"channel", "flush_interval", b"flush_interval", "model", b"model", "options", b"options", "parts", b"parts", "reply_to", b"reply_to", "request_id", b"request_id", "session", b"session", "system_prompt", b"system_prompt", "transcript", b"transcript", "user", b"user", "when_busy", b"when_busy"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
 Global___TurnInput: _TypeAlias = TurnInput  # noqa: Y015
+
+@_typing.final
+class Place(_message.Message):
+    """A place on a platform, to which answers are delivered."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    CHANNEL_FIELD_NUMBER: _builtins.int
+    ADDRESS_FIELD_NUMBER: _builtins.int
+    channel: _builtins.str
+    """Whose adapters deliver there, such as `slack`: 1 to 32 characters of
+    `a-z 0-9 _ -`. Required.
+    """
+    address: _builtins.str
+    """Where on the platform, such as `T1/C2/1690.33`: 1 to 512 characters that
+    mean nothing to the core. Deliveries of one address keep their order.
+    Required.
+    """
+    def __init__(
+        self,
+        *,
+        channel: _builtins.str = ...,
+        address: _builtins.str = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["address", b"address", "channel", b"channel"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___Place: _TypeAlias = Place  # noqa: Y015
 
 @_typing.final
 class Transcript(_message.Message):
@@ -897,6 +977,7 @@ class Completed(_message.Message):
     ATTACHMENTS_FIELD_NUMBER: _builtins.int
     REASONING_FIELD_NUMBER: _builtins.int
     CACHED_FIELD_NUMBER: _builtins.int
+    ANSWERED_BY_FIELD_NUMBER: _builtins.int
     text: _builtins.str
     """The whole text of the answer; complete by itself."""
     finish_reason: _message_pb2.FinishReason.ValueType
@@ -909,6 +990,10 @@ class Completed(_message.Message):
     """What the model thought before it answered, where it tells."""
     cached: _builtins.bool
     """True when the answer was given before and kept, and no model was asked."""
+    answered_by: _builtins.str
+    """The turn whose answer is this one's too: `sessions/{session}/turns/{turn}`.
+    Set with FINISH_REASON_JOINED alone.
+    """
     @_builtins.property
     def usage(self) -> _message_pb2.Usage:
         """Tokens read and written."""
@@ -935,10 +1020,11 @@ class Completed(_message.Message):
         attachments: _abc.Iterable[_message_pb2.Part] | None = ...,
         reasoning: _builtins.str = ...,
         cached: _builtins.bool = ...,
+        answered_by: _builtins.str = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["timings", b"timings", "usage", b"usage"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["attachments", b"attachments", "cached", b"cached", "finish_reason", b"finish_reason", "message", b"message", "model", b"model", "reasoning", b"reasoning", "text", b"text", "timings", b"timings", "usage", b"usage"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["answered_by", b"answered_by", "attachments", b"attachments", "cached", b"cached", "finish_reason", b"finish_reason", "message", b"message", "model", b"model", "reasoning", b"reasoning", "text", b"text", "timings", b"timings", "usage", b"usage"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

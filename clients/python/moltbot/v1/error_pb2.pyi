@@ -88,6 +88,10 @@ class _ErrorReasonEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[_ErrorReas
     """FAILED_PRECONDITION: a provider has no key here, or refuses the one it has."""
     ERROR_REASON_INVALID_CONFIGURATION: _ErrorReason.ValueType  # 30
     """FAILED_PRECONDITION: the new configuration is wrong; the old one holds."""
+    ERROR_REASON_DELIVERY_NOT_FOUND: _ErrorReason.ValueType  # 31
+    """NOT_FOUND: no such delivery, or no such dead letter, in the workspace."""
+    ERROR_REASON_LEASE_LOST: _ErrorReason.ValueType  # 32
+    """FAILED_PRECONDITION: the delivery is leased to somebody else, or to nobody."""
 
 class ErrorReason(_ErrorReason, metaclass=_ErrorReasonEnumTypeWrapper):
     """Why a call failed. Every error status carries `google.rpc.ErrorInfo` with
@@ -161,4 +165,8 @@ ERROR_REASON_MODEL_CREDENTIAL: ErrorReason.ValueType  # 29
 """FAILED_PRECONDITION: a provider has no key here, or refuses the one it has."""
 ERROR_REASON_INVALID_CONFIGURATION: ErrorReason.ValueType  # 30
 """FAILED_PRECONDITION: the new configuration is wrong; the old one holds."""
+ERROR_REASON_DELIVERY_NOT_FOUND: ErrorReason.ValueType  # 31
+"""NOT_FOUND: no such delivery, or no such dead letter, in the workspace."""
+ERROR_REASON_LEASE_LOST: ErrorReason.ValueType  # 32
+"""FAILED_PRECONDITION: the delivery is leased to somebody else, or to nobody."""
 Global___ErrorReason: _TypeAlias = ErrorReason  # noqa: Y015

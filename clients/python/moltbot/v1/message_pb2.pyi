@@ -104,6 +104,8 @@ class _FinishReasonEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[_FinishRe
     """A policy withheld the rest."""
     FINISH_REASON_TOOL_CALLS: _FinishReason.ValueType  # 6
     """The model asks for tools to be called."""
+    FINISH_REASON_JOINED: _FinishReason.ValueType  # 7
+    """The turn was answered together with a later one, which it names."""
 
 class FinishReason(_FinishReason, metaclass=_FinishReasonEnumTypeWrapper):
     """Why an answer ended."""
@@ -122,6 +124,8 @@ FINISH_REASON_CONTENT_FILTER: FinishReason.ValueType  # 5
 """A policy withheld the rest."""
 FINISH_REASON_TOOL_CALLS: FinishReason.ValueType  # 6
 """The model asks for tools to be called."""
+FINISH_REASON_JOINED: FinishReason.ValueType  # 7
+"""The turn was answered together with a later one, which it names."""
 Global___FinishReason: _TypeAlias = FinishReason  # noqa: Y015
 
 @_typing.final
