@@ -273,6 +273,20 @@ class InvalidConfiguration(MoltBotError):
     advice = "The message says what is wrong and where; nothing was changed."
 
 
+class DeliveryNotFound(MoltBotError):
+    """The workspace has no such delivery, or no such dead letter."""
+
+    status, reason = Status.NOT_FOUND, "DELIVERY_NOT_FOUND"
+    advice = "Forget it: it was delivered long ago, retried, or dropped."
+
+
+class LeaseLost(MoltBotError):
+    """The delivery is leased to somebody else by now, or to nobody."""
+
+    status, reason = Status.FAILED_PRECONDITION, "LEASE_LOST"
+    advice = "Leave the delivery to whoever has it, and receive the next one."
+
+
 class TurnFailed(Exception):
     """A turn that ended badly, told to a caller who waits for its outcome; what it says was counted when it ended."""
 

@@ -158,10 +158,26 @@ class Usage(Value, frozen=True, kw_only=True, array_like=True):
     cached_input_tokens: int = 0
 
 
+class Place(Value, frozen=True, kw_only=True, array_like=True):
+    """A place on a platform: the channel whose adapters deliver there, and an address that only they understand."""
+
+    channel: str
+    address: str
+
+
+class WhenBusy(StrEnum):
+    """What becomes of a turn whose session is busy: it waits, cancels those before it, or is answered with others."""
+
+    QUEUE = "queue"
+    INTERRUPT = "interrupt"
+    JOIN = "join"
+
+
 class TurnInput(Value, frozen=True, kw_only=True, omit_defaults=True):
     """What a turn is started with. `session` empty: a new one. `transcript` not None: a closed conversation.
 
     `flush_interval` is how long text may wait to be sent together: None is the core's default, 0 sends every delta.
+    `reply_to` is where the answer is delivered, None for nowhere; `when_busy` None is the core's default.
     """
 
     parts: tuple[Part, ...]
@@ -175,6 +191,8 @@ class TurnInput(Value, frozen=True, kw_only=True, omit_defaults=True):
     channel: str = ""
     cancel_on_disconnect: bool = False
     flush_interval: float | None = None
+    reply_to: Place | None = None
+    when_busy: WhenBusy | None = None
 
 
 class FinishReason(StrEnum):
@@ -186,6 +204,7 @@ class FinishReason(StrEnum):
     CANCELLED = "cancelled"
     CONTENT_FILTER = "content_filter"
     TOOL_CALLS = "tool_calls"
+    JOINED = "joined"
 
 
 class TurnState(StrEnum):
@@ -303,7 +322,10 @@ class Notice(Value, frozen=True, kw_only=True, array_like=True, tag="notice"):
 
 
 class Completed(Value, frozen=True, kw_only=True, array_like=True, tag="completed"):
-    """The turn ended well; `text` is the whole answer. `cached`: it was kept from before, and no model was asked."""
+    """The turn ended well; `text` is the whole answer. `cached`: it was kept from before, and no model was asked.
+
+    `answered_by` is the number of the turn that answers this one too; 0 for none.
+    """
 
     text: str
     finish_reason: FinishReason
@@ -314,6 +336,7 @@ class Completed(Value, frozen=True, kw_only=True, array_like=True, tag="complete
     attachments: tuple[Part, ...] = ()
     reasoning: str = ""
     cached: bool = False
+    answered_by: int = 0
 
 
 class Failed(Value, frozen=True, kw_only=True, array_like=True, tag="failed"):

@@ -13,7 +13,7 @@ from moltbot_server.store.findings import Finding
 from moltbot_server.store.protocol import JournalEntry
 from moltbot_server.store.redis import RedisStore
 from moltbot_server.store.redis_check import check_redis, nodes_there
-from moltbot_server.store.sqlite import SqliteStore
+from moltbot_server.store.sqlite import SCHEMA_VERSION, SqliteStore
 from moltbot_server.store.sqlite_check import check_database
 from moltbot_server.turns import Event, TextDelta, TurnInput
 from redis.asyncio import Redis
@@ -77,7 +77,7 @@ def test_a_damaged_page_and_a_schema_of_another_release_are_found(path: Path) ->
     changed(path, "PRAGMA user_version = 1")
     ((weight, text),) = checked(path)
     assert (weight, "next start brings it up to date" in text) == ("note", True)
-    changed(path, "PRAGMA user_version = 4", "PRAGMA wal_checkpoint(TRUNCATE)")
+    changed(path, f"PRAGMA user_version = {SCHEMA_VERSION}", "PRAGMA wal_checkpoint(TRUNCATE)")
     whole = path.read_bytes()
     size = int.from_bytes(whole[16:18], "big")
     path.write_bytes(whole[: 2 * size] + b"\xff" * size + whole[3 * size :])

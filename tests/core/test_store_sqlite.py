@@ -121,6 +121,7 @@ async def test_a_database_of_the_release_before_keeps_what_is_in_it_and_takes_mo
         connection.executescript(
             "ALTER TABLE turns DROP COLUMN finish; ALTER TABLE turns DROP COLUMN rest; DROP TABLE journal;"
             "ALTER TABLE turns DROP COLUMN deadline; ALTER TABLE turns DROP COLUMN epoch; DROP TABLE usage;"
+            "DROP TABLE outbox;"
             "PRAGMA user_version = 1;"
         )
 

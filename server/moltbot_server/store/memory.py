@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import itertools
 import sqlite3
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from typing import TypeVar
 
 from moltbot_server.errors import StorageUnavailable, TurnInterrupted
@@ -25,6 +25,7 @@ from moltbot_server.store.protocol import (
     UsageQuery,
     UsageRow,
 )
+from moltbot_server.store.sqlite_outbox import OUTBOX_SCHEMA, SqliteOutbox, post, withdraw
 from moltbot_server.store.sqlite_usage import USAGE_SCHEMA, add_usage, forget_usage, usage_page
 from moltbot_server.turns import Message, Session, SessionKey, TurnKey, TurnState
 
@@ -42,8 +43,9 @@ class MemoryStore:
     def __init__(self) -> None:
         self._sessions: dict[SessionKey, Conversation] = {}
         self._requests: dict[tuple[str, str], KeptTurn] = {}
-        self._usage = sqlite3.connect(":memory:", isolation_level=None, check_same_thread=False)
-        self._usage.executescript(USAGE_SCHEMA)
+        self._database = sqlite3.connect(":memory:", isolation_level=None, check_same_thread=False)
+        self._database.executescript(USAGE_SCHEMA + OUTBOX_SCHEMA)
+        self.outbox = SqliteOutbox(self._run, self._run)
         self._is_open = False
 
     async def open(self) -> None:
@@ -65,6 +67,7 @@ class MemoryStore:
         earlier = self._requests.get((turn.key.session.workspace, turn.request_id))
         if earlier is not None and earlier.state not in _ENDED_WELL:
             earlier.give_way()
+            withdraw(self._database, turn.key.session.workspace, turn.request_id, turn.create_time)
             del self._requests[turn.key.session.workspace, turn.request_id]
         return self._answered(self._accept(turn))
 
@@ -107,6 +110,7 @@ class MemoryStore:
             taken = TurnInterrupted("another core has taken this turn over; follow it there")
             return self._answered(None, refusal=taken)
         found.finish(turn)
+        post(self._database, turn)
         session = self._sessions[turn.key.session]
         session.update_time = max(session.update_time, turn.end_time)
         return self._answered(None)
@@ -141,12 +145,12 @@ class MemoryStore:
     def add_usage(self, rows: Sequence[UsageRow]) -> Pending[None]:
         """Add rows to what was used."""
         if self._is_open:
-            add_usage(self._usage, rows)
+            add_usage(self._database, rows)
         return self._answered(None)
 
     async def forget_usage(self, before: str) -> None:
         """Delete the usage of days before one."""
-        forget_usage(self._usage, before)
+        forget_usage(self._database, before)
 
     # --- reading -------------------------------------------------------------------------------------------------
 
@@ -213,9 +217,13 @@ class MemoryStore:
     async def list_usage(self, query: UsageQuery, *, after: UsagePlace | None, limit: int) -> UsagePage:
         """Return what was used."""
         self._check_open()
-        return usage_page(self._usage, query, after=after, limit=limit)
+        return usage_page(self._database, query, after=after, limit=limit)
 
     # --- inside --------------------------------------------------------------------------------------------------
+
+    async def _run(self, what: Callable[[sqlite3.Connection], T]) -> T:
+        self._check_open()
+        return what(self._database)
 
     def _find(self, key: TurnKey) -> KeptTurn | None:
         session = self._sessions.get(key.session)

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Collection, Sequence
 from typing import Protocol
 
+from moltbot_server.store.outbox import NewDelivery, Outbox
 from moltbot_server.store.pending import Pending
 from moltbot_server.turns import (
     Event,
@@ -55,7 +56,7 @@ class JournalEntry(Value, frozen=True, kw_only=True):
 
 
 class EndedTurn(Value, frozen=True, kw_only=True):
-    """How a turn ended: its events, and the answer that belongs to the session's history."""
+    """How a turn ended: its events, the answer that belongs to the session's history, and what is to be delivered."""
 
     key: TurnKey
     state: TurnState
@@ -65,6 +66,7 @@ class EndedTurn(Value, frozen=True, kw_only=True):
     model: str = ""
     finish_reason: FinishReason | None = None
     epoch: int = 1
+    delivery: NewDelivery | None = None
 
 
 class StoredTurn(Value, frozen=True, kw_only=True):
@@ -153,6 +155,10 @@ class Store(Protocol):
 
     shared: bool
 
+    @property
+    def outbox(self) -> Outbox:
+        """Where deliveries of turns that ended are kept; there is one while the store is open."""
+
     async def open(self) -> None:
         """Open the store; turns that were running when it was last used wait to be taken over."""
 
@@ -182,9 +188,10 @@ class Store(Protocol):
         """
 
     def finish(self, turn: EndedTurn) -> Pending[None]:
-        """Store how a turn ended. It may be called before `accept` has answered, and does nothing if that refuses.
+        """Store how a turn ended, and its delivery with it.
 
-        It is answered with `TurnInterrupted` when another core has taken the turn over.
+        It may be called before `accept` has answered, and does nothing if that refuses. It is answered with
+        `TurnInterrupted` when another core has taken the turn over.
         """
 
     async def find_turn(self, key: TurnKey) -> StoredTurn | None:

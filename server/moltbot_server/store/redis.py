@@ -35,6 +35,7 @@ from moltbot_server.store.protocol import (
 from moltbot_server.store.redis_line import Argument, Call, Command, RedisLine
 from moltbot_server.store.redis_listing import list_sessions
 from moltbot_server.store.redis_nodes import LEASE, NodeLease
+from moltbot_server.store.redis_outbox import RedisOutbox
 from moltbot_server.store.redis_rows import (
     SESSION_FIELDS,
     TURN_FIELDS,
@@ -128,6 +129,7 @@ class RedisStore:
             if isinstance(problem, StorageUnavailable) and self.address not in problem.message:
                 raise StorageUnavailable(f"{problem.message}: Redis at {self.address}") from None
             raise
+        self.outbox = RedisOutbox(self, self._reading, self._writing)
         self._takeover = Takeover(self._lease, self._reading, self._writing, self.prefix)
         self._closed = False
 

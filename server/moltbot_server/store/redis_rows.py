@@ -10,6 +10,7 @@ import msgspec
 
 from moltbot_server.store.protocol import EndedTurn, NewTurn, Orphan, StoredSession, StoredTurn
 from moltbot_server.store.redis_line import Argument
+from moltbot_server.store.redis_outbox import posting_arguments
 from moltbot_server.store.sqlite_rows import end_columns, messages_of, session_of, turn_of
 from moltbot_server.turns import Event, Message, Part, Session, SessionKey, TurnInput, TurnKey, TurnState, encode
 
@@ -66,6 +67,7 @@ def finish_arguments(node: str, turn: EndedTurn) -> tuple[Argument, ...]:
     key = turn.key
     return (
         node, key.session.session, key.ordinal, turn.epoch, state, end_time, model, answer or b"", events, finish,
+        *posting_arguments(turn.delivery),
     )  # fmt: skip
 
 

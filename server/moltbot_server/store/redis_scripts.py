@@ -7,16 +7,22 @@ braces, so they lie on one node of a cluster; a script is given that beginning a
 from __future__ import annotations
 
 import hashlib
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache
 from importlib import resources
 
 from moltbot_server.store.redis_line import Argument, Command
 
-_FIRST = {"accept": "accepting.lua", "reaccept": "accepting.lua"}
+_OUTBOX = ("outbox_lease", "outbox_renew", "outbox_confirm", "outbox_reject", "outbox_dead", "outbox_prune")
+_FIRST: Mapping[str, Sequence[str]] = {
+    "accept": ("accepting.lua",),
+    "reaccept": ("outboxing.lua", "accepting.lua"),
+    **dict.fromkeys(("finish", *_OUTBOX), ("outboxing.lua",)),
+}
 _NAMES = (
     "accept", "reaccept", "append", "finish", "take_over", "withdraw", "forget", "load", "messages", "add_usage",
-    "restore_session", "restore_turn",
+    "restore_session", "restore_turn", *_OUTBOX,
 )  # fmt: skip
 
 
@@ -38,7 +44,7 @@ def scripts() -> dict[str, Script]:
     folder = resources.files("moltbot_server.store") / "lua"
     found = {}
     for name in _NAMES:
-        parts = ("common.lua", *filter(None, (_FIRST.get(name),)), f"{name}.lua")
+        parts = ("common.lua", *_FIRST.get(name, ()), f"{name}.lua")
         text = "".join((folder / part).read_text("utf-8") for part in parts)
         found[name] = Script(text, hashlib.sha1(text.encode(), usedforsecurity=False).hexdigest())
     return found

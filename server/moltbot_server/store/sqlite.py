@@ -30,6 +30,7 @@ from moltbot_server.store.protocol import JournalEntry, Orphan
 from moltbot_server.store.reader import GroupReader
 from moltbot_server.store.sqlite_journal import JOURNAL_SCHEMA, append_entries, forget_entries, names_of, take_over
 from moltbot_server.store.sqlite_nodes import Pen, SqliteNodes
+from moltbot_server.store.sqlite_outbox import OUTBOX_SCHEMA, SqliteOutbox, post_ends, withdraw
 from moltbot_server.store.sqlite_pruning import prune_sessions
 from moltbot_server.store.sqlite_rows import end_columns, messages_of, rest_columns, session_of, turn_of
 from moltbot_server.store.sqlite_usage import USAGE_SCHEMA, add_usage, forget_usage, read_usage
@@ -44,7 +45,7 @@ from moltbot_server.turns import (
 
 T = TypeVar("T")
 
-SCHEMA_VERSION = 4
+SCHEMA_VERSION = 5
 
 _SCHEMA = f"""
 CREATE TABLE sessions (
@@ -61,7 +62,7 @@ CREATE TABLE turns (
 CREATE UNIQUE INDEX turns_by_session ON turns (workspace, session, ordinal);
 CREATE UNIQUE INDEX turns_by_request ON turns (workspace, request_id);
 CREATE INDEX turns_running ON turns (state) WHERE state = 'running';
-{USAGE_SCHEMA}{JOURNAL_SCHEMA}"""
+{USAGE_SCHEMA}{JOURNAL_SCHEMA}{OUTBOX_SCHEMA}"""
 
 # From each version of the schema to the next. Of answers that were kept before, only a cancelled one can be told.
 _STEPS = {
@@ -69,6 +70,7 @@ _STEPS = {
     "UPDATE turns SET finish = 'cancelled' WHERE state = 'cancelled';",
     2: USAGE_SCHEMA,
     3: JOURNAL_SCHEMA,
+    4: OUTBOX_SCHEMA,
 }
 
 _INSERT_TURN = Rows(
@@ -145,6 +147,7 @@ class SqliteStore:
             over=self._written,
             pen=self._pen,
         )
+        self.outbox = SqliteOutbox(self._reader.read, self._writer.submit)
 
     async def close(self) -> None:
         """Write what waits, then close the file."""
@@ -175,6 +178,7 @@ class SqliteStore:
 
         def write(connection: sqlite3.Connection) -> StoredTurn | None:
             names = turn.key.session.workspace, turn.request_id
+            withdraw(connection, *names, turn.create_time)
             connection.execute(_FORGET_SUPERSEDED, names)
             connection.execute(_SUPERSEDE, names)
             return self._insert(connection, [turn], {})[0]
@@ -400,6 +404,7 @@ class SqliteStore:
             left_out = append_entries(connection, entries)
             self._journaled.update(entry.key for entry in entries)
         lost = self._update(connection, list(ended.values())) if ended else ()
+        post_ends(connection, turns)
 
         def answer(turn: NewTurn | EndedTurn | tuple[JournalEntry, ...]) -> Any:
             if isinstance(turn, NewTurn):

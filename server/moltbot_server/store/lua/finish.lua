@@ -1,5 +1,6 @@
--- ARGV: node, session, ordinal, epoch, state, end_time, model, answer, events, finish. Answers 0 when the turn is
--- another node's, else 1; there may be no such turn.
+-- ARGV: node, session, ordinal, epoch, state, end_time, model, answer, events, finish, and what is to be delivered, if
+-- anything: id, channel, address, request_id, end. Answers 0 when the turn is another node's, else 1; there may be no such
+-- turn.
 local session = ARGV[2]
 local name = ARGV[3] .. ':' .. session
 local found = call('HMGET', turn_key(name), 'p', 'n', 'q', 'a')
@@ -12,4 +13,5 @@ call('ZREM', running_key(ARGV[1]), name)
 call('UNLINK', journal_key(name))
 if found[3] then count_messages(session, (ARGV[8] ~= '' and 1 or 0) - (found[4] and 1 or 0)) end
 touch(session, ARGV[6])
+if ARGV[11] then post(name, ARGV[11], ARGV[12], ARGV[13], ARGV[14], ARGV[15]) end
 return 1

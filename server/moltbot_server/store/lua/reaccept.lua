@@ -14,6 +14,7 @@ if held then
     if found[3] then
         count_messages(string.match(held, '^%d+:(.*)$'), found[4] and -2 or -1)
     end
+    withdraw_delivery(held)
     call('HDEL', turn_key(held), 'q', 'x', 'l')
     call('UNLINK', journal_key(held))
 end
