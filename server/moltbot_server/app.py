@@ -10,11 +10,13 @@ from collections.abc import Mapping, Sequence
 from types import MappingProxyType
 from typing import Any
 
+from moltbot.v1 import model_pb2
+
 from moltbot_server.auth.keys import Authenticator
 from moltbot_server.auth.policy import OWNER
 from moltbot_server.auth.provider_keys import ProviderKeys
 from moltbot_server.config import INLINE, Settings
-from moltbot_server.errors import ModelUnavailable, MoltBotError, Unauthenticated
+from moltbot_server.errors import ModelUnavailable, MoltBotError, NotServing, Unauthenticated
 from moltbot_server.journal import Journal
 from moltbot_server.metrics import Metrics
 from moltbot_server.models.caching.building import Caches
@@ -27,7 +29,9 @@ from moltbot_server.ops import OpsServer
 from moltbot_server.pipeline import TurnPipeline
 from moltbot_server.reloading import Reloading, Reread
 from moltbot_server.rpc.remote_engine import EngineLink, RemoteEngine
+from moltbot_server.rpc.route import reload_others
 from moltbot_server.rpc.server import GrpcServer, Sharing
+from moltbot_server.rpc.siblings import Siblings
 from moltbot_server.sessions import Sessions
 from moltbot_server.store.building import build_store
 from moltbot_server.turns import Message, Principal
@@ -118,8 +122,12 @@ class Core:
                 grace=settings.max_connection_age_grace,
             ),
         )
+        places = Workspace(folder=settings.workspace)
+        others = {number for number in range(1, settings.workers + 1) if worker} - {worker}
+        self.siblings = Siblings({f"core-{number}": places.core_socket(number) for number in sorted(others)}, key)
         self.ops: OpsServer | None = None
         self._serving = False
+        self._engine_default = ""
         self._duties: list[asyncio.Task[None]] = []
         self._reloads: asyncio.Task[None] | None = None
 
@@ -157,6 +165,7 @@ class Core:
                 ledger=self.ledger,
                 reloading=self.reloading,
                 caches=caches,
+                siblings=self.siblings,
                 max_inline_bytes=self.settings.max_inline_bytes,
             )
             self.metrics.turns_under_way.ask(lambda: len(self.journal))
@@ -173,6 +182,8 @@ class Core:
         self._serving = True
         if self._worker <= 1:  # of several, one does it
             self._duties.append(asyncio.create_task(self._prune()))
+        if self._worker:
+            self._duties.append(asyncio.create_task(self._catch_up()))
         if self.store.shared:
             self._duties.append(asyncio.create_task(self._look_after_others()))
         seconds = round(time.perf_counter() - started, 3)
@@ -211,6 +222,24 @@ class Core:
             return
         if needs_restart:
             log.warning("some of it needs a restart", extra={"keys": ", ".join(needs_restart)})
+        with contextlib.suppress(NotServing):  # the log says which workers could not
+            await reload_others(self.siblings, None)
+
+    async def _catch_up(self) -> None:
+        """Take up what was changed for all workers while this one was being started."""
+        try:
+            await self.reloading.reload()
+            if self._link is not None:
+                before, models = self._engine_default, await self._link.models()
+                for model in models:
+                    engine = RemoteEngine(self._link, model, queue_limit=self.settings.queue_limit)
+                    if engine.id not in self.catalog:
+                        self.catalog.add(engine)
+                default = _default_of(models)
+                if default != before and not self.lineup.owns(self.catalog.default):
+                    self.catalog.choose(default)
+        except MoltBotError as error:
+            log.error("what was changed while this core started may be missing", extra={"problem": error.message})
 
     def health(self) -> Mapping[str, Any]:
         """Return how the core is, for `/health`."""
@@ -242,6 +271,7 @@ class Core:
                 f"The engine at {self._link.address} does not know this workspace's key: copy {key_file} into the "
                 "engine's workspace and start it again."
             ) from None
+        self._engine_default = _default_of(models)
         for model in models:
             self.catalog.add(RemoteEngine(self._link, model, queue_limit=self.settings.queue_limit))
 
@@ -308,6 +338,11 @@ def _models(settings: Settings, key: str, given: Catalog | None) -> tuple[Catalo
     from moltbot_server.models.building import LocalLoader, Resources, configured_catalog
 
     return given or configured_catalog(settings), None, LocalLoader(Resources.of(settings))
+
+
+def _default_of(models: Sequence[model_pb2.Model]) -> str:
+    """Return the id of the model that answers by default, which an engine tells first."""
+    return models[0].name.removeprefix("models/") if models else ""
 
 
 def _tls(settings: Settings) -> tuple[bytes, bytes] | None:

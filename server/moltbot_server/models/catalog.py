@@ -201,13 +201,18 @@ class Catalog:
             ModelNotFound: no model has this id.
             ModelInUse: it is the default model.
         """
-        entry = self.entry(model)
-        if entry.engine.id == self._default:
-            raise ModelInUse(f"The model {entry.engine.id} answers by default; switch to another one first.")
+        entry = self.may_drop(model)
         await entry.drain()
         if self._entries.get(entry.engine.id) is entry:
             del self._entries[entry.engine.id]
         return entry.engine
+
+    def may_drop(self, model: str) -> CatalogEntry:
+        """Return a model that may be taken out; raises what `drop` does."""
+        entry = self.entry(model)
+        if entry.engine.id == self._default:
+            raise ModelInUse(f"The model {entry.engine.id} answers by default; switch to another one first.")
+        return entry
 
     def take_out(self, model: str) -> CatalogEntry:
         """Remove a model at once and return it; turns that hold it end with it, and it is still to be closed.

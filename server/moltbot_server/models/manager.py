@@ -124,9 +124,19 @@ class ModelManager:
             ModelNotFound: no model has this name.
             ModelInUse: it is the default model, or belongs to the configuration.
         """
+        self.may_unload(name)
+        await asyncio.shield(asyncio.create_task(self._unload(name)))
+
+    def may_unload(self, name: str) -> None:
+        """Refuse to unload what has to stay.
+
+        Raises:
+            ModelNotFound: no model has this name.
+            ModelInUse: it is the default model, or belongs to the configuration.
+        """
         if self._stays(name):
             raise ModelInUse(f"{name} is there by the configuration; take it out of moltbot.yaml and reload that.")
-        await asyncio.shield(asyncio.create_task(self._unload(name)))
+        self._catalog.may_drop(name)
 
     async def _load(self, spec: ModelSpec, progress: Progress) -> CatalogEntry:
         try:

@@ -11,6 +11,7 @@ from moltbot.v1 import cache_pb2, cache_pb2_grpc
 from moltbot_server.errors import InvalidField
 from moltbot_server.metrics import CountedCache
 from moltbot_server.rpc.interceptors import Call
+from moltbot_server.rpc.siblings import Siblings
 
 _PREFIX = "caches/"
 _ALL = "-"
@@ -43,12 +44,20 @@ class ClearableCache(CountedCache, Protocol):
 class CacheService(cache_pb2_grpc.CacheServiceServicer):
     """Serves caches."""
 
-    def __init__(self, caches: Sequence[ClearableCache]) -> None:
+    def __init__(self, caches: Sequence[ClearableCache], siblings: Siblings) -> None:
+        self._siblings = siblings
         self._caches = {cache.name: cache for cache in caches}
 
     async def ListCaches(self, request: cache_pb2.ListCachesRequest, call: Call) -> cache_pb2.ListCachesResponse:  # type: ignore[override]
-        """Answer the caches with their counters, which are those of the whole core."""
-        return cache_pb2.ListCachesResponse(caches=[_message(cache) for cache in self._caches.values()])
+        """Answer the caches with their counters, which are those of all workers together."""
+        found = {cache.name: cache for cache in map(_message, self._caches.values())}
+        others = await self._siblings.carry(
+            call, lambda channel, common: cache_pb2_grpc.CacheServiceStub(channel).ListCaches(request, **common)
+        )
+        for theirs in (cache for answer in others for cache in answer.caches):
+            if (ours := found.get(theirs.name)) is not None:
+                _add(ours, theirs)
+        return cache_pb2.ListCachesResponse(caches=found.values())
 
     async def ClearCache(self, request: cache_pb2.ClearCacheRequest, call: Call) -> cache_pb2.ClearCacheResponse:  # type: ignore[override]
         """Forget what a cache, or each of them, keeps of the caller's workspace."""
@@ -60,7 +69,22 @@ class CacheService(cache_pb2_grpc.CacheServiceServicer):
         cleared = 0
         for cache in chosen:
             cleared += await cache.clear(call.principal.workspace)
+        others = await self._siblings.carry(
+            call, lambda channel, common: cache_pb2_grpc.CacheServiceStub(channel).ClearCache(request, **common)
+        )
+        cleared += sum(answer.cleared for answer in others)
         return cache_pb2.ClearCacheResponse(cleared=cleared)
+
+
+def _add(ours: cache_pb2.Cache, theirs: cache_pb2.Cache) -> None:
+    """Add what another worker has; what is kept elsewhere is there for all of them, and counts once."""
+    ours.hits += theirs.hits
+    ours.misses += theirs.misses
+    ours.joined += theirs.joined
+    if ours.backend == "memory":
+        ours.entries += theirs.entries
+        ours.bytes += theirs.bytes
+        ours.max_bytes += theirs.max_bytes
 
 
 def _message(cache: ClearableCache) -> cache_pb2.Cache:

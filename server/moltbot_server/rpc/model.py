@@ -3,22 +3,26 @@
 from __future__ import annotations
 
 import asyncio
+from collections.abc import Mapping
+from typing import Any
 
 from moltbot.v1 import model_pb2, model_pb2_grpc
 
-from moltbot_server.errors import InvalidField
+from moltbot_server.errors import InvalidField, ModelNotFound
 from moltbot_server.models.catalog import Catalog, CatalogEntry
 from moltbot_server.models.manager import ModelManager
 from moltbot_server.rpc import convert, names
 from moltbot_server.rpc.interceptors import Call
+from moltbot_server.rpc.siblings import Siblings
 
 _LIST = ("models",)
 
 
 class ModelService(model_pb2_grpc.ModelServiceServicer):
-    """Serves models."""
+    """Serves models; what changes them holds for all workers when it is answered."""
 
-    def __init__(self, catalog: Catalog, manager: ModelManager) -> None:
+    def __init__(self, catalog: Catalog, manager: ModelManager, siblings: Siblings | None = None) -> None:
+        self._siblings = siblings or Siblings({}, "")
         self._catalog = catalog
         self._manager = manager
 
@@ -62,6 +66,7 @@ class ModelService(model_pb2_grpc.ModelServiceServicer):
             if not loading.done():
                 loading.cancel()  # the load itself goes on; nobody waits for it here any more
         entry = await loading
+        await self._siblings.carry(call, lambda channel, common: _load(channel, request, common))
         await call.context.write(
             model_pb2.LoadModelResponse(stage="ready", progress=1.0, model=self._as_message(entry))
         )
@@ -69,11 +74,24 @@ class ModelService(model_pb2_grpc.ModelServiceServicer):
     async def SwitchModel(self, request: model_pb2.SwitchModelRequest, call: Call) -> model_pb2.SwitchModelResponse:  # type: ignore[override]
         """Make a loaded model the default."""
         entry, previous = await self._manager.switch_model(_named(request.name))
+        await self._siblings.carry(
+            call, lambda channel, common: model_pb2_grpc.ModelServiceStub(channel).SwitchModel(request, **common)
+        )
         return model_pb2.SwitchModelResponse(model=self._as_message(entry), previous=f"models/{previous}")
 
     async def UnloadModel(self, request: model_pb2.UnloadModelRequest, call: Call) -> model_pb2.UnloadModelResponse:  # type: ignore[override]
         """Free a model once its last turn has ended."""
-        await self._manager.unload_model(_named(request.name))
+        name = _named(request.name)
+        self._manager.may_unload(name)
+        # At the same time: while the last turns end here, the others take no more of them.
+        await asyncio.gather(
+            self._manager.unload_model(name),
+            self._siblings.carry(
+                call,
+                lambda channel, common: model_pb2_grpc.ModelServiceStub(channel).UnloadModel(request, **common),
+                fine=(ModelNotFound.reason,),
+            ),
+        )
         return model_pb2.UnloadModelResponse()
 
     def _as_message(self, entry: CatalogEntry) -> model_pb2.Model:
@@ -105,6 +123,12 @@ class ModelService(model_pb2_grpc.ModelServiceServicer):
             memory_bytes=engine.memory_bytes,
             parallel=engine.parallel,
         )
+
+
+async def _load(channel: Any, request: model_pb2.LoadModelRequest, common: Mapping[str, Any]) -> None:
+    """Have a model loaded by another worker, and wait until it is there."""
+    async for _ in model_pb2_grpc.ModelServiceStub(channel).LoadModel(request, **common):
+        pass  # how far it is was told of the first load
 
 
 def _named(name: str) -> str:

@@ -9,15 +9,17 @@ from moltbot_server.models.routing import BreakerState, ModelOfRoute, RouteEngin
 from moltbot_server.reloading import Reloading
 from moltbot_server.rpc import convert
 from moltbot_server.rpc.interceptors import Call
+from moltbot_server.rpc.siblings import Siblings
 
 _STATES = {state: route_pb2.BreakerState.Value(f"BREAKER_STATE_{state.value.upper()}") for state in BreakerState}
 
 
 class RouteService(route_pb2_grpc.RouteServiceServicer):
-    """Serves routes."""
+    """Serves routes: how their models are is what this worker has seen of them."""
 
-    def __init__(self, reloading: Reloading, catalog: Catalog) -> None:
+    def __init__(self, reloading: Reloading, catalog: Catalog, siblings: Siblings) -> None:
         self._reloading = reloading
+        self._siblings = siblings
         self._catalog = catalog
 
     async def ListRoutes(self, request: route_pb2.ListRoutesRequest, call: Call) -> route_pb2.ListRoutesResponse:  # type: ignore[override]
@@ -25,13 +27,26 @@ class RouteService(route_pb2_grpc.RouteServiceServicer):
         return route_pb2.ListRoutesResponse(routes=self._routes())
 
     async def ReloadRoutes(self, request: route_pb2.ReloadRoutesRequest, call: Call) -> route_pb2.ReloadRoutesResponse:  # type: ignore[override]
-        """Read the configuration and the keys again."""
+        """Read the configuration and the keys again, here and by the other workers."""
         needs_restart = await self._reloading.reload()
+        await reload_others(self._siblings, call)
         return route_pb2.ReloadRoutesResponse(routes=self._routes(), needs_restart=needs_restart)
 
     def _routes(self) -> list[route_pb2.Route]:
         default = self._catalog.default
         return [_route(engine, is_default=engine.id == default) for engine in self._reloading.routes]
+
+
+async def reload_others(siblings: Siblings, call: Call | None) -> None:
+    """Let the other workers read the configuration again, once it was found to be right.
+
+    Raises:
+        NotServing: some of them could not.
+    """
+    request = route_pb2.ReloadRoutesRequest()
+    await siblings.carry(
+        call, lambda channel, common: route_pb2_grpc.RouteServiceStub(channel).ReloadRoutes(request, **common)
+    )
 
 
 def _route(engine: RouteEngine, *, is_default: bool) -> route_pb2.Route:

@@ -52,6 +52,7 @@ from moltbot_server.rpc.plugin import PluginService
 from moltbot_server.rpc.reflection import SERVICE_NAME, ReflectionService
 from moltbot_server.rpc.route import RouteService
 from moltbot_server.rpc.session import SessionService
+from moltbot_server.rpc.siblings import Siblings
 from moltbot_server.rpc.usage import UsageService
 from moltbot_server.sessions import Sessions
 from moltbot_server.store import Store
@@ -146,6 +147,7 @@ class GrpcServer:
         ledger: Ledger,
         reloading: Reloading,
         caches: Sequence[ClearableCache],
+        siblings: Siblings,
         max_inline_bytes: int,
     ) -> None:
         """Add all services of a core, each method behind the guard."""
@@ -153,8 +155,9 @@ class GrpcServer:
         guard = Guard(authenticator, metrics)
         reader = convert.Reader(max_inline_bytes=max_inline_bytes)
         chat, session = ChatService(pipeline, journal, reader), SessionService(store, sessions)
-        model, inference = ModelService(catalog, manager), InferenceService(catalog, reader)
-        usage, route, cache = UsageService(store, ledger), RouteService(reloading, catalog), CacheService(caches)
+        model, inference = ModelService(catalog, manager, siblings), InferenceService(catalog, reader)
+        usage, route = UsageService(store, ledger), RouteService(reloading, catalog, siblings)
+        cache = CacheService(caches, siblings)
         for server in filter(None, (self._private, self._server)):
             guarded: Any = GuardedServer(server, guard, gates)
             chat_pb2_grpc.add_ChatServiceServicer_to_server(chat, guarded)

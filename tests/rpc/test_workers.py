@@ -1,0 +1,185 @@
+"""Workers of one machine: whoever is asked, what changes all of it holds for all of them."""
+
+from __future__ import annotations
+
+import asyncio
+from pathlib import Path
+from typing import Any
+
+import grpc
+import pytest
+from moltbot.v1 import cache_pb2, cache_pb2_grpc, model_pb2, route_pb2, route_pb2_grpc
+from moltbot_server.config_models import ModelRoute, Provider, ProviderModel
+from rpc_calls import Api, drained, reason_of, refused, turn, until
+from worker_rig import Workers, workers
+
+PROVIDER = Provider(
+    name="far", dialect="openai", base_url="http://127.0.0.1:9/v1", models=(ProviderModel(name="far-model"),)
+)
+SCRIPT = "rules:\n  - {match: 'Hi', template: 'the other one'}\n"
+
+
+async def models(api: Api) -> tuple[str, set[str]]:
+    """Return the default model of a worker, and all of its models."""
+    listed = await api.models.ListModels(model_pb2.ListModelsRequest(), metadata=api.metadata)
+    default = next(model.name for model in listed.models if model.is_default)
+    return default, {model.name for model in listed.models}
+
+
+async def reload(api: Api) -> Any:
+    """Have the configuration read again."""
+    stub = route_pb2_grpc.RouteServiceStub(api.channel)
+    return await stub.ReloadRoutes(route_pb2.ReloadRoutesRequest(), metadata=api.metadata)
+
+
+async def load(api: Api, name: str, path: Path) -> list[Any]:
+    """Load a model that plays a script."""
+    request = model_pb2.LoadModelRequest(name=f"models/{name}", path=str(path), type="scripted")
+    return [step async for step in api.models.LoadModel(request, metadata=api.metadata)]
+
+
+@pytest.fixture
+def script(tmp_path: Path) -> Path:
+    """A script for another model."""
+    path = tmp_path / "other.yaml"
+    path.write_text(SCRIPT)
+    return path
+
+
+async def test_several_cores_answer_at_one_port_and_keep_one_database(tmp_path: Path) -> None:
+    async with workers(tmp_path / "w", 3) as rig:
+        for number in range(12):
+            await rig.anywhere().run(turn("Hi", session=f"sessions/s{number}", request_id=f"r{number}"))
+        for number in range(12):
+            assert len(await rig.at(1 + number % 3).messages(f"sessions/s{number}")) == 2
+
+
+async def test_a_reload_asked_of_one_worker_holds_for_all(tmp_path: Path) -> None:
+    async with workers(tmp_path / "w", 3) as rig:
+        rig.configure(providers=(PROVIDER,), models=ModelRoute(primary="far-model", fallback=("scripted",)))
+        await reload(rig.at(2))
+        for number in (1, 2, 3):
+            assert await models(rig.at(number)) == (
+                "models/default",
+                {"models/default", "models/far-model", "models/scripted"},
+            )
+
+
+async def test_a_hangup_of_one_worker_makes_all_read_the_configuration_again(tmp_path: Path) -> None:
+    async with workers(tmp_path / "w", 2) as rig:
+        rig.configure(providers=(PROVIDER,))
+        rig.cores[1].reload_soon()
+        for number in (1, 2):
+            await until(lambda number=number: "far-model" in rig.cores[number].catalog)
+
+
+async def test_a_wrong_configuration_is_carried_to_nobody(tmp_path: Path) -> None:
+    async with workers(tmp_path / "w", 2) as rig:
+        rig.configure(models=ModelRoute(primary="nobody-knows-it"))
+        problem = await refused(reload(rig.at(1)))
+        assert reason_of(problem) == "INVALID_CONFIGURATION"
+        assert await models(rig.at(2)) == ("models/scripted", {"models/scripted"})
+
+
+async def test_a_model_is_loaded_chosen_and_let_go_by_all_workers(tmp_path: Path, script: Path) -> None:
+    async with workers(tmp_path / "w", 3) as rig:
+        steps = await load(rig.at(1), "other", script)
+        assert steps[-1].model.name == "models/other"
+        for number in (1, 2, 3):
+            assert await models(rig.at(number)) == ("models/scripted", {"models/scripted", "models/other"})
+
+        switch = model_pb2.SwitchModelRequest(name="models/other")
+        await rig.at(3).models.SwitchModel(switch, metadata=rig.metadata)
+        for number in (1, 2, 3):
+            assert (await models(rig.at(number)))[0] == "models/other"
+            assert (await rig.at(number).run(turn("Hi"))).completed.text == "the other one"
+
+        unload = model_pb2.UnloadModelRequest(name="models/scripted")
+        await rig.at(2).models.UnloadModel(unload, metadata=rig.metadata)
+        for number in (1, 2, 3):
+            assert await models(rig.at(number)) == ("models/other", {"models/other"})
+
+
+async def test_what_must_stay_is_unloaded_by_nobody(tmp_path: Path, script: Path) -> None:
+    async with workers(tmp_path / "w", 2) as rig:
+        await load(rig.at(1), "other", script)
+        unload = model_pb2.UnloadModelRequest(name="models/scripted")
+        problem = await refused(rig.at(1).models.UnloadModel(unload, metadata=rig.metadata))
+        assert reason_of(problem) == "MODEL_IN_USE"
+        assert await models(rig.at(2)) == ("models/scripted", {"models/scripted", "models/other"})
+
+
+async def test_a_worker_that_does_not_run_is_not_missed_and_reads_all_when_it_comes(tmp_path: Path) -> None:
+    async with workers(tmp_path / "w", 2) as rig:
+        await rig.stop(2)
+        rig.configure(providers=(PROVIDER,))
+        await reload(rig.at(1))
+        core = await rig.start(2)
+        assert "far-model" in core.catalog
+
+
+async def test_a_change_while_a_worker_starts_reaches_it(tmp_path: Path) -> None:
+    async with workers(tmp_path / "w", 2) as rig:
+        await rig.stop(2)
+        old = rig.settings
+        rig.configure(providers=(PROVIDER,))
+        new, rig.settings = rig.settings, old
+        starting = asyncio.create_task(rig.start(2))
+        await asyncio.sleep(0)  # it has its settings
+        rig.settings = new
+        await starting
+        await until(lambda: "far-model" in rig.cores[2].catalog)
+
+
+async def test_who_asks_hears_which_worker_could_not(tmp_path: Path) -> None:
+    async with workers(tmp_path / "w", 3) as rig:
+        rig.configure(providers=(PROVIDER,))
+        broken = rig.cores[3].reloading
+
+        def unreadable() -> Any:
+            raise PermissionError("no")
+
+        broken._reread = unreadable
+        problem = await refused(reload(rig.at(1)))
+        assert problem.code() is grpc.StatusCode.UNAVAILABLE
+        assert "core-3" in str(problem.details())
+        assert "core-2" not in str(problem.details())
+        for number in (1, 2):
+            assert "far-model" in rig.cores[number].catalog
+
+
+async def test_caches_are_cleared_and_counted_for_all_workers_together(tmp_path: Path) -> None:
+    async with workers(tmp_path / "w", 2) as rig:
+        for number in (1, 2):
+            for name in ("a", "b"):
+                await rig.at(number).run(turn("Hi", session=f"sessions/{name}{number}"))
+        caches = cache_pb2_grpc.CacheServiceStub(rig.at(1).channel)
+        listed = await caches.ListCaches(cache_pb2.ListCachesRequest(), metadata=rig.metadata)
+        sessions = next(cache for cache in listed.caches if cache.name == "caches/sessions")
+        assert sessions.entries == 4
+        cleared = await caches.ClearCache(cache_pb2.ClearCacheRequest(name="caches/sessions"), metadata=rig.metadata)
+        assert cleared.cleared == 4
+        assert [len(core.sessions) for core in rig.cores.values()] == [0, 0]
+
+
+async def test_streams_end_while_their_worker_leaves_and_new_calls_go_to_the_others(tmp_path: Path) -> None:
+    async with workers(tmp_path / "w", 2) as rig:
+        streams = [rig.anywhere().stream(turn("#20 pace=0.05", request_id=f"slow-{number}")) for number in range(16)]
+        for stream in streams:
+            await stream.read()
+        leaving = asyncio.create_task(rig.stop(1))
+        await asyncio.sleep(0.1)
+        assert not leaving.done()
+        for number in range(16):
+            await rig.anywhere().run(turn("Hi", request_id=f"new-{number}"))
+        outcomes = [await drained(stream) for stream in streams]
+        assert {events[-1].WhichOneof("kind") for events in outcomes} == {"completed"}
+        await leaving
+
+
+async def test_a_second_set_of_cores_without_leave_to_share_the_port_is_refused(tmp_path: Path) -> None:
+    async with workers(tmp_path / "w", 2) as rig:
+        lonely = Workers(tmp_path / "other", 1, {"grpc_port": rig.settings.grpc_port})
+        with pytest.raises(OSError, match="cannot be bound"):
+            await lonely.start(0)
+        lonely.cores.clear()
