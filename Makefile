@@ -35,7 +35,7 @@ run: $(RUN) ## Starts MoltBot and asks it a first question (RUN_ARGS="--port 300
 	@exec $(BIN)/moltbot start --first-question "$(QUESTION)" $(RUN_ARGS)
 
 test: $(DEV) ## Runs every test (TEST_ARGS="-k sessions" for some)
-	@scripts/tools chromium ghz grpcurl redis || echo "Tests that need a missing tool are skipped and say so."
+	@scripts/tools chromium envoy ghz grpcurl nginx redis || echo "Tests that need a missing tool are skipped and say so."
 	@exec $(BIN)/python -m pytest $(TEST_ARGS)
 
 check: $(DEV) $(GENERATOR) ## Checks style, types, floors, the contract and its generated code

@@ -25,17 +25,18 @@ _SAYS = ("text_delta", "reset", "completed")
 class Adapter(Node):
     """An HTTP adapter in front of a core, on a port of its own that stays the same when it is started again."""
 
-    def __init__(self, setup: Setup, name: str, note: Callable[[Entry], None], *, core: str) -> None:
-        """`core` is the address that it calls."""
+    def __init__(self, setup: Setup, name: str, note: Callable[[Entry], None], *, core: str, proxy: str = "") -> None:
+        """`core` is the address that it calls; `proxy` the network of a proxy that it believes."""
         super().__init__(setup, name, note)
         self._core = core
+        self._proxy = ("--trusted-proxy", proxy) if proxy else ()
 
     def command(self) -> list[str]:
         """Return the command that starts it."""
         workspace = Workspace(folder=self.setup.folder)
         return [
             *(sys.executable, "-m", "moltbot_adapters", "http", "--port", str(self.port), "--core", self._core),
-            *("--key-file", str(workspace.key_file), "--state", str(workspace.http_state)),
+            *("--key-file", str(workspace.key_file), "--state", str(workspace.http_state), *self._proxy),
         ]
 
     async def _watch(self, process: Process) -> None:

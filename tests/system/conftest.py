@@ -1,8 +1,8 @@
-"""What the tests of whole systems borrow from those of the core: a Redis of their own."""
+"""What the tests of whole systems borrow from others: a Redis of their own, and nodes that can be killed."""
 
 from __future__ import annotations
 
 import sys
 from pathlib import Path
 
-sys.path.append(str(Path(__file__).parents[1] / "core"))
+sys.path += [str(Path(__file__).parents[1] / name) for name in ("core", "faults")]
