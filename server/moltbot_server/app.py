@@ -186,6 +186,7 @@ class Core:
             self._duties.append(asyncio.create_task(self._catch_up()))
         if self.store.shared:
             self._duties.append(asyncio.create_task(self._look_after_others()))
+            self._duties.append(asyncio.create_task(self.ledger.follow_others()))
         seconds = round(time.perf_counter() - started, 3)
         log.info("the core serves", extra={"grpc": self.server.address, "seconds": seconds})
 

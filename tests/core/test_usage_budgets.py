@@ -232,3 +232,21 @@ async def test_whatever_comes_between_every_turn_is_counted_once(failing: Failin
     users["u0"] -= 1
     models = sum(count for (_, what), count in turns.items() if what == "m1") - 1
     assert grown == fresh == [100 * (turns.total() - 1), 100 * max(users.values()), 100 * models]
+
+
+async def test_what_another_core_used_counts_here_soon(store: Store) -> None:
+    per_user = Budget(scope="user", period="day", max_tokens=200)
+    async with books(store, WORKSPACE_DAY) as one, books(store, WORKSPACE_DAY, per_user) as other:
+        following = asyncio.create_task(other.ledger.follow_others())
+        other.use("ann")
+        one.use("bob")
+        async with asyncio.timeout(20):
+            while other.refused("carl") is None:  # noqa: ASYNC110 - it learns it at a moment of its own
+                await asyncio.sleep(0.01)
+        refusal = other.refused("ann")
+        assert refusal is not None
+        assert refusal.message.startswith("this workspace has used up")
+        assert [use.tokens for use in other.ledger.budgets("w")] == [200, 100], "each turn counts once"
+        assert one.refused() is None, "who does not look does not know"
+        following.cancel()
+        await asyncio.wait({following})

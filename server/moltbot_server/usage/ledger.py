@@ -28,6 +28,7 @@ KEPT_DAYS = 400
 """Usage of so many days is kept: a year, and the month to compare it with."""
 
 _WRITE_EVERY = 1.0
+_CALM = 20.0  # times as long as counting took, until it is done again
 _MOST_ACCOUNTS = 10_000
 """Users, each with each model, that are told apart in a workspace and a day."""
 _MOST_MODELS = 1_000
@@ -258,21 +259,44 @@ class Ledger:
             MoltBotError: the store cannot tell what was used; the budgets before hold on.
         """
         async with self._turn_to_write:
-            while True:
-                now, day = self._today(), self._day
-                if error := await self._write():
-                    raise error
-                limits = [await self._counted(Limit(budget, now)) for budget in budgets]
-                if day == self._day:
-                    break  # else a day began meanwhile, and what was counted may be of the one before
-            # From here on nothing waits. What was used since the store was asked is in the accounts alone.
-            rows = [account.row(day) for account in self._dirty]
-            for limit in limits:
-                limit.count(rows)
-            self._limits, self._budgets, self.currency = tuple(limits), tuple(budgets), currency
-            for account in self._accounts.values():
-                if account.spent is not None:
-                    account.spent = self._spents(account.workspace, account.user, account.model, new=True)
+            await self._count(budgets, currency)
+
+    async def follow_others(self) -> None:
+        """Learn again and again what others that share the store have used, for as long as this is not cancelled.
+
+        What they used counts here within two seconds, or later where there is so much to count that it would take a
+        twentieth of the time.
+        """
+        pause = _WRITE_EVERY
+        while True:
+            await asyncio.sleep(pause)
+            if not self._budgets:
+                continue
+            began = time.monotonic()
+            try:
+                async with self._turn_to_write:
+                    await self._count(self._budgets, self.currency)
+            except MoltBotError as error:
+                log.debug("what others used cannot be counted now", extra={"error": error.message})
+            pause = max(_WRITE_EVERY, _CALM * (time.monotonic() - began))
+
+    async def _count(self, budgets: Sequence[Budget], currency: str) -> None:
+        """Count all that was used in the periods that run, here and elsewhere; one at a time."""
+        while True:
+            now, day = self._today(), self._day
+            if error := await self._write():
+                raise error
+            limits = [await self._counted(Limit(budget, now)) for budget in budgets]
+            if day == self._day:
+                break  # else a day began meanwhile, and what was counted may be of the one before
+        # From here on nothing waits. What was used since the store was asked is in the accounts alone.
+        rows = [account.row(day) for account in self._dirty]
+        for limit in limits:
+            limit.count(rows)
+        self._limits, self._budgets, self.currency = tuple(limits), tuple(budgets), currency
+        for account in self._accounts.values():
+            if account.spent is not None:
+                account.spent = self._spents(account.workspace, account.user, account.model, new=True)
 
     async def _counted(self, limit: Limit) -> Limit:
         """Return a budget with what the store has of its period."""
