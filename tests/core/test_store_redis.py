@@ -46,9 +46,9 @@ class Nodes:
         self.prefix = f"test-{secrets.token_hex(4)}"
         self.opened: list[RedisStore] = []
 
-    async def join(self) -> RedisStore:
+    async def join(self, *, lease: float = LEASE) -> RedisStore:
         """Return an open store."""
-        store = RedisStore(host="127.0.0.1", port=self.port, prefix=self.prefix, lease=LEASE)
+        store = RedisStore(host="127.0.0.1", port=self.port, prefix=self.prefix, lease=lease)
         await store.open()
         self.opened.append(store)
         return store
@@ -178,6 +178,25 @@ async def test_a_node_that_could_not_renew_its_lease_lets_the_others_say_that_th
     assert await first.append([]) == []
     assert await second.take_over() == []
     await asyncio.sleep(1.2 * LEASE)
+    assert [epoch for _, epoch, _ in await taken(second)] == [2]
+
+
+async def test_nobody_is_taken_over_until_redis_has_been_there_for_the_time_of_a_lease(
+    own: Nodes, redis: RedisProcess
+) -> None:
+    lease = 2.0
+    first, second = await own.join(lease=lease), await own.join(lease=lease)
+    await first.accept(new(rest=ASKED))
+    stop_renewing(first)  # which is there all the time, and has no chance to say so
+    await asyncio.sleep(0.6 * lease)
+    await redis.kill()
+    await asyncio.sleep(0.35 * lease)
+    await redis.start()
+    await there_again(second)
+    await asyncio.sleep(0.1 * lease)  # the first one's lease has ended; the second one's has not
+
+    assert await second.take_over() == []
+    await asyncio.sleep(1.2 * lease)
     assert [epoch for _, epoch, _ in await taken(second)] == [2]
 
 

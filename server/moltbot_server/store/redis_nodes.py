@@ -31,7 +31,8 @@ class NodeLease:
         self.node = node
         self._seconds = seconds
         self._calm_until = 0.0
-        self._joined = False
+        self._joined = self._missed = False
+        self._run = ""
         self._task: asyncio.Task[None] | None = None
 
     async def join(self) -> None:
@@ -67,11 +68,18 @@ class NodeLease:
         """
         told = f"{socket.gethostname()} {os.getpid()}"
         renewal = ("SET", self._key(self.node), told, "PX", int(self._seconds * 1000), "GET")
-        _, held = await self._ask(("SADD", self._nodes, self.node), renewal)
+        try:
+            _, held = await self._ask(("SADD", self._nodes, self.node), renewal)
+        except MoltBotError:
+            self._missed = True
+            raise
         if held is None and self._joined:
             log.warning("this node was away for longer than its lease; others may have taken its turns over")
+        run = self._line.server.get("run_id", "")
+        if self._joined and (held is None or self._missed or run != self._run):
+            # Redis was perhaps away, for others at a worse moment: they may have had no chance to renew theirs.
             self._calm(self._seconds)
-        self._joined = True
+        self._joined, self._missed, self._run = True, False, run
 
     async def gone(self, nodes: Collection[str]) -> Sequence[str]:
         """Return those of some nodes that are gone.
