@@ -18,8 +18,10 @@ if __name__ == "__main__":
 
 from moltbot_server.bench.chat import bench_chat
 from moltbot_server.bench.core import PAIRS, bench_core
+from moltbot_server.bench.durability_command import add_durability
 from moltbot_server.bench.local_command import add_local
 from moltbot_server.bench.router import add_router
+from moltbot_server.bench.scale import bench_scale, scale_table
 from moltbot_server.bench.serving import add_serving
 
 _EPILOG = """\
@@ -28,7 +30,9 @@ examples:
   moltbot bench core --json           the same for machines: unary_ratio, stream_ratio, coalesced_ratio
   moltbot bench chat --cpus 0,1       a whole installation with the built-in model on two processors
   moltbot bench local                 streams through gRPC against CTranslate2 by itself
+  moltbot bench durability            what it costs that nothing is lost
   moltbot bench router                what a route costs, and what users see of its models' faults
+  moltbot bench scale                 what two and four workers bring
   moltbot bench serving steady        ten minutes of 116 turns a second; `serving --help` has more situations
 
 Everything runs on this machine, for a bounded time, in a folder that is removed."""
@@ -74,9 +78,21 @@ def _parser() -> argparse.ArgumentParser:
     )
     chat.add_argument("--cpus", type=_cpus, default=None, metavar="0,1", help="processors of the installation")
     chat.set_defaults(run=_chat, table=_chat_table)
-    for kind in (core, chat):
+    scale = kinds.add_parser("scale", help="what more workers bring, with the load on the same machine")
+    scale.add_argument("--seconds", type=_positive, default=4.0, help="length of a slice (default: %(default)s)")
+    scale.add_argument("--rounds", type=_at_least_one, default=5, help="slices of each (default: %(default)s)")
+    scale.add_argument("--in-flight", type=_at_least_one, default=256, help="calls in flight (default: %(default)s)")
+    scale.add_argument(
+        "--connections", type=_at_least_one, default=64, help="connections of the load (default: %(default)s)"
+    )
+    scale.add_argument(
+        "--loaders", type=_at_least_one, default=2, help="processes that make the load (default: %(default)s)"
+    )
+    scale.set_defaults(run=_scale, table=lambda report: f"{scale_table(report)}\n{_machine(report)}")
+    for kind in (core, chat, scale):
         kind.add_argument("--json", action="store_true", help="print JSON")
     add_local(kinds, _machine)
+    add_durability(kinds, _machine)
     add_router(kinds, _machine)
     add_serving(kinds, _machine)
     return parser
@@ -110,6 +126,17 @@ def _progress(given: argparse.Namespace) -> Callable[[str], None]:
 def _core(given: argparse.Namespace) -> dict[str, Any]:
     return bench_core(
         seconds=given.seconds, rounds=given.rounds, in_flight=max(1, given.in_flight // 2), progress=_progress(given)
+    )
+
+
+def _scale(given: argparse.Namespace) -> dict[str, Any]:
+    return bench_scale(
+        seconds=given.seconds,
+        rounds=given.rounds,
+        in_flight=given.in_flight,
+        connections=given.connections,
+        loaders=given.loaders,
+        progress=_progress(given),
     )
 
 
