@@ -117,7 +117,7 @@ def test_a_workspace_without_a_vault_has_no_key_to_remove(workspace: Workspace) 
         ("sk-with\nline-0123456789", "this is no key"),
         ("sk-schlüssel-0123456789", "this is no key"),
         ("x" * 5000, "this is no key"),
-        (make_key().text, "a key of MoltBot itself"),
+        pytest.param(make_key().text, "a key of MoltBot itself", id="a key of MoltBot itself"),
     ],
 )
 def test_what_is_no_key_is_refused_and_not_repeated(workspace: Workspace, text: str, said: str) -> None:
