@@ -14,6 +14,8 @@ GENERATOR := .venv-proto/.installed
 QUESTION ?= Hello! What can you do?
 RUN_ARGS ?=
 TEST_ARGS ?=
+# Each file of tests is run by one of so many processes; 0 runs all in this one.
+TEST_PROCESSES ?= auto
 BENCH_ARGS ?= --json
 LOAD_ARGS ?=
 KILLS ?= 100
@@ -36,7 +38,7 @@ run: $(RUN) ## Starts MoltBot and asks it a first question (RUN_ARGS="--port 300
 
 test: $(DEV) ## Runs every test (TEST_ARGS="-k sessions" for some)
 	@scripts/tools chromium envoy ghz grpcurl nginx redis || echo "Tests that need a missing tool are skipped and say so."
-	@exec $(BIN)/python -m pytest $(TEST_ARGS)
+	@exec $(BIN)/python -m pytest --numprocesses $(TEST_PROCESSES) --dist loadfile $(TEST_ARGS)
 
 check: $(DEV) $(GENERATOR) ## Checks style, types, floors, the contract and its generated code
 	$(BIN)/ruff check .
