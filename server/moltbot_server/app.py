@@ -26,6 +26,7 @@ from moltbot_server.models.lineup import Lineup
 from moltbot_server.models.manager import Loader, ModelManager
 from moltbot_server.models.providers import ProviderKey
 from moltbot_server.ops import OpsServer
+from moltbot_server.outbox import Deliveries
 from moltbot_server.pipeline import TurnPipeline
 from moltbot_server.reloading import Reloading, Reread
 from moltbot_server.rpc.remote_engine import EngineLink, RemoteEngine
@@ -75,6 +76,7 @@ class Core:
         self.store = build_store(settings, address=f"unix:{private}" if private else "")
         self.ledger = Ledger(self.store, settings.budgets, currency=settings.currency, metrics=self.metrics)
         self.journal = Journal(self.store)
+        self.deliveries = Deliveries(lambda: self.store.outbox, settings.outbox, self.metrics)
         self.catalog, self._link, loader = _models(settings, key, catalog)
         self.caches = Caches.of(settings)
         self.sessions = Sessions(
@@ -106,6 +108,7 @@ class Core:
             price=self.lineup.price,
             system_prompt=settings.system_prompt,
             flush_interval=settings.flush_interval,
+            announce=self.deliveries.announce,
         )
         parsed = parse_key(key)
         owner = Principal(workspace=WORKSPACE, key_id=parsed.id if parsed else "", role=OWNER)
@@ -143,6 +146,8 @@ class Core:
         async with contextlib.AsyncExitStack() as undo:
             await self.store.open()
             undo.push_async_callback(self.store.close)
+            self.deliveries.open()
+            undo.push_async_callback(self.deliveries.close)
             await self.ledger.open()
             undo.push_async_callback(self.ledger.close)
             undo.push_async_callback(self._close_models)
@@ -164,6 +169,7 @@ class Core:
                 manager=self.models,
                 ledger=self.ledger,
                 reloading=self.reloading,
+                deliveries=self.deliveries,
                 caches=caches,
                 siblings=self.siblings,
                 max_inline_bytes=self.settings.max_inline_bytes,
@@ -199,6 +205,7 @@ class Core:
         if self._duties:
             await asyncio.wait(self._duties)
         await self.pipeline.drain(grace)
+        await self.deliveries.close()
         # Streams deliver the last events of turns that have ended by now.
         await self.server.stop(_AFTER_GRACE)
         await self.caches.close()

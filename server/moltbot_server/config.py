@@ -18,11 +18,13 @@ from moltbot_server.config_models import (
     DEFAULT_ROUTE,
     Budget,
     Cache,
+    Delivering,
     ModelRoute,
     Price,
     Provider,
     ProviderModel,
     Retention,
+    SessionRules,
     Storage,
 )
 from moltbot_server.config_reading import flat, read
@@ -123,6 +125,8 @@ class Settings:
     routes: tuple[ModelRoute, ...] = ()
     cache: Cache = field(default_factory=Cache)
     store: Storage = field(default_factory=Storage)
+    outbox: Delivering = field(default_factory=Delivering)
+    sessions: SessionRules = field(default_factory=SessionRules)
     retention: Retention = field(default_factory=Retention)
     budgets: tuple[Budget, ...] = ()
     currency: str = "USD"
@@ -328,6 +332,8 @@ def _settings(
             models=route(models),
             cache=Cache(**_section(values, "cache")),
             store=Storage(**_section(values, "store")),
+            outbox=Delivering(**_section(values, "outbox")),
+            sessions=SessionRules(**_section(values, "sessions")),
             retention=Retention(**_section(values, "retention")),
             autoscaling=Autoscaling(**scaling) if scaling else None,
             origins=origins,

@@ -6,7 +6,7 @@ import re
 from collections.abc import Mapping
 
 from moltbot_server.config_reading import sections_of
-from moltbot_server.config_sections import BUDGETS, PROVIDERS, ROUTE_KEYS, ROUTES
+from moltbot_server.config_sections import BUDGETS, PROVIDERS, ROUTE_KEYS, ROUTES, WHEN_BUSY
 from moltbot_server.config_values import (
     HOST,
     NETWORK,
@@ -72,6 +72,10 @@ KEYS: Mapping[str, Kind] = {
     "store.database": whole(0, 1_000_000, "the number of a database"),
     "store.prefix": shaped("[A-Za-z0-9._-]{1,64}", "1 to 64 of A-Z a-z 0-9 . _ -"),
     "store.tls": TRUTH,
+    "outbox.lease": duration(1, 600),
+    "outbox.max_attempts": whole(1, 1000),
+    "outbox.keep": duration(60, 365 * 86400),
+    "sessions.when_busy": WHEN_BUSY,
     "retention.days": whole(0, 36_500, "a number of days, 0 for ever,"),
     "budgets": BUDGETS,
     "currency": shaped("[A-Z]{3}", "three capitals such as USD or CNY"),

@@ -120,6 +120,30 @@ class Storage:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class Delivering:
+    """How answers are handed to adapters. A `lease` lasts so many seconds, an answer waits for at most `keep` seconds.
+
+    After `max_attempts` it is a dead letter, which is kept for `keep` seconds too.
+    """
+
+    lease: float = 15.0
+    max_attempts: int = 10
+    keep: float = 7 * 86_400.0
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class SessionRules:
+    """What becomes of turns whose session is busy, by channel; the channel `""` stands for all others."""
+
+    when_busy: tuple[tuple[str, str], ...] = ()
+
+    def busy(self, channel: str) -> str:
+        """Return what becomes of a turn of a channel: `queue`, `interrupt` or `join`."""
+        rules = dict(self.when_busy)
+        return rules.get(channel, rules.get("", "queue"))
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Retention:
     """For how many days a session is kept after its last use; 0 is for ever."""
 

@@ -299,6 +299,32 @@ def _budget_problems(values: Mapping[str, Any]) -> Iterator[str]:
         yield "`model` goes with `scope: model` alone"
 
 
+_BUSY = choice("queue", "interrupt", "join")
+_CHANNEL = re.compile(r"[a-z0-9_-]{1,32}")
+
+
+def read_when_busy(given: Given) -> tuple[tuple[str, str], ...]:
+    """Read what becomes of turns in a busy session: one word for all channels, or one for each that is named.
+
+    In one text they are written `slack=join,web=interrupt`.
+    """
+    named: Mapping[str, Given]
+    if isinstance(given.value, Mapping):
+        named = given.value
+    elif isinstance(given.value, str) and "=" in given.value:
+        pairs = (item.partition("=") for item in given.value.split(","))
+        named = {name.strip(): Given(value=word, where=given.where, folder=given.folder) for name, _, word in pairs}
+    else:
+        return (("", _BUSY.read(given)),)
+    if not all(_CHANNEL.fullmatch(name) or name == "*" for name in named):
+        raise ValueError
+    return tuple(("" if name == "*" else name, _BUSY.read(word)) for name, word in named.items())
+
+
+WHEN_BUSY = Kind(
+    read=read_when_busy,
+    expected="one of queue, interrupt, join; or a mapping of channels, and * for all others, to these",
+)
 PROVIDERS = Kind(read=read_providers, expected="a mapping of names to providers", flat=False)
 ROUTES = Kind(read=read_routes, expected="a mapping of names to routes", flat=False)
 BUDGETS = Kind(read=read_budgets, expected="a list of mappings with `scope` and `period`", flat=False)

@@ -205,6 +205,8 @@ class Metrics:
         self.turns_under_way = Measure("moltbot_turns_under_way", "Turns that run or wait.")
         self.tasks = Measure("moltbot_tasks", "Tasks of the event loop; at rest always the same number.")
         self.sessions_at_hand = Measure("moltbot_sessions_at_hand", "Sessions kept in memory.")
+        self.deliveries = Tally("moltbot_deliveries", "What became of deliveries.", ("channel", "outcome"))
+        self.outbox = Readings("moltbot_outbox", "Deliveries that are open, leased here, dead.", ("channel", "state"))
         self.models = Readings("moltbot_model", "What a model's engine counts of itself.", ("model", "number"))
         self._models: set[str] = set()
         self.caches = CacheReadings()

@@ -70,6 +70,10 @@ _VISIBLE = re.compile(
 )
 
 
+def _to_nobody(workspace: str, channel: str) -> None:
+    """Stand in for who would hear of answers that wait to be delivered."""
+
+
 class TurnPipeline:
     """Takes turns from their arrival to their end."""
 
@@ -86,8 +90,12 @@ class TurnPipeline:
         price: Callable[[str], Price | None],
         system_prompt: str,
         flush_interval: float,
+        announce: Callable[[str, str], None] = _to_nobody,
     ) -> None:
-        """`price` tells what a model costs; None for nothing."""
+        """`price` tells what a model costs; None for nothing.
+
+        `announce` hears the workspace and the channel of each answer that waits to be delivered.
+        """
         self.store = store
         self.journal = journal
         self.metrics = metrics
@@ -98,6 +106,7 @@ class TurnPipeline:
         self._price = price
         self._rules = _system(system_prompt)
         self._flush_interval = flush_interval
+        self._announce = announce
         self._runs: set[TurnRun] = set()
         self._orphans: list[Orphan] = []
         self._emptied: asyncio.Event | None = None
@@ -311,6 +320,11 @@ class TurnPipeline:
         workspace, user = live.key.session.workspace, live.input.user
         self._ledger.record(workspace, user, model, usage, cached, live.events[-1].at, self._price(model))
 
+    def replied(self, live: LiveTurn) -> None:
+        """Say that the answer of a turn waits to be delivered."""
+        if live.input.reply_to is not None:
+            self._announce(live.key.session.workspace, live.input.reply_to.channel)
+
     def over(self, run: TurnRun) -> None:
         """Let a run go."""
         self._runs.discard(run)
@@ -365,6 +379,11 @@ def _check(turn: TurnInput) -> None:
         raise InvalidField("turn.channel", "use at most 32 characters of a-z 0-9 _ -")
     if len(turn.user) > 256:
         raise InvalidField("turn.user", "use at most 256 characters")
+    if turn.reply_to is not None:
+        if not turn.reply_to.channel or not _CHANNEL.match(turn.reply_to.channel):
+            raise InvalidField("turn.reply_to.channel", "use 1 to 32 characters of a-z 0-9 _ -")
+        if not 1 <= len(turn.reply_to.address) <= 512:
+            raise InvalidField("turn.reply_to.address", "use 1 to 512 characters")
 
 
 def _check_model(turn: TurnInput, engine: Engine) -> None:

@@ -33,5 +33,8 @@ class Surroundings(Protocol):
     def used(self, live: LiveTurn, usage: Usage, *, cached: bool, model: str) -> None:
         """Count what an answer took, or what there was of it."""
 
+    def replied(self, live: LiveTurn) -> None:
+        """Take note that the answer of a turn waits to be delivered."""
+
     def over(self, run: Any) -> None:
         """Let a run go."""

@@ -25,6 +25,7 @@ from moltbot_server.models.engine import Asker, Finished, Generation
 from moltbot_server.sessions import OpenSession
 from moltbot_server.store import EndedTurn, NewTurn, StoredTurn
 from moltbot_server.surroundings import Surroundings
+from moltbot_server.turn_end import end_of
 from moltbot_server.turns import (
     Accepted,
     Attempt,
@@ -33,7 +34,6 @@ from moltbot_server.turns import (
     FinishReason,
     Message,
     Notice,
-    Part,
     Queued,
     ReasoningDelta,
     Reset,
@@ -322,25 +322,7 @@ class TurnRun:
     def _conclude(self, ending: Completed | Failed) -> None:
         """Have the end stored, before anybody sees it."""
         self._ending = ending
-        events = self._live.close(ending)
-        answer: tuple[Part, ...] = ()
-        state = TurnState.FAILED
-        if isinstance(ending, Completed):
-            cancelled = ending.finish_reason is FinishReason.CANCELLED
-            state = TurnState.CANCELLED if cancelled else TurnState.COMPLETED
-            answer = (TextPart(text=ending.text), *ending.attachments) if ending.text else ending.attachments
-        self._finish(
-            EndedTurn(
-                key=self._live.key,
-                state=state,
-                end_time=events[-1].at,
-                events=events,
-                answer=answer,
-                model=ending.model if isinstance(ending, Completed) else self._model(),
-                finish_reason=ending.finish_reason if isinstance(ending, Completed) else None,
-                epoch=self._live.epoch,
-            )
-        )
+        self._finish(end_of(self._live, ending, self._model()))
 
     def _finish(self, row: EndedTurn) -> None:
         self._row = row
@@ -374,6 +356,8 @@ class TurnRun:
             said = Message(role=Role.ASSISTANT, parts=row.answer, turn=ordinal, model=row.model)
             self._session.history.extend((question, said))
         live.end(last)
+        if row.delivery is not None:
+            self._pipeline.replied(live)
         self._pipeline.metrics.turn_ended(ending, row.model)
         if row.model and (isinstance(ending, Completed) or self._pieces):
             cached = isinstance(ending, Completed) and ending.cached

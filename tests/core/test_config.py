@@ -346,7 +346,8 @@ def test_every_key_is_documented_with_its_environment_name() -> None:
     missing = [key for key in KEYS if f"`{key}`" not in document]
     names = [name for name in ENV_NAMES if f"`{name}`" not in document]
     assert (missing, names) == ([], [])
-    assert {"models", "models.threshold", "cache", "store", "retention", "autoscaling"} == SECTIONS
+    sections = {"models", "models.threshold", "cache", "store", "outbox", "sessions", "retention", "autoscaling"}
+    assert sections == SECTIONS
 
 
 def test_sizes_durations_and_words_are_read_in_the_forms_that_people_write(workspace: Path, elsewhere: Path) -> None:

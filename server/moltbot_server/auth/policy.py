@@ -9,7 +9,7 @@ OWNER = "owner"
 """The workspace's own key: everything."""
 
 MEMBER = "member"
-"""May talk and read; may not change models, nor see what everybody used."""
+"""May talk and read; may not change models, see what everybody used, nor take answers to their places."""
 
 _EVERYBODY = frozenset({OWNER, MEMBER})
 _OWNERS = frozenset({OWNER})
@@ -44,6 +44,12 @@ POLICY: Mapping[str, frozenset[str] | None] = MappingProxyType(
         "/moltbot.v1.UsageService/ListBudgets": _OWNERS,
         "/moltbot.v1.CacheService/ListCaches": _EVERYBODY,
         "/moltbot.v1.CacheService/ClearCache": _OWNERS,
+        "/moltbot.v1.DeliveryService/ReceiveDeliveries": _OWNERS,
+        "/moltbot.v1.DeliveryService/ConfirmDelivery": _OWNERS,
+        "/moltbot.v1.DeliveryService/RejectDelivery": _OWNERS,
+        "/moltbot.v1.DeliveryService/ListDeadLetters": _OWNERS,
+        "/moltbot.v1.DeliveryService/RetryDeadLetter": _OWNERS,
+        "/moltbot.v1.DeliveryService/DropDeadLetter": _OWNERS,
         "/moltbot.v1.PluginService/GetPlugin": _EVERYBODY,
         "/moltbot.v1.PluginService/ListPlugins": _EVERYBODY,
         "/moltbot.v1.PluginService/CallPlugin": _EVERYBODY,

@@ -15,6 +15,8 @@ from moltbot_server.turns import SessionKey, TurnKey
 _SESSION = re.compile(r"sessions/(?!\.+\Z)([A-Za-z0-9._~-]{1,128})\Z")
 _TURN = re.compile(r"sessions/(?!\.+/)([A-Za-z0-9._~-]{1,128})/turns/([1-9][0-9]{0,17})\Z")
 _MODEL = re.compile(r"models/([A-Za-z0-9._~:/-]{1,128})\Z")
+_DELIVERY = re.compile(r"deliveries/([0-9a-f]{24})\Z")
+_CHANNEL = re.compile(r"[a-z0-9_-]{1,32}\Z")
 _PLUGIN = re.compile(r"plugins/([A-Za-z0-9._~-]{1,128})\Z")
 
 
@@ -84,6 +86,34 @@ def read_model(name: str, field: str) -> str:
     if found is None:
         raise InvalidField(field, "use `models/{model}`")
     return found[1]
+
+
+def delivery_name(id: str) -> str:
+    """Return `deliveries/{delivery}`."""
+    return f"deliveries/{id}"
+
+
+def read_delivery(name: str, field: str) -> str:
+    """Return the id of a delivery's name.
+
+    Raises:
+        InvalidField: it is not `deliveries/{delivery}`.
+    """
+    found = _DELIVERY.match(name)
+    if found is None:
+        raise InvalidField(field, "use `deliveries/{delivery}`, as the delivery is named")
+    return found[1]
+
+
+def read_channel(name: str, field: str) -> str:
+    """Return the name of a channel that deliveries are made to.
+
+    Raises:
+        InvalidField: it cannot be one.
+    """
+    if not _CHANNEL.match(name):
+        raise InvalidField(field, "use 1 to 32 characters of a-z 0-9 _ -, such as `slack`")
+    return name
 
 
 def read_plugin(name: str, field: str) -> str:

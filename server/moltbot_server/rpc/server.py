@@ -19,6 +19,8 @@ from moltbot.v1 import (
     cache_pb2_grpc,
     chat_pb2,
     chat_pb2_grpc,
+    delivery_pb2,
+    delivery_pb2_grpc,
     inference_pb2,
     inference_pb2_grpc,
     model_pb2,
@@ -40,11 +42,13 @@ from moltbot_server.metrics import Metrics
 from moltbot_server.models.catalog import Catalog
 from moltbot_server.models.context import ContextWindow
 from moltbot_server.models.manager import ModelManager
+from moltbot_server.outbox import Deliveries
 from moltbot_server.pipeline import TurnPipeline
 from moltbot_server.reloading import Reloading
 from moltbot_server.rpc import convert
 from moltbot_server.rpc.cache import CacheService, ClearableCache
 from moltbot_server.rpc.chat import ChatService
+from moltbot_server.rpc.delivery import DeliveryService
 from moltbot_server.rpc.inference import InferenceService
 from moltbot_server.rpc.interceptors import Guard, GuardedServer
 from moltbot_server.rpc.model import ModelService
@@ -71,6 +75,7 @@ SERVICES = tuple(
         (usage_pb2, "UsageService"),
         (route_pb2, "RouteService"),
         (cache_pb2, "CacheService"),
+        (delivery_pb2, "DeliveryService"),
     )
 )
 
@@ -146,6 +151,7 @@ class GrpcServer:
         manager: ModelManager,
         ledger: Ledger,
         reloading: Reloading,
+        deliveries: Deliveries,
         caches: Sequence[ClearableCache],
         siblings: Siblings,
         max_inline_bytes: int,
@@ -158,6 +164,7 @@ class GrpcServer:
         model, inference = ModelService(catalog, manager, siblings), InferenceService(catalog, reader)
         usage, route = UsageService(store, ledger), RouteService(reloading, catalog, siblings)
         cache = CacheService(caches, siblings)
+        delivery = DeliveryService(deliveries)
         for server in filter(None, (self._private, self._server)):
             guarded: Any = GuardedServer(server, guard, gates)
             chat_pb2_grpc.add_ChatServiceServicer_to_server(chat, guarded)
@@ -168,6 +175,7 @@ class GrpcServer:
             usage_pb2_grpc.add_UsageServiceServicer_to_server(usage, guarded)
             route_pb2_grpc.add_RouteServiceServicer_to_server(route, guarded)
             cache_pb2_grpc.add_CacheServiceServicer_to_server(cache, guarded)
+            delivery_pb2_grpc.add_DeliveryServiceServicer_to_server(delivery, guarded)
             health_pb2_grpc.add_HealthServicer_to_server(self._health, guarded)
             self._reflect(guarded)
             self.methods = tuple(guarded.methods)
