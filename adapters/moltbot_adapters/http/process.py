@@ -3,6 +3,7 @@
 import asyncio
 import errno
 import gc
+import json
 import logging
 import os
 import signal
@@ -68,6 +69,7 @@ async def serve(settings: Settings) -> int:
         gc.collect()
         gc.freeze()  # what the start made stays; no collection has to walk it again
         log.info("listening", extra=fields(host=settings.host, port=port, core=settings.core, pid=os.getpid()))
+        print(json.dumps({"ready": True, "port": port}), flush=True)  # for whoever has started this process
         await leave.wait()
         log.info("leaving", extra=fields(grace_s=settings.drain_s))
         return 0

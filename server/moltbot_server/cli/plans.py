@@ -64,6 +64,7 @@ def plans(
                 pause=_FIRST_PAUSE,
                 longest_pause=_LONGEST_PAUSE,
                 environ=environ | {"MOLTBOT_PROCESS": name},
+                tells=True,
             )
             for name in names
         ),

@@ -195,7 +195,7 @@ class _Site:
 
     def _core_metrics(self) -> dict[str, str]:
         """Return where each of several cores tells how it does."""
-        names = [child.plan.name for child in self.children if child.plan.tells]
+        names = [child.plan.name for child in self.children if child.plan.name.startswith("core")]
         host = reachable(self._settings.metrics_host)
         told = {name: f"http://{joined(host, port)}" for name, port in zip(names, self._ports.cores, strict=True)}
         return told if len(told) > 1 else {}

@@ -25,15 +25,18 @@ _LOOK = 0.02  # how often an adapter is asked whether it serves, until all do
 _LONGEST_START = 60.0
 _AFTER_GRACE = 5.0
 _RELOAD_GRACE = 2.0
+_ENGINE_STAGE = 2  # what is stopped as late as engines is not started again in turn: all answers come from there
 
 
 class Supervisor:
     """Runs children until it is asked to stop. `run` returns the exit status.
 
-    `serving` is asked, with what the core said, whether the adapters serve as well; `on_ready` is called once when
-    everything serves, `on_change` whenever a process was replaced after that, and `on_stop` once when all of it begins
-    to leave. With a `watcher`, `renew` is asked at each change whether everything shall be started again by plans that
-    it may have replaced.
+    `serving` is asked, when all that tell it have told that they serve, whether callers are served; `on_ready` is
+    called once when everything serves, with what the first process has told, `on_change` whenever a process was
+    replaced after that, and `on_stop` once when all of it begins to leave. With a `watcher`, `renew` is asked at each
+    change whether everything shall be started again by plans that it may have replaced. On SIGUSR1 it is asked as well;
+    then cores and adapters are started again one after the other, each when the one before serves, so that callers
+    notice nothing where there are several.
     """
 
     def __init__(
@@ -60,6 +63,9 @@ class Supervisor:
         self._said: dict[str, Mapping[str, Any]] = {}  # by the names of those that told that they serve
         self._ready = False
         self._asked = 0  # how often somebody asked us to stop
+        self._wanted_anew = False
+        self._turn: list[Child] = []  # which are to be started again, one after the other
+        self._leaves_by = 0.0  # until when the first of them has to have left; 0 before it was told to
         self._stage: int | None = None  # which children are being stopped
         self._deadline = 0.0
         self._status = int(Exit.OK)
@@ -95,6 +101,7 @@ class Supervisor:
         if signal.getsignal(signal.SIGHUP) is not signal.SIG_IGN:  # nohup asks to outlive the terminal
             asking.append(signal.SIGHUP)
         before = {number: signal.signal(number, self._ask) for number in asking}
+        before[signal.SIGUSR1] = signal.signal(signal.SIGUSR1, self._want_anew)
         before[signal.SIGCHLD] = signal.signal(signal.SIGCHLD, lambda *_: None)
         wakeup = signal.set_wakeup_fd(writer.fileno(), warn_on_full_buffer=False)
         try:
@@ -116,6 +123,9 @@ class Supervisor:
             for child in self._children:
                 child.send(signal.SIGKILL)
 
+    def _want_anew(self, _number: int, _frame: FrameType | None) -> None:
+        self._wanted_anew = True
+
     def _wait(self) -> None:
         now = time.monotonic()
         times = [child.due for child in self._children if child.due is not None and self._stage is None]
@@ -125,6 +135,8 @@ class Supervisor:
             times.append(self._deadline)
         if self._watcher:
             times.append(now + EVERY)
+        if self._turn:
+            times.append(now + _LOOK if self._leaves_by == 0.0 else self._leaves_by)
         # Without a time there is nothing to do before an event; the wait is cut all the same, as a net.
         for key, _ in self._selector.select(max(0.0, min(times, default=now + 60) - now)):
             key.data()
@@ -149,6 +161,9 @@ class Supervisor:
         if self._watcher and not self._ready:
             child.due = None
             log.error("a process ended; waiting for a changed file", extra=fields)
+        elif self._turn and child is self._turn[0] and self._leaves_by:
+            del self._turn[0]
+            self._leaves_by, child.due, child.pause = 0.0, now, 0.0
         elif not self._ready or status == Exit.CONFIG:
             # A child that never served will not serve the next time either; its own message says why.
             log.error("a process could not start, so everything stops", extra=fields)
@@ -198,15 +213,37 @@ class Supervisor:
         if not self._ready:
             if self._all_said and self._serving():
                 self._ready = True
-                self._on_ready(next(iter(self._said.values())))
+                told = (self._said[child.plan.name] for child in self._children if child.plan.tells)
+                self._on_ready(next(told))
             elif now >= self._deadline and not self._watcher:
                 log.error("MoltBot did not become ready in time", extra={"seconds": _LONGEST_START})
                 self._status = int(Exit.FAILED)
                 self._begin_to_stop()
+        if self._wanted_anew and self._ready:
+            self._wanted_anew = False
+            if not self._turn and self._renew():
+                log.info("cores and adapters are started again, one after the other")
+                self._turn = [child for child in self._children if child.plan.stage < _ENGINE_STAGE]
+        if self._turn:
+            self._go_round(now)
         if self._watcher and (changed := self._watcher.changed()):
             log.info("a file has changed", extra={"file": changed[0].name})
             if self._renew():
                 self._start_all_again()
+
+    def _go_round(self, now: float) -> None:
+        """Tell the next process to leave when all others serve; kill it when it does not."""
+        child = self._turn[0]
+        if self._leaves_by:
+            if now >= self._leaves_by:
+                log.warning("a process did not leave in time and is killed", extra={"child": child.plan.name})
+                child.send(signal.SIGKILL)
+                self._leaves_by = now + _LONGEST_START
+        elif child.process is None:
+            del self._turn[0]  # it has died by itself, and is started again anyway
+        elif self._all_said and all(other.process for other in self._children) and self._serving():
+            self._leaves_by = now + self._grace + _AFTER_GRACE
+            child.send(signal.SIGTERM)
 
     def _start_all_again(self) -> None:
         for child in self._children:
