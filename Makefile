@@ -22,10 +22,13 @@ KILLS ?= 100
 FAULT_ARGS ?= --rigs 2
 SCHEDULES ?= 20000
 BUGS ?=
+TURNS ?= 20000
+SOAK_ARGS ?=
+ACCEPTS ?= 1000
 
 export PATH := $(CURDIR)/$(BIN):$(CURDIR)/.tools/bin:$(PATH)
 
-.PHONY: help install run test test-convert check fmt proto proto-check proto-accept docs bench load faults simulate seeded-bugs lock clean
+.PHONY: help install run test test-convert check fmt proto proto-check proto-accept docs bench load faults simulate seeded-bugs soak accepts lock clean
 
 help: ## Lists the tasks
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-13s %s\n", $$1, $$2 }' $(firstword $(MAKEFILE_LIST))
@@ -86,6 +89,13 @@ simulate: $(DEV) ## Plays turns and faults in virtual time (SCHEDULES=1000000 fo
 
 seeded-bugs: $(DEV) ## Puts bugs into copies of the code and shows what catches them (BUGS="name ...")
 	@exec $(BIN)/python tests/faults/seeded_bugs.py $(BUGS)
+
+soak: $(DEV) ## Asks for very many turns, and tells what they leave behind (TURNS=1000000 for more)
+	@scripts/tools redis || true
+	@exec $(BIN)/python tests/faults/soak.py --turns $(TURNS) $(SOAK_ARGS)
+
+accepts: $(DEV) ## Traces acceptances: each is on the disk before it is told (ACCEPTS=1000)
+	@exec $(BIN)/python tests/faults/accept_run.py --accepts $(ACCEPTS)
 
 lock: $(DEV) ## Resolves the dependencies of pyproject.toml into requirements/
 	scripts/lock

@@ -9,7 +9,6 @@ from __future__ import annotations
 import argparse
 import asyncio
 import json
-import platform
 import random
 import signal
 import sys
@@ -26,6 +25,7 @@ from fault_http import Adapter, HttpFollower, HttpLines
 from fault_keeping import kept_in
 from fault_load import Load, pauses
 from fault_nodes import TAILS, Node, Setup, Supervised
+from fault_report import machine
 from fault_stores import KINDS
 
 LONGEST_PAUSE = 6.0
@@ -251,7 +251,7 @@ def _report(findings: Findings, orders: Orders, seed: int, rigs: int) -> dict[st
         "exit_codes": findings.codes,
         "seconds": round(findings.seconds),
         "command": _command(orders, seed, rigs),
-        "machine": {"python": platform.python_version(), "system": platform.platform(), "cpu": platform.machine()},
+        "machine": machine(),
     }
 
 

@@ -83,6 +83,11 @@ class FileKeeping:
             connection.close()
 
 
+def redis_program() -> str | None:
+    """Return the path of redis-server; None where it is not installed."""
+    return shutil.which("redis-server", path=f"{_TOOLS}{os.pathsep}{os.environ['PATH']}")
+
+
 class RedisKeeping:
     """A `redis-server` that writes everything down before it answers."""
 
@@ -99,7 +104,7 @@ class RedisKeeping:
         Raises:
             FileNotFoundError: redis-server is not installed.
         """
-        program = shutil.which("redis-server", path=f"{_TOOLS}{os.pathsep}{os.environ['PATH']}")
+        program = redis_program()
         if program is None:
             raise FileNotFoundError("redis-server is not installed: type  scripts/tools redis")
         keeping = ("--save", "", "--appendonly", "yes", "--appendfsync", "always")

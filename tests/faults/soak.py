@@ -9,7 +9,6 @@ from __future__ import annotations
 import argparse
 import asyncio
 import json
-import platform
 import statistics
 import sys
 import tempfile
@@ -22,11 +21,16 @@ from typing import Any
 import psutil
 import uvloop
 from fault_nodes import Node, Setup
+from fault_report import machine
 from fault_stores import KINDS
 from soak_people import People
 
 BYTES_A_TURN = 1.0
 """How much of memory a turn may leave behind, in the long run."""
+_WARM = 100_000
+_LONG = 1_000_000
+_NOISE = 5e6
+"""Bytes by which resident memory goes up and down: what a turn leaves behind is seen after many of them only."""
 SCRIPT = """
 rules:
   - {match: 'slow', template: 'said {text} one two three four five six seven eight nine', pace: 0.02}
@@ -170,7 +174,7 @@ def report(result: Soaked, *, store: str, most: float, command: str) -> dict[str
         "problems": result.problems(most),
         "samples": result.samples[:: max(1, len(result.samples) // 50)],
         "command": command,
-        "machine": {"python": platform.python_version(), "system": platform.platform()},
+        "machine": machine(),
     }
 
 
@@ -178,11 +182,16 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Run as a program; return 1 when something is left over."""
     parser = argparse.ArgumentParser(description="Ask for very many turns, and tell what they leave behind.")
     parser.add_argument("--turns", type=int, default=1_000_000)
-    parser.add_argument("--warm", type=int, default=0, help="turns before memory is looked at (default: a tenth)")
+    parser.add_argument("--warm", type=int, default=0, help="turns before memory is looked at (default: 100,000)")
     parser.add_argument("--samples", type=int, default=400, help="how often it is looked at")
     parser.add_argument("--people", type=int, default=48, help="how many talk at the same time")
     parser.add_argument("--store", choices=tuple(KINDS), default="sqlite")
-    parser.add_argument("--most", type=float, default=BYTES_A_TURN, help="bytes of memory that a turn may leave")
+    parser.add_argument(
+        "--most",
+        type=float,
+        default=0.0,
+        help="bytes of memory that a turn may leave (default: 1, or more in short runs)",
+    )
     parser.add_argument("--json", type=Path, help="write the figures to a file")
     flags = parser.parse_args(arguments)
     with tempfile.TemporaryDirectory(prefix="moltbot-soak-") as folder:
@@ -190,13 +199,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
             Path(folder),
             store=flags.store,
             turns=flags.turns,
-            warm=flags.warm or flags.turns // 10,
+            warm=flags.warm or min(_WARM, flags.turns // 2),
             samples=flags.samples,
             people=flags.people,
         )
         result = uvloop.run(soak.run())
     command = f"python tests/faults/soak.py --turns {flags.turns} --store {flags.store} --people {flags.people}"
-    told = report(result, store=flags.store, most=flags.most, command=command)
+    most = flags.most or (BYTES_A_TURN if flags.turns >= _LONG else _NOISE / flags.turns)
+    told = report(result, store=flags.store, most=most, command=command)
     if flags.json:
         flags.json.write_text(json.dumps(told, indent=1) + "\n")
     problems = told["problems"]
