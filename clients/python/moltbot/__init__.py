@@ -2,6 +2,7 @@
 
 from moltbot.answer import Answer
 from moltbot.client import MoltBot, Reply
+from moltbot.deliveries import Delivery
 from moltbot.errors import MoltBotClientError
 
-__all__ = ["Answer", "MoltBot", "MoltBotClientError", "Reply"]
+__all__ = ["Answer", "Delivery", "MoltBot", "MoltBotClientError", "Reply"]

@@ -39,8 +39,8 @@ class Calls:
     ) -> None:
         """`patience` is in seconds without any progress, `first_contact` as much before a core has ever answered.
 
-        `on_repeat` hears `call`, `start` or `resume` at each repeat. Without `resume` nothing is made again, and what
-        breaks is told.
+        `on_repeat` hears `call`, `start`, `resume` or `receive` at each repeat. Without `resume` nothing is made again,
+        and what breaks is told.
         """
         self.ways = ways
         self._limit = patience
@@ -64,7 +64,7 @@ class Calls:
         Raises:
             MoltBotClientError: the core refused, or nothing led to it for too long.
         """
-        patience = self._patience(within, safe=safe)
+        patience = self.patience(within, safe=safe)
         while True:
             link = self.ways.pick()
             try:
@@ -74,7 +74,7 @@ class Calls:
             else:
                 patience.progress()
                 return answer
-            await self._pause(patience, failure, link, kind)
+            await self.pause(patience, failure, link, kind)
 
     async def follow(
         self,
@@ -92,7 +92,7 @@ class Calls:
         Raises:
             MoltBotClientError: the core refused, or nothing led to it for too long.
         """
-        patience = self._patience(within)
+        patience = self.patience(within)
         starting = turn is not None
         while True:
             link = self.ways.pick()
@@ -117,12 +117,18 @@ class Calls:
                 call.cancel()
             if failure.reason == "TURN_NOT_FOUND" and starting and name:
                 raise _interrupted()
-            await self._pause(patience, failure, link, "resume" if name else "start")
+            await self.pause(patience, failure, link, "resume" if name else "start")
 
-    def _patience(self, within: float | None, *, safe: bool = True) -> Patience:
+    def patience(self, within: float | None = None, *, safe: bool = True) -> Patience:
+        """Return what a call has left that begins now."""
         return Patience(self.ways, self._budget, limit=self._limit, first=self._first, within=within, safe=safe)
 
-    async def _pause(self, patience: Patience, failure: MoltBotClientError, link: Link, kind: str) -> None:
+    async def pause(self, patience: Patience, failure: MoltBotClientError, link: Link, kind: str) -> None:
+        """Wait until a call that failed is to be made again.
+
+        Raises:
+            MoltBotClientError: `failure`, where that would be in vain.
+        """
         if not self._resume:
             raise failure
         await patience.pause(failure, link)

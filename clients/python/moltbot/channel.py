@@ -9,7 +9,7 @@ from dataclasses import dataclass
 
 import grpc
 
-from moltbot.v1 import chat_pb2_grpc, model_pb2_grpc, session_pb2_grpc
+from moltbot.v1 import chat_pb2_grpc, delivery_pb2_grpc, model_pb2_grpc, session_pb2_grpc
 
 _OPTIONS: tuple[tuple[str, int | str], ...] = (
     # The core allows a ping every 10 s. Pings find a dead connection under a stream that is silent for long.
@@ -70,6 +70,7 @@ class Link:
     chat: chat_pb2_grpc.ChatServiceAsyncStub
     sessions: session_pb2_grpc.SessionServiceAsyncStub
     models: model_pb2_grpc.ModelServiceAsyncStub
+    deliveries: delivery_pb2_grpc.DeliveryServiceAsyncStub
 
     @property
     def is_there(self) -> bool:
@@ -154,4 +155,5 @@ def _link(address: str, channel: grpc.aio.Channel) -> Link:
         chat_pb2_grpc.ChatServiceStub(channel),
         session_pb2_grpc.SessionServiceStub(channel),
         model_pb2_grpc.ModelServiceStub(channel),
+        delivery_pb2_grpc.DeliveryServiceStub(channel),
     )

@@ -14,6 +14,7 @@ from moltbot.answer import tool_calls
 from moltbot.calls import Calls, Method
 from moltbot.channel import Ways
 from moltbot.credentials import find_address, find_key
+from moltbot.deliveries import Delivery, receive
 from moltbot.errors import from_status
 from moltbot.v1 import chat_pb2, message_pb2, model_pb2, session_pb2
 
@@ -60,10 +61,10 @@ class MoltBot:
     as in `grpc.ssl_channel_credentials()`.
 
     What breaks on the way, or a core that is started again, is waited for and mended unseen, up to `patience` seconds
-    without any progress (60 by default, and 5 as long as no core has ever answered); `on_repeat` hears `call`, `start`
-    or `resume` each time. With `resume=False` every break is told. Every call raises `MoltBotClientError` and nothing
-    else when the core or the way to it fails. `within` is the seconds that a call may take to its end; None waits as
-    long as it takes.
+    without any progress (60 by default, and 5 as long as no core has ever answered); `on_repeat` hears `call`, `start`,
+    `resume` or `receive` each time. With `resume=False` every break is told. Every call raises `MoltBotClientError` and
+    nothing else when the core or the way to it fails. `within` is the seconds that a call may take to its end; None
+    waits as long as it takes.
     """
 
     def __init__(
@@ -137,6 +138,17 @@ class MoltBot:
     async def cancel_turn(self, turn: str) -> bool:
         """Cancel a turn; its text so far is kept. Return whether this call ended it."""
         return (await self._call(lambda link: link.chat.CancelTurn, chat_pb2.CancelTurnRequest(name=turn))).cancelled
+
+    # --- answers that go to places ---------------------------------------------------------------------------------
+
+    def deliveries(self, channel: str, *, at_once: int = 16) -> AsyncGenerator[Delivery, None]:
+        """Yield the answers that are to be posted on a channel, such as `slack`, as they come.
+
+        Those are answers of turns with a `reply_to`. Each has to be confirmed or rejected; until then it counts among
+        the `at_once` that this receiver has. What breaks on the way is mended unseen. Closing the generator closes the
+        stream; what was received and not confirmed is given out again when its lease has ended.
+        """
+        return receive(self._calls, channel, at_once, self._metadata)
 
     # --- sessions and models -------------------------------------------------------------------------------------
 

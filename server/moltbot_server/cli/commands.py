@@ -18,6 +18,7 @@ from importlib import metadata
 from pathlib import Path
 
 from moltbot_server.cli.cache import add_cache
+from moltbot_server.cli.deadletters import add_deadletters
 from moltbot_server.cli.failover import add_failover
 from moltbot_server.cli.key import add_key
 from moltbot_server.cli.mock_provider import add_mock_provider
@@ -125,6 +126,7 @@ def _parser() -> tuple[argparse.ArgumentParser, Collection[str]]:
     add_usage(add)
     add_store(add)
     add_cache(add)
+    add_deadletters(add)
     add_route(add)
     add_failover(add)
     add("link", _link, "Print a fresh link that opens the web chat once, within 15 minutes.", "moltbot link")

@@ -1,0 +1,171 @@
+"""What `moltbot deadletters` does: asks the core that runs, and prints a table or JSON."""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import json
+from collections.abc import AsyncIterator, Awaitable, Callable, Mapping, Sequence
+from datetime import UTC, datetime
+from typing import Any, TypeVar
+
+import grpc
+from moltbot.channel import open_channel
+from moltbot.errors import from_status
+from moltbot.v1 import delivery_pb2, delivery_pb2_grpc
+
+from moltbot_server.cli.asking import Place
+from moltbot_server.cli.model_place import Models, told
+from moltbot_server.cli.terminal import Exit, Failure, command, harmless
+
+_Answer = TypeVar("_Answer")
+_PATIENCE = 60.0
+_PAGE = 500
+_WIDEST = 40
+
+
+class _Desk:
+    """The service of the core, with the key of the workspace."""
+
+    def __init__(self, service: Any, key: str) -> None:
+        self._service = service
+        self._metadata = (("authorization", f"Bearer {key}"),)
+
+    async def letters(self, channel: str, limit: int) -> AsyncIterator[delivery_pb2.DeadLetter]:
+        """Yield dead letters, the latest first."""
+        token = ""
+        while limit > 0:
+            request = delivery_pb2.ListDeadLettersRequest(
+                channel=channel, page_size=min(limit, _PAGE), page_token=token
+            )
+            page = await self._service.ListDeadLetters(request, metadata=self._metadata, timeout=_PATIENCE)
+            for letter in page.dead_letters:
+                yield letter
+            limit -= len(page.dead_letters)
+            token = page.next_page_token
+            if not token:
+                return
+
+    async def retry(self, name: str) -> None:
+        """Have one delivered after all."""
+        request = delivery_pb2.RetryDeadLetterRequest(name=name)
+        await self._service.RetryDeadLetter(request, metadata=self._metadata, timeout=_PATIENCE)
+
+    async def drop(self, name: str) -> None:
+        """Delete one."""
+        request = delivery_pb2.DropDeadLetterRequest(name=name)
+        await self._service.DropDeadLetter(request, metadata=self._metadata, timeout=_PATIENCE)
+
+
+@told
+def list_dead_letters(given: argparse.Namespace) -> int:
+    """Print the dead letters; return the exit status."""
+
+    async def ask(desk: _Desk) -> list[delivery_pb2.DeadLetter]:
+        return [letter async for letter in desk.letters(given.channel, given.limit)]
+
+    entries = [_entry(letter) for letter in asyncio.run(_asked(_core(given), ask))]
+    if given.json:
+        print(json.dumps({"dead_letters": entries}, ensure_ascii=False))
+    else:
+        print(_table(entries) if entries else "There are no dead letters.")
+    return int(Exit.OK)
+
+
+@told
+def retry_dead_letters(given: argparse.Namespace) -> int:
+    """Have dead letters delivered after all; return the exit status."""
+    return _change(given, lambda desk, name: desk.retry(name), "retried", "will be delivered again")
+
+
+@told
+def drop_dead_letters(given: argparse.Namespace) -> int:
+    """Delete dead letters; return the exit status."""
+    return _change(given, lambda desk, name: desk.drop(name), "dropped", "deleted")
+
+
+def _change(given: argparse.Namespace, change: Callable[[_Desk, str], Awaitable[None]], word: str, done: str) -> int:
+    if bool(given.names) == given.all:
+        names = command("deadletters list", Models.of(given).workspace)
+        raise Failure(f"name the dead letters, as `{names}` tells them, or say --all", Exit.USAGE)
+    if given.channel and not given.all:
+        raise Failure("--channel goes with --all", Exit.USAGE)
+
+    async def ask(desk: _Desk) -> list[str]:
+        wanted = [_named(name) for name in given.names]
+        if given.all:
+            # All are found before the first is changed: what is retried and dies again is not met twice.
+            wanted = [letter.delivery.name async for letter in desk.letters(given.channel, 1 << 30)]
+        for name in wanted:
+            await change(desk, name)
+        return wanted
+
+    changed = asyncio.run(_asked(_core(given), ask))
+    if given.json:
+        print(json.dumps({word: changed}))
+    else:
+        count = len(changed)
+        verb = done if done.startswith("will") else f"{'was' if count == 1 else 'were'} {done}"
+        print(f"{count} dead {'letter' if count == 1 else 'letters'} {verb}.")
+    return int(Exit.OK)
+
+
+def _named(name: str) -> str:
+    return name if name.startswith("deliveries/") else f"deliveries/{name}"
+
+
+def _core(given: argparse.Namespace) -> Place:
+    models = Models.of(given)
+    place = models.core()
+    if place is None:
+        start = command("start", models.workspace)
+        raise Failure(f"MoltBot is not running, and it delivers: start it with `{start}`.", Exit.UNAVAILABLE)
+    return place
+
+
+async def _asked(place: Place, ask: Callable[[_Desk], Awaitable[_Answer]]) -> _Answer:
+    channel = open_channel(place.address, None)
+    try:
+        return await ask(_Desk(delivery_pb2_grpc.DeliveryServiceStub(channel), place.key))
+    except grpc.aio.AioRpcError as error:
+        raise from_status(error, place.address) from None
+    finally:
+        await channel.close()
+
+
+def _entry(letter: delivery_pb2.DeadLetter) -> dict[str, Any]:
+    delivery = letter.delivery
+    failed = delivery.HasField("failed")
+    return {
+        "name": delivery.name,
+        "channel": delivery.place.channel,
+        "address": delivery.place.address,
+        "turn": delivery.turn,
+        "request_id": delivery.request_id,
+        "attempts": delivery.attempt,
+        "reason": letter.reason,
+        "time": _moment(letter.dead_time),
+        "created": _moment(delivery.create_time),
+        "failed": delivery.failed.reason if failed else "",
+        "text": delivery.failed.message if failed else delivery.completed.text,
+    }
+
+
+def _moment(at: Any) -> str:
+    return datetime.fromtimestamp(at.ToNanoseconds() / 1e9, UTC).isoformat(timespec="seconds").replace("+00:00", "Z")
+
+
+def _table(entries: Sequence[Mapping[str, Any]]) -> str:
+    rows = [("NAME", "GIVEN UP", "ATTEMPTS", "PLACE", "WHY", "TEXT")]
+    for entry in entries:
+        place = f"{entry['channel']} {entry['address']}"
+        told = (entry["name"], entry["time"], str(entry["attempts"]), place, entry["reason"], entry["text"])
+        rows.append((told[0], told[1], told[2], *(_short(cell) for cell in told[3:])))
+    widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
+    lines = ("  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)) for row in rows)
+    return "\n".join(line.rstrip() for line in lines)
+
+
+def _short(text: str) -> str:
+    line = " ".join(harmless(text).split())
+    return line if len(line) <= _WIDEST else line[: _WIDEST - 1] + "…"
