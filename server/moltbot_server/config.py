@@ -192,6 +192,11 @@ class Settings:
             yield self._problem("engine_ca", f"engine_ca: there is no file {self.engine_ca}")
         if self.max_inline_bytes >= self.max_message_bytes:
             yield self._problem("max_inline_bytes", "max_inline_bytes must be below max_message_bytes")
+        if self.store.type == "memory" and self.workers > 1:
+            text = (
+                f"store.type is memory, which is that of one core alone, and workers is {self.workers}; choose another"
+            )
+            yield self._problem("store.type", text)
         scaling = self.autoscaling
         if scaling and scaling.min_replicas > scaling.max_replicas:
             text = f"autoscaling: min_replicas {scaling.min_replicas} is above max_replicas {scaling.max_replicas}"

@@ -213,6 +213,10 @@ def test_an_unknown_name_is_told_the_one_with_the_prefix_or_the_page_that_has_th
         ("model_type: llama2\n", "no model_path says where that model is"),
         ("tls_cert: missing.pem\n", "tls_cert is set and tls_key is not; set both"),
         ("grpc_port: 8000\n", "moltbot.yaml:1: grpc_port and port are both 8000"),
+        (
+            "workers: 2\nstore: {type: memory}\n",
+            "moltbot.yaml:2: store.type is memory, which is that of one core alone",
+        ),
         ("max_inline_bytes: 8MiB\n", "max_inline_bytes must be below max_message_bytes"),
         ("a: &a [*a]\n", "unknown key `a`"),
         ("!!python/object/apply:os.system ['true']: 1\n", "a key must be a plain word"),

@@ -27,6 +27,8 @@ from soak_people import People
 
 BYTES_A_TURN = 1.0
 """How much of memory a turn may leave behind, in the long run."""
+_AS_STARTED = {"MALLOC_ARENA_MAX": "2"}
+"""What `moltbot start` tells the processes of a core."""
 _WARM = 100_000
 _LONG = 1_000_000
 _NOISE = 5e6
@@ -93,7 +95,9 @@ class Soak:
     def __init__(self, folder: Path, *, store: str, turns: int, warm: int, samples: int, people: int) -> None:
         """The first `warm` turns fill what is bounded; then memory is looked at so many times."""
         self.keeping = KINDS[store](folder)
-        self.setup = Setup(folder=folder, environ={**self.keeping.environ, "MOLTBOT_CACHE_ANSWERS": "off"})
+        self.setup = Setup(
+            folder=folder, environ={**self.keeping.environ, **_AS_STARTED, "MOLTBOT_CACHE_ANSWERS": "off"}
+        )
         self.setup.prepare()
         (folder / "script.yaml").write_text(SCRIPT)
         self.node = Node(self.setup, "soak", lambda _: None)

@@ -132,3 +132,14 @@ async def test_sessions_that_nobody_has_used_for_the_days_of_retention_are_delet
     text = (home.folder / "all.jsonl").read_text()
     assert "question 1" not in text
     assert "hello" in text
+
+
+async def test_a_store_that_keeps_nothing_is_not_looked_after_and_leaves_nothing_behind(home: Home) -> None:
+    home.variables["MOLTBOT_STORE_TYPE"] = "memory"
+    async with home.started():
+        assert (await home.run("chat", "--session", "s", "first words")).out == "You said: first words\n"
+        assert (await home.run("chat", "--session", "s", "more")).status == 0
+    assert not (home.workspace / "moltbot.db").exists()
+    for words in (["check"], ["export", "all.jsonl"]):
+        told = await home.run("store", *words)
+        assert (told.status, "Nothing is kept" in told.err) == (69, True), told
