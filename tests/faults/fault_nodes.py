@@ -6,6 +6,7 @@ import asyncio
 import contextlib
 import json
 import os
+import random
 import signal
 import socket
 import sys
@@ -203,22 +204,23 @@ class Supervised(Node):
                     self.serving.set()
             await asyncio.sleep(0.05)  # nobody announces what a supervisor does
 
-    def _core(self) -> psutil.Process | None:
-        """Return the core among the processes that the supervisor has started."""
+    def cores(self) -> list[psutil.Process]:
+        """Return the cores among the processes that the supervisor has started."""
+        found = []
         for process in psutil.Process(self.process_id).children():
             with contextlib.suppress(psutil.Error):
                 line = process.cmdline()
                 if "moltbot_server" in line and "engine" not in line:
-                    return process
-        return None
+                    found.append(process)
+        return found
 
     async def kill(self) -> None:
         """End the core at once; the rest stays and starts it again."""
-        core = self._core()
-        if core is None:
+        cores = self.cores()
+        if not cores:
             return  # it is being started again
         self._note(Fault(at=time.monotonic(), what="kill", node=self.name))
-        core.kill()
+        cores[0].kill()
         self.serving.clear()
         await asyncio.sleep(0.1)  # it is gone when the system has taken it away; its port tells the rest
 
@@ -232,3 +234,32 @@ class Supervised(Node):
         if self._process is not None and self._process.returncode is None:
             self._process.send_signal(signal.SIGTERM)
             await self._process.wait()
+
+
+class Workers(Supervised):
+    """An installation of several cores on one port: one of them is ended, and the others stand in for it."""
+
+    def __init__(self, setup: Setup, name: str, note: Callable[[Entry], None]) -> None:
+        super().__init__(setup, name, note)
+        self._dice = random.Random(name)
+
+    async def kill(self) -> None:
+        """End one of the cores at once."""
+        if cores := self.cores():
+            self._note(Fault(at=time.monotonic(), what="kill", node=self.name))
+            self._dice.choice(cores).kill()
+
+    async def restart(self, grace: float) -> int:
+        """Tell one of the cores to leave, and wait until its supervisor has started it again; 0 if that took no force.
+
+        What it left with is known to the supervisor alone.
+        """
+        cores = self.cores()
+        leaving = self._dice.choice(cores)
+        began = time.monotonic()
+        self._note(Fault(at=began, what="leave", node=self.name))
+        leaving.terminate()
+        async with asyncio.timeout(START):
+            while leaving.is_running() or len(self.cores()) < len(cores):  # noqa: ASYNC110 - it is another's child
+                await asyncio.sleep(0.05)
+        return 0

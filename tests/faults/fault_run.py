@@ -24,7 +24,7 @@ from fault_checker import DUPLICATED, LATE, LOST, MIXED, OUT_OF_ORDER, Violation
 from fault_http import Adapter, HttpFollower, HttpLines
 from fault_keeping import kept_in
 from fault_load import Load, pauses
-from fault_nodes import TAILS, Node, Setup, Supervised
+from fault_nodes import TAILS, Node, Setup, Supervised, Workers
 from fault_report import machine
 from fault_stores import KINDS
 
@@ -46,6 +46,7 @@ class Orders:
     model: str = "scripted"
     store: str = "sqlite"
     supervised: bool = False
+    workers: int = 1
     grace: float = 5.0
     each: int = 50
     """So many ends in one workspace; then all is checked, and it goes on with another."""
@@ -107,11 +108,12 @@ class Leg:
     def __init__(self, folder: Path, orders: Orders, seed: int) -> None:
         self.orders = orders
         self.keeping = KINDS[orders.store](folder)
-        self.setup = Setup(folder=folder, model=orders.model, grace=orders.grace, environ=self.keeping.environ)
+        environ = self.keeping.environ | ({"WORKERS": str(orders.workers)} if orders.workers > 1 else {})
+        self.setup = Setup(folder=folder, model=orders.model, grace=orders.grace, environ=environ)
         self.setup.prepare()
         self.dice = random.Random(seed)
         self.findings = Findings()
-        make = Supervised if orders.supervised else Node
+        make = Workers if orders.workers > 1 else Supervised if orders.supervised else Node
         self.nodes = [make(self.setup, f"n{number}", self._note) for number in range(orders.nodes)]
         core = self.nodes[0].address
         self.adapters = [
@@ -189,7 +191,7 @@ class Leg:
         else:
             await node.ready()
             await asyncio.sleep(dice.random() * 3.0)
-            if dice.random() < 0.1 and not self.orders.supervised:
+            if dice.random() < 0.1 and not self.orders.supervised and self.orders.workers == 1:
                 await self._stand_still(node)
         findings.kills += 1
         await node.kill()
@@ -274,6 +276,7 @@ async def _rigs(orders: Orders, folder: Path, seed: int, rigs: int) -> Findings:
             *("--nodes", str(orders.nodes), "--model", orders.model, "--seed", str(seed + number)),
             *("--store", orders.store, "--adapters", str(orders.adapters)),
             *(("--supervised",) if orders.supervised else ()),
+            *("--workers", str(orders.workers)),
             *(("--sticky",) if orders.sticky else ()),
             *("--each", str(orders.each), "--folder", str(folder), "--raw", str(folder / f"raw-{number}.json")),
         )
@@ -305,6 +308,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--sticky", action="store_true", help="each session talks with one node only")
     parser.add_argument("--adapters", type=int, default=0, help="HTTP adapters, which are ended in place of the core")
     parser.add_argument("--model", choices=("scripted", "builtin"), default="scripted")
+    parser.add_argument("--workers", type=int, default=1, help="cores of an installation, which share its port")
     parser.add_argument("--supervised", action="store_true", help="whole installations, as `moltbot start` runs them")
     parser.add_argument("--longest", type=float, default=LONGEST_PAUSE, help="seconds that a stream may be cut for")
     parser.add_argument("--rigs", type=int, default=1, help="how many of all this side by side")
@@ -314,7 +318,19 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--json", type=Path, help="write the figures to a file")
     parser.add_argument("--raw", type=Path, help=argparse.SUPPRESS)
     flags = parser.parse_args(arguments)
-    chosen = ("kills", "how", "streams", "nodes", "model", "store", "supervised", "each", "sticky", "adapters")
+    chosen = (
+        "kills",
+        "how",
+        "streams",
+        "nodes",
+        "model",
+        "store",
+        "supervised",
+        "workers",
+        "each",
+        "sticky",
+        "adapters",
+    )
     orders = Orders(**{name: getattr(flags, name) for name in chosen})
     with tempfile.TemporaryDirectory(prefix="moltbot-faults-") as temporary:
         folder = flags.folder or Path(temporary)

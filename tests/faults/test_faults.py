@@ -49,6 +49,25 @@ def test_a_rolling_restart_is_seen_by_nobody(tmp_path: Path) -> None:
     assert " failed=0 " in told
 
 
+def test_workers_that_are_killed_are_stood_in_for_by_the_others(tmp_path: Path) -> None:
+    told = ended(tmp_path, "--kills", "8", "--workers", "3", "--streams", "16")
+
+    assert {name: numbers(told)[name] for name in ("kills", "lost", "duplicated", "mixed", "out_of_order")} == {
+        "kills": 8,
+        "lost": 0,
+        "duplicated": 0,
+        "mixed": 0,
+        "out_of_order": 0,
+    }
+
+
+def test_workers_that_leave_one_after_the_other_are_missed_by_nobody(tmp_path: Path) -> None:
+    told = ended(tmp_path, "--kills", "6", "--how", "leave", "--workers", "2", "--streams", "16")
+
+    assert numbers(told)["lost"] == 0
+    assert " failed=0 " in told
+
+
 @pytest.mark.parametrize("model", ["builtin", "scripted"])
 def test_a_core_under_its_supervisor_comes_back_by_itself(tmp_path: Path, model: str) -> None:
     told = ended(tmp_path, "--kills", "5", "--supervised", "--streams", "8", "--model", model)

@@ -8,8 +8,10 @@ from typing import Any
 
 import grpc
 import pytest
+from moltbot import MoltBot
 from moltbot.v1 import cache_pb2, cache_pb2_grpc, model_pb2, route_pb2, route_pb2_grpc
 from moltbot_server.config_models import ModelRoute, Provider, ProviderModel
+from moltbot_server.testing import running_server
 from rpc_calls import Api, drained, reason_of, refused, turn, until
 from worker_rig import Workers, workers
 
@@ -183,3 +185,38 @@ async def test_a_second_set_of_cores_without_leave_to_share_the_port_is_refused(
         with pytest.raises(OSError, match="cannot be bound"):
             await lonely.start(0)
         lonely.cores.clear()
+
+
+async def test_a_stream_that_outlasts_its_connection_goes_on_unseen(tmp_path: Path) -> None:
+    ageing = {"max_connection_age": 0.5, "max_connection_age_grace": 0.3}
+    async with running_server(tmp_path, **ageing) as server, MoltBot(server.address, server.key) as bot:
+        events = [event async for event in bot.stream_turn("#60 pace=0.05", request_id="long")]
+        assert events[-1].completed.text == "".join(event.text_delta.text for event in events)
+        assert len(events[-1].completed.text.split()) == 60
+        numbers = [event.sequence for event in events]
+        assert numbers == sorted(set(numbers))
+        assert '/ResumeTurn"' in server.core.metrics.page().decode(), "its connection was never ended"
+
+
+async def test_a_worker_that_comes_later_gets_its_share_of_old_clients(tmp_path: Path) -> None:
+    rig = Workers(tmp_path / "w", 2, {"max_connection_age": 0.5, "max_connection_age_grace": 5.0})
+    await rig.start(1)
+    bots = [MoltBot(f"127.0.0.1:{rig.settings.grpc_port}", rig.key) for _ in range(8)]
+    for bot in bots:
+        await bot.run_turn("Hi")
+    over = asyncio.Event()
+
+    async def talk(bot: MoltBot) -> None:
+        while not over.is_set():
+            await bot.run_turn("Hi")
+
+    talking = [asyncio.create_task(talk(bot)) for bot in bots]
+    later = await rig.start(2)
+    try:
+        await until(lambda: b"moltbot_turns_total{" in later.metrics.page() or talking[0].done(), within=20)
+        over.set()
+        await asyncio.gather(*talking)
+    finally:
+        for bot in bots:
+            await bot.close()
+        await rig.end()
