@@ -19,6 +19,7 @@ import pytest
         (("local", "--quick", "--only", "builtin_ceiling_ratio"), "builtin"),
         (("core", "--seconds", "5"), "unary_ratio"),
         (("chat", "--seconds", "60"), "first chats"),
+        (("scale", "--seconds", "5"), "workers start"),
     ],
     ids=lambda value: value[0] if isinstance(value, tuple) else None,
 )
