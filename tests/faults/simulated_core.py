@@ -8,15 +8,17 @@ from __future__ import annotations
 
 import asyncio
 import sqlite3
-from collections.abc import AsyncGenerator, Callable, Iterator, Sequence
+from collections.abc import AsyncGenerator, Callable, Coroutine, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import moltbot_server.store.groups as groups
 import moltbot_server.store.sqlite as sqlite
+import moltbot_server.store.sqlite_outbox as sqlite_outbox
 from fault_history import Read
 from moltbot_server import live_turn, pipeline, turn_run
+from moltbot_server.config_models import Delivering
 from moltbot_server.errors import ModelUnavailable, MoltBotError
 from moltbot_server.journal import Journal
 from moltbot_server.live_turn import LiveTurn
@@ -27,12 +29,15 @@ from moltbot_server.models.catalog import Catalog
 from moltbot_server.models.context import ContextWindow
 from moltbot_server.models.engine import NOBODY, Asker, Finished, Generation, Listener
 from moltbot_server.models.engines.scripted import ScriptedEngine
+from moltbot_server.outbox import Deliveries
 from moltbot_server.pipeline import TurnPipeline
 from moltbot_server.sessions import Sessions
 from moltbot_server.turns import Event, FinishReason, GenerationOptions, Message, Principal, TurnInput, TurnKey, Usage
+from simulated_disk import Disk, Orders
 from simulated_world import Clock, SimulatedLoop, World
 
 WORKSPACE = "default"
+CHANNEL = "chat"
 _OWNER = Principal(workspace=WORKSPACE, key_id="k", role="owner")
 _METRICS = Metrics()
 _CLOCK = Clock()
@@ -62,8 +67,9 @@ def virtual_time() -> Iterator[Callable[[World], None]]:
         (live_turn, "time", _CLOCK),
         (turn_run, "time", _CLOCK),
         (pipeline, "time", _CLOCK),
+        (sqlite_outbox, "time", _CLOCK),
         (groups, "threading", _Threading),
-        (groups, "SimpleQueue", _Orders),
+        (groups, "SimpleQueue", Orders),
     ]
     real = [getattr(module, name) for module, name, _ in places]
     for module, name, ours in places:
@@ -75,97 +81,7 @@ def virtual_time() -> Iterator[Callable[[World], None]]:
             setattr(module, name, original)
 
 
-# --- the disk ---------------------------------------------------------------------------------------------------------
-
-
-class _Orders:
-    """Takes the groups that a thread of the store is handed, to the disk."""
-
-    def __init__(self) -> None:
-        self.bound: tuple[Disk, Node, Any] | None = None
-
-    def put(self, group: list[Any] | None) -> None:
-        """Have a group carried out."""
-        if group is not None:
-            assert self.bound is not None
-            disk, node, thread = self.bound
-            disk.order(node, thread, group)
-
-
-class _Refusing:
-    """A connection whose commits fail, as those on a full or broken disk."""
-
-    def __init__(self, connection: sqlite3.Connection, name: str) -> None:
-        self._connection, self._name = connection, name
-
-    @property
-    def in_transaction(self) -> bool:
-        """Whether a transaction is open."""
-        return self._connection.in_transaction
-
-    def execute(self, statement: str, *values: Any) -> sqlite3.Cursor:
-        """Run a statement, unless it is a commit."""
-        if statement == "COMMIT":
-            error = sqlite3.OperationalError("no")
-            error.sqlite_errorname = self._name
-            raise error
-        return self._connection.execute(statement, *values)
-
-    def executemany(self, statement: str, rows: Any) -> sqlite3.Cursor:
-        """Run a statement for each row."""
-        return self._connection.executemany(statement, rows)
-
-
-class Disk:
-    """The database, which outlives its cores. One serves many worlds, one after the other."""
-
-    def __init__(self) -> None:
-        self.connection = sqlite3.connect(":memory:", isolation_level=None)
-        self.connection.executescript(sqlite._SCHEMA)
-        names = self.connection.execute("SELECT name FROM sqlite_master WHERE type = 'table'").fetchall()
-        self._tables = [name for (name,) in names if not name.startswith("sqlite_")]
-        self._synced: bytes | None = None
-        self._keeps_copies = False
-        self.refusals = 0.0
-
-    def clear(self, *, may_lose_power: bool, refusals: float) -> None:
-        """Become empty. `refusals`: how probable it is that a group fails."""
-        self.connection.execute("BEGIN")
-        for table in self._tables:
-            self.connection.execute(f"DELETE FROM {table}")
-        self.connection.execute("COMMIT")
-        self._keeps_copies, self.refusals = may_lose_power, refusals
-        self._synced = self.connection.serialize() if may_lose_power else None
-
-    def order(self, node: Node, thread: Any, group: list[Any]) -> None:
-        """Carry a group out some time soon, and have the outcome told some time later."""
-        world = node.world
-
-        def work() -> None:
-            if node.pending.pop(work, None) is None:
-                return  # the process was killed meanwhile
-            if node.loop.stopped:
-                node.on_go_on.append(lambda: self.order(node, thread, group))
-                return
-            outcomes = self._carry_out(world, thread, group)
-            world.soon(0.01, lambda: node.loop.call_soon(thread._answer, outcomes))
-
-        node.pending[work] = lambda: self._carry_out(world, thread, group)
-        world.soon(0.02, work)
-
-    def _carry_out(self, world: World, thread: Any, group: list[Any]) -> Any:
-        connection: Any = self.connection
-        if self.refusals and world.random.random() < self.refusals:
-            connection = _Refusing(connection, world.random.choice(("SQLITE_FULL", "SQLITE_IOERR_FSYNC")))
-        outcomes = thread.carry_out(connection, group)
-        if self._keeps_copies and getattr(thread, "_waits", False):
-            self._synced = self.connection.serialize()
-        return outcomes
-
-    def lose_power(self) -> None:
-        """Forget what was not synced."""
-        assert self._synced is not None
-        self.connection.deserialize(self._synced)
+# --- the store --------------------------------------------------------------------------------------------------------
 
 
 class _Store(sqlite.SqliteStore):
@@ -300,6 +216,8 @@ class Node:
         self.sessions = Sessions(
             self.store, lambda past: ContextWindow.of(past, engine.count, 1 << 30), clock=_CLOCK.monotonic
         )
+        settings = Delivering(lease=1.0, max_attempts=1000)
+        self.deliveries = Deliveries(lambda: self.store.outbox, settings, _METRICS)
         self.pipeline = TurnPipeline(
             store=self.store,
             journal=self.journal,
@@ -311,6 +229,7 @@ class Node:
             price=lambda model: None,
             system_prompt="",
             flush_interval=0.02,
+            announce=self.deliveries.announce,
         )
         self.pipeline._runs = _Ordered()  # type: ignore[assignment]
 
@@ -378,6 +297,39 @@ class Node:
 
         self.loop.within(lambda: self.loop.create_task(carry_out()))
 
+    def hand_out(self, line: Any, *, most: int) -> None:
+        """Give deliveries to an adapter."""
+
+        async def serve() -> None:
+            try:
+                receiver = self.deliveries.receive(WORKSPACE, CHANNEL, most)
+                try:
+                    async for delivery in receiver:
+                        line.send(delivery)
+                finally:
+                    self.deliveries.leave(receiver)
+            except MoltBotError:
+                line.end()
+            finally:
+                self.calls.pop(line, None)
+
+        self.calls[line] = self.loop.within(lambda: self.loop.create_task(serve()))
+
+    def ask(self, line: Any, what: Callable[[], Coroutine[Any, Any, Any]]) -> None:
+        """Carry out a call, and say whether it needs no repeating."""
+
+        async def carry_out() -> None:
+            try:
+                await what()
+            except MoltBotError as error:
+                line.send(not error.retryable)
+            else:
+                line.send(True)
+            finally:
+                self.calls.pop(line, None)
+
+        self.calls[line] = self.loop.within(lambda: self.loop.create_task(carry_out()))
+
     # --- faults ---------------------------------------------------------------------------------------------------
 
     def kill(self) -> None:
@@ -413,6 +365,7 @@ class Node:
 
         async def go() -> None:
             await self.pipeline.drain(grace)
+            await self.deliveries.close()
             await asyncio.sleep(0.05)  # streams deliver their last events
             self.serving = False
             for stream in tuple(self.calls):
@@ -441,6 +394,7 @@ class Node:
             "claims": sum(session.claims for session in self.sessions._open.values()),
             "calls": len(self.calls),
             "noted turns": len(self.journal._noted),
+            "receivers": len(self.deliveries._receivers),
         }
         return [f"{self.name} has {count} {name} left" for name, count in counts.items() if count]
 

@@ -18,11 +18,14 @@ from dataclasses import dataclass, field
 
 import msgspec
 from fault_checker import Violation, check
+from fault_deliveries import Note, check_deliveries
 from fault_history import Entry, Fault, Kept, KeptEvent, Listed, name_of
 from moltbot_server.store.sqlite_rows import messages_of
-from moltbot_server.turns import Completed, Event, Reset, TextDelta
+from moltbot_server.turns import Completed, Event, Place, Reset, TextDelta
+from simulated_adapters import Adapter, Platform, kept_deliveries
 from simulated_clients import KINDS, Follower, fault
-from simulated_core import Disk, Node, virtual_time
+from simulated_core import CHANNEL, Node, virtual_time
+from simulated_disk import Disk
 from simulated_world import World
 
 _events = msgspec.msgpack.Decoder(tuple[Event, ...])
@@ -53,6 +56,11 @@ def plan_of(seed: int) -> Plan:
     return Plan(kills=1 + seed % 3)
 
 
+def _adapters(seed: int) -> int:
+    """Return how many adapters a world has: most have none, which is quicker."""
+    return 0 if seed // 8 % 3 else 1 + seed % 2
+
+
 class Town:
     """A world with its nodes, its clients and its history."""
 
@@ -65,6 +73,11 @@ class Town:
         self.streams = 0
         self.nodes: list[Node] = []
         self.followers: list[Follower] = []
+        self.notes: list[Note] = []
+        self.platform = Platform(self)
+        self.adapters = [Adapter(self, f"a{number}", kills=seed // 24 % 3) for number in range(_adapters(seed))]
+        self._places: dict[str, str] = {}
+        self._quiet = (0, 0.0)
         self._kills = plan.kills
         self._kill_at = kill_at
         self._generations = itertools.count(1)
@@ -83,6 +96,8 @@ class Town:
         """Let it all happen."""
         self._start_node()
         self._settle_clients()
+        for adapter in self.adapters:
+            self.world.soon(1.0, adapter.start)
         for _ in range(self.plan.leaves):
             self.world.after(self.world.random.random() * 2, self._tell_to_leave)
         for _ in range(self.plan.zombies):
@@ -90,6 +105,15 @@ class Town:
         for _ in range(self.plan.power):
             self.world.after(self.world.random.random(), self._lose_power)
         self.world.run()
+
+    def all_is_said(self) -> bool:
+        """Tell whether nobody has asked anything for a while, and nothing runs or waits to be delivered."""
+        if self._quiet[0] != self.streams:
+            self._quiet = (self.streams, self.world.now)
+        if self.world.now - self._quiet[1] < 2.0 or not all(follower.done for follower in self.followers):
+            return False
+        query = "SELECT 1 FROM turns WHERE state = 'running' UNION ALL SELECT 1 FROM outbox WHERE state = 'open'"
+        return self.disk.connection.execute(query).fetchone() is None
 
     def _start_node(self) -> None:
         node = Node(self.world, self.disk, f"n{len(self.nodes) + 1}", self.history.append, self._generations)
@@ -157,6 +181,9 @@ class Town:
     def _settle(self, session: str, request: str, moment: float) -> None:
         dice, world = self.world.random, self.world
         fields = {"flush_interval": dice.choice((0.0, None)), "cancel_on_disconnect": dice.random() < 0.05}
+        if self.adapters:
+            self._places[request] = dice.choice(("p1", "p2", session))
+            fields["reply_to"] = Place(channel=CHANNEL, address=self._places[request])
         deadline = moment + dice.random() * 2 if dice.random() < 0.15 else 0.0
         first = Follower(self, f"{request}a", session, request, deadline=deadline, fields=fields)
         self.followers.append(first)
@@ -176,11 +203,13 @@ class Town:
     def verdict(self) -> list[Violation]:
         """Return what was broken."""
         self.history += self._kept()
+        self.notes += kept_deliveries(self.disk.connection, self._places)
         stopped = self.plan.zombies > 0
         found = check(self.history, power_failed=self.plan.power > 0)
         if stopped:
             # A process that stands still ends nothing in time.
             found = [violation for violation in found if violation.kind != "late"]
+        found += check_deliveries(self.notes)
         litter = [problem for node in self.nodes for problem in node.litter()] + self.world.failures
         return found + [Violation(kind="broken", subject="core", problem=problem) for problem in litter]
 
@@ -331,7 +360,7 @@ def _replay(seed: int, kill_at: int | None, *, calm: bool) -> int:
     with Player() as player:
         plan = Plan() if calm or kill_at is not None else None
         town, found = player.play(seed, plan=plan, kill_at=kill_at)
-    for entry in town.history:
+    for entry in sorted((*town.history, *town.notes), key=lambda entry: getattr(entry, "at", 0.0) or town.world.now):
         print(msgspec.json.encode(entry).decode())
     for violation in found:
         print(f"{violation.kind}: {violation.subject}: {violation.problem}")

@@ -14,6 +14,7 @@ from fault_history import Fault, Read
 
 PROGRAM = Path(simulation.__file__)
 A_FEW = (
+    "delivered-when-given-out",
     "accept-told-before-commit",
     "finish-without-epoch",
     "no-reset-after-take-over",

@@ -1,0 +1,109 @@
+"""The database of a world: it outlives its cores, takes its time, refuses, and forgets what was not synced."""
+
+from __future__ import annotations
+
+import sqlite3
+from collections.abc import Callable
+from typing import Any, Protocol
+
+import moltbot_server.store.sqlite as sqlite
+from simulated_world import SimulatedLoop, World
+
+
+class Node(Protocol):
+    """A process that has work for the disk."""
+
+    world: World
+    loop: SimulatedLoop
+    pending: dict[Callable[[], None], Callable[[], Any]]
+    on_go_on: list[Callable[[], None]]
+
+
+class Orders:
+    """Takes the groups that a thread of the store is handed, to the disk."""
+
+    def __init__(self) -> None:
+        self.bound: tuple[Disk, Node, Any] | None = None
+
+    def put(self, group: list[Any] | None) -> None:
+        """Have a group carried out."""
+        if group is not None:
+            assert self.bound is not None
+            disk, node, thread = self.bound
+            disk.order(node, thread, group)
+
+
+class _Refusing:
+    """A connection whose commits fail, as those on a full or broken disk."""
+
+    def __init__(self, connection: sqlite3.Connection, name: str) -> None:
+        self._connection, self._name = connection, name
+
+    @property
+    def in_transaction(self) -> bool:
+        """Whether a transaction is open."""
+        return self._connection.in_transaction
+
+    def execute(self, statement: str, *values: Any) -> sqlite3.Cursor:
+        """Run a statement, unless it is a commit."""
+        if statement == "COMMIT":
+            error = sqlite3.OperationalError("no")
+            error.sqlite_errorname = self._name
+            raise error
+        return self._connection.execute(statement, *values)
+
+    def executemany(self, statement: str, rows: Any) -> sqlite3.Cursor:
+        """Run a statement for each row."""
+        return self._connection.executemany(statement, rows)
+
+
+class Disk:
+    """The database, which outlives its cores. One serves many worlds, one after the other."""
+
+    def __init__(self) -> None:
+        self.connection = sqlite3.connect(":memory:", isolation_level=None)
+        self.connection.executescript(sqlite._SCHEMA)
+        names = self.connection.execute("SELECT name FROM sqlite_master WHERE type = 'table'").fetchall()
+        self._tables = [name for (name,) in names if not name.startswith("sqlite_")]
+        self._synced: bytes | None = None
+        self._keeps_copies = False
+        self.refusals = 0.0
+
+    def clear(self, *, may_lose_power: bool, refusals: float) -> None:
+        """Become empty. `refusals`: how probable it is that a group fails."""
+        self.connection.execute("BEGIN")
+        for table in self._tables:
+            self.connection.execute(f"DELETE FROM {table}")
+        self.connection.execute("COMMIT")
+        self._keeps_copies, self.refusals = may_lose_power, refusals
+        self._synced = self.connection.serialize() if may_lose_power else None
+
+    def order(self, node: Node, thread: Any, group: list[Any]) -> None:
+        """Carry a group out some time soon, and have the outcome told some time later."""
+        world = node.world
+
+        def work() -> None:
+            if node.pending.pop(work, None) is None:
+                return  # the process was killed meanwhile
+            if node.loop.stopped:
+                node.on_go_on.append(lambda: self.order(node, thread, group))
+                return
+            outcomes = self._carry_out(world, thread, group)
+            world.soon(0.01, lambda: node.loop.call_soon(thread._answer, outcomes))
+
+        node.pending[work] = lambda: self._carry_out(world, thread, group)
+        world.soon(0.02, work)
+
+    def _carry_out(self, world: World, thread: Any, group: list[Any]) -> Any:
+        connection: Any = self.connection
+        if self.refusals and world.random.random() < self.refusals:
+            connection = _Refusing(connection, world.random.choice(("SQLITE_FULL", "SQLITE_IOERR_FSYNC")))
+        outcomes = thread.carry_out(connection, group)
+        if self._keeps_copies and getattr(thread, "_waits", False):
+            self._synced = self.connection.serialize()
+        return outcomes
+
+    def lose_power(self) -> None:
+        """Forget what was not synced."""
+        assert self._synced is not None
+        self.connection.deserialize(self._synced)
