@@ -92,7 +92,8 @@ seeded-bugs: $(DEV) ## Puts bugs into copies of the code and shows what catches 
 
 soak: $(DEV) ## Asks for very many turns, and tells what they leave behind (TURNS=1000000 for more)
 	@scripts/tools redis || true
-	@exec $(BIN)/python tests/faults/soak.py --turns $(TURNS) $(SOAK_ARGS)
+	@$(BIN)/python tests/faults/soak.py --turns $(TURNS) --store sqlite $(SOAK_ARGS)
+	@exec $(BIN)/python tests/faults/soak.py --turns $(TURNS) --store redis $(SOAK_ARGS)
 
 accepts: $(DEV) ## Traces acceptances: each is on the disk before it is told (ACCEPTS=1000)
 	@exec $(BIN)/python tests/faults/accept_run.py --accepts $(ACCEPTS)

@@ -41,7 +41,7 @@ def rest(*, left: int = 0, **fields: int) -> Rest:
     [
         (rest(tasks=3), "there were 2 tasks and now there are 3"),
         (rest(files=9), "there were 3 files and now there are 9"),
-        (rest(threads=5), "there were 4 threads and now there are 5"),
+        (rest(threads=9), "there were 4 threads and now there are 9"),
         (rest(under_way=1), "1 turns are under way still"),
         (rest(left=7), "7 rows of turns are left"),
     ],
