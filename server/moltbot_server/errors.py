@@ -191,10 +191,24 @@ class DeadlineExceeded(MoltBotError):
 
 
 class NotServing(MoltBotError):
-    """The core is starting or leaving."""
+    """The core is starting or leaving, or another one carries the turn on."""
 
     status, reason, retryable = Status.UNAVAILABLE, "NOT_SERVING", True
     advice = "Repeat with the same request_id, on another node if there is one."
+
+    def __init__(
+        self, message: str, *, retry_after: float | None = None, node: str = "", handed_over: bool = False
+    ) -> None:
+        """`node` is the one that has the turn, if that is known; `handed_over`: it goes on somewhere."""
+        super().__init__(message, retry_after=retry_after)
+        self.node = node
+        self.handed_over = handed_over or bool(node)
+
+    @classmethod
+    def elsewhere(cls, node: str = "") -> NotServing:
+        """Return the refusal of what is another core's, or may be."""
+        text = "another core has this turn: follow it there, or repeat the call"
+        return cls(text, retry_after=1.0, node=node, handed_over=True)
 
 
 class ModelUnavailable(MoltBotError):

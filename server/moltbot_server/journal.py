@@ -72,7 +72,10 @@ class Follower:
         """
         while (live := self._live) is not None:
             if not live.is_stored:
-                await live._wait()
+                if live.successor is None:
+                    await live._wait()
+                else:
+                    self._go_on_with(live.successor)
             elif live.refusal is not None:
                 raise live.refusal
             elif live.duplicate_of is not None:
@@ -106,13 +109,17 @@ class Follower:
     def _turn_to(self, turn: StoredTurn) -> None:
         """Follow the turn in whose place the first one stands."""
         running = self._journal.live(turn.key)
-        self.close()
-        if running is None:
-            self._stored = turn
+        if running is not None:
+            self._go_on_with(running)
         else:
-            self._live = running
-            self._read, self._seeking = 0, self._after > 0
-            running._followers += 1
+            self.close()
+            self._stored = turn
+
+    def _go_on_with(self, running: LiveTurn) -> None:
+        running._followers += 1
+        self.close()
+        self._live = running
+        self._read, self._seeking = 0, self._after > 0
 
 
 class Journal:
@@ -182,6 +189,11 @@ class Journal:
         if self._noted:
             self._keep()
 
+    def suspend(self, live: LiveTurn) -> None:
+        """Forget what a turn was that is to be another one; whoever repeats its request_id finds it all the same."""
+        self._live.pop(live.key, None)
+        self._noted.pop(live, None)
+
     def close(self, live: LiveTurn) -> None:
         """Let an ended turn go; it is found in the store from now on."""
         self._live.pop(live.key, None)
@@ -243,7 +255,7 @@ class Journal:
         if (live := self._live.get(key)) is not None:
             return live
         if found.state is TurnState.RUNNING and (self._store.shared or key in self._elsewhere):
-            raise NotServing("another core carries this turn on; follow it there", retry_after=1.0)
+            raise NotServing.elsewhere(found.node if found.node != self._store.node else "")
         return found
 
     def follow(self, turn: LiveTurn | StoredTurn, after: int = 0) -> Follower:
@@ -262,6 +274,8 @@ class Journal:
                 return turn.key, turn.events[-1].sequence, ended
             if turn.refusal is not None:
                 raise turn.refusal
+            if turn.successor is not None:
+                return await self.outcome(turn.successor)
             if turn.duplicate_of is None:
                 raise TurnNotFound("the turn is gone")
             turn = turn.duplicate_of

@@ -66,8 +66,10 @@ class LiveTurn:
         "key",
         "late",
         "lost",
+        "moves",
         "principal",
         "refusal",
+        "successor",
         "visible",
     )
 
@@ -101,6 +103,8 @@ class LiveTurn:
         self.halt: Callable[[], None] = _nobody_to_stop
         self.duplicate_of: StoredTurn | None = None
         self.refusal: MoltBotError | None = None
+        self.successor: LiveTurn | None = None
+        self.moves = 0
         self._stored = False
         self._followers = 0
         self._waiters: list[asyncio.Future[None]] = []
@@ -164,16 +168,35 @@ class LiveTurn:
         if refusal is not None or duplicate_of is not None:
             self._wake_at_end()
 
+    def give_way(self, successor: LiveTurn) -> None:
+        """Let another turn stand in this one's place: nothing of this one was stored or seen."""
+        self.successor = successor
+        self._wake()
+        self._wake_at_end()
+
+    @property
+    def latest(self) -> LiveTurn:
+        """The turn that stands in this one's place, or this one."""
+        live = self
+        while live.successor is not None:
+            live = live.successor
+        return live
+
+    @property
+    def is_followed(self) -> bool:
+        """True when somebody follows it."""
+        return self._followers > 0
+
     @property
     def is_stored(self) -> bool:
         """True when the store has answered."""
         return self._stored
 
     async def outcome(self) -> Completed | Failed | None:
-        """Wait for the end and return the last event's kind; None when the turn was refused or is a duplicate."""
+        """Wait for the end and return the last event's kind; None when it was refused or another has its place."""
         self._followers += 1
         try:
-            while not (self.ended or self.refusal or self.duplicate_of):
+            while not (self.ended or self.refusal or self.duplicate_of or self.successor):
                 waiter: asyncio.Future[None] = asyncio.get_running_loop().create_future()
                 self._end_waiters.append(waiter)
                 await waiter
@@ -206,6 +229,11 @@ class LiveTurn:
         if self._timer is not None:
             self._timer.cancel()
             self._timer = None
+
+    @property
+    def expires_at(self) -> float | None:
+        """When the turn is ended, on the event loop's clock; None for never."""
+        return None if self._timer is None else self._timer.when()
 
     def expire_at(self, deadline: float | None) -> None:
         """End the turn at a time of the event loop's clock, if it has not ended by then."""
@@ -278,7 +306,9 @@ class LiveTurn:
 
     def cancel_unfollowed(self) -> None:
         """Cancel the turn if it is to end with its last follower and has none."""
-        if self._followers == 0 and self.input.cancel_on_disconnect and not self.ended:
+        if self.successor is not None:
+            self.successor.cancel_unfollowed()
+        elif self._followers == 0 and self.input.cancel_on_disconnect and not self.ended:
             self.cancel()
 
     def _left(self) -> None:

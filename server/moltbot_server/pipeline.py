@@ -8,8 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import hashlib
-import re
+import logging
 import secrets
 import time
 from collections.abc import Callable, Sequence
@@ -19,11 +18,11 @@ import msgspec
 from moltbot_server.config_models import Price
 from moltbot_server.errors import (
     DeadlineExceeded,
-    EmptyMessage,
-    InvalidField,
+    InternalError,
     MoltBotError,
     NotServing,
     QueueFull,
+    StorageUnavailable,
     TurnInterrupted,
 )
 from moltbot_server.floods import Floods
@@ -34,10 +33,10 @@ from moltbot_server.models.caching.answers import AnswerCache
 from moltbot_server.models.catalog import Catalog, CatalogEntry
 from moltbot_server.models.context import ContextWindow, Fitted
 from moltbot_server.models.engine import Asker, Engine, Generation, Listener
-from moltbot_server.models.limits import check_content
 from moltbot_server.sessions import OpenSession, Sessions
 from moltbot_server.store import Store, StoredTurn
 from moltbot_server.store.protocol import Orphan
+from moltbot_server.turn_checks import check_for_model, check_turn, digest_of
 from moltbot_server.turn_run import TurnRun
 from moltbot_server.turns import (
     Message,
@@ -48,26 +47,20 @@ from moltbot_server.turns import (
     TurnInput,
     TurnKey,
     Usage,
-    encode,
 )
 from moltbot_server.usage import Ledger
 
+log = logging.getLogger(__name__)
+
 _MOST_IN_A_SESSION = 128
+_MOST_MOVES = 8
+"""How often a turn is begun again because others had its session first."""
 _MOST_CORES = 5
 """A turn that so many cores did not survive is given up: it may be what ends them."""
 _COME_BACK = 15.0
 """Seconds that a turn which ends with its last follower waits for one after a take-over."""
 _OLDEST = 3600.0
 """Seconds after which nobody waits for an answer any more."""
-_NAME = re.compile(r"(?!\.+\Z)[A-Za-z0-9._~-]{1,128}\Z")  # dots alone are no name but a way up, in a path or a URL
-_CHANNEL = re.compile(r"[a-z0-9_-]{0,32}\Z")
-
-# A text says something when anything of it can be seen: not blanks, controls, fillers, joiners, marks of direction,
-# byte order or variation (Unicode's Default_Ignorable_Code_Point, the blank Braille pattern and the format controls).
-_VISIBLE = re.compile(
-    "[^\\s\x00-\x1f\x7f-\x9f\xad\u034f\u061c\u115f\u1160\u17b4\u17b5\u180b-\u180f\u200b-\u200f\u202a-\u202e\u2060-\u206f"
-    "\u2800\u3164\ufe00-\ufe0f\ufeff\uffa0\ufff0-\ufffb\U0001bca0-\U0001bca3\U0001d173-\U0001d17a\U000e0000-\U000e0fff]"
-)
 
 
 def _to_nobody(workspace: str, channel: str) -> None:
@@ -109,6 +102,9 @@ class TurnPipeline:
         self._announce = announce
         self._runs: set[TurnRun] = set()
         self._orphans: list[Orphan] = []
+        self._taking: asyncio.Event | None = None
+        self._stale: set[SessionKey] = set()
+        self._moving: set[asyncio.Task[None]] = set()
         self._emptied: asyncio.Event | None = None
         self._floods = Floods()
 
@@ -128,8 +124,8 @@ class TurnPipeline:
         Raises:
             MoltBotError: the turn is not accepted; nothing was stored.
         """
-        _check(turn)
-        digest = _digest(turn)
+        check_turn(turn)
+        digest = digest_of(turn)
         if not turn.request_id:
             turn = msgspec.structs.replace(turn, request_id=secrets.token_hex(16))
         elif self.journal.knows(principal, turn.request_id):
@@ -141,7 +137,7 @@ class TurnPipeline:
                 return earlier
         self._check_stays()
         entry = self._catalog.ready(turn.model)
-        _check_model(turn, entry.engine)
+        check_for_model(turn, entry.engine)
         warning = self._ledger.check(principal.workspace, turn.user, entry.engine.id)
         asker = Asker(workspace=principal.workspace, session=turn.session, deadline=deadline)
         self._admit(entry.engine, asker)
@@ -149,7 +145,7 @@ class TurnPipeline:
         session = self._at_hand(key, turn)
         waited = session is None
         if session is None:
-            session = await self._sessions.open(key)
+            session = await self._open(key)
             entry = self._still_ready(entry, turn)
             self._check_stays()
         if (begun := self.journal.begun(principal, turn.request_id)) is not None:
@@ -160,6 +156,24 @@ class TurnPipeline:
         if waited:
             # Many others may have begun meanwhile.
             self._admit(entry.engine, asker)
+        return self._begin(principal, turn, digest, session, entry, deadline, arrived, warning)
+
+    def _begin(
+        self,
+        principal: Principal,
+        turn: TurnInput,
+        digest: bytes,
+        session: OpenSession[ContextWindow],
+        entry: CatalogEntry,
+        deadline: float | None,
+        arrived: float,
+        warning: str = "",
+    ) -> LiveTurn:
+        """Set a turn out on its way; the store says later whether it is accepted.
+
+        Raises:
+            QueueFull: too many wait in its session.
+        """
         if session.claims >= _MOST_IN_A_SESSION:
             raise QueueFull("too many turns wait in this session already", retry_after=1.0)
         live = LiveTurn(
@@ -173,13 +187,67 @@ class TurnPipeline:
         )
         self.journal.begin(live)
         # The turn ends by its own deadline, which those who attach to it may move; the engine is stopped then.
-        asker = Asker(workspace=asker.workspace, session=key.session, wanted_by=deadline)
+        asker = Asker(workspace=principal.workspace, session=session.key.session, wanted_by=deadline)
         until = 0.0 if deadline is None else time.time() + deadline - asyncio.get_running_loop().time()
         run = TurnRun(self, live, session, entry, asker, until)
         self._runs.add(run)
         run.begin(warning)
         live.expire_at(deadline)
         return live
+
+    async def _open(self, key: SessionKey) -> OpenSession[ContextWindow]:
+        """Return a session; turns of it that were taken over a moment ago come first.
+
+        Raises:
+            NotServing: another node runs turns of it.
+        """
+        while True:
+            session = await self._sessions.open(key)
+            if not session.is_awaited or session.claims or self._taking is None:
+                return session
+            await self._taking.wait()
+            self._sessions.forget(key)
+
+    def begin_again(self, live: LiveTurn, session: OpenSession[ContextWindow], deadline: float | None) -> None:
+        """Start a turn again on its session as it is now: what was remembered of it was old. A run calls this."""
+        self.lost(session)
+        task = asyncio.create_task(self._begin_again(live, session, deadline))
+        self._moving.add(task)
+        task.add_done_callback(self._moving.discard)
+
+    async def _begin_again(self, live: LiveTurn, old: OpenSession[ContextWindow], deadline: float | None) -> None:
+        turn, unwanted = live.input, live.input.cancel_on_disconnect
+        try:
+            if live.moves == _MOST_MOVES:
+                raise StorageUnavailable("the session changes all the time; repeat the call", retry_after=1.0)
+            session = await self._open(old.key)
+            entry = self._catalog.ready(turn.model)
+            check_for_model(turn, entry.engine)
+            self._check_stays()
+            if unwanted and not live.is_followed:
+                raise NotServing("nobody waits for this turn any more", retry_after=0.0)
+            # Its old number may be in what was written meanwhile, and must not be another turn's.
+            session.last_ordinal = max(session.last_ordinal, old.last_ordinal)
+            begun = self._begin(live.principal, turn, live.digest, session, entry, deadline, live.arrived)
+        except Exception as problem:
+            refusal = problem if isinstance(problem, MoltBotError) else InternalError("the turn could not be begun")
+            if refusal is not problem:
+                log.exception("a turn could not be begun again")
+            live.stored(refusal=refusal)
+            self.journal.close(live)
+            return
+        begun.moves = live.moves + 1
+        live.give_way(begun)
+
+    def lost(self, session: OpenSession[ContextWindow]) -> None:
+        """Take note that another node has a session; a run calls this."""
+        if self._sessions.at_hand(session.key) is session:
+            self._sessions.forget(session.key)
+
+    @property
+    def is_taking_over(self) -> bool:
+        """True while turns of nodes that are gone are being taken over."""
+        return self._taking is not None
 
     def _check_stays(self) -> None:
         if self._emptied is not None:
@@ -194,8 +262,18 @@ class TurnPipeline:
         Raises:
             MoltBotError: the store cannot tell.
         """
+        taking = self._taking = asyncio.Event()
+        try:
+            return await self._take_over()
+        finally:
+            self._taking = None
+            taking.set()
+
+    async def _take_over(self) -> int:
         by_session: dict[SessionKey, list[Orphan]] = {}
-        for orphan in (*self._orphans, *await self.store.take_over()):
+        found = await self.store.take_over()
+        self._stale.update(orphan.turn.key.session for orphan in found)
+        for orphan in (*self._orphans, *found):
             by_session.setdefault(orphan.turn.key.session, []).append(orphan)
         # A turn that took the place of a failed one was stored later than those behind it.
         ordered = (sorted(waiting, key=lambda orphan: orphan.turn.key.ordinal) for waiting in by_session.values())
@@ -212,7 +290,14 @@ class TurnPipeline:
             # It was this core's, which was away for too long: what it still does of it counts no more.
             mine.lose()
             await mine.outcome()
-        session = await self._sessions.open(key.session)
+        if key.session in self._stale:
+            # What was at hand of it is from before others had it.
+            self._sessions.forget(key.session)
+            self._stale.discard(key.session)
+        try:
+            session = await self._sessions.open(key.session)
+        except NotServing:
+            return  # others have taken it over from this node in turn
         session.take_up(key.ordinal)
         live = LiveTurn(
             key=key,
@@ -287,7 +372,7 @@ class TurnPipeline:
         """Return the turn's model again: another one may have been chosen, or this one loaded anew, meanwhile."""
         entry = self._catalog.ready(turn.model)
         if entry.engine is not earlier.engine:
-            _check_model(turn, entry.engine)
+            check_for_model(turn, entry.engine)
         return entry
 
     # --- what a run asks for -------------------------------------------------------------------------------------
@@ -336,15 +421,16 @@ class TurnPipeline:
     async def drain(self, grace: float) -> None:
         """Refuse new turns, let those under way end within `grace` seconds, then leave the rest to the next core."""
         self._emptied = asyncio.Event()
-        if not self._runs:
-            return
-        with contextlib.suppress(TimeoutError):
-            async with asyncio.timeout(grace):
-                await self._emptied.wait()
+        if self._runs:
+            with contextlib.suppress(TimeoutError):
+                async with asyncio.timeout(grace):
+                    await self._emptied.wait()
         for run in tuple(self._runs):
             run.hand_over()
         if self._runs:
             await self._emptied.wait()
+        if self._moving:
+            await asyncio.wait(self._moving)
 
 
 def _unfinishable(orphan: Orphan, left: float | None) -> MoltBotError | None:
@@ -356,57 +442,5 @@ def _unfinishable(orphan: Orphan, left: float | None) -> MoltBotError | None:
     return None
 
 
-def _check(turn: TurnInput) -> None:
-    """Refuse what no model could answer."""
-    parts = turn.parts
-    if not parts:
-        raise EmptyMessage("turn.parts", "the message is empty; send at least one part")
-    for part in parts:
-        if not isinstance(part, TextPart) or _VISIBLE.search(part.text):
-            break
-    else:
-        raise EmptyMessage("turn.parts", "the message is blank; say something")
-    if turn.session:
-        if not _NAME.match(turn.session):
-            raise InvalidField(
-                "turn.session", "use `sessions/` and 1 to 128 characters of A-Z a-z 0-9 . _ ~ -, not only dots"
-            )
-        if turn.transcript is not None:
-            raise InvalidField("turn.transcript", "leave turn.session empty: a transcript stands in for a session")
-    if len(turn.request_id) > 128 or not turn.request_id.isprintable():
-        raise InvalidField("turn.request_id", "use at most 128 printable characters; a UUID is recommended")
-    if turn.channel and not _CHANNEL.match(turn.channel):
-        raise InvalidField("turn.channel", "use at most 32 characters of a-z 0-9 _ -")
-    if len(turn.user) > 256:
-        raise InvalidField("turn.user", "use at most 256 characters")
-    if turn.reply_to is not None:
-        if not turn.reply_to.channel or not _CHANNEL.match(turn.reply_to.channel):
-            raise InvalidField("turn.reply_to.channel", "use 1 to 32 characters of a-z 0-9 _ -")
-        if not 1 <= len(turn.reply_to.address) <= 512:
-            raise InvalidField("turn.reply_to.address", "use 1 to 512 characters")
-
-
-def _check_model(turn: TurnInput, engine: Engine) -> None:
-    """Refuse what this model cannot read or honour."""
-    try:
-        engine.check(turn.options)
-        check_content(turn.parts, engine.capabilities)
-    except InvalidField as error:
-        raise error.under("turn") from None
-    for index, message in enumerate(turn.transcript or ()):
-        try:
-            check_content(message.parts, engine.capabilities)
-        except InvalidField as error:
-            raise error.under(f"turn.transcript.messages[{index}]") from None
-
-
 def _system(text: str) -> Sequence[Message]:
     return (Message(role=Role.SYSTEM, parts=(TextPart(text=text),)),) if text else ()
-
-
-def _digest(turn: TurnInput) -> bytes:
-    """Return a digest of what a turn asks, so that a repeated call can be told from a reused request_id."""
-    content = encode(
-        (turn.session, turn.parts, turn.model, turn.options, turn.system_prompt, turn.transcript, turn.user)
-    )
-    return hashlib.blake2b(content, digest_size=16).digest()

@@ -10,16 +10,26 @@ from contextlib import asynccontextmanager
 from itertools import islice
 from typing import Any, Generic, Protocol, TypeVar
 
-from moltbot_server.errors import SessionBusy, SessionNotFound
+from moltbot_server.errors import NotServing, SessionBusy, SessionNotFound
 from moltbot_server.live_turn import LiveTurn
 from moltbot_server.metrics import CacheCounts
-from moltbot_server.store import Store
-from moltbot_server.turns import Message, Queued, SessionKey
+from moltbot_server.store import Elsewhere, Store
+from moltbot_server.turns import Message, Queued, SessionKey, TextPart, TurnInput
 
 _SESSIONS_AT_HAND = 10_000
 _OVERHEAD = 1_000  # bytes of memory that a session at hand takes beside its messages
 _TURNS_LOADED = 200
 _TOLD_EACH_STEP = 32
+_TITLE_LENGTH = 80
+OURS = -1
+"""The version of a session of which this node has accepted a turn: it is known as long as nobody else has it."""
+
+
+def title_of(turn: TurnInput) -> str:
+    """Return the title of a session that begins with a turn."""
+    text = " ".join(part.text for part in turn.parts if isinstance(part, TextPart))
+    line = " ".join(text.split())
+    return line if len(line) <= _TITLE_LENGTH else line[: _TITLE_LENGTH - 1] + "…"
 
 
 class History(Protocol):
@@ -35,13 +45,15 @@ H = TypeVar("H", bound=History)
 class OpenSession(Generic[H]):
     """A session at hand: its history, its last ordinal, and the turns that wait for their place.
 
-    `exists` is False while the session's row may be missing or untitled.
+    `exists` is False while the session's row may be missing or untitled; `version` is as it was loaded, 0 when it is
+    new. `is_awaited`: the store has turns of it that this node runs, and that may not be at hand yet.
     """
 
     __slots__ = (
         "claims",
         "exists",
         "history",
+        "is_awaited",
         "key",
         "last_ordinal",
         "moved",
@@ -49,6 +61,7 @@ class OpenSession(Generic[H]):
         "running",
         "size",
         "used",
+        "version",
         "waiting",
     )
 
@@ -58,6 +71,8 @@ class OpenSession(Generic[H]):
         self.history = history
         self.last_ordinal = last_ordinal
         self.exists = exists
+        self.version = 0
+        self.is_awaited = False
         self.claims = 0
         self.size = 0
         self.used = 0.0
@@ -132,6 +147,16 @@ class OpenSession(Generic[H]):
             live.record(Queued(position=position))
 
 
+class _Loading:
+    """A session that is being loaded: when that is over, and which other node was found to have it."""
+
+    __slots__ = ("elsewhere", "over")
+
+    def __init__(self) -> None:
+        self.over = asyncio.Event()
+        self.elsewhere = ""
+
+
 class Sessions(Generic[H]):
     """The sessions of this node: the latest used at hand, with what their model reads, and the others in the store.
 
@@ -163,7 +188,7 @@ class Sessions(Generic[H]):
         self.counts = CacheCounts()
         self.size = 0
         self._open: OrderedDict[SessionKey, OpenSession[H]] = OrderedDict()
-        self._loading: dict[SessionKey, asyncio.Event] = {}
+        self._loading: dict[SessionKey, _Loading] = {}
         self._changes: dict[SessionKey, asyncio.Event] = {}
         self._carried: set[asyncio.Task[None]] = set()
 
@@ -201,6 +226,9 @@ class Sessions(Generic[H]):
         """Return a session, read from the store when it is not at hand, or a new one.
 
         A session that is being reset or deleted is waited for. Whoever gets it claims it before anything else runs.
+
+        Raises:
+            NotServing: another node runs turns of it.
         """
         looked = False
         while True:
@@ -211,7 +239,9 @@ class Sessions(Generic[H]):
             elif (loading := self._loading.get(key)) is not None:
                 self.counts.joined += not looked
                 looked = True
-                await loading.wait()
+                await loading.over.wait()
+                if loading.elsewhere:
+                    raise NotServing.elsewhere(loading.elsewhere)
             else:
                 self.counts.misses += not looked
                 looked = True
@@ -222,10 +252,15 @@ class Sessions(Generic[H]):
         session = OpenSession(key, self._history(()))
         return self._keep(session) if keep else session
 
+    def forget(self, key: SessionKey) -> None:
+        """Let a session go that others have had: what its turns here still do with it counts no more."""
+        self._forget([key])
+
     async def reset(self, key: SessionKey) -> None:
         """Forget what was said in a session.
 
         Raises:
+            NotServing: another node runs turns of it.
             SessionNotFound: there is no such session.
             SessionBusy: a turn runs in it.
         """
@@ -238,13 +273,16 @@ class Sessions(Generic[H]):
                 raise SessionBusy("a turn runs in this session; wait for its end or cancel it", retry_after=1.0)
             if await self._store.get_session(key) is None:
                 raise SessionNotFound("there is no such session in this workspace")
-            await self._store.reset_session(key)
+            done = await self._store.reset_session(key)
             self._forget([key])
+            if isinstance(done, Elsewhere):
+                raise NotServing.elsewhere(done.node)
 
     async def delete(self, key: SessionKey) -> None:
         """Delete a session; turns that run or wait in it are cancelled first.
 
         Raises:
+            NotServing: another node runs turns of it.
             SessionNotFound: there is no such session.
         """
         await self._carry_through(self._delete(key))
@@ -255,7 +293,10 @@ class Sessions(Generic[H]):
             if session is not None:
                 await session.clear()
             self._forget([key])
-            if not await self._store.delete_session(key):
+            done = await self._store.delete_session(key)
+            if isinstance(done, Elsewhere):
+                raise NotServing.elsewhere(done.node)
+            if not done:
                 raise SessionNotFound("there is no such session in this workspace")
 
     async def _carry_through(self, change: Coroutine[Any, Any, None]) -> None:
@@ -281,7 +322,7 @@ class Sessions(Generic[H]):
         change = self._changes[key] = asyncio.Event()
         try:
             if (loading := self._loading.get(key)) is not None:
-                await loading.wait()
+                await loading.over.wait()
             yield
         finally:
             del self._changes[key]
@@ -289,17 +330,21 @@ class Sessions(Generic[H]):
 
     async def _load(self, key: SessionKey) -> None:
         """Bring a session to hand; others that want it wait meanwhile, and try themselves if this fails or is left."""
-        loading = self._loading[key] = asyncio.Event()
+        loading = self._loading[key] = _Loading()
         try:
             stored = await self._store.load_session(key, _TURNS_LOADED)
+            if stored is not None and self._store.shared and stored.running_on not in ("", self._store.node):
+                loading.elsewhere = stored.running_on
+                raise NotServing.elsewhere(stored.running_on)
             session = OpenSession(key, self._history(stored.messages if stored else ()))
             if stored is not None:
+                session.version, session.is_awaited = stored.version, bool(stored.running_on)
                 session.last_ordinal = stored.last_ordinal
                 session.exists = bool(stored.messages)  # without any it may have been reset, and waits for a title
             self._keep(session)
         finally:
             del self._loading[key]
-            loading.set()
+            loading.over.set()
 
     def _use(self, session: OpenSession[H], *, counted: bool = False) -> OpenSession[H] | None:
         """Return a session at hand as the latest used one; None when it was at hand for too long."""

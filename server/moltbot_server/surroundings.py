@@ -33,6 +33,16 @@ class Surroundings(Protocol):
     def used(self, live: LiveTurn, usage: Usage, *, cached: bool, model: str) -> None:
         """Count what an answer took, or what there was of it."""
 
+    @property
+    def is_taking_over(self) -> bool:
+        """True while turns of nodes that are gone are being taken over."""
+
+    def begin_again(self, live: LiveTurn, session: OpenSession[ContextWindow], deadline: float | None) -> None:
+        """Start a turn again that was begun on an old session; `deadline` is on the event loop's clock."""
+
+    def lost(self, session: OpenSession[ContextWindow]) -> None:
+        """Take note that another node has a session."""
+
     def replied(self, live: LiveTurn) -> None:
         """Take note that the answer of a turn waits to be delivered."""
 

@@ -22,8 +22,8 @@ from moltbot_server.live_turn import LiveTurn
 from moltbot_server.models.catalog import CatalogEntry
 from moltbot_server.models.context import ContextWindow, Fitted
 from moltbot_server.models.engine import Asker, Finished, Generation
-from moltbot_server.sessions import OpenSession
-from moltbot_server.store import EndedTurn, NewTurn, StoredTurn
+from moltbot_server.sessions import OURS, OpenSession, title_of
+from moltbot_server.store import Elsewhere, EndedTurn, Moved, NewTurn, StoredTurn, Taken
 from moltbot_server.surroundings import Surroundings
 from moltbot_server.turn_end import end_of
 from moltbot_server.turns import (
@@ -39,16 +39,13 @@ from moltbot_server.turns import (
     Reset,
     Role,
     Routed,
-    TextPart,
     Timings,
-    TurnInput,
     TurnState,
     Usage,
 )
 
 log = logging.getLogger(__name__)
 
-_TITLE_LENGTH = 80
 _TRY_AGAIN = 1.0
 """Seconds from one attempt to store an end to the next."""
 _NOTHING_READ = Fitted([], 0, 0, 0)
@@ -161,26 +158,27 @@ class TurnRun:
             create_time=time.time(),
             question=turn.parts,
             opens_session=not session.exists,
-            title="" if session.exists else _title(turn),
+            title="" if session.exists else title_of(turn),
             user=turn.user,
             channel=turn.channel,
             ephemeral=turn.transcript is not None,
             rest=turn,
             deadline=self._deadline,
+            version=session.version,
         )
         if again:
-            store.reaccept(row).then(self._accepted_again)
+            store.reaccept(row).then(lambda answer: self._accepted(answer, again=True))
         else:
             store.accept(row).then(self._accepted)
 
-    def _accepted(self, earlier: StoredTurn | MoltBotError | None, *, again: bool = False) -> None:
+    def _accepted(self, earlier: Taken | MoltBotError, *, again: bool = False) -> None:
         """Tell the followers what the store said; a turn that it did not take is dropped."""
         live = self._live
         if self._over:
             return  # broken off meanwhile
         live.accepted_after = time.perf_counter() - live.arrived
         if earlier is None:
-            self._session.exists = True
+            self._session.exists, self._session.version = True, OURS
             live.stored()
             if again:
                 # What it has recorded came to the store before its row did, and was left out.
@@ -190,24 +188,36 @@ class TurnRun:
                 self._finish(self._row)
         elif isinstance(earlier, MoltBotError):
             self._drop(refusal=earlier)
+        elif isinstance(earlier, Moved):
+            self._begin_again()
+        elif isinstance(earlier, Elsewhere):
+            self._pipeline.lost(self._session)
+            self._drop(refusal=NotServing.elsewhere(earlier.node))
         elif self._may_start_again(earlier) and earlier.digest == live.digest and not again:
             self._accept(again=True)
         else:
             self._drop(refusal=_content_error(earlier, live) or self._elsewhere(earlier), duplicate_of=earlier)
 
-    def _accepted_again(self, earlier: StoredTurn | MoltBotError | None) -> None:
-        self._accepted(earlier, again=True)
+    def _begin_again(self) -> None:
+        """Have the turn begun again with what others have said in its session; nobody has seen anything of it."""
+        live, session, deadline = self._live, self._session, self._live.expires_at
+        self._fall_silent()
+        self._leave(suspended=True)
+        self._pipeline.begin_again(live, session, deadline)
 
     def _may_start_again(self, earlier: StoredTurn) -> bool:
         """Tell whether a turn is over without a good end; one whose end could not be stored runs in the store only."""
         gone = earlier.state is TurnState.RUNNING and self._pipeline.journal.live(earlier.key) is None
-        return earlier.retryable or gone
+        return earlier.retryable or (gone and self._elsewhere(earlier) is None)
 
     def _elsewhere(self, earlier: StoredTurn) -> MoltBotError | None:
-        """Return where to follow a turn that another core carries out, if so."""
-        pipeline = self._pipeline
-        runs = earlier.state is TurnState.RUNNING and pipeline.journal.live(earlier.key) is None
-        return _taken_over() if runs and pipeline.store.shared else None
+        """Return where to follow a turn that another core carries out, or that this one is about to, if so."""
+        pipeline, store = self._pipeline, self._pipeline.store
+        if earlier.state is not TurnState.RUNNING or not store.shared or pipeline.journal.live(earlier.key) is not None:
+            return None
+        if earlier.node != store.node:
+            return NotServing.elsewhere(earlier.node)
+        return NotServing.elsewhere() if pipeline.is_taking_over else None
 
     def _drop(self, *, refusal: MoltBotError | None = None, duplicate_of: StoredTurn | None = None) -> None:
         """End without an end: the store has no such turn."""
@@ -288,7 +298,7 @@ class TurnRun:
         if self._over or self._ending is not None:
             return
         if self._live.lost:
-            self._drop(refusal=_taken_over())
+            self._drop(refusal=NotServing.elsewhere())
             return
         self._fall_silent()
         ending: Completed | Failed
@@ -308,7 +318,7 @@ class TurnRun:
             self.stop()
             return
         text = "the core is leaving; the next one carries this turn on: follow it there, or repeat the call"
-        self._drop(refusal=NotServing(text, retry_after=1.0))
+        self._drop(refusal=NotServing(text, retry_after=1.0, handed_over=True))
 
     def _fall_silent(self) -> None:
         """Free the engine, or give the place in the session's queue up."""
@@ -343,7 +353,7 @@ class TurnRun:
             return  # it was dropped, or is being stored again
         last = row.events[-1]
         if isinstance(error, TurnInterrupted):
-            self._drop(refusal=_taken_over())
+            self._drop(refusal=NotServing.elsewhere())
             return
         if error is not None:
             self._store_later(error)
@@ -379,8 +389,8 @@ class TurnRun:
         log.exception("a turn could not be brought to its end")
         self._drop(refusal=InternalError("something went wrong in the core; its log says what"))
 
-    def _leave(self) -> None:
-        """Make room for the next turn, once."""
+    def _leave(self, *, suspended: bool = False) -> None:
+        """Make room for the next turn, once. A `suspended` one begins again."""
         if self._over:
             return
         self._over = True
@@ -391,7 +401,10 @@ class TurnRun:
         self._session.release()
         self._generation = None
         self._live.let_go()
-        self._pipeline.journal.close(self._live)
+        if suspended:
+            self._pipeline.journal.suspend(self._live)
+        else:
+            self._pipeline.journal.close(self._live)
         self._entry.release()
         self._pipeline.over(self)
 
@@ -470,13 +483,3 @@ def _content_error(earlier: StoredTurn, live: LiveTurn) -> MoltBotError | None:
     except MoltBotError as error:
         return error
     return None
-
-
-def _taken_over() -> NotServing:
-    return NotServing("another core has taken this turn over: follow it there, or repeat the call", retry_after=1.0)
-
-
-def _title(turn: TurnInput) -> str:
-    text = " ".join(part.text for part in turn.parts if isinstance(part, TextPart))
-    line = " ".join(text.split())
-    return line if len(line) <= _TITLE_LENGTH else line[: _TITLE_LENGTH - 1] + "…"

@@ -6,6 +6,7 @@ import itertools
 from collections.abc import Awaitable, Callable
 from typing import Any
 
+import msgspec
 from moltbot_server.store import EndedTurn, NewTurn, Store
 from moltbot_server.turns import (
     Accepted,
@@ -82,9 +83,15 @@ def ended(turn: NewTurn, answer: str = "answer", state: TurnState = TurnState.CO
     )
 
 
+async def known(store: Store, turn: NewTurn) -> NewTurn:
+    """Return a turn as whoever has loaded its session accepts it."""
+    loaded = await store.load_session(turn.key.session, 1)
+    return msgspec.structs.replace(turn, version=loaded.version if loaded else 0)
+
+
 async def keep(store: Store, turn: NewTurn, **end: Any) -> EndedTurn:
     """Store a turn with its end."""
-    assert await store.accept(turn) is None
+    assert await store.accept(await known(store, turn)) is None
     end_of_it = ended(turn, **end)
     await store.finish(end_of_it)
     return end_of_it

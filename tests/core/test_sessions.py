@@ -6,6 +6,7 @@ import asyncio
 from collections.abc import Iterable
 
 import pytest
+from kept_turns import known
 from moltbot_server.errors import SessionBusy, SessionNotFound
 from moltbot_server.live_turn import LiveTurn
 from moltbot_server.sessions import OpenSession, Sessions
@@ -127,7 +128,7 @@ async def test_many_who_open_one_session_get_the_same_one(sessions: Sessions[Rem
 async def stored(store: Store, ordinal: int = 1) -> None:
     key = TurnKey(session=KEY, ordinal=ordinal)
     row = NewTurn(key=key, request_id=f"r{ordinal}", digest=b"d", create_time=1.0, question=(TextPart(text="x"),))
-    assert await store.accept(row) is None
+    assert await store.accept(await known(store, row)) is None
 
 
 async def test_numbers_go_on_where_the_store_left_off(sessions: Sessions[Remembered], store: Store) -> None:

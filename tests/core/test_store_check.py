@@ -13,8 +13,9 @@ from moltbot_server.store.findings import Finding
 from moltbot_server.store.protocol import JournalEntry
 from moltbot_server.store.redis import RedisStore
 from moltbot_server.store.redis_check import check_redis, nodes_there
-from moltbot_server.store.sqlite import SCHEMA_VERSION, SqliteStore
+from moltbot_server.store.sqlite import SqliteStore
 from moltbot_server.store.sqlite_check import check_database
+from moltbot_server.store.sqlite_schema import SCHEMA_VERSION
 from moltbot_server.turns import Event, TextDelta, TurnInput
 from redis.asyncio import Redis
 

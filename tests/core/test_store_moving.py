@@ -9,6 +9,7 @@ from contextlib import asynccontextmanager
 from pathlib import Path
 from typing import Any
 
+import msgspec
 import pytest
 from kept_turns import ended, keep, key, new, said
 from moltbot_server.store import NewTurn, Store, UsageQuery, UsageRow
@@ -92,19 +93,20 @@ async def fill(store: Store) -> None:
 
 
 async def everything(store: Store) -> list[Any]:
-    """Return all that can be seen of a store, and take over what runs in it."""
-    seen: list[Any] = []
+    """Take over what runs in a store, and return all that can be seen of it; who has a session is each store's own."""
+    seen: list[Any] = [await store.take_over()]
     for workspace in ("w", "other"):
         listed = await store.list_sessions(workspace, user="", channel="", before=None, limit=100)
         seen += [listed, await store.list_sessions(workspace, user="ann", channel="web", before=None, limit=100)]
         for name in [session.key.session for session in listed] + ["closed"]:
             session = SessionKey(workspace=workspace, session=name)
-            seen += [await store.load_session(session, 10), await store.get_session(session)]
+            loaded, listed_alone = await store.load_session(session, 10), await store.get_session(session)
+            seen += [loaded and (loaded.last_ordinal, loaded.messages, bool(loaded.running_on)), listed_alone]
             seen.append(await store.list_messages(session, after=(0, 0), limit=100))
-            seen += [await store.find_turn(TurnKey(session=session, ordinal=number)) for number in range(1, 6)]
+            turns = [await store.find_turn(TurnKey(session=session, ordinal=number)) for number in range(1, 6)]
+            seen += [turn and msgspec.structs.replace(turn, node="") for turn in turns]
     query = UsageQuery(first="2026-01-01", last="2026-12-31", by=("day", "model", "user"))
     seen.append(await store.list_usage(query, after=None, limit=-1))
-    seen.append(await store.take_over())
     return seen
 
 

@@ -16,7 +16,8 @@ from pathlib import Path
 import pytest
 from kept_turns import TIMES, ended, everything, keep, key, new, texts
 from moltbot_server.errors import StorageFull, StorageUnavailable
-from moltbot_server.store.sqlite import SCHEMA_VERSION, SqliteStore
+from moltbot_server.store.sqlite import SqliteStore
+from moltbot_server.store.sqlite_schema import SCHEMA_VERSION
 from moltbot_server.turns import FinishReason, Role, TurnState
 
 
@@ -48,7 +49,7 @@ async def test_a_bad_write_hurts_no_other_of_its_group(store: SqliteStore) -> No
     store._writer.submit(lambda _: time.sleep(0.1))
     turns = [new(ordinal) for ordinal in range(1, 60)]
     good = [store.accept(turn) for turn in turns[:30]]
-    bad_row = store.accept(new(1, request_id="other", text="the number 1 is taken"))
+    bad_row = store.accept(new(session="bad", title="\ud800"))
     bad_write = store._writer.submit(lambda connection: connection.execute("INSERT INTO nowhere VALUES (1)"))
     broken = store._writer.submit(lambda _: 1 // 0)
     good += [store.accept(turn) for turn in turns[30:]]
@@ -122,6 +123,9 @@ async def test_a_database_of_the_release_before_keeps_what_is_in_it_and_takes_mo
             "ALTER TABLE turns DROP COLUMN finish; ALTER TABLE turns DROP COLUMN rest; DROP TABLE journal;"
             "ALTER TABLE turns DROP COLUMN deadline; ALTER TABLE turns DROP COLUMN epoch; DROP TABLE usage;"
             "DROP TABLE outbox;"
+            "DROP INDEX turns_running; CREATE INDEX turns_running ON turns (state) WHERE state = 'running';"
+            "ALTER TABLE sessions DROP COLUMN node; ALTER TABLE sessions DROP COLUMN version;"
+            "ALTER TABLE turns DROP COLUMN node;"
             "PRAGMA user_version = 1;"
         )
 

@@ -6,7 +6,7 @@ import sqlite3
 from collections.abc import Callable
 from typing import Any, Protocol
 
-import moltbot_server.store.sqlite as sqlite
+import moltbot_server.store.sqlite_schema as sqlite_schema
 from simulated_world import SimulatedLoop, World
 
 
@@ -62,7 +62,7 @@ class Disk:
 
     def __init__(self) -> None:
         self.connection = sqlite3.connect(":memory:", isolation_level=None)
-        self.connection.executescript(sqlite._SCHEMA)
+        self.connection.executescript(sqlite_schema.SCHEMA)
         names = self.connection.execute("SELECT name FROM sqlite_master WHERE type = 'table'").fetchall()
         self._tables = [name for (name,) in names if not name.startswith("sqlite_")]
         self._synced: bytes | None = None

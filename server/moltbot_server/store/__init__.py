@@ -3,11 +3,14 @@
 from moltbot_server.store.pending import Pending
 from moltbot_server.store.protocol import (
     SEQUENCE_AFTER_CRASH,
+    Elsewhere,
     EndedTurn,
+    Moved,
     NewTurn,
     Store,
     StoredSession,
     StoredTurn,
+    Taken,
     UsagePage,
     UsagePlace,
     UsageQuery,
@@ -16,12 +19,15 @@ from moltbot_server.store.protocol import (
 
 __all__ = [
     "SEQUENCE_AFTER_CRASH",
+    "Elsewhere",
     "EndedTurn",
+    "Moved",
     "NewTurn",
     "Pending",
     "Store",
     "StoredSession",
     "StoredTurn",
+    "Taken",
     "UsagePage",
     "UsagePlace",
     "UsageQuery",

@@ -23,13 +23,13 @@ def build_store(settings: Settings, *, address: str = "") -> Store:
         ConfigError: it is Redis, and its client is not installed.
     """
     if settings.store.type == "redis":
-        return build_redis(settings)
+        return build_redis(settings, address=address)
     if settings.store.type == "memory":
         return MemoryStore()
     return SqliteStore(Workspace(folder=settings.workspace).database, address=address)
 
 
-def build_redis(settings: Settings) -> RedisStore:
+def build_redis(settings: Settings, *, address: str = "") -> RedisStore:
     """Return the store in Redis that the settings name, not open yet.
 
     Raises:
@@ -49,4 +49,5 @@ def build_redis(settings: Settings) -> RedisStore:
         database=named.database,
         prefix=named.prefix,
         tls=named.tls,
+        advertised=address,
     )

@@ -6,6 +6,7 @@ For trials, for tests, and to measure what the stores that keep cost. All else i
 from __future__ import annotations
 
 import itertools
+import secrets
 import sqlite3
 from collections.abc import Callable, Collection, Iterator, Sequence
 from typing import TypeVar
@@ -16,10 +17,12 @@ from moltbot_server.store.pending import Pending
 from moltbot_server.store.protocol import (
     EndedTurn,
     JournalEntry,
+    Moved,
     NewTurn,
     Orphan,
     StoredSession,
     StoredTurn,
+    Taken,
     UsagePage,
     UsagePlace,
     UsageQuery,
@@ -41,6 +44,7 @@ class MemoryStore:
     shared = False
 
     def __init__(self) -> None:
+        self.node = secrets.token_hex(8)
         self._sessions: dict[SessionKey, Conversation] = {}
         self._requests: dict[tuple[str, str], KeptTurn] = {}
         self._database = sqlite3.connect(":memory:", isolation_level=None, check_same_thread=False)
@@ -56,26 +60,32 @@ class MemoryStore:
         """Take nothing more."""
         self._is_open = False
 
+    async def address_of(self, node: str) -> str:
+        """Return nothing: there are no other nodes."""
+        return ""
+
     # --- writing -------------------------------------------------------------------------------------------------
 
-    def accept(self, turn: NewTurn) -> Pending[StoredTurn | None]:
+    def accept(self, turn: NewTurn) -> Pending[Taken]:
         """Store a turn; answer None, or the earlier turn of the same request_id."""
         return self._answered(self._accept(turn))
 
-    def reaccept(self, turn: NewTurn) -> Pending[StoredTurn | None]:
+    def reaccept(self, turn: NewTurn) -> Pending[Taken]:
         """Store a turn in the place of a failed one with its request_id."""
         earlier = self._requests.get((turn.key.session.workspace, turn.request_id))
-        if earlier is not None and earlier.state not in _ENDED_WELL:
+        if earlier is not None and earlier.state not in _ENDED_WELL and not self._is_old(turn):
             earlier.give_way()
             withdraw(self._database, turn.key.session.workspace, turn.request_id, turn.create_time)
             del self._requests[turn.key.session.workspace, turn.request_id]
         return self._answered(self._accept(turn))
 
-    def _accept(self, turn: NewTurn) -> StoredTurn | None:
+    def _accept(self, turn: NewTurn) -> Taken:
         request = (turn.key.session.workspace, turn.request_id)
         earlier = self._requests.get(request)
         if earlier is not None:
             return None if earlier.row.key == turn.key else earlier.stored()
+        if self._is_old(turn):
+            return Moved()
         session = self._sessions.get(turn.key.session)
         if session is None:
             session = self._sessions[turn.key.session] = Conversation(turn)
@@ -84,6 +94,11 @@ class MemoryStore:
         self._requests[request] = session.turns[turn.key.ordinal] = KeptTurn(turn)
         session.update_time = max(session.update_time, turn.create_time)
         return None
+
+    def _is_old(self, turn: NewTurn) -> bool:
+        """Tell whether a turn is of a session that is not there any more, or has a number that another turn has."""
+        session = self._sessions.get(turn.key.session)
+        return turn.version != 0 if session is None else turn.key.ordinal in session.turns
 
     def append(self, entries: Sequence[JournalEntry]) -> Pending[Collection[TurnKey]]:
         """Keep what happened in turns that run, and answer which of them do not, or not here any more."""
@@ -169,7 +184,8 @@ class MemoryStore:
         turns = (turn for turn in reversed(session.in_order()) if turn.state in _ENDED_WELL and turn.answer)
         latest = list(itertools.islice(turns, limit))
         messages = tuple(message for turn in reversed(latest) for message in turn.messages())
-        return StoredSession(last_ordinal=session.last_ordinal, messages=messages)
+        runs = any(turn.state is TurnState.RUNNING for turn in session.turns.values())
+        return StoredSession(last_ordinal=session.last_ordinal, messages=messages, running_on=self.node if runs else "")
 
     async def get_session(self, key: SessionKey) -> Session | None:
         """Return a session as it is listed, or None."""

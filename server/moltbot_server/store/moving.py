@@ -17,6 +17,8 @@ from moltbot_server.store.protocol import UsageRow
 from moltbot_server.turns import Event, Part, TurnInput, TurnState, Value
 
 FORMAT = 1
+NOWHERE = "imported"
+"""The node of turns that ran in another store: it is never there, so whoever looks takes them over."""
 _TOGETHER = 200
 _LONGEST_END = 4096
 

@@ -24,13 +24,23 @@ from moltbot_server.turns import (
 SEQUENCE_AFTER_CRASH = 1_000_000
 
 
+class Elsewhere(Value, frozen=True, kw_only=True):
+    """Another node runs turns of the session: what is to happen in it has to happen there."""
+
+    node: str
+
+
+class Moved(Value, frozen=True):
+    """What this node remembers of the session is old: load it again."""
+
+
 class NewTurn(Value, frozen=True, kw_only=True):
     """A turn to be accepted: its row, its user message, and its session if that is new.
 
     `rest` is what else it takes to carry the turn out, without its question; `deadline` is a Unix time, 0 for none.
     `digest` is of the content, so that a reused `request_id` can be told from a repeated call. `ephemeral` sessions are
     not listed. `opens_session` is True when the session's row may be missing or untitled; else `title`, `user` and
-    `channel` are not looked at.
+    `channel` are not looked at. `version` is the session's as it was loaded, 0 when there was none.
     """
 
     key: TurnKey
@@ -45,6 +55,7 @@ class NewTurn(Value, frozen=True, kw_only=True):
     ephemeral: bool = False
     rest: TurnInput | None = None
     deadline: float = 0.0
+    version: int = 0
 
 
 class JournalEntry(Value, frozen=True, kw_only=True):
@@ -70,7 +81,10 @@ class EndedTurn(Value, frozen=True, kw_only=True):
 
 
 class StoredTurn(Value, frozen=True, kw_only=True):
-    """A turn as the store knows it. `events` is empty while it runs; `retryable`: it failed in a way that may pass."""
+    """A turn as the store knows it. `events` is empty while it runs; `retryable`: it failed in a way that may pass.
+
+    `node` is the one that runs it; empty when it has ended.
+    """
 
     key: TurnKey
     request_id: str
@@ -80,6 +94,11 @@ class StoredTurn(Value, frozen=True, kw_only=True):
     end_time: float = 0.0
     events: tuple[Event, ...] = ()
     retryable: bool = False
+    node: str = ""
+
+
+Taken = StoredTurn | Elsewhere | Moved | None
+"""What becomes of a turn that is to be accepted: see `Store.accept`."""
 
 
 class Orphan(Value, frozen=True, kw_only=True):
@@ -95,10 +114,17 @@ class Orphan(Value, frozen=True, kw_only=True):
 
 
 class StoredSession(Value, frozen=True, kw_only=True):
-    """What a session needs to go on: its last ordinal, and its latest messages, oldest first."""
+    """What a session needs to go on: its last ordinal, and its latest messages, oldest first.
+
+    `version` is another one after each turn that was accepted, each reset, and each time that somebody else has the
+    session; it is never 0. `running_on` is the node that runs turns of it now, empty for none; when that is another
+    node, the session cannot go on here, and there are no messages.
+    """
 
     last_ordinal: int
     messages: tuple[Message, ...]
+    version: int = 1
+    running_on: str = ""
 
 
 class UsageRow(Value, frozen=True, kw_only=True):
@@ -149,11 +175,16 @@ class Store(Protocol):
     """Keeps sessions and turns, and what they used.
 
     What a pending write or a coroutine has answered is on the disk. Every method raises `StorageFull` or
-    `StorageUnavailable` when the store cannot do it. A `shared` store serves several cores at once: turns of one that
-    is gone are found by asking again and again.
+    `StorageUnavailable` when the store cannot do it. A `shared` store serves several cores at once, its nodes: turns of
+    one that is gone are found by asking again and again. All turns of a session that run are on one node, and a
+    session in which none runs belongs to nobody.
     """
 
     shared: bool
+
+    @property
+    def node(self) -> str:
+        """The name of this node, which no other one ever has."""
 
     @property
     def outbox(self) -> Outbox:
@@ -165,10 +196,17 @@ class Store(Protocol):
     async def close(self) -> None:
         """Write what waits, then close."""
 
-    def accept(self, turn: NewTurn) -> Pending[StoredTurn | None]:
-        """Store a turn and its user message; answer None, or the turn that used the `request_id` before."""
+    async def address_of(self, node: str) -> str:
+        """Return the address at which a node is reached; empty when it is gone, or has told none."""
 
-    def reaccept(self, turn: NewTurn) -> Pending[StoredTurn | None]:
+    def accept(self, turn: NewTurn) -> Pending[Taken]:
+        """Store a turn and its user message; answer None, or the turn that used the `request_id` before.
+
+        Where other nodes had the session since it was loaded, nothing is stored, and `Elsewhere` or `Moved` is the
+        answer. What this node has accepted last itself is never old.
+        """
+
+    def reaccept(self, turn: NewTurn) -> Pending[Taken]:
         """Store a turn like `accept`, taking the `request_id` and the question over from a turn without a good end.
 
         Whoever calls this knows that the earlier turn does not run any more here; one that another core runs stays.
@@ -211,11 +249,14 @@ class Store(Protocol):
     async def list_messages(self, key: SessionKey, *, after: tuple[int, int], limit: int) -> Sequence[Message]:
         """Return a session's messages, oldest first, that come after the position (ordinal, index)."""
 
-    async def reset_session(self, key: SessionKey) -> None:
-        """Delete a session's turns and messages; its ordinals go on."""
+    async def reset_session(self, key: SessionKey) -> Elsewhere | None:
+        """Delete a session's turns and messages; its ordinals go on. Nothing is done where another node runs turns."""
 
-    async def delete_session(self, key: SessionKey) -> bool:
-        """Delete a session with all that is in it; answer False when there is none."""
+    async def delete_session(self, key: SessionKey) -> Elsewhere | bool:
+        """Delete a session with all that is in it; answer False when there is none.
+
+        Nothing is done where another node runs turns of it.
+        """
 
     async def prune(self, before: float, *, ephemeral: bool = True) -> int:
         """Delete ephemeral sessions, or all others, last used before a time: so many that nobody waits for it.

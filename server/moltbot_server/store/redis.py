@@ -21,12 +21,15 @@ from moltbot_server.errors import StorageUnavailable, TurnInterrupted
 from moltbot_server.store.findings import Finding
 from moltbot_server.store.pending import Pending
 from moltbot_server.store.protocol import (
+    Elsewhere,
     EndedTurn,
     JournalEntry,
+    Moved,
     NewTurn,
     Orphan,
     StoredSession,
     StoredTurn,
+    Taken,
     UsagePage,
     UsagePlace,
     UsageQuery,
@@ -79,9 +82,12 @@ class RedisStore:
         database: int = 0,
         prefix: str = "moltbot",
         tls: bool = False,
+        advertised: str = "",
         lease: float = LEASE,
     ) -> None:
-        """`lease` is in seconds. Nothing is connected before `open`."""
+        """`advertised` is where others reach this node; `lease` is in seconds. Nothing is connected before `open`."""
+        self.node = ""
+        self.advertised = advertised
         self.address = f"{host}:{port}"
         self.prefix = prefix
         self._lease_seconds = lease
@@ -121,7 +127,13 @@ class RedisStore:
             await self._reading.open(_START)
             if fit:
                 await require_fit(self._reading, self.prefix, self.address)
-            self._lease = NodeLease(self._reading, prefix=self.prefix, node=self.node, seconds=self._lease_seconds)
+            self._lease = NodeLease(
+                self._reading,
+                prefix=self.prefix,
+                node=self.node,
+                address=self.advertised,
+                seconds=self._lease_seconds,
+            )
             await self._lease.join()
         except BaseException as problem:
             await self._reading.close()
@@ -143,30 +155,34 @@ class RedisStore:
         await self._lease.leave()
         await self._reading.close()
 
+    async def address_of(self, node: str) -> str:
+        """Return the address at which a node is reached; empty when it is gone."""
+        return await self._lease.address_of(node)
+
     def connection(self) -> AbstractConnection:
         """Return a connection that is not open yet."""
         return SSLConnection(**self._options) if self._tls else Connection(**self._options)
 
     # --- writing -------------------------------------------------------------------------------------------------
 
-    def accept(self, turn: NewTurn) -> Pending[StoredTurn | None]:
-        """Store a turn; answer None, or the earlier turn of the same request_id."""
+    def accept(self, turn: NewTurn) -> Pending[Taken]:
+        """Store a turn; answer None, or the earlier turn of the same request_id, or who has the session."""
         return self._accept("accept", turn)
 
-    def reaccept(self, turn: NewTurn) -> Pending[StoredTurn | None]:
+    def reaccept(self, turn: NewTurn) -> Pending[Taken]:
         """Store a turn in the place of a failed one with its request_id; one that another node runs stays."""
         return self._accept("reaccept", turn)
 
-    def _accept(self, script: str, turn: NewTurn) -> Pending[StoredTurn | None]:
+    def _accept(self, script: str, turn: NewTurn) -> Pending[Taken]:
         workspace, session = turn.key.session.workspace, turn.key.session.session
         withdrawal = self.run("withdraw", workspace, self.node, session, turn.key.ordinal, turn.request_id)
 
-        def read(replies: list[Any]) -> StoredTurn | StorageUnavailable | None:
+        def read(replies: list[Any]) -> Taken:
             reply = replies[-1]
-            if reply == 1:
-                return None
-            if reply == 0:
-                return StorageUnavailable("another turn has taken this one's place; try again", retry_after=0.0)
+            if isinstance(reply, int):
+                return None if reply else Moved()
+            if isinstance(reply, bytes):
+                return Elsewhere(node=reply.decode())
             return turn_from(key_of(workspace, reply[0]), reply[1:])
 
         command = self.run(script, workspace, *accept_arguments(self.node, turn))
@@ -205,19 +221,21 @@ class RedisStore:
             Call(command, read=lambda replies: None if replies[0] == 1 else _TAKEN_OVER, patient=True)
         )
 
-    async def reset_session(self, key: SessionKey) -> None:
+    async def reset_session(self, key: SessionKey) -> Elsewhere | None:
         """Delete a session's turns; its ordinals go on."""
-        await self._forget(key, "reset")
+        done = await self._forget(key, "reset")
+        return done if isinstance(done, Elsewhere) else None
 
-    async def delete_session(self, key: SessionKey) -> bool:
+    async def delete_session(self, key: SessionKey) -> Elsewhere | bool:
         """Delete a session and its turns."""
-        return await self._forget(key, "delete") > 0
+        done = await self._forget(key, "delete")
+        return done if isinstance(done, Elsewhere) else done > 0
 
-    async def _forget(self, key: SessionKey, what: str) -> int:
-        command = self.run("forget", key.workspace, key.session, _STEP, what)
+    async def _forget(self, key: SessionKey, what: str) -> Elsewhere | int:
+        command = self.run("forget", key.workspace, key.session, _STEP, what, self.node)
         while (done := await self._writing.put(Call(command, read=_only, repeatable=what != "delete"))) == 2:
             continue
-        return int(done)
+        return Elsewhere(node=done.decode()) if isinstance(done, bytes) else int(done)
 
     async def prune(self, before: float, *, ephemeral: bool = True) -> int:
         """Delete sessions last used before a time: those of stateless callers, or the others."""
@@ -227,7 +245,7 @@ class RedisStore:
             old = await self._ask(("ZRANGEBYSCORE", index, f"({-before!r}", "+inf", "LIMIT", 0, _PRUNED))
             for session in old:
                 key = SessionKey(workspace=workspace, session=session.decode())
-                pruned += await self._forget(key, repr(before)) > 0
+                pruned += await self._forget(key, repr(before)) == 1
         return pruned
 
     def add_usage(self, rows: Sequence[UsageRow]) -> Pending[None]:
@@ -258,7 +276,7 @@ class RedisStore:
 
     async def load_session(self, key: SessionKey, limit: int) -> StoredSession | None:
         """Return what a session needs to go on, or None."""
-        command = self.run("load", key.workspace, key.session, limit)
+        command = self.run("load", key.workspace, key.session, limit, self.node)
         return await self._reading.put(Call(command, read=lambda replies: loaded_from(replies[0])))
 
     async def get_session(self, key: SessionKey) -> Session | None:

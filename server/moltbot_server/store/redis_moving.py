@@ -7,7 +7,7 @@ from typing import Any
 
 import msgspec
 
-from moltbot_server.store.moving import Record, SessionRecord, TurnRecord, UsageRecord
+from moltbot_server.store.moving import NOWHERE, Record, SessionRecord, TurnRecord, UsageRecord
 from moltbot_server.store.redis import RedisStore
 from moltbot_server.store.redis_line import Argument, Command
 from moltbot_server.store.redis_rows import key_of
@@ -16,8 +16,6 @@ from moltbot_server.turns import Event, Part, TurnInput, TurnState, encode
 
 _STEP = 200
 _SCANNED = 1000
-_NODE = "imported"
-"""The node of turns that ran in another store: it is never there, so whoever looks takes them over."""
 _SESSION = ("title", "user", "channel", "create", "update", "base", "ephemeral")
 _TURN = ("r", "d", "s", "c", "e", "m", "f", "q", "a", "v", "x", "l", "p")
 
@@ -162,7 +160,7 @@ def _turn_of(workspace: str, name: bytes, fields: Sequence[Any], entries: Sequen
 def _turn_arguments(record: TurnRecord) -> tuple[Argument, ...]:
     kept = record.kept
     return (
-        _NODE, record.session, record.ordinal, record.request_id, record.digest, record.state.value,
+        NOWHERE, record.session, record.ordinal, record.request_id, record.digest, record.state.value,
         record.create_time, record.end_time, record.model, record.finish,
         encode(record.question) if record.question else b"",
         encode(record.answer) if record.answer is not None else b"",

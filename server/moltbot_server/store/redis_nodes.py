@@ -25,8 +25,10 @@ _RENEWALS = 5  # in the time of a lease
 class NodeLease:
     """The lease of this node, renewed by a task of its own."""
 
-    def __init__(self, line: RedisLine, *, prefix: str, node: str, seconds: float = LEASE) -> None:
+    def __init__(self, line: RedisLine, *, prefix: str, node: str, address: str = "", seconds: float = LEASE) -> None:
+        """`address` is where other nodes reach this one."""
         self._line = line
+        self.address = address
         self._prefix = prefix
         self.node = node
         self._seconds = seconds
@@ -66,7 +68,7 @@ class NodeLease:
         Raises:
             StorageUnavailable: Redis does not answer.
         """
-        told = f"{socket.gethostname()} {os.getpid()}"
+        told = f"{socket.gethostname()} {os.getpid()} {self.address}".rstrip()
         renewal = ("SET", self._key(self.node), told, "PX", int(self._seconds * 1000), "GET")
         try:
             _, held = await self._ask(("SADD", self._nodes, self.node), renewal)
@@ -107,6 +109,18 @@ class NodeLease:
         """
         found = await self._ask(("SMEMBERS", self._nodes), ("SMEMBERS", self._left))
         return {node.decode() for nodes in found for node in nodes}
+
+    async def address_of(self, node: str) -> str:
+        """Return the address that a node has told; empty when it is gone, or has told none.
+
+        Raises:
+            StorageUnavailable: Redis does not answer.
+        """
+        if node == self.node:
+            return self.address
+        (told,) = await self._ask(("GET", self._key(node)))
+        words = told.decode().split() if told is not None else []
+        return words[2] if len(words) > 2 else ""
 
     async def strike(self, nodes: Sequence[str]) -> None:
         """Let nodes that are gone be known no more.

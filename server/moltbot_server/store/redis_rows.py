@@ -15,7 +15,7 @@ from moltbot_server.store.sqlite_rows import end_columns, messages_of, session_o
 from moltbot_server.turns import Event, Message, Part, Session, SessionKey, TurnInput, TurnKey, TurnState, encode
 
 EMPTY = encode(())
-TURN_FIELDS = ("r", "d", "s", "c", "e", "v")
+TURN_FIELDS = ("r", "d", "s", "c", "e", "v", "n")
 ORPHAN_FIELDS = ("r", "d", "c", "q", "x", "l")
 SESSION_FIELDS = ("title", "user", "channel", "create", "update", "messages", "ephemeral")
 
@@ -58,6 +58,7 @@ def accept_arguments(node: str, turn: NewTurn) -> tuple[Argument, ...]:
         turn.user,
         turn.channel,
         int(turn.ephemeral),
+        turn.version,
     )
 
 
@@ -73,14 +74,14 @@ def finish_arguments(node: str, turn: EndedTurn) -> tuple[Argument, ...]:
 
 def turn_from(key: TurnKey, fields: Sequence[bytes | None]) -> StoredTurn | None:
     """Return a turn of `TURN_FIELDS`, None when there is none."""
-    request, digest, state, create, end, events = fields
+    request, digest, state, create, end, events, node = fields
     if request is None or digest is None or state is None or create is None or end is None:
         return None
     session = key.session
     return turn_of(
         (
             session.workspace, session.session, key.ordinal, request.decode(), digest, state.decode(), float(create),
-            float(end), events,
+            float(end), events, (node or b"").decode(),
         )
     )  # fmt: skip
 
@@ -106,9 +107,14 @@ def loaded_from(found: Sequence[Any]) -> StoredSession | None:
     """Return what the script `load` found."""
     if not found:
         return None
-    base, last, *turns = found
+    base, last, version, runs, *turns = found
     messages = [message for turn in reversed(turns) for message in messages_from(turn)]
-    return StoredSession(last_ordinal=max(int(base), int(last)), messages=tuple(messages))
+    return StoredSession(
+        last_ordinal=max(int(base), int(last)),
+        messages=tuple(messages),
+        version=int(version),
+        running_on=runs.decode(),
+    )
 
 
 def messages_from(turn: Sequence[bytes | None]) -> list[Message]:

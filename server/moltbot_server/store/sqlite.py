@@ -16,11 +16,13 @@ import msgspec
 
 from moltbot_server.errors import StorageUnavailable, TurnInterrupted
 from moltbot_server.store import (
+    Elsewhere,
     EndedTurn,
     NewTurn,
     Pending,
     StoredSession,
     StoredTurn,
+    Taken,
     UsagePage,
     UsagePlace,
     UsageQuery,
@@ -28,12 +30,14 @@ from moltbot_server.store import (
 )
 from moltbot_server.store.protocol import JournalEntry, Orphan
 from moltbot_server.store.reader import GroupReader
-from moltbot_server.store.sqlite_journal import JOURNAL_SCHEMA, append_entries, forget_entries, names_of, take_over
+from moltbot_server.store.sqlite_journal import append_entries, forget_entries, names_of, take_over
 from moltbot_server.store.sqlite_nodes import Pen, SqliteNodes
-from moltbot_server.store.sqlite_outbox import OUTBOX_SCHEMA, SqliteOutbox, post_ends, withdraw
+from moltbot_server.store.sqlite_outbox import SqliteOutbox, post_ends, withdraw
 from moltbot_server.store.sqlite_pruning import prune_sessions
-from moltbot_server.store.sqlite_rows import end_columns, messages_of, rest_columns, session_of, turn_of
-from moltbot_server.store.sqlite_usage import USAGE_SCHEMA, add_usage, forget_usage, read_usage
+from moltbot_server.store.sqlite_rows import TURN_COLUMNS, end_columns, messages_of, rest_columns, session_of, turn_of
+from moltbot_server.store.sqlite_schema import SCHEMA, SCHEMA_VERSION, STEPS
+from moltbot_server.store.sqlite_sessions import Places
+from moltbot_server.store.sqlite_usage import add_usage, forget_usage, read_usage
 from moltbot_server.store.writer import GroupWriter, Rows, storage_error, unusable
 from moltbot_server.turns import (
     Message,
@@ -45,52 +49,22 @@ from moltbot_server.turns import (
 
 T = TypeVar("T")
 
-SCHEMA_VERSION = 5
-
-_SCHEMA = f"""
-CREATE TABLE sessions (
-    workspace TEXT NOT NULL, id TEXT NOT NULL, title TEXT NOT NULL, user TEXT NOT NULL, channel TEXT NOT NULL,
-    create_time REAL NOT NULL, update_time REAL NOT NULL, base_ordinal INTEGER NOT NULL, ephemeral INTEGER NOT NULL,
-    PRIMARY KEY (workspace, id)
-) WITHOUT ROWID;
-CREATE INDEX sessions_by_use ON sessions (workspace, ephemeral, update_time DESC, id);
-CREATE TABLE turns (
-    workspace TEXT NOT NULL, session TEXT NOT NULL, ordinal INTEGER NOT NULL, request_id TEXT NOT NULL,
-    digest BLOB NOT NULL, state TEXT NOT NULL, create_time REAL NOT NULL, end_time REAL NOT NULL DEFAULT 0,
-    model TEXT NOT NULL DEFAULT '', question BLOB NOT NULL, answer BLOB, events BLOB, finish TEXT NOT NULL DEFAULT ''
-);
-CREATE UNIQUE INDEX turns_by_session ON turns (workspace, session, ordinal);
-CREATE UNIQUE INDEX turns_by_request ON turns (workspace, request_id);
-CREATE INDEX turns_running ON turns (state) WHERE state = 'running';
-{USAGE_SCHEMA}{JOURNAL_SCHEMA}{OUTBOX_SCHEMA}"""
-
-# From each version of the schema to the next. Of answers that were kept before, only a cancelled one can be told.
-_STEPS = {
-    1: "ALTER TABLE turns ADD COLUMN finish TEXT NOT NULL DEFAULT ''; "
-    "UPDATE turns SET finish = 'cancelled' WHERE state = 'cancelled';",
-    2: USAGE_SCHEMA,
-    3: JOURNAL_SCHEMA,
-    4: OUTBOX_SCHEMA,
-}
-
 _INSERT_TURN = Rows(
     "INSERT INTO turns (workspace, session, ordinal, request_id, digest, create_time, question, "
-    "rest, deadline, state, end_time, model, answer, events, finish) VALUES {rows} "
-    "ON CONFLICT (workspace, request_id) DO NOTHING",
-    row="(?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?)",
+    "node, rest, deadline, state, end_time, model, answer, events, finish) VALUES {rows} "
+    "ON CONFLICT DO NOTHING",
+    row="(?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?)",
 )
 _FINISH_TURN = Rows(
     "UPDATE turns SET state = column4, end_time = column5, model = column6, answer = column7, events = column8, "
     "finish = column9, rest = NULL FROM (VALUES {rows}) WHERE workspace = column1 AND session = column2 "
-    "AND ordinal = column3 AND epoch = column10",
-    row="(?, ?, ?, ?, ?, ?, ?, ?, ?, ?)",
+    "AND ordinal = column3 AND epoch = column10 AND node = column11",
+    row="(?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?)",
 )
-_INSERT_SESSION = """
-INSERT INTO sessions (workspace, id, title, user, channel, create_time, update_time, base_ordinal, ephemeral)
-VALUES (?, ?, ?, ?, ?, ?, ?, 0, ?)
-ON CONFLICT (workspace, id) DO UPDATE SET title = excluded.title WHERE sessions.title = ''
+_LOAD = """
+SELECT base_ordinal, (SELECT max(ordinal) FROM turns WHERE workspace = ?1 AND session = ?2), version
+FROM sessions WHERE workspace = ?1 AND id = ?2
 """
-_TURN_COLUMNS = "workspace, session, ordinal, request_id, digest, state, create_time, end_time, events"
 _MESSAGE_COLUMNS = "ordinal, question, answer, model, create_time, end_time, finish"
 _SESSION_COLUMNS = """s.workspace, s.id, s.title, s.user, s.channel, s.create_time, s.update_time,
 (SELECT count(*) + count(answer) FROM turns t
@@ -128,9 +102,11 @@ class SqliteStore:
         self._path = path
         self.nodes = SqliteNodes(path.parent / "run" / "nodes", address=address)
         self.shared = self.nodes.shared
+        self._places = Places(self.nodes.node, shared=self.shared)
         self._pen: Pen | None = None
         self._touched: dict[tuple[str, str], float] = {}
         self._touched_at = 0.0
+        self._looked = False
         self._journaled: set[TurnKey] = set()
         self._forgotten: list[TurnKey] = []
         self._closed = False
@@ -163,20 +139,27 @@ class SqliteStore:
         self.nodes.leave()
         self._closed = True
 
-    def address_of(self, node: str) -> str:
+    @property
+    def node(self) -> str:
+        """The name of this node."""
+        return self.nodes.node
+
+    async def address_of(self, node: str) -> str:
         """Return the address at which a node is reached; empty when it is gone."""
         return self.nodes.address_of(node)
 
     # --- writing -------------------------------------------------------------------------------------------------
 
-    def accept(self, turn: NewTurn) -> Pending[StoredTurn | None]:
-        """Store a turn; answer None, or the earlier turn of the same request_id."""
+    def accept(self, turn: NewTurn) -> Pending[Taken]:
+        """Store a turn; answer None, or the earlier turn of the same request_id, or who has the session."""
         return self._writer.submit_row(turn)
 
-    def reaccept(self, turn: NewTurn) -> Pending[StoredTurn | None]:
-        """Store a turn in the place of a failed one with its request_id."""
+    def reaccept(self, turn: NewTurn) -> Pending[Taken]:
+        """Store a turn in the place of a failed one with its request_id; one that another node runs stays."""
 
-        def write(connection: sqlite3.Connection) -> StoredTurn | None:
+        def write(connection: sqlite3.Connection) -> Taken:
+            if (refusal := self._places.keeps(connection, turn)) is not None:
+                return refusal
             names = turn.key.session.workspace, turn.request_id
             withdraw(connection, *names, turn.create_time)
             connection.execute(_FORGET_SUPERSEDED, names)
@@ -190,8 +173,15 @@ class SqliteStore:
         return self._writer.submit_row(tuple(entries))
 
     async def take_over(self) -> Sequence[Orphan]:
-        """Take over the turns that a core which is gone left running."""
-        orphans: list[Orphan] = await self._writer.submit(take_over)
+        """Take over the turns that cores which are gone left running."""
+        left = self.nodes.left() if self.shared else ()
+        if self._looked and self.shared and not left:
+            return ()
+        orphans: list[Orphan] = await self._writer.submit(
+            lambda connection: take_over(connection, self.node, self.nodes.gone)
+        )
+        self._looked = True
+        self.nodes.strike(left)
         self._journaled.update(orphan.turn.key for orphan in orphans)
         return orphans
 
@@ -199,33 +189,22 @@ class SqliteStore:
         """Store how a turn ended."""
         return self._writer.submit_row(turn)
 
-    async def reset_session(self, key: SessionKey) -> None:
+    async def reset_session(self, key: SessionKey) -> Elsewhere | None:
         """Delete a session's turns; its ordinals go on."""
         names = (key.workspace, key.session)
+        answer: Elsewhere | None = await self._writer.submit(lambda connection: self._places.reset(connection, names))
+        return answer
 
-        def write(connection: sqlite3.Connection) -> None:
-            connection.execute(
-                "UPDATE sessions SET title = '', base_ordinal = max(base_ordinal, coalesce("
-                "(SELECT max(ordinal) FROM turns WHERE workspace = ?1 AND session = ?2), 0)) "
-                "WHERE workspace = ?1 AND id = ?2",
-                names,
-            )
-            connection.execute("DELETE FROM turns WHERE workspace = ? AND session = ?", names)
-            connection.execute("DELETE FROM journal WHERE workspace = ? AND session = ?", names)
-
-        await self._writer.submit(write)
-
-    async def delete_session(self, key: SessionKey) -> bool:
+    async def delete_session(self, key: SessionKey) -> Elsewhere | bool:
         """Delete a session and its turns."""
         names = (key.workspace, key.session)
 
-        def write(connection: sqlite3.Connection) -> bool:
+        def write(connection: sqlite3.Connection) -> Elsewhere | bool:
             self._touched.pop(names, None)
-            connection.execute("DELETE FROM turns WHERE workspace = ? AND session = ?", names)
-            connection.execute("DELETE FROM journal WHERE workspace = ? AND session = ?", names)
-            return connection.execute("DELETE FROM sessions WHERE workspace = ? AND id = ?", names).rowcount > 0
+            return self._places.delete(connection, names)
 
-        return bool(await self._writer.submit(write))
+        answer: Elsewhere | bool = await self._writer.submit(write)
+        return answer
 
     async def prune(self, before: float, *, ephemeral: bool = True) -> int:
         """Delete sessions last used before a time: those of stateless callers, or the others."""
@@ -251,7 +230,7 @@ class SqliteStore:
         return await self._reader.read(
             lambda connection: turn_of(
                 connection.execute(
-                    f"SELECT {_TURN_COLUMNS} FROM turns WHERE workspace = ? AND session = ? AND ordinal = ?",
+                    f"SELECT {TURN_COLUMNS} FROM turns WHERE workspace = ? AND session = ? AND ordinal = ?",
                     (key.session.workspace, key.session.session, key.ordinal),
                 ).fetchone()
             )
@@ -262,13 +241,15 @@ class SqliteStore:
         names = (key.workspace, key.session)
 
         def read(connection: sqlite3.Connection) -> StoredSession | None:
-            row = connection.execute(
-                "SELECT base_ordinal, (SELECT max(ordinal) FROM turns WHERE workspace = ?1 AND session = ?2) "
-                "FROM sessions WHERE workspace = ?1 AND id = ?2",
-                names,
-            ).fetchone()
+            row = connection.execute(_LOAD, names).fetchone()
             if row is None:
                 return None
+            base, last, version = row
+            last = max(base, last or 0)
+            runs = self._places.runs(connection, names)
+            loaded = StoredSession(last_ordinal=last, messages=(), version=version + last, running_on=runs)
+            if self.shared and runs not in ("", self.node):
+                return loaded
             turns = connection.execute(
                 f"SELECT {_MESSAGE_COLUMNS} FROM turns WHERE workspace = ? "
                 "AND session = ? AND state IN ('completed', 'cancelled') AND answer IS NOT NULL "
@@ -276,7 +257,7 @@ class SqliteStore:
                 (*names, limit),
             ).fetchall()
             messages = [message for turn in reversed(turns) for message in messages_of(*turn)]
-            return StoredSession(last_ordinal=max(row[0], row[1] or 0), messages=tuple(messages))
+            return msgspec.structs.replace(loaded, messages=tuple(messages))
 
         return await self._reader.read(read)
 
@@ -383,7 +364,7 @@ class SqliteStore:
             self._path.chmod(0o600)
             connection, writing = self._connect(), self._connect()
             version = connection.execute("PRAGMA user_version").fetchone()[0]
-            steps = "".join(_STEPS[step] for step in range(version, SCHEMA_VERSION)) if version else _SCHEMA
+            steps = "".join(STEPS[step] for step in range(version, SCHEMA_VERSION)) if version else SCHEMA
             if steps:
                 connection.executescript(f"BEGIN; {steps} PRAGMA user_version = {SCHEMA_VERSION}; COMMIT;")
             connection.execute(_CATCH_UP)
@@ -401,7 +382,7 @@ class SqliteStore:
         earlier = iter(self._insert(connection, new, ended) if new else ())
         left_out: Collection[TurnKey] = ()
         if entries:
-            left_out = append_entries(connection, entries)
+            left_out = append_entries(connection, self.node, entries)
             self._journaled.update(entry.key for entry in entries)
         lost = self._update(connection, list(ended.values())) if ended else ()
         post_ends(connection, turns)
@@ -417,8 +398,11 @@ class SqliteStore:
 
     def _insert(
         self, connection: sqlite3.Connection, turns: Sequence[NewTurn], ended: dict[TurnKey, EndedTurn]
-    ) -> list[StoredTurn | None]:
-        """Store new turns, taking from `ended` those that have ended; answer for each None or the earlier turn."""
+    ) -> list[Taken]:
+        """Store new turns, taking from `ended` those that have ended; answer for each what became of it."""
+        verdicts, changing = self._places.judge(connection, turns)
+        # An end of a turn that is not stored must not be taken for that of another one with its number.
+        ends = {turn.key: ended.pop(turn.key) for turn in turns if turn.key in ended}
         rows = [
             (
                 turn.key.session.workspace,
@@ -428,39 +412,35 @@ class SqliteStore:
                 turn.digest,
                 turn.create_time,
                 encode(turn.question),
-                *rest_columns(turn, ended),
-                *end_columns(ended.pop(turn.key, None)),
+                self.node,
+                *rest_columns(turn, ends),
+                *end_columns(ends.get(turn.key)),
             )
-            for turn in turns
+            for turn, verdict in zip(turns, verdicts, strict=True)
+            if verdict is None
         ]
-        fresh = _INSERT_TURN.execute(connection, rows) == len(rows)
-        earlier = [None if fresh else self._earlier(connection, turn) for turn in turns]
-        for turn, found in zip(turns, earlier, strict=True):
-            if found is None:
-                self._open_session(connection, turn)
-        return earlier
+        fresh = _INSERT_TURN.execute(connection, rows) == len(turns)
+        answers: list[Taken] = [None] * len(turns)
+        if not fresh:
+            answers = [self._places.answer(connection, *judged) for judged in zip(turns, verdicts, strict=True)]
+        for turn, answer in zip(turns, answers, strict=True):
+            if answer is None:
+                self._open_session(connection, turn, changing)
+        return answers
 
-    def _earlier(self, connection: sqlite3.Connection, turn: NewTurn) -> StoredTurn | None:
-        """Return the turn that holds a request_id, unless it is this one."""
-        found = turn_of(
-            connection.execute(
-                f"SELECT {_TURN_COLUMNS} FROM turns WHERE workspace = ? AND request_id = ?",
-                (turn.key.session.workspace, turn.request_id),
-            ).fetchone()
-        )
-        return None if found is None or found.key == turn.key else found
-
-    def _open_session(self, connection: sqlite3.Connection, turn: NewTurn) -> None:
-        session, now = turn.key.session, turn.create_time
-        names = (session.workspace, session.session)
+    def _open_session(
+        self, connection: sqlite3.Connection, turn: NewTurn, changing: Container[tuple[str, str]]
+    ) -> None:
+        names = (turn.key.session.workspace, turn.key.session.session)
         if turn.opens_session:
-            row = (*names, turn.title, turn.user, turn.channel, now, now, int(turn.ephemeral))
-            connection.execute(_INSERT_SESSION, row)
-        self._touch(connection, names, now)
+            self._places.open(connection, turn)
+        if names in changing:
+            self._places.take(connection, names)
+        self._touch(connection, names, turn.create_time)
 
     def _update(self, connection: sqlite3.Connection, turns: Sequence[EndedTurn]) -> Container[TurnKey]:
         """Store ends; return the turns that were not this core's any more."""
-        rows = [(*names_of(turn.key), *end_columns(turn), turn.epoch) for turn in turns]
+        rows = [(*names_of(turn.key), *end_columns(turn), turn.epoch, self.node) for turn in turns]
         whole = _FINISH_TURN.execute(connection, rows) == len(rows)
         lost = () if whole else {turn.key for turn in turns if self._was_taken(connection, turn)}
         kept = [turn.key for turn in turns if turn.key in self._journaled and turn.key not in lost]
@@ -478,21 +458,22 @@ class SqliteStore:
         self._forgotten.clear()
 
     def _was_taken(self, connection: sqlite3.Connection, turn: EndedTurn) -> bool:
-        query = "SELECT epoch FROM turns WHERE workspace = ? AND session = ? AND ordinal = ?"
+        query = "SELECT epoch, node FROM turns WHERE workspace = ? AND session = ? AND ordinal = ?"
         found = connection.execute(query, names_of(turn.key)).fetchone()
-        return found is not None and found[0] != turn.epoch
+        return found is not None and found != (turn.epoch, self.node)
 
     def _touch(self, connection: sqlite3.Connection, names: tuple[str, str], now: float) -> None:
-        """Remember that a session was used; runs on the writer's thread."""
+        """Remember that a session was used, or tell all nodes if there are others; runs on the writer's thread."""
         self._touched[names] = now
-        if now - self._touched_at >= 1.0:
+        if self.shared or now - self._touched_at >= 1.0:
             self._touched_at = now
             self._write_touched(connection)
 
     def _write_touched(self, connection: sqlite3.Connection) -> None:
         rows = [(now, *names) for names, now in self._touched.items()]
         self._touched.clear()
-        connection.executemany("UPDATE sessions SET update_time = ? WHERE workspace = ? AND id = ?", rows)
+        query = "UPDATE sessions SET update_time = max(update_time, ?) WHERE workspace = ? AND id = ?"
+        connection.executemany(query, rows)
 
     async def _flush_touched(self) -> None:
         if self._touched:

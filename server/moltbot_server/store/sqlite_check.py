@@ -10,7 +10,7 @@ from pathlib import Path
 import msgspec
 
 from moltbot_server.store.findings import Finding
-from moltbot_server.store.sqlite import SCHEMA_VERSION
+from moltbot_server.store.sqlite_schema import SCHEMA_VERSION
 from moltbot_server.turns import Event, Part
 
 _TELL_FREE = 0.25

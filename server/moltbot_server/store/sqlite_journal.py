@@ -8,7 +8,7 @@ could have been seen.
 from __future__ import annotations
 
 import sqlite3
-from collections.abc import Collection, Iterable, Sequence
+from collections.abc import Callable, Collection, Iterable, Sequence
 from typing import Any
 
 import msgspec
@@ -31,23 +31,29 @@ _APPEND = Rows(
     "INSERT INTO journal (workspace, session, ordinal, sequence, events) "
     "SELECT column1, column2, column3, column4, column5 FROM (VALUES {rows}) AS new WHERE EXISTS ("
     "SELECT 1 FROM turns WHERE workspace = column1 AND session = column2 AND ordinal = column3 "
-    "AND epoch = column6 AND state = 'running') "
+    "AND epoch = column6 AND node = column7 AND state = 'running') "
     "ON CONFLICT (workspace, session, ordinal, sequence) DO UPDATE SET events = excluded.events",
-    row="(?, ?, ?, ?, ?, ?)",
+    row="(?, ?, ?, ?, ?, ?, ?)",
 )
 _RUNS = """
-SELECT 1 FROM turns WHERE workspace = ? AND session = ? AND ordinal = ? AND epoch = ? AND state = 'running'
+SELECT 1 FROM turns
+WHERE workspace = ? AND session = ? AND ordinal = ? AND epoch = ? AND node = ? AND state = 'running'
 """
 _FORGET = Rows(
     "DELETE FROM journal WHERE (workspace, session, ordinal) IN (VALUES {rows})",
     row="(?, ?, ?)",
 )
-_RUNNING = """
-SELECT workspace, session, ordinal, request_id, digest, create_time, question, rest, deadline, epoch
-FROM turns WHERE state = 'running' AND rest IS NOT NULL ORDER BY rowid
-"""
+_NODES = "SELECT DISTINCT node FROM turns WHERE state = 'running'"
 # A turn of an earlier release, of which too little was kept to carry it on.
-_UNFINISHABLE = "UPDATE turns SET state = 'failed', events = NULL WHERE state = 'running' AND rest IS NULL"
+_UNFINISHABLE = "UPDATE turns SET state = 'failed', events = NULL WHERE state = 'running' AND rest IS NULL AND node = ?"
+_ORPHANS = "SELECT rowid, workspace, session FROM turns WHERE state = 'running' AND node = ?"
+# What others remember of the session is old from now on; so is what this node does.
+_LET_GO = "UPDATE sessions SET node = '', version = version + 1 WHERE workspace = ? AND id = ?"
+_TAKE = "UPDATE turns SET epoch = epoch + 1, node = ? WHERE rowid = ?"
+_TAKEN = """
+SELECT workspace, session, ordinal, request_id, digest, create_time, question, rest, deadline, epoch
+FROM turns WHERE rowid = ?
+"""
 
 _events = msgspec.msgpack.Decoder(tuple[Event, ...])
 _parts = msgspec.msgpack.Decoder(tuple[Part, ...])
@@ -61,10 +67,10 @@ def names_of(key: TurnKey) -> Names:
     return key.session.workspace, key.session.session, key.ordinal
 
 
-def append_entries(connection: sqlite3.Connection, entries: Sequence[JournalEntry]) -> Collection[TurnKey]:
+def append_entries(connection: sqlite3.Connection, node: str, entries: Sequence[JournalEntry]) -> Collection[TurnKey]:
     """Keep entries, and return the turns of those left out: they do not run, or another core has taken them over."""
     rows = [
-        (*names_of(entry.key), entry.events[0].sequence, encode(entry.events), entry.epoch)
+        (*names_of(entry.key), entry.events[0].sequence, encode(entry.events), entry.epoch, node)
         for entry in entries
         if entry.events
     ]
@@ -73,7 +79,7 @@ def append_entries(connection: sqlite3.Connection, entries: Sequence[JournalEntr
     return {
         entry.key
         for entry in entries
-        if connection.execute(_RUNS, (*names_of(entry.key), entry.epoch)).fetchone() is None
+        if connection.execute(_RUNS, (*names_of(entry.key), entry.epoch, node)).fetchone() is None
     }
 
 
@@ -82,11 +88,24 @@ def forget_entries(connection: sqlite3.Connection, names: Iterable[Names]) -> No
     _FORGET.execute(connection, tuple(names))
 
 
-def take_over(connection: sqlite3.Connection) -> list[Orphan]:
-    """Take over the turns that run, and return them with what was kept of them."""
-    connection.execute(_UNFINISHABLE)
-    connection.execute("UPDATE turns SET epoch = epoch + 1 WHERE state = 'running'")
-    orphans = [_orphan(connection, *row) for row in connection.execute(_RUNNING).fetchall()]
+def take_over(
+    connection: sqlite3.Connection, node: str, gone: Callable[[Collection[str]], Collection[str]]
+) -> list[Orphan]:
+    """Make the turns of other nodes this one's, and return them with what was kept of them.
+
+    `gone` tells which of some nodes are.
+    """
+    others = {name for (name,) in connection.execute(_NODES)} - {node}
+    found: list[tuple[int, str, str]] = []
+    for name in sorted(gone(others)):
+        connection.execute(_UNFINISHABLE, (name,))
+        found += connection.execute(_ORPHANS, (name,)).fetchall()
+    for names in sorted({(workspace, session) for _, workspace, session in found}):
+        connection.execute(_LET_GO, names)
+    orphans = []
+    for rowid, *_ in sorted(found):
+        connection.execute(_TAKE, (node, rowid))
+        orphans.append(_orphan(connection, *connection.execute(_TAKEN, (rowid,)).fetchone()))
     # A turn that ended while its entries were being written leaves none; this is for what nobody foresaw.
     connection.execute(
         "DELETE FROM journal WHERE NOT EXISTS (SELECT 1 FROM turns t WHERE t.workspace = journal.workspace "

@@ -11,7 +11,7 @@ from typing import Any
 import msgspec
 
 from moltbot_server.errors import StorageUnavailable
-from moltbot_server.store.moving import Record, SessionRecord, TurnRecord, UsageRecord
+from moltbot_server.store.moving import NOWHERE, Record, SessionRecord, TurnRecord, UsageRecord
 from moltbot_server.store.protocol import UsageRow
 from moltbot_server.store.sqlite_rows import MARK
 from moltbot_server.store.writer import storage_error
@@ -150,10 +150,11 @@ def _put_turn(connection: sqlite3.Connection, record: TurnRecord) -> int:
     answer = None if record.answer is None else encode(record.answer)
     blobs = (encode(record.question) if record.question else _EMPTY, answer)
     rest = None if record.rest is None else encode(record.rest)
+    node = NOWHERE if record.state is TurnState.RUNNING else ""
     new = connection.execute(
-        f"INSERT INTO turns ({_TURN}) VALUES ({', '.join('?' * 16)}) ON CONFLICT DO NOTHING",
+        f"INSERT INTO turns ({_TURN}, node) VALUES ({', '.join('?' * 17)}) ON CONFLICT DO NOTHING",
         (*values, record.model, record.finish, *blobs, encode(record.events) if record.events else None, rest,
-         record.deadline, record.epoch),
+         record.deadline, record.epoch, node),
     ).rowcount  # fmt: skip
     if new and record.kept:
         connection.execute(

@@ -25,6 +25,9 @@ from moltbot_server.turns import (
 MARK = "\x1f"
 """What a request_id ends with that another turn took over: it cannot be in one."""
 
+TURN_COLUMNS = "workspace, session, ordinal, request_id, digest, state, create_time, end_time, events, node"
+"""What `turn_of` makes a turn of."""
+
 _parts = msgspec.msgpack.Decoder(tuple[Part, ...])
 _events = msgspec.msgpack.Decoder(tuple[Event, ...])
 
@@ -71,7 +74,7 @@ def turn_of(row: tuple[Any, ...] | None) -> StoredTurn | None:
     """Return a turn of its row, None for no row."""
     if row is None:
         return None
-    workspace, session, ordinal, request_id, digest, state, create_time, end_time, events = row
+    workspace, session, ordinal, request_id, digest, state, create_time, end_time, events, node = row
     recorded = _events.decode(events) if events else ()
     last = recorded[-1].kind if recorded else None
     return StoredTurn(
@@ -83,6 +86,7 @@ def turn_of(row: tuple[Any, ...] | None) -> StoredTurn | None:
         end_time=end_time,
         events=recorded,
         retryable=state == TurnState.FAILED and (last is None or (isinstance(last, Failed) and last.retryable)),
+        node=node if state == TurnState.RUNNING else "",
     )
 
 

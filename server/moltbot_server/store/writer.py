@@ -50,6 +50,17 @@ class Rows:
                 start += count
         return changed
 
+    def fetch(self, connection: sqlite3.Connection, rows: Sequence[Sequence[Any]]) -> list[tuple[Any, ...]]:
+        """Run the statement over all rows; return what it finds."""
+        found: list[tuple[Any, ...]] = []
+        start = 0
+        for count in _COUNTS:
+            while len(rows) - start >= count:
+                chunk = rows[start : start + count]
+                found += connection.execute(self._by_count[count], list(chain.from_iterable(chunk)))
+                start += count
+        return found
+
 
 class _Job(Pending[Any]):
     """A write that waits or is under way, and whoever wants to hear of it."""

@@ -1,6 +1,6 @@
 -- ARGV: node, session, ordinal, request_id, digest, create_time, question, rest, deadline, opens_session, title, user,
--- channel, ephemeral. Answers 1 when the turn is stored, 0 when its number is another turn's, or the turn that has the
--- request_id: its name and fields.
+-- channel, ephemeral, version. Answers 1 when the turn is stored, 0 when what its node remembers of the session is old,
+-- the node that runs turns of the session, or the turn that has the request_id: its name and fields.
 local node, session, request = ARGV[1], ARGV[2], ARGV[4]
 local name = ARGV[3] .. ':' .. session
 
@@ -11,9 +11,25 @@ local function held_by()
 end
 
 local function earlier(held)
-    local found = call('HMGET', turn_key(held), 'r', 'd', 's', 'c', 'e', 'v')
+    local found = call('HMGET', turn_key(held), 'r', 'd', 's', 'c', 'e', 'v', 'n')
     table.insert(found, 1, held)
     return found
+end
+
+-- Why this node may not go on with the session, or nil.
+local function judge()
+    local found = call('HMGET', session_key(session), 'base', 'node', 'version')
+    if not found[1] then
+        if ARGV[15] == '0' then return nil end
+        return 0
+    end
+    if found[2] == node then return nil end
+    local runs = running_on(session)
+    if runs and runs ~= node then return runs end
+    if ARGV[15] ~= (found[3] or '1') then return 0 end
+    local last = call('ZREVRANGE', order_key(session), 0, 0, 'WITHSCORES')[2]
+    if last and tonumber(last) >= tonumber(ARGV[3]) then return 0 end
+    return nil
 end
 
 local function open_session()
@@ -24,7 +40,7 @@ local function open_session()
         call('HSET', key, 'title', ARGV[11])
     elseif not title then
         call('HSET', key, 'title', ARGV[11], 'user', ARGV[12], 'channel', ARGV[13], 'create', ARGV[6],
-            'update', ARGV[6], 'base', '0', 'ephemeral', ARGV[14], 'messages', '0')
+            'update', ARGV[6], 'base', '0', 'ephemeral', ARGV[14], 'messages', '0', 'version', fresh_version())
     end
 end
 
@@ -37,7 +53,12 @@ local function insert()
     call('HSET', base .. 'requests', request, name)
     call('ZADD', running_key(node), call('INCR', base .. 'accepted'), name)
     call('SADD', base .. 'nodes', node)
+    call('SADD', active_key(session), name)
     open_session()
+    if call('EXISTS', session_key(session)) == 1 then
+        call('HSET', session_key(session), 'node', node)
+        change_version(session)
+    end
     count_messages(session, 1)
     touch(session, ARGV[6])
     return 1

@@ -10,6 +10,7 @@ call('HSET', turn_key(name), 's', ARGV[5], 'e', ARGV[6], 'm', ARGV[7], 'v', ARGV
 if ARGV[8] ~= '' then call('HSET', turn_key(name), 'a', ARGV[8]) else call('HDEL', turn_key(name), 'a') end
 call('HDEL', turn_key(name), 'x', 'l')
 call('ZREM', running_key(ARGV[1]), name)
+call('SREM', active_key(session), name)
 call('UNLINK', journal_key(name))
 if found[3] then count_messages(session, (ARGV[8] ~= '' and 1 or 0) - (found[4] and 1 or 0)) end
 touch(session, ARGV[6])

@@ -1,11 +1,16 @@
--- ARGV: session, how many turns to delete at most, and what becomes of the session: `reset`, `delete`, or the time
--- before which it was last used. Answers 2 when more is to be done, 1 when it is done, 0 when there is nothing to do.
+-- ARGV: session, how many turns to delete at most, what becomes of the session (`reset`, `delete`, or the time before
+-- which it was last used), and the node that asks. Answers 2 when more is to be done, 1 when it is done, 0 when there is
+-- nothing to do, or which other node runs turns of it: nothing is done then.
 local session, what = ARGV[1], ARGV[3]
 local key = session_key(session)
 if what ~= 'reset' and what ~= 'delete' then
     local used = call('HGET', key, 'update')
     if used and tonumber(used) >= tonumber(what) then return 0 end
+else
+    local runs = running_on(session)
+    if runs and runs ~= ARGV[4] then return runs end
 end
+let_go(session)
 if what == 'reset' and call('EXISTS', key) == 1 then
     local last = call('ZREVRANGE', order_key(session), 0, 0, 'WITHSCORES')
     if last[2] and tonumber(last[2]) > tonumber(call('HGET', key, 'base')) then call('HSET', key, 'base', last[2]) end

@@ -1,10 +1,12 @@
--- ARGV: session, how many turns. Answers nothing for no session, else its base, its last ordinal and the latest turns
--- that were answered, the latest first.
+-- ARGV: session, how many turns, the node that asks. Answers nothing for no session, else its base, its last ordinal, its
+-- version, the node that runs turns of it, and the latest turns that were answered, the latest first, if it may go on here.
 local session = ARGV[1]
-local first = call('HGET', session_key(session), 'base')
-if not first then return {} end
+local kept = call('HMGET', session_key(session), 'base', 'version')
+if not kept[1] then return {} end
 local last = call('ZREVRANGE', order_key(session), 0, 0, 'WITHSCORES')[2] or '0'
-local found, start, most = { first, last }, 0, tonumber(ARGV[2])
+local runs = running_on(session) or ''
+local found, start, most = { kept[1], last, kept[2] or '1', runs }, 0, tonumber(ARGV[2])
+if runs ~= '' and runs ~= ARGV[3] then return found end
 while most > 0 do
     local names = call('ZREVRANGE', order_key(session), start, start + 49)
     if #names == 0 then break end

@@ -6,14 +6,17 @@ if held then
     if state == 'completed' or state == 'cancelled' or (state == 'running' and found[2] ~= node) then
         return earlier(held)
     end
-    if call('EXISTS', turn_key(name)) == 1 then return 0 end
-    if state == 'running' then
+end
+local refusal = judge()
+if refusal then return refusal end
+if call('EXISTS', turn_key(name)) == 1 then return 0 end
+if held then
+    if found[1] == 'running' then
         call('HSET', turn_key(held), 's', 'failed')
         call('ZREM', running_key(found[2]), held)
     end
-    if found[3] then
-        count_messages(string.match(held, '^%d+:(.*)$'), found[4] and -2 or -1)
-    end
+    call('SREM', active_key(session_of(held)), held)
+    if found[3] then count_messages(session_of(held), found[4] and -2 or -1) end
     withdraw_delivery(held)
     call('HDEL', turn_key(held), 'q', 'x', 'l')
     call('UNLINK', journal_key(held))

@@ -16,6 +16,7 @@ call('ZADD', order_key(session), ARGV[3], name)
 if ARGV[6] == 'running' then
     call('ZADD', running_key(ARGV[1]), call('INCR', base .. 'accepted'), name)
     call('SADD', base .. 'nodes', ARGV[1])
+    call('SADD', active_key(session), name)
     if ARGV[18] ~= '' then call('XADD', journal_key(name), ARGV[17], 'e', ARGV[18]) end
 end
 if asked then count_messages(session, ARGV[12] ~= '' and 2 or 1) end

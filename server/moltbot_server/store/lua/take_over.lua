@@ -12,8 +12,10 @@ for place = 2, #ARGV do
             call('HSET', turn_key(name), 'n', ARGV[1])
             call('ZADD', running_key(ARGV[1]), found[item + 1], name)
             call('ZADD', mine, found[item + 1], name)
+            let_go(session_of(name))
         elseif turn[1] == 'running' then
             call('HSET', turn_key(name), 's', 'failed')
+            call('SREM', active_key(session_of(name)), name)
             call('UNLINK', journal_key(name))
         end
     end
