@@ -10,6 +10,7 @@ from pathlib import Path
 
 import fault_run
 import pytest
+from fault_stores import redis_program
 
 KILLS = int(os.environ.get("KILLS", "60"))
 
@@ -40,6 +41,24 @@ def test_cores_that_are_killed_again_and_again_lose_and_repeat_nothing(tmp_path:
         "mixed": 0,
         "out_of_order": 0,
     }
+
+
+def test_who_reads_over_http_loses_and_repeats_nothing_though_adapters_are_killed(tmp_path: Path) -> None:
+    told = ended(tmp_path, "--kills", "10", "--adapters", "2", "--streams", "16")
+
+    assert numbers(told)["kills"] == 10
+    assert numbers(told)["turns"] > 10
+    assert " failed=0 " in told
+
+
+@pytest.mark.skipif(redis_program() is None, reason="redis-server is not installed: type  scripts/tools redis")
+def test_nothing_that_was_acknowledged_is_lost_when_redis_is_killed(tmp_path: Path) -> None:
+    told = ended(
+        tmp_path, "--kills", "10", "--how", "store", "--store", "redis", "--nodes", "2", "--sticky", "--streams", "16"
+    )
+
+    assert numbers(told)["kills"] == 10
+    assert numbers(told)["turns"] > 10
 
 
 def test_a_rolling_restart_is_seen_by_nobody(tmp_path: Path) -> None:
