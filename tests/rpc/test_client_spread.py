@@ -47,3 +47,27 @@ async def test_a_call_has_a_way_before_any_core_is_known_to_serve() -> None:
     ways = Ways("127.0.0.1:1,127.0.0.1:2", None, spread=True)
     assert {ways.pick().address for _ in range(4)} == {"127.0.0.1:1", "127.0.0.1:2"}
     await ways.close()
+
+
+async def test_calls_of_a_session_stay_with_one_core_as_long_as_it_serves(tmp_path: Path) -> None:
+    async with AsyncExitStack() as stack:
+        cores = [await stack.enter_async_context(running_server(tmp_path / str(number))) for number in range(3)]
+        addresses = [core.address for core in cores]
+        ways = Ways(",".join(addresses), None, copies=2, spread=True)
+        stack.push_async_callback(ways.close)
+        await until_picked(ways, set(addresses))
+
+        names = [f"sessions/s{number}" for number in range(60)]
+        homes = {name: ways.pick(name).address for name in names}
+        assert min(Counter(homes.values())[address] for address in addresses) >= 8, "sessions are spread"
+        assert all(ways.pick(name).address == homes[name] for name in names for _ in range(3))
+        another = Ways(",".join(addresses), None, spread=True)
+        stack.push_async_callback(another.close)
+        await until_picked(another, set(addresses))
+        assert {name: another.pick(name).address for name in names} == homes, "all adapters agree"
+
+        await cores[0].core.server.retire()
+        await until_picked(ways, set(addresses[1:]))
+        left = {name: ways.pick(name).address for name in names}
+        assert all(left[name] == home for name, home in homes.items() if home != addresses[0])
+        assert addresses[0] not in left.values()

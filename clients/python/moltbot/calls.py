@@ -15,6 +15,7 @@ from moltbot.v1 import chat_pb2
 _Answer = TypeVar("_Answer")
 Method = Callable[[Link], Callable[..., Awaitable[_Answer]]]
 """Finds a method among the stubs of a link."""
+_TURNS = "/turns/"
 Metadata = tuple[tuple[str, str], ...]
 _EVENTS = (chat_pb2.StreamTurnResponse, chat_pb2.ResumeTurnResponse)  # what a stream yields before its end
 
@@ -66,7 +67,7 @@ class Calls:
         """
         patience = self.patience(within, safe=safe)
         while True:
-            link = self.ways.pick()
+            link = self.ways.pick(_session_of(request))
             try:
                 answer = await method(link)(request, timeout=patience.left(), metadata=metadata)
             except grpc.aio.AioRpcError as error:
@@ -95,7 +96,7 @@ class Calls:
         patience = self.patience(within)
         starting = turn is not None
         while True:
-            link = self.ways.pick()
+            link = self.ways.pick(name.partition(_TURNS)[0] if name or turn is None else turn.session)
             call = _open(link, turn, name, last, metadata, patience.left())
             try:
                 # read() and not `async for`: one generator less for each event.
@@ -133,6 +134,14 @@ class Calls:
             raise failure
         await patience.pause(failure, link)
         self._on_repeat(kind)
+
+
+def _session_of(request: Any) -> str:
+    """Return the session that a request is about, `sessions/{session}`; empty for none, or a new one."""
+    if isinstance(request, chat_pb2.RunTurnRequest):
+        return request.turn.session
+    name: str = getattr(request, "name", "") or getattr(request, "parent", "")
+    return name.partition(_TURNS)[0] if name.startswith("sessions/") else ""
 
 
 def _open(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import random
+import zlib
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -82,7 +83,8 @@ class Ways:
     """The channels to a core. Calls take the same address as long as it answers, and then the next one.
 
     Among several addresses the first one is drawn by lot, so that clients spread over the cores. Where calls are to be
-    `spread`, each takes the next address that is connected and whose core says that it serves.
+    `spread`, each takes the next address that is connected and whose core says that it serves; those of one session
+    take the same one, as long as it serves: what was said lately is at hand there.
     """
 
     def __init__(
@@ -111,21 +113,22 @@ class Ways:
         """How many addresses there are."""
         return len(self._groups)
 
-    def pick(self) -> Link:
-        """Return the link for the next call."""
+    def pick(self, session: str = "") -> Link:
+        """Return the link for the next call, which may be of a session."""
         if self._spread:
-            return self._next_ready()
+            return self._next_ready(session)
         group = self._groups[self._at]
         self._turn += 1
         return group[self._turn % len(group)]
 
-    def _next_ready(self) -> Link:
+    def _next_ready(self, session: str) -> Link:
         """Return a link of the next address, or of the first one after it that is ready; all of them are kept so."""
         self._turn += 1
         count = len(self._groups)
+        before = zlib.crc32(session.encode()) if session else self._at
         found: Link | None = None
         for step in range(1, count + 1):
-            at = (self._at + step) % count
+            at = (before + step) % count
             link = self._groups[at][self._turn // count % len(self._groups[at])]
             ready = link.channel.get_state(try_to_connect=True) is grpc.ChannelConnectivity.READY
             if ready or found is None:
@@ -133,7 +136,8 @@ class Ways:
             if ready:
                 break
         assert found is not None
-        self._at = next_at
+        if not session:
+            self._at = next_at
         return found
 
     def leave(self, link: Link) -> None:
