@@ -207,13 +207,17 @@ class TurnRun:
 
     def _may_start_again(self, earlier: StoredTurn) -> bool:
         """Tell whether a turn is over without a good end; one whose end could not be stored runs in the store only."""
-        gone = earlier.state is TurnState.RUNNING and self._pipeline.journal.live(earlier.key) is None
+        gone = earlier.state is TurnState.RUNNING and not self._is_here(earlier)
         return earlier.retryable or (gone and self._elsewhere(earlier) is None)
+
+    def _is_here(self, earlier: StoredTurn) -> bool:
+        """Tell whether a turn that holds the request_id is under way here: not this one, which may have its number."""
+        return self._pipeline.journal.live(earlier.key) not in (None, self._live)
 
     def _elsewhere(self, earlier: StoredTurn) -> MoltBotError | None:
         """Return where to follow a turn that another core carries out, or that this one is about to, if so."""
         pipeline, store = self._pipeline, self._pipeline.store
-        if earlier.state is not TurnState.RUNNING or not store.shared or pipeline.journal.live(earlier.key) is not None:
+        if earlier.state is not TurnState.RUNNING or not store.shared or self._is_here(earlier):
             return None
         if earlier.node != store.node:
             return NotServing.elsewhere(earlier.node)

@@ -220,3 +220,21 @@ async def test_a_worker_that_comes_later_gets_its_share_of_old_clients(tmp_path:
         for bot in bots:
             await bot.close()
         await rig.end()
+
+
+async def test_a_turn_of_another_core_whose_number_this_one_would_give_is_not_told_to_have_failed(
+    tmp_path: Path,
+) -> None:
+    async with workers(tmp_path / "w", 2) as rig:
+        first, second = rig.at(1), rig.at(2)
+        await second.run(turn("Hi", session="sessions/s"))  # which has the session at hand from then on
+        running = first.stream(turn("#40 pace=0.05", session="sessions/s", request_id="r"))
+        await running.read()
+        told = await asyncio.gather(
+            second.events(turn("#40 pace=0.05", session="sessions/s", request_id="r")), return_exceptions=True
+        )
+        if isinstance(told[0], grpc.aio.AioRpcError):  # who cannot lead to the other one says so
+            assert reason_of(told[0]) == "NOT_SERVING"
+        else:
+            assert told[0][-1].HasField("completed"), told
+        assert (await drained(running))[-1].HasField("completed")
