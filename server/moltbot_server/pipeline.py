@@ -206,7 +206,8 @@ class TurnPipeline:
             if not session.is_awaited or session.claims or self._taking is None:
                 return session
             await self._taking.wait()
-            self._sessions.forget(key)
+            if not session.claims:  # none of those turns was to be carried on
+                self.lost(session)
 
     def begin_again(self, live: LiveTurn, session: OpenSession[ContextWindow], deadline: float | None) -> None:
         """Start a turn again on its session as it is now: what was remembered of it was old. A run calls this."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import time
 from pathlib import Path
 from typing import Any
 
@@ -10,8 +11,14 @@ import grpc
 import pytest
 from moltbot import MoltBot
 from moltbot.v1 import cache_pb2, cache_pb2_grpc, model_pb2, route_pb2, route_pb2_grpc
+from moltbot_server.app import Core
 from moltbot_server.config_models import ModelRoute, Provider, ProviderModel
+from moltbot_server.store import NewTurn
+from moltbot_server.store.sqlite import SqliteStore
 from moltbot_server.testing import running_server
+from moltbot_server.turn_checks import digest_of
+from moltbot_server.turns import SessionKey, TextPart, TurnInput, TurnKey
+from moltbot_server.workspace import Workspace
 from rpc_calls import Api, drained, reason_of, refused, turn, until
 from worker_rig import Workers, workers
 
@@ -238,3 +245,62 @@ async def test_a_turn_of_another_core_whose_number_this_one_would_give_is_not_to
         else:
             assert told[0][-1].HasField("completed"), told
         assert (await drained(running))[-1].HasField("completed")
+
+
+async def test_a_turn_that_comes_while_its_session_is_taken_over_waits_for_those_before_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    rig = Workers(tmp_path / "w", 2, {})
+    core = await rig.start(1)
+    try:
+        api = rig.at(1)
+        await api.run(turn("Hi", session="sessions/s"))  # which leaves the session at hand
+        await leave_running(core, "#10 pace=0.05", request="before")
+        taken, told = asyncio.Event(), asyncio.Event()
+        ask = core.store.take_over
+
+        async def take_over() -> Any:
+            orphans = await ask()
+            if orphans:  # they are this core's now, and it does not know yet
+                taken.set()
+                await told.wait()
+            return orphans
+
+        monkeypatch.setattr(core.store, "take_over", take_over)
+        await asyncio.wait_for(taken.wait(), 10)
+        late = asyncio.create_task(api.events(turn("late", session="sessions/s", request_id="late")))
+        await asyncio.sleep(0.3)
+        assert not late.done()
+        told.set()
+        events = await late
+        before = await api.events(turn("#10 pace=0.05", session="sessions/s", request_id="before"))
+        began = next(event for event in events if event.HasField("routed"))
+        assert before[-1].HasField("completed")
+        assert before[-1].create_time.ToNanoseconds() <= began.create_time.ToNanoseconds()
+        assert [said.turn.rpartition("/")[2] for said in await api.messages("sessions/s")] == list("112233")
+    finally:
+        await rig.end()
+
+
+async def leave_running(core: Core, text: str, *, request: str) -> None:
+    """Have a turn in the session `s` that a node accepted which is gone now."""
+    gone = SqliteStore(Workspace(folder=core.settings.workspace).database, address="unix:/nowhere")
+    await gone.open()
+    key = SessionKey(workspace="default", session="s")
+    known = await gone.load_session(key, 10)
+    assert known is not None
+    asked = TurnInput(parts=(TextPart(text=text),), session="s", request_id=request)
+    accepted = await gone.accept(
+        NewTurn(
+            key=TurnKey(session=key, ordinal=known.last_ordinal + 1),
+            request_id=request,
+            digest=digest_of(asked),
+            create_time=time.time(),
+            question=asked.parts,
+            rest=asked,
+            opens_session=False,
+            version=known.version,
+        )
+    )
+    assert accepted is None
+    await gone.close()
