@@ -109,6 +109,7 @@ class Core:
             system_prompt=settings.system_prompt,
             flush_interval=settings.flush_interval,
             announce=self.deliveries.announce,
+            when_busy=settings.sessions.busy,
         )
         parsed = parse_key(key)
         owner = Principal(workspace=WORKSPACE, key_id=parsed.id if parsed else "", role=OWNER)

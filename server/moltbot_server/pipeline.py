@@ -47,6 +47,7 @@ from moltbot_server.turns import (
     TurnInput,
     TurnKey,
     Usage,
+    WhenBusy,
 )
 from moltbot_server.usage import Ledger
 
@@ -84,10 +85,12 @@ class TurnPipeline:
         system_prompt: str,
         flush_interval: float,
         announce: Callable[[str, str], None] = _to_nobody,
+        when_busy: Callable[[str], str] = lambda channel: "queue",
     ) -> None:
         """`price` tells what a model costs; None for nothing.
 
-        `announce` hears the workspace and the channel of each answer that waits to be delivered.
+        `announce` hears the workspace and the channel of each answer that waits to be delivered; `when_busy` tells what
+        becomes of a turn of a channel that does not say what a busy session is to do with it.
         """
         self.store = store
         self.journal = journal
@@ -100,6 +103,7 @@ class TurnPipeline:
         self._rules = _system(system_prompt)
         self._flush_interval = flush_interval
         self._announce = announce
+        self._when_busy = when_busy
         self._runs: set[TurnRun] = set()
         self._orphans: list[Orphan] = []
         self._taking: asyncio.Event | None = None
@@ -136,6 +140,8 @@ class TurnPipeline:
             if earlier is not None and not earlier.retryable:
                 return earlier
         self._check_stays()
+        if turn.when_busy is None and (rule := self._when_busy(turn.channel)) != "queue":
+            turn = msgspec.structs.replace(turn, when_busy=WhenBusy(rule))
         entry = self._catalog.ready(turn.model)
         check_for_model(turn, entry.engine)
         warning = self._ledger.check(principal.workspace, turn.user, entry.engine.id)

@@ -3,18 +3,18 @@
 from __future__ import annotations
 
 import asyncio
+import itertools
 import time
 from collections import OrderedDict
 from collections.abc import AsyncGenerator, Callable, Coroutine, Iterable, Sequence
 from contextlib import asynccontextmanager
-from itertools import islice
 from typing import Any, Generic, Protocol, TypeVar
 
 from moltbot_server.errors import NotServing, SessionBusy, SessionNotFound
 from moltbot_server.live_turn import LiveTurn
 from moltbot_server.metrics import CacheCounts
 from moltbot_server.store import Elsewhere, Store
-from moltbot_server.turns import Message, Queued, SessionKey, TextPart, TurnInput
+from moltbot_server.turns import Message, Queued, SessionKey, TextPart, TurnInput, WhenBusy
 
 _SESSIONS_AT_HAND = 10_000
 _OVERHEAD = 1_000  # bytes of memory that a session at hand takes beside its messages
@@ -56,6 +56,7 @@ class OpenSession(Generic[H]):
         "is_awaited",
         "key",
         "last_ordinal",
+        "leader",
         "moved",
         "on_release",
         "running",
@@ -78,6 +79,8 @@ class OpenSession(Generic[H]):
         self.used = 0.0
         self.on_release: Callable[[OpenSession[H]], None] | None = None
         self.running: LiveTurn | None = None
+        self.leader: LiveTurn | None = None
+        """The turn that answers those before it, which it joins; it waits."""
         self.waiting: dict[LiveTurn, Callable[[], None]] = {}
         self.moved: asyncio.Event | None = None
 
@@ -128,6 +131,32 @@ class OpenSession(Generic[H]):
         elif self.waiting.pop(live, None) is not None:
             self._tell_positions()
 
+    def interrupt(self, live: LiveTurn) -> None:
+        """Cancel the turns before this one: the one that runs, and those that wait."""
+        if self.running is live:
+            return
+        before = itertools.takewhile(lambda other: other is not live, tuple(self.waiting))
+        for other in (self.running, *before):
+            if other is not None and other is not live:
+                other.cancel()
+
+    def joined_by(self, live: LiveTurn) -> LiveTurn | None:
+        """Return the turn that answers this one too: the last of those that wait directly behind it to join.
+
+        It is the same one for all that it answers, however many come behind it meanwhile. None: it answers by itself.
+        """
+        if live is self.leader or live.input.when_busy is not WhenBusy.JOIN:
+            self.leader = None
+            return None
+        if self.leader not in self.waiting:
+            self.leader = None
+            for other in self.waiting:
+                joins = other.input.when_busy is WhenBusy.JOIN and other.input.reply_to == live.input.reply_to
+                if not joins or not other.is_stored:
+                    break
+                self.leader = other
+        return self.leader
+
     async def clear(self) -> None:
         """Cancel the turns that run or wait, and those that are about to; return when all have ended."""
         self.moved = asyncio.Event()
@@ -143,7 +172,7 @@ class OpenSession(Generic[H]):
 
     def _tell_positions(self) -> None:
         """Tell the turns that are nearly there; to tell all of a long queue each step would cost its square."""
-        for position, live in enumerate(islice(self.waiting, _TOLD_EACH_STEP), start=1):
+        for position, live in enumerate(itertools.islice(self.waiting, _TOLD_EACH_STEP), start=1):
             live.record(Queued(position=position))
 
 

@@ -5,7 +5,18 @@ from __future__ import annotations
 from moltbot_server.live_turn import LiveTurn
 from moltbot_server.store import EndedTurn
 from moltbot_server.store.outbox import delivery_of
-from moltbot_server.turns import Completed, Failed, FinishReason, Part, TextPart, TurnState
+from moltbot_server.turns import (
+    Completed,
+    Failed,
+    FinishReason,
+    Message,
+    Part,
+    Role,
+    TextPart,
+    Timings,
+    TurnState,
+    Usage,
+)
 
 
 def end_of(live: LiveTurn, ending: Completed | Failed, model: str) -> EndedTurn:
@@ -31,3 +42,19 @@ def end_of(live: LiveTurn, ending: Completed | Failed, model: str) -> EndedTurn:
         epoch=live.epoch,
         delivery=delivery_of(live.key, live.input, ending),
     )
+
+
+def joined(timings: Timings, leader: int) -> Completed:
+    """Return the end of a turn that a later one answers too."""
+    return Completed(text="", finish_reason=FinishReason.JOINED, usage=Usage(), timings=timings, answered_by=leader)
+
+
+def remembered(live: LiveTurn, end: EndedTurn) -> list[Message]:
+    """Return what a session remembers of a turn that ended: nothing of one without an answer, unless it was joined."""
+    if live.input.transcript is not None or not (end.answer or end.finish_reason is FinishReason.JOINED):
+        return []
+    ordinal = live.key.ordinal
+    messages = [Message(role=Role.USER, parts=live.input.parts, turn=ordinal)]
+    if end.answer:
+        messages.append(Message(role=Role.ASSISTANT, parts=end.answer, turn=ordinal, model=end.model))
+    return messages

@@ -25,23 +25,22 @@ from moltbot_server.models.engine import Asker, Finished, Generation
 from moltbot_server.sessions import OURS, OpenSession, title_of
 from moltbot_server.store import Elsewhere, EndedTurn, Moved, NewTurn, StoredTurn, Taken
 from moltbot_server.surroundings import Surroundings
-from moltbot_server.turn_end import end_of
+from moltbot_server.turn_end import end_of, joined, remembered
 from moltbot_server.turns import (
     Accepted,
     Attempt,
     Completed,
     Failed,
     FinishReason,
-    Message,
     Notice,
     Queued,
     ReasoningDelta,
     Reset,
-    Role,
     Routed,
     Timings,
     TurnState,
     Usage,
+    WhenBusy,
 )
 
 log = logging.getLogger(__name__)
@@ -133,6 +132,13 @@ class TurnRun:
         live.record(Reset(text="", reason="the core was started again, and the answer with it"))
         if session.enter(live, self._answer):
             self._answer()
+        else:
+            self._interrupt()
+
+    def _interrupt(self) -> None:
+        """Cancel the turns before this one if it is to go first: not before it is known to be one of its own."""
+        if self._live.input.when_busy is WhenBusy.INTERRUPT:
+            self._session.interrupt(self._live)
 
     def _take_up(self) -> None:
         """Let the turn's followers begin where they are, or with its acceptance."""
@@ -180,6 +186,7 @@ class TurnRun:
         if earlier is None:
             self._session.exists, self._session.version = True, OURS
             live.stored()
+            self._interrupt()
             if again:
                 # What it has recorded came to the store before its row did, and was left out.
                 self._pipeline.journal.note(live)
@@ -239,6 +246,9 @@ class TurnRun:
         self._started = time.perf_counter()
         live, engine = self._live, self._engine
         turn = live.input
+        if (later := self._session.joined_by(live)) is not None:
+            self._conclude(joined(self._timings(), later.key.ordinal))
+            return
         named = "the request names this model" if turn.model else "it is the workspace's default model"
         if not engine.is_route:
             live.record(Routed(kind="model", name=engine.id, reason=named))
@@ -364,11 +374,7 @@ class TurnRun:
             return
         if self._delayed:
             live.stored()  # its followers may come back
-        if row.answer and live.input.transcript is None:
-            ordinal = live.key.ordinal
-            question = Message(role=Role.USER, parts=live.input.parts, turn=ordinal)
-            said = Message(role=Role.ASSISTANT, parts=row.answer, turn=ordinal, model=row.model)
-            self._session.history.extend((question, said))
+        self._session.history.extend(remembered(live, row))
         live.end(last)
         if row.delivery is not None:
             self._pipeline.replied(live)

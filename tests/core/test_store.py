@@ -9,9 +9,9 @@ import msgspec
 import pytest
 from kept_turns import TIMES, Reopen, ended, everything, keep, key, new, said, texts
 from moltbot_server.errors import StorageUnavailable, TurnInterrupted
-from moltbot_server.store import NewTurn, Store, StoredTurn
+from moltbot_server.store import NewTurn, Store, StoredSession, StoredTurn
 from moltbot_server.store.protocol import JournalEntry
-from moltbot_server.turns import Event, Message, TextDelta, TurnInput, TurnState
+from moltbot_server.turns import Event, FinishReason, Message, TextDelta, TurnInput, TurnState
 
 
 async def test_a_turn_is_found_as_it_ended(store: Store, reopen: Reopen) -> None:
@@ -247,6 +247,24 @@ async def test_a_session_is_loaded_with_its_latest_answered_turns_oldest_first(s
     assert loaded is not None
     assert loaded.last_ordinal == 9
     assert [message.text for message in loaded.messages] == ["q3", "a3", "q5", "a5", "q6", "a6", "q7", "a7"]
+
+
+async def test_a_question_that_another_turn_answered_too_is_loaded_with_the_session(store: Store) -> None:
+    await keep(store, new(1, text="q1"), answer="a1")
+    for ordinal in (2, 3):
+        turn = new(ordinal, text=f"q{ordinal}")
+        await store.accept(turn)
+        joined = {"answer": (), "model": "", "finish_reason": FinishReason.JOINED}
+        await store.finish(msgspec.structs.replace(ended(turn, answer=""), **joined))
+    await keep(store, new(4, text="q4"), answer="a4")
+
+    loaded = await store.load_session(key(), 10)
+    assert isinstance(loaded, StoredSession)
+    assert [message.text for message in loaded.messages] == ["q1", "a1", "q2", "q3", "q4", "a4"]
+    assert await texts(store) == ["q1", "a1", "q2", "q3", "q4", "a4"]
+    listed = await store.get_session(key())
+    assert listed is not None
+    assert listed.message_count == 6
 
 
 async def test_messages_are_listed_after_any_place(store: Store) -> None:

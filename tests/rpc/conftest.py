@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import AsyncIterator
 from pathlib import Path
 
 import pytest
 from moltbot_server.testing import RunningServer, running_server
 from rpc_calls import Api, WatchedEngine
+
+sys.path.append(str(Path(__file__).parents[1] / "core"))  # a Redis of the tests' own
 
 
 @pytest.fixture

@@ -181,7 +181,7 @@ class MemoryStore:
         session = self._sessions.get(key)
         if session is None:
             return None
-        turns = (turn for turn in reversed(session.in_order()) if turn.state in _ENDED_WELL and turn.answer)
+        turns = (turn for turn in reversed(session.in_order()) if turn.state in _ENDED_WELL and turn.is_told)
         latest = list(itertools.islice(turns, limit))
         messages = tuple(message for turn in reversed(latest) for message in turn.messages())
         runs = any(turn.state is TurnState.RUNNING for turn in session.turns.values())

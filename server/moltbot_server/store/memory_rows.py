@@ -5,7 +5,7 @@ from __future__ import annotations
 import msgspec
 
 from moltbot_server.store.protocol import EndedTurn, NewTurn, Orphan, StoredTurn
-from moltbot_server.turns import Event, Failed, Message, Part, Role, Session, TurnState
+from moltbot_server.turns import Event, Failed, FinishReason, Message, Part, Role, Session, TurnState
 
 
 class KeptTurn:
@@ -66,6 +66,11 @@ class KeptTurn:
             events=events,
             retryable=retryable,
         )
+
+    @property
+    def is_told(self) -> bool:
+        """Whether a model that goes on reads it: it was answered, or another turn answered it too."""
+        return bool(self.answer) or (self.end is not None and self.end.finish_reason is FinishReason.JOINED)
 
     def messages(self) -> list[Message]:
         """Return what was asked and, if it was answered, the answer."""

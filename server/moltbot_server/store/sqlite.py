@@ -252,7 +252,8 @@ class SqliteStore:
                 return loaded
             turns = connection.execute(
                 f"SELECT {_MESSAGE_COLUMNS} FROM turns WHERE workspace = ? "
-                "AND session = ? AND state IN ('completed', 'cancelled') AND answer IS NOT NULL "
+                "AND session = ? AND state IN ('completed', 'cancelled') "
+                "AND (answer IS NOT NULL OR finish = 'joined') "
                 "ORDER BY ordinal DESC LIMIT ?",
                 (*names, limit),
             ).fetchall()

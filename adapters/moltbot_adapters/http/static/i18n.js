@@ -76,6 +76,7 @@ const SENTENCES = {
   "reset": ["The answer was started again", "回答已重新开始"],
   "stopped": ["Stopped", "已停止"],
   "end.length": ["Length limit reached. Ask for less at once.", "回答达到了长度上限，请一次少问一些。"],
+  "end.joined": ["Answered together with your next message", "与下一条消息一起回答"],
   "end.filter": ["The rest of the answer was withheld by a content filter.", "其余内容被内容过滤器拦截。"],
   "empty": ["The model gave no answer. Ask in other words.", "模型没有给出回答，请换个说法再问。"],
   "meta.model": ["Model {model}", "模型 {model}"],

@@ -12,7 +12,8 @@ while most > 0 do
     if #names == 0 then break end
     for _, name in ipairs(names) do
         local turn = call('HMGET', turn_key(name), 's', 'q', 'a', 'm', 'c', 'e', 'f')
-        if turn[3] and (turn[1] == 'completed' or turn[1] == 'cancelled') and most > 0 then
+        local counts = (turn[3] or turn[7] == 'joined') and (turn[1] == 'completed' or turn[1] == 'cancelled')
+        if counts and most > 0 then
             turn[1] = string.match(name, '^%d+')
             turn[2] = turn[2] or '\144'
             found[#found + 1] = turn

@@ -1,0 +1,226 @@
+"""What becomes of turns in a busy session: they wait, go first, or are answered together."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+from collections.abc import AsyncIterator, Callable, Iterator
+from contextlib import asynccontextmanager
+from pathlib import Path
+from typing import Any
+
+import pytest
+from moltbot.v1 import chat_pb2, message_pb2
+from moltbot_server.config_models import SessionRules, Storage
+from moltbot_server.testing import RunningServer, running_server
+from redis_process import KeepingRedis
+from rpc_calls import Api, WatchedEngine, drained, kinds, turn
+
+INTERRUPT, JOIN, QUEUE = chat_pb2.WHEN_BUSY_INTERRUPT, chat_pb2.WHEN_BUSY_JOIN, chat_pb2.WHEN_BUSY_QUEUE
+SESSION = "sessions/s"
+
+
+class Talk:
+    """A session in which turns are begun one after the other, each surely behind the one before."""
+
+    def __init__(self, api: Api) -> None:
+        self.api = api
+        self.streams: list[tuple[str, Any, list[chat_pb2.Event]]] = []
+
+    async def say(self, text: str, when_busy: Any = 0, **fields: Any) -> str:
+        """Begin a turn and return its name when it is accepted."""
+        stream = self.api.stream(turn(text, session=SESSION, when_busy=when_busy, **fields))
+        first = (await stream.read()).event
+        self.streams.append((first.accepted.turn, stream, [first]))
+        return str(first.accepted.turn)
+
+    async def until(self, kind: str, index: int = -1) -> None:
+        """Read a turn's stream to an event of a kind."""
+        _, stream, events = self.streams[index]
+        while events[-1].WhichOneof("kind") != kind:
+            events.append((await stream.read()).event)
+
+    async def ends(self) -> list[chat_pb2.Completed]:
+        """Read all to their ends, and return how they completed."""
+        for _, stream, events in self.streams:
+            events += await asyncio.wait_for(drained(stream), 20)
+        return [events[-1].completed for _, _, events in self.streams]
+
+
+@pytest.fixture
+def talk(api: Api) -> Talk:
+    """A session of the core."""
+    return Talk(api)
+
+
+def reasons(ends: list[chat_pb2.Completed]) -> list[str]:
+    return [message_pb2.FinishReason.Name(end.finish_reason).removeprefix("FINISH_REASON_") for end in ends]
+
+
+async def test_turns_wait_unless_they_say_otherwise(talk: Talk, engine: WatchedEngine) -> None:
+    await talk.say("#5 pace=0.02")
+    for number in range(3):
+        await talk.say(f"say {number}", QUEUE if number % 2 else 0)
+    ends = await talk.ends()
+
+    assert reasons(ends) == ["STOP"] * 4
+    assert [read[-1] for read in engine.read] == ["#5 pace=0.02", "say 0", "say 1", "say 2"]
+
+
+async def test_a_turn_that_interrupts_ends_those_before_it_and_goes(
+    talk: Talk, api: Api, engine: WatchedEngine
+) -> None:
+    await talk.say("#1000 pace=0.02")
+    await talk.until("text_delta")
+    await talk.say("waits")
+    await talk.say("goes", INTERRUPT)
+    await talk.say("waits too")
+    ends = await talk.ends()
+
+    assert reasons(ends) == ["CANCELLED", "CANCELLED", "STOP", "STOP"]
+    assert ends[0].text
+    assert ends[1].text == ""
+    assert [read[-1] for read in engine.read] == ["#1000 pace=0.02", "goes", "waits too"]
+    # What was written so far is kept, and read by those that follow.
+    assert engine.read[1] == ["#1000 pace=0.02", ends[0].text, "goes"]
+    assert engine.read[2][-3:] == ["goes", ends[2].text, "waits too"]
+    assert await api.said(SESSION) == [
+        "#1000 pace=0.02", ends[0].text, "waits", "goes", ends[2].text, "waits too", ends[3].text,
+    ]  # fmt: skip
+
+
+async def test_a_repeated_call_interrupts_nobody(talk: Talk) -> None:
+    await talk.say("first", INTERRUPT, request_id="event")
+    await talk.until("completed")
+    await talk.say("#10 pace=0.02")
+    await talk.until("text_delta")
+    again = await talk.say("first", INTERRUPT, request_id="event")
+    ends = await talk.ends()
+
+    assert again == talk.streams[0][0]
+    assert reasons(ends) == ["STOP"] * 3
+
+
+async def test_turns_that_wait_together_are_answered_once(talk: Talk, api: Api, engine: WatchedEngine) -> None:
+    await talk.say("#10 pace=0.02", JOIN)
+    names = [await talk.say(text, JOIN) for text in ("one", "two", "three")]
+    ends = await talk.ends()
+    await talk.say("four")
+    last = (await talk.ends())[-1]
+
+    assert reasons(ends) == ["STOP", "JOINED", "JOINED", "STOP"]
+    assert [end.answered_by for end in ends] == ["", names[2], names[2], ""]
+    assert [(end.text, end.model, end.message) for end in ends[1:3]] == [("", "", "")] * 2
+    assert engine.read[1] == ["#10 pace=0.02", ends[0].text, "one", "two", "three"]
+    assert engine.read[2] == [*engine.read[1], ends[3].text, "four"]
+    assert await api.said(SESSION) == [*engine.read[2], last.text]
+    positions = [event.queued.position for event in talk.streams[3][2] if event.HasField("queued")]
+    assert positions == sorted(positions, reverse=True)
+    assert positions[0] == 3
+    assert kinds(talk.streams[1][2])[-1] == "completed"
+
+
+async def test_only_neighbours_for_the_same_place_join(talk: Talk, engine: WatchedEngine) -> None:
+    here, there = (chat_pb2.Place(channel="slack", address=address) for address in ("a", "b"))
+    await talk.say("#10 pace=0.02")
+    for text, busy, place in (
+        ("one", JOIN, here), ("two", JOIN, here), ("three", QUEUE, here), ("four", JOIN, here), ("five", JOIN, there),
+        ("six", JOIN, there),
+    ):  # fmt: skip
+        await talk.say(text, busy, reply_to=place)
+    ends = await talk.ends()
+
+    assert reasons(ends) == ["STOP", "JOINED", "STOP", "STOP", "STOP", "JOINED", "STOP"]
+    assert [read[-1] for read in engine.read] == ["#10 pace=0.02", "two", "three", "four", "six"]
+
+
+async def test_those_that_come_while_others_are_joined_are_answered_by_themselves(talk: Talk) -> None:
+    await talk.say("#10 pace=0.02")
+    first = [await talk.say(text, JOIN) for text in ("one", "two", "#20 pace=0.02")]
+    await talk.until("completed", 1)
+    later = [await talk.say(f"later {number}", JOIN) for number in range(2)]
+    ends = await talk.ends()
+
+    assert [end.answered_by for end in ends] == ["", first[2], first[2], "", later[1], ""]
+
+
+async def test_the_end_of_a_neighbour_leaves_the_others_joined(talk: Talk, api: Api, engine: WatchedEngine) -> None:
+    await talk.say("#20 pace=0.02")
+    names = [await talk.say(text, JOIN) for text in ("one", "two", "three", "four")]
+    assert await api.cancel(names[1])
+    assert await api.cancel(names[3])
+    ends = await talk.ends()
+
+    assert reasons(ends) == ["STOP", "JOINED", "CANCELLED", "STOP", "CANCELLED"]
+    assert ends[1].answered_by == names[2]
+    assert engine.read[1][-2:] == ["one", "three"]
+
+
+async def test_a_joined_turn_delivers_nothing_and_the_one_that_answers_does(api: Api, core: RunningServer) -> None:
+    talk, place = Talk(api), chat_pb2.Place(channel="slack", address="a")
+    await talk.say("#10 pace=0.02")
+    names = [await talk.say(text, JOIN, reply_to=place) for text in ("one", "two")]
+    await talk.ends()
+    found = await core.core.store.outbox.lease(("default", "slack"), limit=9, seconds=9, most_attempts=9)
+
+    assert [f"{SESSION}/turns/{delivery.turn.ordinal}" for delivery in found.deliveries] == [names[1]]
+
+
+Served = Callable[[], contextlib.AbstractAsyncContextManager[tuple[RunningServer, Api, WatchedEngine]]]
+
+
+@pytest.fixture(params=["sqlite", "redis"])
+def served(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[Served]:
+    """Runs cores one after the other on one workspace, with each store that keeps something."""
+    settings: dict[str, Any] = {"sessions": SessionRules(when_busy=(("slack", "join"), ("", "interrupt")))}
+    with contextlib.ExitStack() as stack:
+        if request.param == "redis":
+            redis = stack.enter_context(KeepingRedis(tmp_path))
+            settings["store"] = Storage(type="redis", port=redis.port)
+
+        @asynccontextmanager
+        async def serve() -> AsyncIterator[tuple[RunningServer, Api, WatchedEngine]]:
+            engine = WatchedEngine()
+            async with running_server(tmp_path / "w", engine=engine, grace=0.0, **settings) as server:
+                api = Api.of(server)
+                yield server, api, engine
+                await api.channel.close()
+
+        yield serve
+
+
+async def test_a_core_that_starts_reads_joined_messages_from_its_store_too(served: Served) -> None:
+    async with served() as (_, api, _):
+        talk = Talk(api)
+        await talk.say("#10 pace=0.02", channel="slack")
+        for text in ("one", "two"):
+            await talk.say(text, channel="slack")
+        ends = await talk.ends()
+        assert reasons(ends) == ["STOP", "JOINED", "STOP"]
+    async with served() as (_, api, engine):
+        await Talk(api).say("three", channel="slack")
+        await engine.idle.wait()
+        assert engine.read[0] == ["#10 pace=0.02", ends[0].text, "one", "two", ends[2].text, "three"]
+        assert await api.said(SESSION) == [*engine.read[0], "You said: three"]
+
+
+async def test_what_waited_to_join_or_to_interrupt_does_so_after_its_core_too(served: Served) -> None:
+    async with served() as (_, api, _):
+        talk = Talk(api)
+        await talk.say("#1000 pace=0.02", QUEUE)
+        await talk.until("text_delta")
+        names = [talk.streams[0][0], *[await talk.say(text, JOIN) for text in ("one", "two", "three")]]
+    async with served() as (_, api, engine):
+        await api.cancel(names[0])
+        ended = [(await api.resumed(name))[-1].completed for name in names]
+        assert reasons(ended) == ["CANCELLED", "JOINED", "JOINED", "STOP"]
+        assert engine.read[-1][-3:] == ["one", "two", "three"]
+        talk = Talk(api)
+        await talk.say("#1000 pace=0.02")
+        await talk.until("text_delta")
+        waits = await talk.say("waits", QUEUE)
+    async with served() as (_, api, engine):
+        talk = Talk(api)
+        await talk.say("goes", channel="web")  # what the setting says of all channels but one
+        assert reasons(await talk.ends()) == ["STOP"]
+        assert (await api.resumed(waits))[-1].completed.finish_reason == message_pb2.FINISH_REASON_CANCELLED
