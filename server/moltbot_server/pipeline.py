@@ -209,11 +209,15 @@ class TurnPipeline:
         """
         while True:
             session = await self._sessions.open(key)
-            if not session.is_awaited or session.claims or self._taking is None:
+            if (taking := self._taking) is None or not self._awaits_others(session):
                 return session
-            await self._taking.wait()
+            await taking.wait()
             if not session.claims:  # none of those turns was to be carried on
                 self.lost(session)
+
+    def _awaits_others(self, session: OpenSession[ContextWindow]) -> bool:
+        """Tell whether turns of a session were taken over that have not been begun yet."""
+        return session.is_awaited and not session.claims and self._taking is not None
 
     def begin_again(self, live: LiveTurn, session: OpenSession[ContextWindow], deadline: float | None) -> None:
         """Start a turn again on its session as it is now: what was remembered of it was old. A run calls this."""
@@ -372,7 +376,8 @@ class TurnPipeline:
     def _at_hand(self, key: SessionKey, turn: TurnInput) -> OpenSession[ContextWindow] | None:
         """Return the turn's session if it need not be waited for: it is known, or new."""
         if turn.session:
-            return self._sessions.ready(key)
+            session = self._sessions.ready(key)
+            return None if session is None or self._awaits_others(session) else session
         return self._sessions.create(key, keep=turn.transcript is None)
 
     def _still_ready(self, earlier: CatalogEntry, turn: TurnInput) -> CatalogEntry:

@@ -268,16 +268,18 @@ async def test_a_turn_that_comes_while_its_session_is_taken_over_waits_for_those
 
         monkeypatch.setattr(core.store, "take_over", take_over)
         await asyncio.wait_for(taken.wait(), 10)
-        late = asyncio.create_task(api.events(turn("late", session="sessions/s", request_id="late")))
-        await asyncio.sleep(0.3)
-        assert not late.done()
+        late = []
+        for name in ("late", "later"):
+            late.append(asyncio.create_task(api.events(turn(name, session="sessions/s", request_id=name))))
+            await asyncio.sleep(0.3)
+        assert not any(each.done() for each in late)
         told.set()
-        events = await late
+        events, _ = await asyncio.gather(*late)
         before = await api.events(turn("#10 pace=0.05", session="sessions/s", request_id="before"))
         began = next(event for event in events if event.HasField("routed"))
         assert before[-1].HasField("completed")
         assert before[-1].create_time.ToNanoseconds() <= began.create_time.ToNanoseconds()
-        assert [said.turn.rpartition("/")[2] for said in await api.messages("sessions/s")] == list("112233")
+        assert [said.turn.rpartition("/")[2] for said in await api.messages("sessions/s")] == list("11223344")
     finally:
         await rig.end()
 
