@@ -1,0 +1,162 @@
+"""Several workers under one supervisor: they share the port, stand in for each other, and are renewed one by one."""
+
+from __future__ import annotations
+
+import asyncio
+import re
+import signal
+import urllib.request
+from collections.abc import AsyncIterator
+from pathlib import Path
+from urllib.parse import urlsplit
+
+import psutil
+import pytest
+from cli_process import Home, Started
+from moltbot import MoltBot
+
+SLOW = "#60 pace=0.05"
+
+
+@pytest.fixture
+def home(tmp_path: Path) -> Home:
+    """An empty home folder."""
+    return Home(tmp_path)
+
+
+@pytest.fixture
+async def started(home: Home) -> AsyncIterator[Started]:
+    """A MoltBot with two workers."""
+    home.variables |= {"WORKERS": "2", "MOLTBOT_DRAIN_GRACE": "1"}
+    async with home.started() as started:
+        yield started
+
+
+def client(started: Started) -> MoltBot:
+    """Return a client with a connection of its own to the port that the workers share."""
+    key = (started.home.workspace / "key").read_text().strip()
+    return MoltBot(started.told()["grpc"], key)
+
+
+def read(address: str) -> str:
+    """Return a page."""
+    with urllib.request.urlopen(address, timeout=10) as answer:
+        return str(answer.read(), "utf-8")
+
+
+def turns_of(metrics: str) -> float:
+    """Return how many turns a core has ended."""
+    found = re.findall(r"^moltbot_turns_total\{.*\} ([0-9.]+)$", read(f"{metrics}/metrics"), re.MULTILINE)
+    return sum(map(float, found))
+
+
+async def until_all_serve(home: Home) -> None:
+    """Wait until `moltbot status` finds nothing wrong."""
+    async with asyncio.timeout(60):
+        while (await home.run("status", "--json")).status != 0:
+            pass
+
+
+async def test_workers_share_the_grpc_port_and_each_tells_how_it_does_at_a_port_of_its_own(started: Started) -> None:
+    told = started.told()
+    assert set(told["processes"]) == {"engine", "core-1", "core-2", "http-1", "http-2"}
+    listening = {
+        process.pid
+        for process in started.processes()
+        for connection in process.net_connections("tcp")
+        if connection.status == psutil.CONN_LISTEN and connection.laddr.port == urlsplit(f"//{told['grpc']}").port
+    }
+    assert listening == {told["processes"]["core-1"], told["processes"]["core-2"]}
+    state = (await started.home.run("status", "--json")).json
+    assert state["healthy"]
+    assert set(state["workers"]) == {"core-1", "core-2"}
+    addresses = [worker["metrics"] for worker in state["workers"].values()]
+    assert len({state["engine"]["metrics"], *addresses}) == 3
+    for address in addresses:
+        assert "moltbot_turns_under_way" in await asyncio.to_thread(read, f"{address}/metrics")
+    said = (await started.home.run("status")).out
+    assert all(address in said for address in addresses)
+
+
+async def test_http_adapters_spread_what_they_ask_over_all_workers(started: Started) -> None:
+    told = started.told()
+    key = (started.home.workspace / "key").read_text().strip()
+    body = b'{"model": "default", "messages": [{"role": "user", "content": "Hi"}]}'
+
+    def ask() -> int:
+        headers = {"Authorization": f"Bearer {key}", "Content-Type": "application/json"}
+        request = urllib.request.Request(f"{told['http']}/v1/chat/completions", body, headers)
+        with urllib.request.urlopen(request, timeout=20) as answer:
+            return int(answer.status)
+
+    assert {await asyncio.to_thread(ask) for _ in range(24)} == {200}
+    shares = [turns_of(address) for address in told["cores"].values()]
+    assert sum(shares) == 24
+    assert min(shares) >= 6
+
+
+async def test_a_killed_worker_is_started_again_and_callers_do_not_notice(started: Started) -> None:
+    before = started.told()["processes"]
+    clients = [client(started) for _ in range(8)]
+
+    async def read_answer(number: int) -> str:
+        text = ""
+        async for event in clients[number].stream_turn(SLOW, session=f"sessions/s{number}", request_id=f"r{number}"):
+            match event.WhichOneof("kind"):
+                case "text_delta":
+                    text += event.text_delta.text
+                case "reset":
+                    text = event.reset.text
+                case "completed":
+                    assert event.completed.text == text
+                case "failed":
+                    raise AssertionError(str(event.failed))
+        return text
+
+    readers = [asyncio.create_task(read_answer(number)) for number in range(8)]
+    await asyncio.sleep(1.0)  # all of them read
+    psutil.Process(before["core-1"]).kill()
+    answers = await asyncio.gather(*readers)
+    assert [len(answer.split()) for answer in answers] == [60] * 8
+    await until_all_serve(started.home)
+    after = started.told()["processes"]
+    assert after["core-1"] != before["core-1"]
+    assert {**after, "core-1": 0} == {**before, "core-1": 0}
+    for bot in clients:
+        await bot.close()
+
+
+async def test_workers_are_started_again_one_after_the_other_while_turns_go_on(started: Started) -> None:
+    before = started.told()["processes"]
+    clients = [client(started) for _ in range(4)]
+    over = asyncio.Event()
+
+    async def talk(number: int) -> int:
+        asked = 0
+        while not over.is_set():
+            asked += 1
+            answer = await clients[number].run_turn("Hi", session=f"sessions/s{number}")
+            assert answer.text
+        return asked
+
+    talking = [asyncio.create_task(talk(number)) for number in range(4)]
+    started.process.send_signal(signal.SIGUSR1)
+    async with asyncio.timeout(60):
+        while any(started.told()["processes"][name] == before[name] for name in before if name != "engine"):
+            assert not any(task.done() for task in talking), "somebody heard of it"
+            await asyncio.sleep(0.1)
+    await until_all_serve(started.home)
+    over.set()
+    assert min(await asyncio.gather(*talking)) > 0
+    assert started.told()["processes"]["engine"] == before["engine"]
+    for bot in clients:
+        await bot.close()
+
+
+async def test_another_program_on_the_shared_port_is_told_as_ever(home: Home, started: Started) -> None:
+    port = started.told()["grpc"].rpartition(":")[2]
+    other = Home(folder=home.folder / "other", variables=home.variables)
+    other.folder.mkdir()
+    ended = await other.run("start", "--port", "0", "--grpc-port", port, "--metrics-port", "0")
+    assert ended.status == 69
+    assert f"port {port} (gRPC) is in use" in ended.err
