@@ -208,7 +208,8 @@ class Checker:
         good = [turn for turn in request.turns if any(end[0] == "completed" for end in self._ends.get(turn, ()))]
         if len(good) > 1:
             self._break(DUPLICATED, name, f"it was answered as {' and '.join(good)}")
-        for earlier, later in pairwise(request.turns):
+        # By number: a reader may hear of the earlier one later.
+        for earlier, later in pairwise(sorted(request.turns, key=ordinal_of)):
             if not all(end.kind == "failed" and end.retryable for end in self._ends[earlier].values()):
                 self._break(DUPLICATED, name, f"{later} was begun beside {earlier}")
         standing = [kept.turn for kept in self._kept.values() if kept.request == name and not kept.gave_way]

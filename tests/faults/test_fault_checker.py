@@ -279,3 +279,21 @@ def test_a_failed_turn_that_was_asked_again_is_no_duplicate() -> None:
     ]
 
     assert check(history) == []
+
+
+def test_a_failed_turn_whose_reader_hears_of_it_late_is_no_duplicate() -> None:
+    history: list[Entry] = [
+        opened(1, follower="slow"),
+        opened(2, follower="quick"),
+        accepted(2, SECOND),  # the first one has failed by now, and its reader is not told yet
+        accepted(1, FIRST),
+        failed(1, 2),
+        Closed(stream=1),
+        said(2, 2, "one"),
+        completed(2, 3, "one"),
+        Closed(stream=2),
+        Kept(turn=FIRST, request="q1.1", state="failed", gave_way=True, events=(BEGIN, event(2, "failed"))),
+        kept(SECOND, "q1.1", BEGIN, event(2, "text_delta", "one"), event(3, "completed", "one")),
+    ]
+
+    assert check(history) == []
