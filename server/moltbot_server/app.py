@@ -29,6 +29,7 @@ from moltbot_server.ops import OpsServer
 from moltbot_server.outbox import Deliveries
 from moltbot_server.pipeline import TurnPipeline
 from moltbot_server.reloading import Reloading, Reread
+from moltbot_server.rpc.peers import Peers
 from moltbot_server.rpc.remote_engine import EngineLink, RemoteEngine
 from moltbot_server.rpc.route import reload_others
 from moltbot_server.rpc.server import GrpcServer, Sharing
@@ -129,6 +130,7 @@ class Core:
         places = Workspace(folder=settings.workspace)
         others = {number for number in range(1, settings.workers + 1) if worker} - {worker}
         self.siblings = Siblings({f"core-{number}": places.core_socket(number) for number in sorted(others)}, key)
+        self.peers = Peers(self.store, self.metrics, tls=settings.tls_cert is not None, ca=settings.advertise_ca)
         self.ops: OpsServer | None = None
         self._serving = False
         self._engine_default = ""
@@ -173,6 +175,7 @@ class Core:
                 deliveries=self.deliveries,
                 caches=caches,
                 siblings=self.siblings,
+                peers=self.peers,
                 max_inline_bytes=self.settings.max_inline_bytes,
             )
             self.metrics.turns_under_way.ask(lambda: len(self.journal))
@@ -185,6 +188,9 @@ class Core:
             self.ops = OpsServer(host=host, port=port, metrics=self.metrics.page, health=self.health)
             undo.callback(self.ops.close)
             await self.server.start()
+            undo.push_async_callback(self.server.stop, 0.0)
+            undo.push_async_callback(self.peers.close)
+            await self.store.advertise(self.settings.reached_at(self.server.port))
             undo.pop_all()
         self._serving = True
         if self._worker <= 1:  # of several, one does it
@@ -209,6 +215,7 @@ class Core:
         await self.deliveries.close()
         # Streams deliver the last events of turns that have ended by now.
         await self.server.stop(_AFTER_GRACE)
+        await self.peers.close()
         await self.caches.close()
         await self._close_models()
         await self.lineup.close()

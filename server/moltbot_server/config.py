@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import ipaddress
 import re
+import socket
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import MISSING, dataclass, field, fields
 from pathlib import Path
@@ -60,6 +61,7 @@ __all__ = [
 INLINE = "inline"
 """The value of `engine` for models in the core's own process."""
 
+_EVERYWHERE = frozenset({"0.0.0.0", "::", "[::]", ""})
 _CONNECTION_AGE = 600.0
 _ADDRESS = re.compile(r"unix:.+|(dns:///)?(\[[0-9A-Fa-f:.]+\]|[^:/\[\]\s]+):\d{1,5}")
 _TAKEN = frozenset({DEFAULT_ROUTE, "moltbot", "local", "builtin", "built-in"})
@@ -82,6 +84,7 @@ class Settings:
     `origins` maps a key to the place that set it, such as `.env:4`, for messages about a value that turns out wrong.
     `engine` is empty for models of MoltBot's own choosing, `inline`, or the address of an engine that runs elsewhere.
     `workers` are cores that share the work of this machine; as many serve HTTP unless `http_workers` says otherwise.
+    `advertise` is where other nodes reach this one, `HOST:PORT`; empty: at what it is bound to, or by its name.
     `max_connection_age` None: where connections are shared by several cores, they end now and then; 0: never.
     `shares` are weights of workspaces: how they share a model when all of them want it; 1 for those not named.
     `models` is the route of turns that name no model, `routes` are the others; prices and budgets are in `currency`.
@@ -118,6 +121,8 @@ class Settings:
     queue_limit: int = 256
     shares: tuple[tuple[str, int], ...] = ()
     drain_grace: float = 10.0
+    advertise: str = ""
+    advertise_ca: Path | None = None
     max_connection_age: float | None = None
     max_connection_age_grace: float = 60.0
     providers: tuple[Provider, ...] = ()
@@ -159,6 +164,13 @@ class Settings:
             return self.max_connection_age
         return _CONNECTION_AGE if self.workers > 1 or self.store.type == "redis" else 0.0
 
+    def reached_at(self, port: int) -> str:
+        """Return where other nodes reach this one, which listens on a port."""
+        if self.advertise:
+            return self.advertise
+        host = socket.gethostname() if self.grpc_host in _EVERYWHERE else self.grpc_host
+        return f"[{host}]:{port}" if ":" in host else f"{host}:{port}"
+
     def _unsafe(self) -> Iterator[Problem]:
         """A port that others can reach needs TLS of its own or a proxy that has it; there is no way around it."""
         for key, speaks_tls in (("grpc_host", True), ("metrics_host", True), ("host", False)):
@@ -188,6 +200,11 @@ class Settings:
         if self.engine not in ("", INLINE) and not _ADDRESS.fullmatch(self.engine):
             text = f"engine: found {self.engine!r}, expected inline, unix:PATH, HOST:PORT or dns:///HOST:PORT"
             yield self._problem("engine", text)
+        if self.advertise and (self.advertise.startswith("unix:") or not _ADDRESS.fullmatch(self.advertise)):
+            text = f"advertise: found {self.advertise!r}, expected HOST:PORT or dns:///HOST:PORT"
+            yield self._problem("advertise", text)
+        if self.advertise_ca is not None and not self.advertise_ca.is_file():
+            yield self._problem("advertise_ca", f"advertise_ca: there is no file {self.advertise_ca}")
         if self.engine_ca is not None and not self.engine_ca.is_file():
             yield self._problem("engine_ca", f"engine_ca: there is no file {self.engine_ca}")
         if self.max_inline_bytes >= self.max_message_bytes:

@@ -41,6 +41,8 @@ KEYS: Mapping[str, Kind] = {
     "threads": whole(1, 1024),
     "engine": text(256),
     "engine_ca": PATH,
+    "advertise": text(256),
+    "advertise_ca": PATH,
     "system_prompt": text(32_000),
     "log_level": choice("debug", "info", "warning", "error"),
     "log_json": TRUTH,

@@ -191,12 +191,12 @@ class Journal:
 
     def suspend(self, live: LiveTurn) -> None:
         """Forget what a turn was that is to be another one; whoever repeats its request_id finds it all the same."""
-        self._live.pop(live.key, None)
+        self._let_go(live)
         self._noted.pop(live, None)
 
     def close(self, live: LiveTurn) -> None:
         """Let an ended turn go; it is found in the store from now on."""
-        self._live.pop(live.key, None)
+        self._let_go(live)
         request = (live.principal.workspace, live.input.request_id)
         if self._recent.get(request) is live:
             last = live.events[-1].kind if live.events else None
@@ -212,6 +212,10 @@ class Journal:
             self._elsewhere[live.key] = None
             if len(self._elsewhere) > _RECENT_REQUESTS:
                 self._elsewhere.popitem(last=False)
+
+    def _let_go(self, live: LiveTurn) -> None:
+        if self._live.get(live.key) is live:  # one that another node had may have come meanwhile
+            del self._live[live.key]
 
     def live(self, key: TurnKey) -> LiveTurn | None:
         """Return the turn if it is under way."""
@@ -247,16 +251,21 @@ class Journal:
             TurnNotFound: the workspace has no such turn.
             NotServing: another core has it, and it has not ended.
         """
-        if (live := self._live.get(key)) is not None:
+        if (live := self._told(key)) is not None:
             return live
         found = await self._store.find_turn(key)
         if found is None:
             raise TurnNotFound("there is no such turn in this workspace; its session may have been reset or deleted")
-        if (live := self._live.get(key)) is not None:
+        if (live := self._told(key)) is not None:
             return live
         if found.state is TurnState.RUNNING and (self._store.shared or key in self._elsewhere):
             raise NotServing.elsewhere(found.node if found.node != self._store.node else "")
         return found
+
+    def _told(self, key: TurnKey) -> LiveTurn | None:
+        """Return the turn of which a caller may know: the number of one that is not stored may be another node's."""
+        live = self._live.get(key)
+        return live if live is None or live.is_stored or not self._store.shared else None
 
     def follow(self, turn: LiveTurn | StoredTurn, after: int = 0) -> Follower:
         """Return the way to read a turn's events after a sequence number, to its end."""

@@ -200,6 +200,9 @@ class Metrics:
         self.queue_seconds = Spreads("moltbot_queue_seconds", "Wait of a turn for its session and a free engine.")
         self.tokens = Tally("moltbot_tokens", "Tokens read and written.", ("model", "direction"))
         self.cost = Tally("moltbot_cost", "Cost of answers, in the currency of the prices.", ("model",))
+        self.forwarded = Tally(
+            "moltbot_forwarded_calls", "Calls that were made at another node for their callers.", ("method", "outcome")
+        )
         self.errors = Tally("moltbot_errors", "Calls and turns that failed.", ("reason",))
         self.trimmed = Tally("moltbot_trimmed_messages", "Messages left out to fit the context.")
         self.turns_under_way = Measure("moltbot_turns_under_way", "Turns that run or wait.")

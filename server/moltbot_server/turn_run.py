@@ -224,11 +224,12 @@ class TurnRun:
     def _elsewhere(self, earlier: StoredTurn) -> MoltBotError | None:
         """Return where to follow a turn that another core carries out, or that this one is about to, if so."""
         pipeline, store = self._pipeline, self._pipeline.store
-        if earlier.state is not TurnState.RUNNING or not store.shared or self._is_here(earlier):
+        if earlier.state is not TurnState.RUNNING or not store.shared:
             return None
         if earlier.node != store.node:
             return NotServing.elsewhere(earlier.node)
-        return NotServing.elsewhere() if pipeline.is_taking_over else None
+        is_coming = pipeline.is_taking_over and not self._is_here(earlier)
+        return NotServing.elsewhere() if is_coming else None
 
     def _drop(self, *, refusal: MoltBotError | None = None, duplicate_of: StoredTurn | None = None) -> None:
         """End without an end: the store has no such turn."""

@@ -7,13 +7,13 @@ import contextlib
 import random
 import secrets
 import time
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator
 from pathlib import Path
 
 import msgspec
 import pytest
 from kept_turns import ended, everything, keep, key, new, said, texts
-from moltbot_server.errors import MoltBotError, StorageFull, StorageUnavailable, TurnInterrupted
+from moltbot_server.errors import StorageFull, StorageUnavailable, TurnInterrupted
 from moltbot_server.store import Elsewhere, NewTurn, UsageQuery, UsageRow
 from moltbot_server.store.protocol import JournalEntry
 from moltbot_server.store.redis import RedisStore
@@ -23,8 +23,6 @@ from redis_process import RedisProcess
 
 LEASE = 0.5
 ASKED = TurnInput(parts=said("question"))
-
-Join = Callable[[], "asyncio.Future[RedisStore]"]
 
 
 @pytest.fixture
@@ -494,52 +492,8 @@ async def test_no_key_is_left_over_when_all_sessions_are_deleted(nodes: Nodes) -
         assert {name.rpartition(b":")[2] for name in before} == {b"accepted", b"nodes"}
 
 
-# --- how Redis is set ------------------------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize(
-    ("options", "text"),
-    [
-        (("--maxmemory-policy", "allkeys-lru"), "set maxmemory-policy noeviction"),
-        (("--cluster-enabled", "yes"), "a node of a cluster"),
-        (("--requirepass", "secret"), "set store.password"),
-        (("--replicaof", "127.0.0.1", "1"), "replica"),
-    ],
-)
-async def test_a_redis_that_would_lose_turns_is_refused_with_what_to_change(
-    options: tuple[str, ...], text: str, tmp_path: Path
-) -> None:
-    process = RedisProcess("", "--dir", str(tmp_path), *options)
-    await process.start()
-    try:
-        with pytest.raises(StorageUnavailable, match=text) as caught:
-            await RedisStore(host="127.0.0.1", port=process.port).open()
-        assert f"127.0.0.1:{process.port}" in caught.value.message
-    finally:
-        await process.kill()
-
-
-async def test_a_redis_that_keeps_nothing_is_warned_of(caplog: pytest.LogCaptureFixture) -> None:
-    process = RedisProcess("secret")
-    await process.start()
-    store = RedisStore(host="127.0.0.1", port=process.port, password="secret")
-    await store.open()
-    await keep(store, new())
-    await store.close()
-    await process.kill()
-
-    told = [getattr(record, "problem", "") for record in caplog.records if record.levelname == "WARNING"]
-    assert [text for text in told if "set appendonly yes" in text] != []
-
-
 async def test_data_of_a_newer_release_is_left_alone(nodes: Nodes) -> None:
     async with nodes.keys() as client:
         await client.set(f"{nodes.prefix}:schema", 2)
     with pytest.raises(StorageUnavailable, match="newer release"):
         await nodes.join()
-
-
-async def test_a_redis_that_is_not_there_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("moltbot_server.store.redis._START", 0.2)
-    with pytest.raises(MoltBotError, match=r"Redis cannot be used .*127\.0\.0\.1:1"):
-        await RedisStore(host="127.0.0.1", port=1).open()

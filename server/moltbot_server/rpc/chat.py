@@ -6,17 +6,28 @@ import asyncio
 import logging
 import secrets
 from collections.abc import AsyncIterator, Coroutine
+from contextlib import aclosing
 from typing import Any
 
 from grpc import aio
 from moltbot.v1 import chat_pb2, chat_pb2_grpc
 
-from moltbot_server.errors import InternalError, InvalidField, MoltBotError, QueueFull, Status, TurnFailed
+from moltbot_server.errors import (
+    InternalError,
+    InvalidField,
+    MoltBotError,
+    NotServing,
+    QueueFull,
+    Status,
+    TurnFailed,
+)
 from moltbot_server.journal import Journal
 from moltbot_server.live_turn import LiveTurn
 from moltbot_server.pipeline import TurnPipeline
 from moltbot_server.rpc import convert, names
-from moltbot_server.rpc.interceptors import Call
+from moltbot_server.rpc.interceptors import Call, PassedOn
+from moltbot_server.rpc.peers import Peers
+from moltbot_server.rpc.remote_errors import error_of
 from moltbot_server.store import StoredTurn
 from moltbot_server.turns import Failed, TextDelta, TurnKey
 
@@ -30,9 +41,10 @@ _COMMANDS_WAITING = 1024
 class ChatService(chat_pb2_grpc.ChatServiceServicer):
     """Serves turns."""
 
-    def __init__(self, pipeline: TurnPipeline, journal: Journal, reader: convert.Reader) -> None:
+    def __init__(self, pipeline: TurnPipeline, journal: Journal, reader: convert.Reader, peers: Peers) -> None:
         self._pipeline = pipeline
         self._journal = journal
+        self._peers = peers
         self._reader = reader
 
     def _start(self, spec: chat_pb2.TurnInput, call: Call) -> Coroutine[Any, Any, LiveTurn | StoredTurn]:
@@ -41,13 +53,20 @@ class ChatService(chat_pb2_grpc.ChatServiceServicer):
 
     async def StreamTurn(self, request: chat_pb2.StreamTurnRequest, call: Call) -> None:  # type: ignore[override]
         """Start a turn, or follow the one of the same request_id, and stream its events."""
-        turn = await self._start(request.turn, call)
-        await self._write_events(turn, 0, chat_pb2.StreamTurnResponse, call)
+        try:
+            turn = await self._start(request.turn, call)
+            await self._write_events(turn, 0, chat_pb2.StreamTurnResponse, call)
+        except NotServing as elsewhere:
+            await self._pass_through("StreamTurn", request, call, elsewhere)
 
     async def RunTurn(self, request: chat_pb2.RunTurnRequest, call: Call) -> chat_pb2.RunTurnResponse:  # type: ignore[override]
         """Start a turn, or attach to the one of the same request_id, and answer when it has ended."""
-        turn = await self._start(request.turn, call)
-        key, last_sequence, ending = await self._journal.outcome(turn)
+        try:
+            turn = await self._start(request.turn, call)
+            key, last_sequence, ending = await self._journal.outcome(turn)
+        except NotServing as elsewhere:
+            answer: chat_pb2.RunTurnResponse = await self._peers.unary("RunTurn", request, call, elsewhere)
+            return answer
         if isinstance(ending, Failed):
             status, after = Status(ending.status), ending.retry_after
             raise TurnFailed(status, ending.reason, ending.message, ending.retryable, after, ending.field)
@@ -59,11 +78,14 @@ class ChatService(chat_pb2_grpc.ChatServiceServicer):
     async def ResumeTurn(self, request: chat_pb2.ResumeTurnRequest, call: Call) -> None:  # type: ignore[override]
         """Stream the events of a turn that come after a sequence number."""
         key, after = self._resumed(request, call)
-        await self._write_events(await self._journal.find(key), after, chat_pb2.ResumeTurnResponse, call)
+        try:
+            await self._write_events(await self._journal.find(key), after, chat_pb2.ResumeTurnResponse, call)
+        except NotServing as elsewhere:
+            await self._pass_through("ResumeTurn", request, call, elsewhere)
 
     async def CancelTurn(self, request: chat_pb2.CancelTurnRequest, call: Call) -> chat_pb2.CancelTurnResponse:  # type: ignore[override]
         """End a running turn and keep its text."""
-        return await self._cancel(names.read_turn(call.principal.workspace, request.name, "name"))
+        return await self._cancel(request, "name", call)
 
     async def Converse(self, requests: AsyncIterator[chat_pb2.ConverseRequest], call: Call) -> None:  # type: ignore[override]
         """Carry out commands as they come; the stream ends when the caller has no more and all turns are delivered."""
@@ -100,13 +122,24 @@ class ChatService(chat_pb2_grpc.ChatServiceServicer):
                         convert.fill_event(response.event, _key(turn), recorded)
                         await write(response)
 
+    async def _pass_through(self, method: str, request: Any, call: Call, elsewhere: NotServing) -> None:
+        """Write what another node streams."""
+        async with aclosing(self._peers.stream(method, request, call, elsewhere)) as responses:
+            async for response in responses:
+                await call.context.write(response)
+
     def _resumed(self, request: chat_pb2.ResumeTurnRequest, call: Call) -> tuple[TurnKey, int]:
         if request.after_sequence < 0:
             raise InvalidField("after_sequence", "use 0 or the last sequence number that you saw")
         return names.read_turn(call.principal.workspace, request.name, "name"), request.after_sequence
 
-    async def _cancel(self, key: TurnKey) -> chat_pb2.CancelTurnResponse:
-        turn = await self._journal.find(key)
+    async def _cancel(self, request: chat_pb2.CancelTurnRequest, field: str, call: Call) -> chat_pb2.CancelTurnResponse:
+        key = names.read_turn(call.principal.workspace, request.name, field)
+        try:
+            turn = await self._journal.find(key)
+        except NotServing as elsewhere:
+            answer: chat_pb2.CancelTurnResponse = await self._peers.unary("CancelTurn", request, call, elsewhere)
+            return answer
         if not isinstance(turn, LiveTurn):
             return chat_pb2.CancelTurnResponse(cancelled=False)
         cancelled = turn.cancel()
@@ -142,6 +175,8 @@ class _Conversation:
             await self._answer(request)
         except MoltBotError as error:
             await self._write(request, "", error=_in_band(error))
+        except PassedOn as refused:
+            await self._write(request, "", error=_in_band(error_of(refused.problem, "the other core")))
         except aio.InternalError:
             raise  # the peer left while a write was under way
         except Exception:
@@ -159,14 +194,21 @@ class _Conversation:
             raise InvalidField("ref", f"use at most {_LONGEST_REF} characters")
         command = request.WhichOneof("command")
         if command == "start":
-            turn = await service._start(request.start, call)
-            await self._follow(request, turn, _key(turn), 0)
+            try:
+                turn = await service._start(request.start, call)
+                await self._follow(request, turn, _key(turn), 0)
+            except NotServing as elsewhere:
+                started = chat_pb2.StreamTurnRequest(turn=request.start)
+                await self._pass_through("StreamTurn", started, request.ref, "", elsewhere)
         elif command == "resume":
             key, after = service._resumed(request.resume, call)
-            await self._follow(request, await service._journal.find(key), key, after)
+            try:
+                await self._follow(request, await service._journal.find(key), key, after)
+            except NotServing as elsewhere:
+                await self._pass_through("ResumeTurn", request.resume, request.ref, request.resume.name, elsewhere)
         elif command == "cancel":
-            key = names.read_turn(call.principal.workspace, request.cancel.name, "cancel.name")
-            await self._write(request, request.cancel.name, cancelled=await service._cancel(key))
+            answer = await service._cancel(request.cancel, "cancel.name", call)
+            await self._write(request, request.cancel.name, cancelled=answer)
         else:
             raise InvalidField("command", "set one of start, resume, cancel")
 
@@ -182,6 +224,14 @@ class _Conversation:
                     convert.fill_event(response.event, key, recorded)
                     await self._send(response)
 
+    async def _pass_through(self, method: str, request: Any, ref: str, turn: str, elsewhere: NotServing) -> None:
+        """Write what another node streams of a turn; the first event of one that was started names it."""
+        peers = self._service._peers
+        async with aclosing(peers.stream(method, request, self._call, elsewhere)) as responses:
+            async for response in responses:
+                turn = response.event.accepted.turn or turn
+                await self._send(chat_pb2.ConverseResponse(ref=ref, turn=turn, event=response.event))
+
     async def _write(self, request: chat_pb2.ConverseRequest, turn: str, **answer: Any) -> None:
         await self._send(chat_pb2.ConverseResponse(ref=request.ref, turn=turn, **answer))
 
@@ -192,8 +242,10 @@ class _Conversation:
 
 def _key(turn: LiveTurn | StoredTurn) -> TurnKey:
     """Return the name under which a turn is told: that of the turn in whose place it stands, if it does."""
-    if isinstance(turn, LiveTurn) and turn.duplicate_of is not None:
-        return turn.duplicate_of.key
+    if isinstance(turn, LiveTurn):
+        turn = turn.latest
+        if turn.duplicate_of is not None:
+            return turn.duplicate_of.key
     return turn.key
 
 

@@ -20,7 +20,7 @@ from google.rpc import error_details_pb2, status_pb2
 from grpc import aio
 
 from moltbot_server.auth.keys import Authenticator
-from moltbot_server.errors import InternalError, InvalidField, MoltBotError, TurnFailed
+from moltbot_server.errors import InternalError, InvalidField, MoltBotError, NotServing, TurnFailed
 from moltbot_server.metrics import Metrics
 from moltbot_server.turns import Principal
 
@@ -30,6 +30,21 @@ DOMAIN = "moltbot"
 
 _CODES = {code.value[0]: code for code in grpc.StatusCode}
 _STATUS_KEY = "grpc-status-details-bin"
+_PUSHBACK_KEY = "grpc-retry-pushback-ms"
+_HANDOFF_KEY = "moltbot-handoff"
+_TOLD = frozenset({_STATUS_KEY, _PUSHBACK_KEY, _HANDOFF_KEY})
+
+
+class PassedOn(Exception):
+    """A call that another core of ours has refused; its caller is told the same."""
+
+    def __init__(self, problem: aio.AioRpcError) -> None:
+        super().__init__(problem.details())
+        self.problem = problem
+        self.code = problem.code()
+        self.message = problem.details() or ""
+        told = problem.trailing_metadata() or ()
+        self.trailers = tuple((key, value) for key, value in told if key in _TOLD)
 
 
 class Call:
@@ -130,6 +145,9 @@ class Guard:
             except TurnFailed as error:
                 status = error.status.name
                 await _refuse(context, error)
+            except PassedOn as told:
+                status = told.code.name
+                await _abort(context, told.code, told.message, told.trailers)
             except aio.AbortError:
                 status = "ABORTED"
                 raise
@@ -150,10 +168,14 @@ async def _refuse(context: Any, error: MoltBotError | TurnFailed) -> None:
         trailers = _trailers(error)
     else:
         # Floods are refused with the same few words over and over.
-        key = (error.reason, error.message, error.retry_after)
+        key = (error.reason, error.message, error.retry_after, getattr(error, "handed_over", False))
         trailers = _WRITTEN.get(key) or _keep(key, _trailers(error))
+    await _abort(context, _CODES[int(error.status)], error.message, trailers)
+
+
+async def _abort(context: Any, code: grpc.StatusCode, message: str, trailers: _Trailers) -> None:
     try:
-        await context.abort(_CODES[int(error.status)], error.message, trailers)
+        await context.abort(code, message, trailers)
     except aio.InternalError as gone:
         # The call has ended already, by its deadline or because the peer left; nobody hears the refusal.
         raise asyncio.CancelledError from gone
@@ -161,10 +183,11 @@ async def _refuse(context: Any, error: MoltBotError | TurnFailed) -> None:
 
 _Trailers = tuple[tuple[str, str | bytes], ...]
 _MOST_WRITTEN = 256
-_WRITTEN: dict[tuple[str, str, float | None], _Trailers] = {}
+_Told: TypeAlias = "tuple[str, str, float | None, bool]"
+_WRITTEN: dict[_Told, _Trailers] = {}
 
 
-def _keep(key: tuple[str, str, float | None], trailers: _Trailers) -> _Trailers:
+def _keep(key: _Told, trailers: _Trailers) -> _Trailers:
     if len(_WRITTEN) >= _MOST_WRITTEN:
         _WRITTEN.clear()
     _WRITTEN[key] = trailers
@@ -172,10 +195,13 @@ def _keep(key: tuple[str, str, float | None], trailers: _Trailers) -> _Trailers:
 
 
 def _trailers(error: MoltBotError | TurnFailed) -> _Trailers:
-    packed = (_STATUS_KEY, status_of(error).SerializeToString())
-    if error.retry_after is None:
-        return (packed,)
-    return packed, ("grpc-retry-pushback-ms", str(int(error.retry_after * 1000)))
+    trailers: list[tuple[str, str | bytes]] = [(_STATUS_KEY, status_of(error).SerializeToString())]
+    if error.retry_after is not None:
+        trailers.append((_PUSHBACK_KEY, str(int(error.retry_after * 1000))))
+    if isinstance(error, NotServing) and error.handed_over:
+        # What was asked for goes on somewhere: whoever comes back finds it.
+        trailers.append((_HANDOFF_KEY, "1"))
+    return tuple(trailers)
 
 
 class _Malformed:

@@ -33,6 +33,11 @@ def error_of(problem: aio.AioRpcError, who: str) -> MoltBotError:
     return InternalError(f"{who} answered {code.name if code else 'nothing'}")
 
 
+def was_told(problem: aio.AioRpcError) -> bool:
+    """Tell whether the other side ended the call with a word of its own, be it one that is not known here."""
+    return any(key == _DETAILS for key, _ in problem.trailing_metadata() or ())
+
+
 def was_lost(problem: aio.AioRpcError) -> bool:
     """Tell whether the connection broke, so that the other side did not end the call with a word of its own."""
     return _told(problem) is None and problem.code() in (

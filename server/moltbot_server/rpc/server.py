@@ -52,6 +52,7 @@ from moltbot_server.rpc.delivery import DeliveryService
 from moltbot_server.rpc.inference import InferenceService
 from moltbot_server.rpc.interceptors import Guard, GuardedServer
 from moltbot_server.rpc.model import ModelService
+from moltbot_server.rpc.peers import Peers
 from moltbot_server.rpc.plugin import PluginService
 from moltbot_server.rpc.reflection import SERVICE_NAME, ReflectionService
 from moltbot_server.rpc.route import RouteService
@@ -154,13 +155,14 @@ class GrpcServer:
         deliveries: Deliveries,
         caches: Sequence[ClearableCache],
         siblings: Siblings,
+        peers: Peers,
         max_inline_bytes: int,
     ) -> None:
         """Add all services of a core, each method behind the guard."""
         gates = dict.fromkeys(_STARTING, pipeline.refusal_unread)
         guard = Guard(authenticator, metrics)
         reader = convert.Reader(max_inline_bytes=max_inline_bytes)
-        chat, session = ChatService(pipeline, journal, reader), SessionService(store, sessions)
+        chat, session = ChatService(pipeline, journal, reader, peers), SessionService(store, sessions, peers)
         model, inference = ModelService(catalog, manager, siblings), InferenceService(catalog, reader)
         usage, route = UsageService(store, ledger), RouteService(reloading, catalog, siblings)
         cache = CacheService(caches, siblings)

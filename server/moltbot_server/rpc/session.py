@@ -4,10 +4,11 @@ from __future__ import annotations
 
 from moltbot.v1 import session_pb2, session_pb2_grpc
 
-from moltbot_server.errors import SessionNotFound
+from moltbot_server.errors import NotServing, SessionNotFound
 from moltbot_server.models.context import ContextWindow
 from moltbot_server.rpc import convert, names
 from moltbot_server.rpc.interceptors import Call
+from moltbot_server.rpc.peers import Peers
 from moltbot_server.sessions import Sessions
 from moltbot_server.store import Store
 from moltbot_server.turns import Session, SessionKey, TurnState
@@ -19,9 +20,10 @@ _LARGEST_PAGE = 1 << 20
 class SessionService(session_pb2_grpc.SessionServiceServicer):
     """Serves sessions."""
 
-    def __init__(self, store: Store, sessions: Sessions[ContextWindow]) -> None:
+    def __init__(self, store: Store, sessions: Sessions[ContextWindow], peers: Peers) -> None:
         self._store = store
         self._sessions = sessions
+        self._peers = peers
 
     async def GetSession(self, request: session_pb2.GetSessionRequest, call: Call) -> session_pb2.GetSessionResponse:  # type: ignore[override]
         """Answer one session."""
@@ -77,14 +79,24 @@ class SessionService(session_pb2_grpc.SessionServiceServicer):
     ) -> session_pb2.ResetSessionResponse:
         """Forget what was said in a session."""
         key = names.read_session(call.principal.workspace, request.name, "name")
-        await self._sessions.reset(key)
+        try:
+            await self._sessions.reset(key)
+        except NotServing as elsewhere:
+            answer: session_pb2.ResetSessionResponse = await self._peers.unary("ResetSession", request, call, elsewhere)
+            return answer
         return session_pb2.ResetSessionResponse(session=await self._session(key))
 
     async def DeleteSession(  # type: ignore[override]
         self, request: session_pb2.DeleteSessionRequest, call: Call
     ) -> session_pb2.DeleteSessionResponse:
         """Delete a session with all that is in it."""
-        await self._sessions.delete(names.read_session(call.principal.workspace, request.name, "name"))
+        try:
+            await self._sessions.delete(names.read_session(call.principal.workspace, request.name, "name"))
+        except NotServing as elsewhere:
+            answer: session_pb2.DeleteSessionResponse = await self._peers.unary(
+                "DeleteSession", request, call, elsewhere
+            )
+            return answer
         return session_pb2.DeleteSessionResponse()
 
     async def _session(self, key: SessionKey) -> session_pb2.Session:

@@ -64,6 +64,9 @@ class MemoryStore:
         """Return nothing: there are no other nodes."""
         return ""
 
+    async def advertise(self, address: str) -> None:
+        """Do nothing: there are no other nodes."""
+
     # --- writing -------------------------------------------------------------------------------------------------
 
     def accept(self, turn: NewTurn) -> Pending[Taken]:

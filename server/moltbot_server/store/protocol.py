@@ -199,6 +199,9 @@ class Store(Protocol):
     async def address_of(self, node: str) -> str:
         """Return the address at which a node is reached; empty when it is gone, or has told none."""
 
+    async def advertise(self, address: str) -> None:
+        """Tell other nodes, where there may be some, at which address of the network this one is reached."""
+
     def accept(self, turn: NewTurn) -> Pending[Taken]:
         """Store a turn and its user message; answer None, or the turn that used the `request_id` before.
 

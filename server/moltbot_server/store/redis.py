@@ -85,9 +85,12 @@ class RedisStore:
         advertised: str = "",
         lease: float = LEASE,
     ) -> None:
-        """`advertised` is where others reach this node; `lease` is in seconds. Nothing is connected before `open`."""
+        """`advertised` is where nodes of this machine reach this one, if by a way of their own; `lease` is in seconds.
+
+        Nothing is connected before `open`.
+        """
         self.node = ""
-        self.advertised = advertised
+        self._advertised = advertised
         self.address = f"{host}:{port}"
         self.prefix = prefix
         self._lease_seconds = lease
@@ -131,7 +134,7 @@ class RedisStore:
                 self._reading,
                 prefix=self.prefix,
                 node=self.node,
-                address=self.advertised,
+                address=self._advertised,
                 seconds=self._lease_seconds,
             )
             await self._lease.join()
@@ -158,6 +161,10 @@ class RedisStore:
     async def address_of(self, node: str) -> str:
         """Return the address at which a node is reached; empty when it is gone."""
         return await self._lease.address_of(node)
+
+    async def advertise(self, address: str) -> None:
+        """Tell other nodes at which address of the network this one is reached."""
+        await self._lease.advertise(address)
 
     def connection(self) -> AbstractConnection:
         """Return a connection that is not open yet."""

@@ -26,9 +26,9 @@ class NodeLease:
     """The lease of this node, renewed by a task of its own."""
 
     def __init__(self, line: RedisLine, *, prefix: str, node: str, address: str = "", seconds: float = LEASE) -> None:
-        """`address` is where other nodes reach this one."""
+        """`address` is where nodes of this machine reach this one, `unix:PATH`, if there is such a way."""
         self._line = line
-        self.address = address
+        self._local, self._public = address, ""
         self._prefix = prefix
         self.node = node
         self._seconds = seconds
@@ -68,7 +68,7 @@ class NodeLease:
         Raises:
             StorageUnavailable: Redis does not answer.
         """
-        told = f"{socket.gethostname()} {os.getpid()} {self.address}".rstrip()
+        told = " ".join((socket.gethostname(), str(os.getpid()), self._public, self._local)).rstrip()
         renewal = ("SET", self._key(self.node), told, "PX", int(self._seconds * 1000), "GET")
         try:
             _, held = await self._ask(("SADD", self._nodes, self.node), renewal)
@@ -116,11 +116,20 @@ class NodeLease:
         Raises:
             StorageUnavailable: Redis does not answer.
         """
-        if node == self.node:
-            return self.address
         (told,) = await self._ask(("GET", self._key(node)))
-        words = told.decode().split() if told is not None else []
+        words: list[str] = told.decode().split(" ") if told is not None else []
+        if len(words) > 3 and words[0] == socket.gethostname():
+            return words[3]
         return words[2] if len(words) > 2 else ""
+
+    async def advertise(self, address: str) -> None:
+        """Tell at which address of the network this node is reached.
+
+        Raises:
+            StorageUnavailable: Redis does not answer.
+        """
+        self._public = address
+        await self.renew()
 
     async def strike(self, nodes: Sequence[str]) -> None:
         """Let nodes that are gone be known no more.

@@ -148,6 +148,9 @@ class SqliteStore:
         """Return the address at which a node is reached; empty when it is gone."""
         return self.nodes.address_of(node)
 
+    async def advertise(self, address: str) -> None:
+        """Do nothing: nodes of a file are on one machine, and have told their sockets when they opened it."""
+
     # --- writing -------------------------------------------------------------------------------------------------
 
     def accept(self, turn: NewTurn) -> Pending[Taken]:
