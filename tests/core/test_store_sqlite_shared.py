@@ -6,6 +6,7 @@ import asyncio
 import json
 import subprocess
 import sys
+import time
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from pathlib import Path
@@ -74,6 +75,22 @@ async def test_what_one_has_written_the_others_read_at_once(tmp_path: Path) -> N
                 assert await texts(other, f"s{number}") == ["question", "answer"]
 
 
+async def test_others_hear_when_a_session_was_used_last_although_nothing_more_is_stored(tmp_path: Path) -> None:
+    async with opened(tmp_path / "moltbot.db", 2) as (one, other):
+        began = time.time() - 10.0
+
+        async def used() -> float:
+            found = await other.list_sessions("w", user="", channel="", before=None, limit=10)
+            return found[0].update_time
+
+        await one.take_over()
+        for number in (1, 2):
+            assert await one.accept(new(number, create_time=began + number / 10, opens_session=True)) is None
+        assert await used() == began + 0.1, "it is not written with each turn"
+        await one.take_over()  # which is asked ten times a second
+        assert await used() == began + 0.2
+
+
 async def test_who_writes_all_the_time_lets_others_write_as_well(tmp_path: Path) -> None:
     async with opened(tmp_path / "moltbot.db", 2) as (greedy, modest):
         over = asyncio.Event()
@@ -122,6 +139,7 @@ async def test_the_write_ahead_log_is_bounded_however_many_write_and_read(tmp_pa
 async def test_a_store_is_checked_and_exported_while_it_is_written(tmp_path: Path) -> None:
     path = tmp_path / "moltbot.db"
     async with opened(path, 2) as stores:
+        await keep(stores[0], new(1, session="first"))
         over = asyncio.Event()
 
         async def write(place: int) -> None:

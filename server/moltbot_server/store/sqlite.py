@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import sqlite3
+import time
 from collections.abc import Collection, Container, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
@@ -66,6 +67,13 @@ SELECT base_ordinal, (SELECT max(ordinal) FROM turns WHERE workspace = ?1 AND se
 FROM sessions WHERE workspace = ?1 AND id = ?2
 """
 _MESSAGE_COLUMNS = "ordinal, question, answer, model, create_time, end_time, finish"
+_TOUCH = Rows(
+    "UPDATE sessions SET update_time = max(update_time, column1) FROM (VALUES {rows}) "
+    "WHERE workspace = column2 AND id = column3",
+    row="(?, ?, ?)",
+)
+_TOLD_LATE = 2.0
+"""Seconds after which others are told when sessions were used, if no later turn has done that."""
 _SESSION_COLUMNS = """s.workspace, s.id, s.title, s.user, s.channel, s.create_time, s.update_time,
 (SELECT count(*) + count(answer) FROM turns t
  WHERE t.workspace = s.workspace AND t.session = s.id AND t.question <> x'90')"""
@@ -179,6 +187,8 @@ class SqliteStore:
         """Take over the turns that cores which are gone left running."""
         left = self.nodes.left() if self.shared else ()
         if self._looked and self.shared and not left:
+            if self._touched and time.time() - self._touched_at >= _TOLD_LATE:
+                await self._flush_touched()  # nothing was stored since; the other nodes list sessions too
             return ()
         orphans: list[Orphan] = await self._writer.submit(
             lambda connection: take_over(connection, self.node, self.nodes.gone)
@@ -467,17 +477,16 @@ class SqliteStore:
         return found is not None and found != (turn.epoch, self.node)
 
     def _touch(self, connection: sqlite3.Connection, names: tuple[str, str], now: float) -> None:
-        """Remember that a session was used, or tell all nodes if there are others; runs on the writer's thread."""
+        """Remember that a session was used; runs on the writer's thread."""
         self._touched[names] = now
-        if self.shared or now - self._touched_at >= 1.0:
+        if now - self._touched_at >= 1.0:
             self._touched_at = now
             self._write_touched(connection)
 
     def _write_touched(self, connection: sqlite3.Connection) -> None:
         rows = [(now, *names) for names, now in self._touched.items()]
         self._touched.clear()
-        query = "UPDATE sessions SET update_time = max(update_time, ?) WHERE workspace = ? AND id = ?"
-        connection.executemany(query, rows)
+        _TOUCH.execute(connection, rows)
 
     async def _flush_touched(self) -> None:
         if self._touched:
