@@ -77,8 +77,8 @@ async def _run(start: Callable[[], Awaitable[tuple[Mapping[str, Any], Leave]]]) 
     # What is alive now stays so: the collector need not look at it again, and a turn's values are no cycles.
     gc.collect()
     gc.freeze()
-    # gRPC leaves a small cycle behind for each call. Those of calls that are under way while the collector looks wait for
-    # its next wider look: at 50 they were megabytes after a million turns.
+    # gRPC leaves a small cycle behind for each call. Those of calls that are under way while the collector looks wait
+    # for its next wider look: at 50 they were megabytes after a million turns.
     gc.set_threshold(20_000, 20, 10)
     await asked
     await stop()
