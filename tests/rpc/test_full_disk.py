@@ -58,6 +58,8 @@ async def test_a_core_on_a_full_disk_refuses_new_turns_and_goes_on_when_there_is
         assert health.status == health_pb2.HealthCheckResponse.SERVING
 
         subprocess.run(["mount", "-o", "remount,size=16m", str(tiny_disk)], check=True)  # noqa: ASYNC221 - a moment
+        # Where it was the turn's end that found no room, it is stored within a second.
+        await until(lambda: not server.core.journal.under_way())
         again = await api.events(spoken)
         assert kinds(again)[-1] == "completed"
         assert kinds(await api.resumed(again[0].accepted.turn))[-1] == "completed"

@@ -336,17 +336,6 @@ async def test_a_busy_server_says_when_to_come_back(browser: Browser) -> None:
         await visit.page.get_by_text("MoltBot is busy right now. Try again in 7.0 s.").wait_for()
 
 
-async def test_a_budget_that_is_used_up_is_told_at_once_and_not_asked_again(browser: Browser) -> None:
-    async with (
-        ScriptedSite(lambda _: [Say(text="Too late")]) as site,
-        visiting(browser, site.origin, "/#/new") as visit,
-    ):
-        site.refusals = [error(429, "The budget of today is used up.", "insufficient_quota", {"Retry-After": "7"})]
-        await ask(visit, "hi")
-        await visit.page.get_by_text("The budget is used up").wait_for()
-        assert site.refusals == []
-
-
 async def test_a_turn_that_failed_is_asked_again_as_a_new_turn(browser: Browser) -> None:
     failed = Emit(
         kind="failed",

@@ -6,7 +6,7 @@ from __future__ import annotations
 import pytest
 from browser import PHONE, answered, ask, shown, visiting
 from playwright.async_api import Browser
-from scripted_site import Emit, Hold, Say, ScriptedSite, Step
+from scripted_site import Emit, Hold, Say, ScriptedSite, Step, error
 
 pytestmark = pytest.mark.asyncio(loop_scope="module")
 
@@ -150,3 +150,14 @@ async def test_what_stops_a_provider_is_told_in_words(browser: Browser, reason: 
         await ask(visit, "hi")
         await visit.page.wait_for_selector(".problem")
         assert words in await visit.page.locator(".problem").inner_text()
+
+
+async def test_a_budget_that_is_used_up_is_told_at_once_and_not_asked_again(browser: Browser) -> None:
+    async with (
+        ScriptedSite(lambda _: [Say(text="Too late")]) as site,
+        visiting(browser, site.origin, "/#/new") as visit,
+    ):
+        site.refusals = [error(429, "The budget of today is used up.", "insufficient_quota", {"Retry-After": "7"})]
+        await ask(visit, "hi")
+        await visit.page.get_by_text("The budget is used up").wait_for()
+        assert site.refusals == []
