@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from collections import Counter, defaultdict
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Collection, Iterable
 from dataclasses import dataclass, field
 from itertools import pairwise
 
@@ -272,15 +272,20 @@ class Checker:
         if text != end.text:
             self._break(MIXED, kept.turn, f"the kept text is {text!r}, and the kept answer {end.text!r}")
         reads = [read for reads in self._reads.values() for read in reads if read.question == kept.request]
-        if not reads or (not end.text and kept.state == "cancelled"):
+        if not reads or end.code == "joined" or (not end.text and kept.state == "cancelled"):
             return
         saying = [read for read in reads if _says(read, end.text, cut=kept.state == "cancelled")]
         if not saying:
             self._break(MIXED, kept.turn, f"no model said {end.text!r}")
         elif (session := self._listed.get(kept.turn.split("/")[1])) is not None:
-            before = _history(session, kept.request)
+            before = _history(session, kept.request, self._joined)
             if all(read.history != before for read in saying):
                 self._break(OUT_OF_ORDER, kept.turn, f"the model read {saying[0].history} where {before} was said")
+
+    @property
+    def _joined(self) -> set[str]:
+        """The questions of turns that later ones answer too."""
+        return {kept.request for kept in self._kept.values() if kept.events and kept.events[-1].code == "joined"}
 
     def _check_shown(self) -> None:
         """What a follower saw can be read again."""
@@ -308,6 +313,8 @@ class Checker:
                 if began is not None and kept.events:
                     ended = max(ended, kept.events[-1].at)
             self._check_listed(session, turns)
+            if turns[-1].request in self._joined:
+                self._break(LOST, turns[-1].turn, "it was joined, and no later turn answers it")
 
     def _check_listed(self, session: str, turns: list[Kept]) -> None:
         listed = self._listed.get(session)
@@ -335,14 +342,16 @@ def _says(read: Read, text: str, *, cut: bool) -> bool:
     return read.answer.startswith(text) if cut else read.answer == text
 
 
-def _history(session: Listed, question: str) -> tuple[str, ...]:
-    """Return what was said in a session before a question: questions that were answered, and their answers."""
+def _history(session: Listed, question: str, joined: Collection[str]) -> tuple[str, ...]:
+    """Return what was said in a session before a question: questions that were answered or joined, and answers."""
     place = session.texts.index(question) if question in session.texts else 0
     before = session.texts[:place]
     said: list[str] = []
     for index, text in enumerate(before):
         if _is_question(text) and index + 1 < len(session.texts) and not _is_question(session.texts[index + 1]):
             said += (text, session.texts[index + 1])
+        elif text in joined:
+            said.append(text)
     return tuple(said)
 
 

@@ -87,12 +87,13 @@ class Read(_Entry, frozen=True, kw_only=True):
 
 
 class KeptEvent(msgspec.Struct, frozen=True, kw_only=True, gc=False, array_like=True):
-    """An event as the store has it."""
+    """An event as the store has it. `code` is why a completed answer ended, where that is known."""
 
     sequence: int
     at: float
     kind: str
     text: str = ""
+    code: str = ""
 
 
 class Kept(_Entry, frozen=True, kw_only=True):

@@ -204,8 +204,11 @@ class Adapter:
             return
         node = nodes[int(world.random.random() * len(nodes))]
 
+        attempt = delivery.attempt
+
         def heard(answered: bool) -> None:
-            if answered:
+            given_again = what == "reject" and id in self._in_hand and self._in_hand[id].attempt != attempt
+            if answered and not given_again:
                 self._in_hand.pop(id, None)
             else:
                 world.soon(0.3, lambda: self._settle(life, id, what, **how))
@@ -214,7 +217,7 @@ class Adapter:
         if what == "confirm":
             node.ask(line, lambda: node.deliveries.confirm(WORKSPACE, id, "m"))
         else:
-            attempt, after, permanent = delivery.attempt, how["delay"], how["permanent"]
+            after, permanent = how["delay"], how["permanent"]
             node.ask(
                 line,
                 lambda: node.deliveries.reject(

@@ -21,7 +21,7 @@ from fault_checker import Violation, check
 from fault_deliveries import Note, check_deliveries
 from fault_history import Entry, Fault, Kept, KeptEvent, Listed, name_of
 from moltbot_server.store.sqlite_rows import messages_of
-from moltbot_server.turns import Completed, Event, Place, Reset, TextDelta
+from moltbot_server.turns import Completed, Event, Place, Reset, TextDelta, WhenBusy
 from simulated_adapters import Adapter, Platform, kept_deliveries
 from simulated_clients import KINDS, Follower, fault
 from simulated_core import CHANNEL, Node, virtual_time
@@ -76,6 +76,8 @@ class Town:
         self.notes: list[Note] = []
         self.platform = Platform(self)
         self.adapters = [Adapter(self, f"a{number}", kills=seed // 24 % 3) for number in range(_adapters(seed))]
+        self._is_impatient = seed // 8 % 3 == 1
+        """Whether turns interrupt each other and join."""
         self._places: dict[str, str] = {}
         self._quiet = (0, 0.0)
         self._kills = plan.kills
@@ -174,13 +176,15 @@ class Town:
         numbers = itertools.count(1)
         for session in range(1 + (dice.random() < 0.4)):
             moment = 0.0
-            for _ in range(dice.randint(1, 3)):
-                moment += dice.random() * dice.choice((0.01, 0.3))
+            for _ in range(dice.randint(2, 5) if self._is_impatient else dice.randint(1, 3)):
+                moment += dice.random() * (0.03 if self._is_impatient else dice.choice((0.01, 0.3)))
                 self._settle(f"s{session}", f"q{session}.{next(numbers)}", moment)
 
     def _settle(self, session: str, request: str, moment: float) -> None:
         dice, world = self.world.random, self.world
         fields = {"flush_interval": dice.choice((0.0, None)), "cancel_on_disconnect": dice.random() < 0.05}
+        if self._is_impatient:
+            fields["when_busy"] = dice.choice((None, WhenBusy.JOIN, WhenBusy.JOIN, WhenBusy.INTERRUPT))
         if self.adapters:
             self._places[request] = dice.choice(("p1", "p2", session))
             fields["reply_to"] = Place(channel=CHANNEL, address=self._places[request])
@@ -250,7 +254,8 @@ class Town:
 def _kept_event(event: Event) -> KeptEvent:
     kind = event.kind
     text = kind.text if isinstance(kind, TextDelta | Reset | Completed) else ""
-    return KeptEvent(sequence=event.sequence, at=event.at, kind=KINDS[type(kind)], text=text)
+    code = str(kind.finish_reason) if isinstance(kind, Completed) else ""
+    return KeptEvent(sequence=event.sequence, at=event.at, kind=KINDS[type(kind)], text=text, code=code)
 
 
 @dataclass(slots=True)

@@ -104,6 +104,30 @@ async def test_what_its_receiver_let_go_of_comes_again(core: RunningServer) -> N
     assert (again.name, again.attempt) == (name, 2)
 
 
+async def test_what_was_rejected_too_late_comes_again_though_it_is_remembered(core: RunningServer) -> None:
+    async with (
+        breaking_line(core.address) as line,
+        MoltBot(line.address, core.key) as bot,
+        MoltBot(core.address, core.key) as other,
+        aclosing(bot.deliveries("slack")) as deliveries,
+    ):
+        await other.run_turn("one", reply_to=to())
+        first = await anext(deliveries)
+        line.swallow()
+        line.reset()
+        taken = await asyncio.wait_for(anext(other.deliveries("slack")), 10)  # the lease of the silent one has ended
+        waiting = asyncio.ensure_future(anext(deliveries))
+        line.heal()
+        line.reset()
+        assert (first.attempt, taken.attempt) == (1, 2)
+        assert await first.reject("too late") is False
+        assert await taken.reject("not now", retry_after=0.0) is False
+        again = await asyncio.wait_for(waiting, 20)
+
+    assert again is not first
+    assert (again.name, again.attempt) == (first.name, 3)
+
+
 async def test_without_a_core_it_gives_up_after_a_while() -> None:
     async with MoltBot("127.0.0.1:1", "key", patience=0.3) as bot, aclosing(bot.deliveries("slack")) as deliveries:
         with pytest.raises(MoltBotClientError) as caught:

@@ -25,8 +25,8 @@ class Delivery:
     may have posted it before. `completed` is set for an answer, `failure` for a turn that failed.
     """
 
-    def __init__(self, told: delivery_pb2.Delivery, call: _Call) -> None:
-        """`call` carries out a method of `DeliveryService` by its name."""
+    def __init__(self, told: delivery_pb2.Delivery, call: _Call, settled: Callable[[str], object]) -> None:
+        """`call` carries out a method of `DeliveryService` by its name; `settled` hears that this is out of hand."""
         self.name = told.name
         self.channel = told.place.channel
         self.address = told.place.address
@@ -40,6 +40,7 @@ class Delivery:
         self.stream: object = None
         """The stream on which it came last; of no use to others."""
         self._call = call
+        self._settled = settled
 
     def __repr__(self) -> str:
         return f"<Delivery {self.name} to {self.channel} {self.address}, attempt {self.attempt}>"
@@ -64,11 +65,12 @@ class Delivery:
         """
         request = delivery_pb2.ConfirmDeliveryRequest(name=self.name, message=message)
         try:
-            return str((await self._call("ConfirmDelivery", request)).message)
+            message = str((await self._call("ConfirmDelivery", request)).message)
         except MoltBotClientError as error:
             if error.reason != "DELIVERY_NOT_FOUND":
-                raise
-            return message  # it was posted and forgotten, or dropped
+                raise  # else it was posted and forgotten, or dropped
+        self._settled(self.name)
+        return message
 
     async def reject(self, reason: str = "", *, retry_after: float | None = None, permanent: bool = False) -> bool:
         """Say that it could not be posted; return whether it is given up.
@@ -84,12 +86,18 @@ class Delivery:
         )
         if retry_after is not None:
             request.retry_after.CopyFrom(_duration(retry_after))
-        try:
-            return bool((await self._call("RejectDelivery", request)).dead)
-        except MoltBotClientError as error:
-            if error.reason not in _OVER:
-                raise
-            return False
+        dead = False
+        while True:
+            try:
+                dead = bool((await self._call("RejectDelivery", request)).dead)
+            except MoltBotClientError as error:
+                if error.reason not in _OVER:
+                    raise
+                if request.attempt != self.attempt:
+                    request.attempt = self.attempt  # it was leased anew meanwhile, to this receiver
+                    continue
+            self._settled(self.name)
+            return dead
 
 
 async def receive(calls: Calls, channel: str, at_once: int, metadata: Metadata) -> AsyncGenerator[Delivery, None]:
@@ -106,9 +114,10 @@ async def receive(calls: Calls, channel: str, at_once: int, metadata: Metadata) 
     in_hand: WeakValueDictionary[str, Delivery] = WeakValueDictionary()
 
     async def call(method: str, request: Any) -> Any:
-        answer = await calls.unary(lambda link: getattr(link.deliveries, method), request, metadata)
-        in_hand.pop(request.name, None)
-        return answer
+        return await calls.unary(lambda link: getattr(link.deliveries, method), request, metadata)
+
+    def settled(name: str) -> None:
+        in_hand.pop(name, None)
 
     while True:
         link = calls.ways.pick()
@@ -124,7 +133,7 @@ async def receive(calls: Calls, channel: str, at_once: int, metadata: Metadata) 
                 if known is not None and known.stream is not stream:
                     known.attempt, known.stream = told.attempt, stream
                     continue
-                delivery = in_hand[told.name] = Delivery(told, call)
+                delivery = in_hand[told.name] = Delivery(told, call, settled)
                 delivery.stream = stream
                 del known
                 yield delivery
