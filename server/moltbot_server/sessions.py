@@ -148,9 +148,11 @@ class OpenSession(Generic[H]):
         if live is self.leader or live.input.when_busy is not WhenBusy.JOIN:
             self.leader = None
             return None
-        if self.leader not in self.waiting:
+        if self.leader not in self.waiting or self.leader.closing:
             self.leader = None
             for other in self.waiting:
+                if other.closing:
+                    continue  # it was cancelled, and goes when that is stored
                 joins = other.input.when_busy is WhenBusy.JOIN and other.input.reply_to == live.input.reply_to
                 if not joins or not other.is_stored:
                     break

@@ -336,11 +336,9 @@ class TurnRun:
         self._drop(refusal=NotServing(text, retry_after=1.0, handed_over=True))
 
     def _fall_silent(self) -> None:
-        """Free the engine, or give the place in the session's queue up."""
+        """Free the engine. A place in the session's queue is given up when the end is stored, which may be late."""
         if self._generation is not None:
             self._generation.stop()
-        elif not self._entered:
-            self._session.withdraw(self._live)
 
     # --- end -----------------------------------------------------------------------------------------------------
 
@@ -409,6 +407,8 @@ class TurnRun:
             self._pipeline.journal.ticker.forget(self._store_again)
         if self._entered:
             self._session.leave()
+        else:
+            self._session.withdraw(self._live)
         self._session.release()
         self._generation = None
         self._live.let_go()
