@@ -122,6 +122,17 @@ def test_only_what_this_release_does_not_act_on_is_told(workspace: Path, elsewhe
     assert notice.startswith("autoscaling: this release does not")
 
 
+def test_connections_end_now_and_then_where_several_cores_share_them(workspace: Path, elsewhere: Path) -> None:
+    def age(yaml: str) -> float:
+        (workspace / "moltbot.yaml").write_text(yaml)
+        return load_settings(workspace, {}, current=elsewhere).connection_age
+
+    assert age("") == 0
+    assert age("workers: 2") == age("store: {type: redis}") == 600
+    assert age("workers: 2\nmax_connection_age: 0") == 0
+    assert age("max_connection_age: 90s") == 90
+
+
 def test_a_later_source_wins_over_an_earlier_one(workspace: Path, elsewhere: Path) -> None:
     (workspace / "moltbot.yaml").write_text("port: 1001\n")
 

@@ -12,13 +12,14 @@ from contextlib import asynccontextmanager
 from pathlib import Path
 
 import pytest
-from kept_turns import keep, key, new, texts
+from kept_turns import keep, key, new, said, texts
 from moltbot_server.errors import StorageUnavailable
 from moltbot_server.store import UsageRow
 from moltbot_server.store.moving import export
 from moltbot_server.store.sqlite import SqliteStore
 from moltbot_server.store.sqlite_check import check_database
 from moltbot_server.store.sqlite_moving import SqliteRecords
+from moltbot_server.turns import TurnInput
 
 TURNS = 30
 _WRITER = """
@@ -175,3 +176,16 @@ async def test_a_node_that_closed_its_store_is_gone_for_the_others(tmp_path: Pat
         assert store.nodes.address_of(other.nodes.node) == "unix:/other"
         await other.close()
         assert store.nodes.address_of(other.nodes.node) == ""
+
+
+async def test_a_core_by_itself_takes_all_that_workers_left_and_clears_their_files_away(tmp_path: Path) -> None:
+    async with opened(tmp_path / "moltbot.db", 2) as (one, other):
+        await one.accept(new(1, session="a", rest=TurnInput(parts=said("question"))))
+        await other.accept(new(1, session="b", rest=TurnInput(parts=said("question"))))
+    assert len(list((tmp_path / "run" / "nodes").iterdir())) == 2
+    alone = SqliteStore(tmp_path / "moltbot.db")
+    await alone.open()
+    taken = await alone.take_over()
+    assert [orphan.turn.key.session.session for orphan in taken] == ["a", "b"]
+    assert list((tmp_path / "run" / "nodes").iterdir()) == []
+    await alone.close()

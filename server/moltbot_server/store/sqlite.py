@@ -185,7 +185,7 @@ class SqliteStore:
 
     async def take_over(self) -> Sequence[Orphan]:
         """Take over the turns that cores which are gone left running."""
-        left = self.nodes.left() if self.shared else ()
+        left = self.nodes.left()
         if self._looked and self.shared and not left:
             if self._touched and time.time() - self._touched_at >= _TOLD_LATE:
                 await self._flush_touched()  # nothing was stored since; the other nodes list sessions too
