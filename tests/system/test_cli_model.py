@@ -19,6 +19,7 @@ from grpc import aio
 from model_folders import BUILT_IN, known, twin
 from moltbot.v1 import model_pb2, model_pb2_grpc
 from moltbot_server.demo_model import ARTIFACT
+from moltbot_server.workspace import Workspace
 
 KEY = "mb_test_key"
 
@@ -154,7 +155,7 @@ class TestWithoutACore:
             refused = await home.run("model", "switch", *words)
             assert (refused.status, refused.out) == (1, "")
             assert "Switch in the engine's own workspace" in refused.err
-        (home.workspace / "moltbot.yaml").write_text(f"engine: unix:{home.workspace}/run/engine.sock\n")
+        (home.workspace / "moltbot.yaml").write_text(f"engine: unix:{Workspace(folder=home.workspace).engine_socket}\n")
         assert (await home.run("model", "switch", "twin")).status == 0
         assert (await home.run("model", "list", "--json")).json["at_start"] == "twin", "the workspace is the engine's"
 
