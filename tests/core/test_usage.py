@@ -151,6 +151,22 @@ async def test_whoever_waits_for_a_write_may_leave_and_nothing_is_lost(failing: 
         assert [row.turns for row in await kept.rows()] == [2]
 
 
+async def test_a_ledger_that_was_flushed_and_closed_writes_no_more(
+    failing: FailingStore, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(ledger_module, "_WRITE_EVERY", 0.05)
+    async with books(failing) as kept:
+        kept.use()
+        await kept.ledger.flush()
+    before = asyncio.all_tasks()
+    begun: set[asyncio.Task[Any]] = set()
+    until = asyncio.get_running_loop().time() + 0.2
+    while asyncio.get_running_loop().time() < until:
+        await asyncio.sleep(0)
+        begun |= asyncio.all_tasks() - before
+    assert begun == set()
+
+
 async def test_a_full_disk_at_the_end_does_not_keep_the_ledger_from_closing(failing: FailingStore) -> None:
     async with books(failing) as kept:
         kept.use()

@@ -322,7 +322,9 @@ class Ledger:
 
     def _begin_to_write(self) -> asyncio.Task[MoltBotError | None]:
         """Start a write; whoever waits for it may leave, it goes on."""
-        self._timer = None
+        if self._timer is not None:
+            self._timer.cancel()  # what it was set for is written now
+            self._timer = None
         task = asyncio.create_task(self._write_in_turn())
         self._writing.add(task)
         task.add_done_callback(self._writing.discard)
