@@ -174,7 +174,8 @@ class OpenSession(Generic[H]):
 
     def _tell_positions(self) -> None:
         """Tell the turns that are nearly there; to tell all of a long queue each step would cost its square."""
-        for position, live in enumerate(itertools.islice(self.waiting, _TOLD_EACH_STEP), start=1):
+        staying = (live for live in self.waiting if not live.closing)  # the others have told their last
+        for position, live in enumerate(itertools.islice(staying, _TOLD_EACH_STEP), start=1):
             live.record(Queued(position=position))
 
 

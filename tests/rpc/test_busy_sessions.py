@@ -44,6 +44,8 @@ class Talk:
         """Read all to their ends, and return how they completed."""
         for _, stream, events in self.streams:
             events += await asyncio.wait_for(drained(stream), 20)
+            numbers = [event.sequence for event in events]
+            assert numbers == sorted(set(numbers))
         return [events[-1].completed for _, _, events in self.streams]
 
 
