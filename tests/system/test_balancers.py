@@ -20,6 +20,7 @@ from moltbot import Answer, MoltBot
 
 KILLS = int(os.environ.get("KILLS", "4"))
 TALKERS = 8
+IN_A_SESSION = 3
 
 
 @pytest.fixture(params=["nginx", "envoy"])
@@ -35,10 +36,10 @@ def secure(place: Place) -> MoltBot:
     return MoltBot(place.balancer.secure, place.key, credentials=grpc.ssl_channel_credentials(root))
 
 
-async def stream(bot: MoltBot, question: str, session: str, expected: str) -> None:
+async def stream(bot: MoltBot, question: str, session: str, expected: str, *, number: int = 1) -> None:
     """Ask for a turn and make sure that what was shown is the answer, whole, and that no event came twice."""
     answer, numbers, completed = Answer(), list[int](), ""
-    async for event in bot.stream_turn(question, session=session, request_id=f"{session}-{question}", within=120):
+    async for event in bot.stream_turn(question, session=session, request_id=f"{session}-{number}", within=120):
         numbers.append(event.sequence)
         assert not event.HasField("failed"), event
         completed = event.completed.text or completed
@@ -47,10 +48,10 @@ async def stream(bot: MoltBot, question: str, session: str, expected: str) -> No
     assert numbers == sorted(set(numbers))
 
 
-async def events(place: Place, http: aiohttp.ClientSession, question: str, session: str) -> str:
+async def events(place: Place, http: aiohttp.ClientSession, question: str, session: str, *, number: int = 1) -> str:
     """Ask as a page does, come back after each break as an EventSource does, and return what was shown in the end."""
     headers = {"X-MoltBot": "1", "Origin": place.balancer.web}
-    request = {"session": session, "text": question, "request_id": f"{session}-{question}"}
+    request = {"session": session, "text": question, "request_id": f"{session}-{number}"}
     shown, last = "", 0
     while True:
         again = {"Last-Event-ID": str(last)} if last else {}
@@ -126,7 +127,7 @@ async def test_a_model_may_be_silent_for_longer_than_thirty_seconds(place: Place
 
 
 class Crowd:
-    """People who have one turn after the other, each in a session of its own, by all ways through the balancer."""
+    """People who have one turn after the other, some in each session, by all ways through the balancer."""
 
     def __init__(self, place: Place) -> None:
         self.place = place
@@ -145,11 +146,12 @@ class Crowd:
 
     async def _talk(self, name: str) -> None:
         while not self._over.is_set():
-            session = f"{name}-{self.turns.setdefault(name, 0)}"
+            number = self.turns.setdefault(name, 0)
+            session = f"{name}-{number // IN_A_SESSION}"
             if name.startswith("web"):
-                assert await events(self.place, self._http, "Tell me", session) == TEXT
+                assert await events(self.place, self._http, "Tell me", session, number=number) == TEXT
             else:
-                await stream(self._bots[int(name[4:]) % 2], "Tell me", session, TEXT)
+                await stream(self._bots[int(name[4:]) % 2], "Tell me", session, TEXT, number=number)
             self.turns[name] += 1
 
     async def go_on(self, seconds: float) -> None:
@@ -163,10 +165,20 @@ class Crowd:
         try:
             async with asyncio.timeout(90):
                 await asyncio.gather(*self._tasks)
+            if not any(failed):
+                await self._check()
         finally:
             for task in self._tasks:
                 task.cancel()
             await asyncio.gather(self._http.close(), *(bot.close() for bot in self._bots))
+
+    async def _check(self) -> None:
+        """Make sure that each session has all of its turns, one after the other, whichever core answered them."""
+        for name, turns in self.turns.items():
+            for first in range(0, turns, IN_A_SESSION):
+                found = self._bots[0].messages(f"{name}-{first // IN_A_SESSION}")
+                said = ["".join(part.text for part in each.parts) async for each in found]
+                assert said == ["Tell me", TEXT] * min(IN_A_SESSION, turns - first)
 
 
 async def test_people_go_on_though_cores_and_adapters_are_killed_behind_the_balancer(place: Place) -> None:
