@@ -61,6 +61,16 @@ def test_nothing_that_was_acknowledged_is_lost_when_redis_is_killed(tmp_path: Pa
     assert numbers(told)["turns"] > 10
 
 
+@pytest.mark.skipif(redis_program() is None, reason="redis-server is not installed: type  scripts/tools redis")
+@pytest.mark.parametrize("how", ["kill", "leave"])
+def test_turns_of_a_node_that_is_gone_go_on_at_another_one_in_order(tmp_path: Path, how: str) -> None:
+    told = ended(tmp_path, "--kills", "8", "--how", how, "--store", "redis", "--nodes", "3", "--streams", "24")
+
+    assert numbers(told)["kills"] == 8
+    assert numbers(told)["turns"] > 24
+    assert " failed=0 " in told
+
+
 def test_a_rolling_restart_is_seen_by_nobody(tmp_path: Path) -> None:
     told = ended(tmp_path, "--kills", "4", "--how", "leave", "--streams", "24")
 
