@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 import json
+import re
 import socket
 import subprocess
 import sys
+from pathlib import Path
 
+from moltbot_server.bench.lean_load import LeanLoad
 from moltbot_server.bench.scale import bench_scale, scale_table
 from moltbot_server.bench.scale_balance import CONNECTIONS, balance
+from moltbot_server.testing import running_server
 
 
 def test_a_short_run_counts_turns_of_each_number_of_workers() -> None:
@@ -48,3 +52,36 @@ def test_one_process_has_all_connections_and_none_is_left_over() -> None:
         with socket.create_connection(("127.0.0.1", port)):
             pass
         process.kill()
+
+
+async def test_lean_load_makes_turns_that_are_stored_and_counts_what_is_refused(tmp_path: Path) -> None:
+    async with running_server(tmp_path) as server:
+        load = LeanLoad(6)
+        await load.connect(server.address, server.key, 3)
+        found = await load.run(0.5)
+        load.close()
+        assert (found["errors"], found["first_error"]) == (0, "")
+        assert found["calls"] > 6, (
+            "more than one call on each connection, so the later ones name their headers by place"
+        )
+        assert 0 < found["p50_ms"] <= found["p99_ms"]
+        page = server.core.metrics.page().decode()
+        ended = re.findall(r"^moltbot_turns_total\{.*\} ([0-9.]+)$", page, re.MULTILINE)
+        assert sum(map(float, ended)) >= found["calls"]
+
+        stranger = LeanLoad(2)
+        await stranger.connect(server.address, "mb_live_unknown", 1)
+        found = await stranger.run(0.1)
+        stranger.close()
+        assert (found["calls"], found["errors"]) == (0, 2)
+        assert "grpc-status" in found["first_error"]
+
+
+async def test_lean_load_says_so_when_its_server_leaves(tmp_path: Path) -> None:
+    load = LeanLoad(2)
+    async with running_server(tmp_path) as server:
+        await load.connect(server.address, server.key, 1)
+        await load.run(0.1)
+    found = await load.run(0.1)
+    assert found["calls"] == 0
+    assert found["errors"] == 2

@@ -3,7 +3,8 @@
 One, two and four cores wait side by side, each set on a port and a database of its own; slices of load go to one set
 after the other, every other round in the opposite order. A turn is a `RunTurn` of a session: authenticated, accepted
 and finished in SQLite with synchronous=FULL, answered by the scripted engine in the core. The load comes from
-processes of their own. Nothing is pinned to a processor.
+processes of their own, whose clients speak no more of gRPC than it takes: on a machine that all share, what they use
+is not there for the cores. Nothing is pinned to a processor.
 """
 
 from __future__ import annotations
@@ -92,13 +93,12 @@ class _Set:
             core.read()
         plan = {
             "address": f"127.0.0.1:{self.port}",
-            "kind": "run_turn",
             "key": self._workspace.read_key(),
             "in_flight": in_flight,
             "channels": connections,
         }
         for _ in range(loaders):
-            load = self._stack.enter_context(Child("moltbot_server.bench.load"))
+            load = self._stack.enter_context(Child("moltbot_server.bench.lean_load"))
             load.tell(json.dumps(plan))
             self._loads.append(load)
 
