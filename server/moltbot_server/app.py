@@ -213,6 +213,8 @@ class Core:
             await asyncio.wait(self._duties)
         await self.pipeline.drain(grace)
         await self.deliveries.close()
+        # Who follows turns of other cores through this one goes there by another way.
+        await self.peers.close()
         # Streams deliver the last events of turns that have ended by now.
         await self.server.stop(_AFTER_GRACE)
         await self.peers.close()
