@@ -72,6 +72,16 @@ async def test_rows_that_belong_to_nothing_or_cannot_be_read_are_found(path: Pat
     ]
 
 
+async def test_places_that_nothing_leaves_and_dead_letters_are_told(path: Path) -> None:
+    columns = "workspace, id, channel, address, session, ordinal, request_id, ending, create_time, state"
+    rows = ", ".join(f"('w', '{state}', 'slack', 'a', 's', 1, 'r', x'', 1.0, '{state}')" for state in ("open", "dead"))
+    changed(path, f"INSERT INTO outbox ({columns}) VALUES {rows}")
+    assert checked(path, in_use=True) == [
+        ("warning", "1 places have deliveries, and not just the first of them can be given out"),
+        ("note", "1 answers could not be delivered: `moltbot deadletters list` tells which"),
+    ]
+
+
 def test_a_damaged_page_and_a_schema_of_another_release_are_found(path: Path) -> None:
     changed(path, "PRAGMA user_version = 99")
     assert [weight for weight, _ in checked(path)] == ["grave"]

@@ -14,12 +14,24 @@ import pytest
 from kept_turns import ended, keep, key, new, said
 from moltbot_server.store import NewTurn, Store, UsageQuery, UsageRow
 from moltbot_server.store.moving import NotMovable, Records, check_file, export, take_in
+from moltbot_server.store.outbox import Held, delivery_of
 from moltbot_server.store.protocol import JournalEntry
 from moltbot_server.store.redis import RedisStore
 from moltbot_server.store.redis_moving import RedisRecords
 from moltbot_server.store.sqlite import SqliteStore
 from moltbot_server.store.sqlite_moving import SqliteRecords
-from moltbot_server.turns import Event, MediaPart, SessionKey, TextDelta, TurnInput, TurnKey, TurnState
+from moltbot_server.turns import (
+    Completed,
+    Event,
+    Failed,
+    MediaPart,
+    Place,
+    SessionKey,
+    TextDelta,
+    TurnInput,
+    TurnKey,
+    TurnState,
+)
 
 ASKED = TurnInput(parts=said("question"), system_prompt="Be brief.")
 
@@ -90,6 +102,45 @@ async def fill(store: Store) -> None:
         for model in ("m", "n")
     ]
     await store.add_usage(rows)
+    await deliver(store)
+
+
+async def deliver(store: Store) -> None:
+    """Store deliveries of each kind: three that wait for one place, one that was posted, one that was given up."""
+    for ordinal in range(1, 6):
+        address = f"place {min(ordinal, 3)}"
+        asked = TurnInput(parts=said("x"), request_id=f"d{ordinal}", reply_to=Place(channel="slack", address=address))
+        turn = new(ordinal, session="delivers", request_id=f"d{ordinal}")
+        end = ended(turn, answer=f"answer {ordinal}")
+        await store.accept(turn)
+        last = end.events[-1].kind
+        assert isinstance(last, Completed)
+        await store.finish(msgspec.structs.replace(end, delivery=delivery_of(turn.key, asked, last)))
+    found = await store.outbox.lease(("w", "slack"), limit=9, seconds=-1.0, most_attempts=9)
+    given = {delivery.place.address: delivery for delivery in found.deliveries}
+    await store.outbox.confirm("w", given["place 1"].id, "m1")
+    lease = Held(workspace="w", id=given["place 2"].id, attempt=1)
+    await store.outbox.reject(lease, reason="no", delay=0.0, permanent=True, most_attempts=9)
+
+
+async def deliveries(store: Store) -> list[Any]:
+    """Return what can be seen of deliveries, in order."""
+    dead = await store.outbox.list_dead("w", channel="", before=None, limit=9)
+    seen: list[Any] = [(one.delivery.request_id, one.delivery.ending, one.reason, one.delivery.attempt) for one in dead]
+    while found := (await store.outbox.lease(("w", "slack"), limit=9, seconds=60.0, most_attempts=9)).deliveries:
+        for delivery in found:
+            seen.append((delivery.request_id, delivery.place, delivery.ending, delivery.attempt, delivery.turn))
+            await store.outbox.confirm("w", delivery.id, "m")
+    return [*seen, await store.outbox.confirm("w", posted(), "other"), dict(await store.outbox.count())]
+
+
+def posted() -> str:
+    """Return the id of what was posted."""
+    asked = TurnInput(parts=(), request_id="d1", reply_to=Place(channel="slack", address="place 1"))
+    end = Failed(status=1, reason="", message="", retryable=False)
+    delivery = delivery_of(TurnKey(session=key("delivers"), ordinal=1), asked, end)
+    assert delivery is not None
+    return delivery.id
 
 
 async def everything(store: Store) -> list[Any]:
@@ -133,6 +184,10 @@ async def test_all_that_a_store_holds_is_found_in_the_one_that_it_is_moved_to(
 
     async with old.opened() as before, fresh.opened() as after:
         assert await everything(after) == await everything(before)
+        told = await deliveries(after)
+        assert told == await deliveries(before)
+        assert [row[0] for row in told[:-2]] == ["d2", "d3", "d4", "d5"]
+        assert told[-2:] == [("m1", None), {("slack", "dead"): 1}]
         # What was taken from the file is as if it had been written here.
         assert (await after.accept(new(7, request_id="again"))) is not None
         assert await after.delete_session(key()) is True
@@ -181,7 +236,7 @@ async def test_a_file_that_is_not_whole_is_refused_before_anything_is_stored(mak
         (b"{}\n", "was not written by"),
         (whole[:-30], "end is missing"),
         (b"".join(lines[:-1]), "end is missing"),
-        (whole.replace(b'"version":1', b'"version":2'), "a newer release"),
+        (whole.replace(b'"version":2', b'"version":3'), "a newer release"),
     ):
         path.write_bytes(content)
         with pytest.raises(NotMovable, match=text):

@@ -14,3 +14,8 @@ class Finding:
 
     text: str
     weight: Weight = "grave"
+
+
+def dead_letters(number: int) -> str:
+    """Return what is told of answers that were given up."""
+    return f"{number} answers could not be delivered: `moltbot deadletters list` tells which"

@@ -1,7 +1,7 @@
 """What a store holds as lines of JSON, to be kept, looked at, or put into another store.
 
 The first line says what the file is, the last one how much is in it: a file that was cut off has none. Between them is
-a line for each session, turn and row of usage; sessions come before their turns.
+a line for each session, turn, delivery and row of usage; sessions come before their turns.
 """
 
 from __future__ import annotations
@@ -14,9 +14,9 @@ from typing import BinaryIO, Protocol
 import msgspec
 
 from moltbot_server.store.protocol import UsageRow
-from moltbot_server.turns import Event, Part, TurnInput, TurnState, Value
+from moltbot_server.turns import Completed, Event, Failed, Part, TurnInput, TurnState, Value
 
-FORMAT = 1
+FORMAT = 2
 NOWHERE = "imported"
 """The node of turns that ran in another store: it is never there, so whoever looks takes them over."""
 _TOGETHER = 200
@@ -66,6 +66,29 @@ class TurnRecord(Value, frozen=True, kw_only=True, tag="turn"):
     kept: tuple[Event, ...]
 
 
+class DeliveryRecord(Value, frozen=True, kw_only=True, tag="delivery"):
+    """An answer on its way, or one that was delivered, of which nothing is said any more, or given up.
+
+    `state` is open, delivered or dead; `spared` are the attempts before it was last retried; `note` is why it was given
+    up, or the platform's id.
+    """
+
+    workspace: str
+    id: str
+    channel: str
+    address: str
+    session: str
+    ordinal: int
+    request_id: str
+    ending: Completed | Failed | None
+    create_time: float
+    state: str
+    attempt: int
+    spared: int
+    over_time: float
+    note: str
+
+
 class UsageRecord(Value, frozen=True, kw_only=True, tag="usage"):
     """What was used of a model by a user in a day."""
 
@@ -78,7 +101,7 @@ class End(Value, frozen=True, kw_only=True, tag="end"):
     records: int
 
 
-Record = SessionRecord | TurnRecord | UsageRecord
+Record = SessionRecord | TurnRecord | DeliveryRecord | UsageRecord
 Line = Header | Record | End
 
 

@@ -6,7 +6,7 @@ from collections.abc import AsyncIterator, Callable, Sequence
 
 import msgspec
 
-from moltbot_server.store.findings import Finding
+from moltbot_server.store.findings import Finding, dead_letters
 from moltbot_server.store.redis import RedisStore
 from moltbot_server.store.redis_line import Command
 from moltbot_server.store.redis_moving import RedisRecords
@@ -29,6 +29,8 @@ async def check_redis(store: RedisStore, *, progress: Callable[[float, str], Non
         yield finding
     async for finding in _nodes(store):
         yield finding
+    if dead := sum(number for (_, state), number in (await store.outbox.count()).items() if state == "dead"):
+        yield Finding(text=dead_letters(dead), weight="note")
     workspaces = await store.workspaces()
     for place, workspace in enumerate(workspaces):
         progress(place / len(workspaces), "turns")

@@ -7,20 +7,22 @@ from typing import Any
 
 import msgspec
 
-from moltbot_server.store.moving import NOWHERE, Record, SessionRecord, TurnRecord, UsageRecord
+from moltbot_server.store.moving import NOWHERE, DeliveryRecord, Record, SessionRecord, TurnRecord, UsageRecord
 from moltbot_server.store.redis import RedisStore
 from moltbot_server.store.redis_line import Argument, Command
 from moltbot_server.store.redis_rows import key_of
 from moltbot_server.store.redis_usage import packed, usage_row
-from moltbot_server.turns import Event, Part, TurnInput, TurnState, encode
+from moltbot_server.turns import Completed, Event, Failed, Part, TurnInput, TurnState, encode
 
 _STEP = 200
 _SCANNED = 1000
 _SESSION = ("title", "user", "channel", "create", "update", "base", "ephemeral")
+_DELIVERY = ("s", "c", "a", "t", "r", "v", "n", "k", "b", "e", "g", "m")
 _TURN = ("r", "d", "s", "c", "e", "m", "f", "q", "a", "v", "x", "l", "p")
 
 _parts = msgspec.msgpack.Decoder(tuple[Part, ...])
 _events = msgspec.msgpack.Decoder(tuple[Event, ...])
+_ending = msgspec.msgpack.Decoder(Completed | Failed)
 _rest = msgspec.msgpack.Decoder(TurnInput)
 
 
@@ -35,7 +37,7 @@ class RedisRecords:
         total = 0
         for workspace in await self._store.workspaces():
             base = self._store.base(workspace)
-            names = ("listed", "ephemeral")
+            names = ("listed", "ephemeral", "delivered", "dead")
             total += sum(
                 await self._store.ask(*(("ZCARD", base + name) for name in names), ("HLEN", f"{base}requests"))
             )
@@ -51,6 +53,8 @@ class RedisRecords:
             async for session in self.names(workspace, "o:"):
                 async for turn in self._turns(workspace, session):
                     yield turn
+            async for delivery in self._deliveries(workspace):
+                yield delivery
             async for row in self._store.usage_rows(workspace, "", "\x7f"):
                 yield UsageRecord(row=usage_row(workspace, row))
 
@@ -82,6 +86,17 @@ class RedisRecords:
                 return
             start += _STEP
 
+    async def _deliveries(self, workspace: str) -> AsyncIterator[DeliveryRecord]:
+        """Yield deliveries, those of a place in their order."""
+        base = self._store.base(workspace)
+        waiting = [("LRANGE", f"{base}q:{place}", 0, -1) async for place in self.names(workspace, "q:")]
+        over = (("ZRANGE", f"{base}{kind}", 0, -1) for kind in ("delivered", "dead"))
+        for found in await self._store.ask(*waiting, *over):
+            for id in found:
+                (fields,) = await self._store.ask(("HMGET", f"{base}d:{id.decode()}", *_DELIVERY))
+                if fields[0] is not None:
+                    yield _delivery_of(workspace, id, fields)
+
     async def put(self, records: Sequence[Record]) -> int:
         """Store records that are not there yet."""
         commands: list[Command] = [
@@ -94,6 +109,8 @@ class RedisRecords:
                 commands.append(self._store.run("restore_session", workspace, *_session_arguments(record)))
             elif isinstance(record, TurnRecord):
                 commands.append(self._store.run("restore_turn", workspace, *_turn_arguments(record)))
+            elif isinstance(record, DeliveryRecord):
+                commands.append(self._store.run("restore_delivery", workspace, *_delivery_arguments(record)))
             else:
                 field, sums = packed(record.row)
                 base, day = self._store.base(workspace), record.row.day
@@ -169,4 +186,33 @@ def _turn_arguments(record: TurnRecord) -> tuple[Argument, ...]:
         record.deadline, record.epoch,
         f"{kept[0].sequence}-{len(kept)}" if kept else "",
         encode(kept) if kept else b"",
+    )  # fmt: skip
+
+
+def _delivery_of(workspace: str, id: bytes, fields: Sequence[Any]) -> DeliveryRecord:
+    state, channel, address, turn, request, ending, created, attempt, spared, over, reason, message = fields
+    key = key_of(workspace, turn)
+    return DeliveryRecord(
+        workspace=workspace,
+        id=id.decode(),
+        channel=channel.decode(),
+        address=address.decode(),
+        session=key.session.session,
+        ordinal=key.ordinal,
+        request_id=request.decode(),
+        ending=_ending.decode(ending) if ending else None,
+        create_time=int(created) / 1000,
+        state=state.decode(),
+        attempt=int(attempt),
+        spared=int(spared),
+        over_time=int(over or 0) / 1000,
+        note=((message if state == b"delivered" else reason) or b"").decode(),
+    )
+
+
+def _delivery_arguments(record: DeliveryRecord) -> tuple[Argument, ...]:
+    return (
+        record.id, record.channel, record.address, f"{record.ordinal}:{record.session}", record.request_id,
+        encode(record.ending) if record.ending is not None else b"", round(record.create_time * 1000), record.state,
+        record.attempt, record.spared, round(record.over_time * 1000), record.note,
     )  # fmt: skip

@@ -14,7 +14,15 @@ from importlib import resources
 
 from moltbot_server.store.redis_line import Argument, Command
 
-_OUTBOX = ("outbox_lease", "outbox_renew", "outbox_confirm", "outbox_reject", "outbox_dead", "outbox_prune")
+_OUTBOX = (
+    "outbox_lease",
+    "outbox_renew",
+    "outbox_confirm",
+    "outbox_reject",
+    "outbox_dead",
+    "outbox_prune",
+    "restore_delivery",
+)
 _FIRST: Mapping[str, Sequence[str]] = {
     "accept": ("accepting.lua",),
     "reaccept": ("outboxing.lua", "accepting.lua"),

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import msgspec
 
-from moltbot_server.store.findings import Finding
+from moltbot_server.store.findings import Finding, dead_letters
 from moltbot_server.store.sqlite_schema import SCHEMA_VERSION
 from moltbot_server.turns import Event, Part
 
@@ -28,6 +28,11 @@ _QUESTIONS = (
     (
         "SELECT count(*) FROM turns WHERE state NOT IN ('running', 'completed', 'cancelled', 'failed')",
         "{} turns are in a state that is not known",
+    ),
+    (
+        "SELECT count(*) FROM (SELECT 1 FROM outbox WHERE state = 'open' "
+        "GROUP BY workspace, channel, address HAVING count(due) <> 1)",
+        "{} places have deliveries, and not just the first of them can be given out",
     ),
 )
 
@@ -80,6 +85,8 @@ def _notes(connection: sqlite3.Connection, in_use: bool) -> Iterator[Finding]:
     running = connection.execute("SELECT count(*) FROM turns WHERE state = 'running'").fetchone()[0]
     if running and not in_use:
         yield Finding(text=f"{running} turns wait to be carried on by the next start", weight="note")
+    if dead := connection.execute("SELECT count(*) FROM outbox WHERE state = 'dead'").fetchone()[0]:
+        yield Finding(text=dead_letters(dead), weight="note")
     pages, free, size = (
         connection.execute(f"PRAGMA {name}").fetchone()[0] for name in ("page_count", "freelist_count", "page_size")
     )

@@ -11,11 +11,11 @@ from typing import Any
 import msgspec
 
 from moltbot_server.errors import StorageUnavailable
-from moltbot_server.store.moving import NOWHERE, Record, SessionRecord, TurnRecord, UsageRecord
+from moltbot_server.store.moving import NOWHERE, DeliveryRecord, Record, SessionRecord, TurnRecord, UsageRecord
 from moltbot_server.store.protocol import UsageRow
 from moltbot_server.store.sqlite_rows import MARK
 from moltbot_server.store.writer import storage_error
-from moltbot_server.turns import Event, Part, TurnInput, TurnState, encode
+from moltbot_server.turns import Completed, Event, Failed, Part, TurnInput, TurnState, encode
 
 _SESSION = "workspace, id, title, user, channel, create_time, update_time, base_ordinal, ephemeral"
 _TURN = (
@@ -23,10 +23,12 @@ _TURN = (
     "events, rest, deadline, epoch"
 )
 _USAGE = tuple(UsageRow.__struct_fields__)
+_DELIVERY = tuple(DeliveryRecord.__struct_fields__)
 _EMPTY = encode(())
 
 _parts = msgspec.msgpack.Decoder(tuple[Part, ...])
 _events = msgspec.msgpack.Decoder(tuple[Event, ...])
+_ending = msgspec.msgpack.Decoder(Completed | Failed)
 _rest = msgspec.msgpack.Decoder(TurnInput)
 
 
@@ -39,7 +41,7 @@ class SqliteRecords:
     async def count(self) -> int:
         """Return how many records there are."""
         with self._connected() as connection:
-            tables = ("sessions", "turns", "usage")
+            tables = ("sessions", "turns", "outbox", "usage")
             return sum(connection.execute(f"SELECT count(*) FROM {name}").fetchone()[0] for name in tables)
 
     async def read(self) -> AsyncIterator[Record]:
@@ -50,6 +52,8 @@ class SqliteRecords:
                 yield _session_of(row)
             for row in connection.execute(f"SELECT {_TURN} FROM turns ORDER BY rowid"):
                 yield _turn_of(connection, row)
+            for row in connection.execute(f"SELECT {', '.join(_DELIVERY)} FROM outbox ORDER BY number"):
+                yield _delivery_of(row)
             for row in connection.execute(f"SELECT {', '.join(_USAGE)} FROM usage"):
                 yield UsageRecord(row=UsageRow(**dict(zip(_USAGE, row, strict=True))))
 
@@ -121,6 +125,8 @@ def _put(connection: sqlite3.Connection, record: Record) -> int:
         return _put_session(connection, record)
     if isinstance(record, TurnRecord):
         return _put_turn(connection, record)
+    if isinstance(record, DeliveryRecord):
+        return _put_delivery(connection, record)
     values = [getattr(record.row, name) for name in _USAGE]
     places = ", ".join("?" * len(_USAGE))
     return connection.execute(
@@ -162,3 +168,25 @@ def _put_turn(connection: sqlite3.Connection, record: TurnRecord) -> int:
             (*names, record.kept[0].sequence, encode(record.kept)),
         )
     return new
+
+
+def _delivery_of(row: Sequence[Any]) -> DeliveryRecord:
+    fields = dict(zip(_DELIVERY, row, strict=True))
+    ending = fields.pop("ending")
+    return DeliveryRecord(ending=_ending.decode(ending) if ending else None, **fields)
+
+
+def _put_delivery(connection: sqlite3.Connection, record: DeliveryRecord) -> int:
+    """Store a delivery behind those of its place; what was leased can be leased anew."""
+    fields = {name: getattr(record, name) for name in _DELIVERY}
+    fields["ending"] = b"" if record.ending is None else encode(record.ending)
+    place = (record.workspace, record.channel, record.address)
+    waits = connection.execute(
+        "SELECT 1 FROM outbox WHERE workspace = ? AND channel = ? AND address = ? AND state = 'open' LIMIT 1", place
+    ).fetchone()
+    due = record.create_time if record.state == "open" and not waits else None
+    return connection.execute(
+        f"INSERT INTO outbox ({', '.join(fields)}, due) VALUES ({', '.join('?' * len(fields))}, ?) "
+        "ON CONFLICT DO NOTHING",
+        (*fields.values(), due),
+    ).rowcount
