@@ -180,6 +180,8 @@ class _Peer:
         if self._watch is not None:
             self._watch.cancel()
             await asyncio.wait({self._watch})
+        for made in tuple(self._calls):
+            made.cancel()  # a channel that is closed lets them go on
         await self._channel.close()
 
     async def _look(self) -> None:
