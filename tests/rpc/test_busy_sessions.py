@@ -18,6 +18,7 @@ from rpc_calls import Api, WatchedEngine, drained, kinds, turn
 
 INTERRUPT, JOIN, QUEUE = chat_pb2.WHEN_BUSY_INTERRUPT, chat_pb2.WHEN_BUSY_JOIN, chat_pb2.WHEN_BUSY_QUEUE
 SESSION = "sessions/s"
+LONG = "#100000 pace=0.02"
 
 
 class Talk:
@@ -33,6 +34,16 @@ class Talk:
         first = (await stream.read()).event
         self.streams.append((first.accepted.turn, stream, [first]))
         return str(first.accepted.turn)
+
+    async def hold(self, when_busy: Any = 0, **fields: Any) -> str:
+        """Keep the session busy with a turn that has begun to speak, until `free` is called for it."""
+        name = await self.say(LONG, when_busy, **fields)
+        await self.until("text_delta")
+        return name
+
+    async def free(self, name: str) -> None:
+        """End a turn that keeps the session busy."""
+        assert await self.api.cancel(name)
 
     async def until(self, kind: str, index: int = -1) -> None:
         """Read a turn's stream to an event of a kind."""
@@ -60,20 +71,20 @@ def reasons(ends: list[chat_pb2.Completed]) -> list[str]:
 
 
 async def test_turns_wait_unless_they_say_otherwise(talk: Talk, engine: WatchedEngine) -> None:
-    await talk.say("#5 pace=0.02")
+    busy = await talk.hold()
     for number in range(3):
         await talk.say(f"say {number}", QUEUE if number % 2 else 0)
+    await talk.free(busy)
     ends = await talk.ends()
 
-    assert reasons(ends) == ["STOP"] * 4
-    assert [read[-1] for read in engine.read] == ["#5 pace=0.02", "say 0", "say 1", "say 2"]
+    assert reasons(ends) == ["CANCELLED", "STOP", "STOP", "STOP"]
+    assert [read[-1] for read in engine.read] == [LONG, "say 0", "say 1", "say 2"]
 
 
 async def test_a_turn_that_interrupts_ends_those_before_it_and_goes(
     talk: Talk, api: Api, engine: WatchedEngine
 ) -> None:
-    await talk.say("#1000 pace=0.02")
-    await talk.until("text_delta")
+    await talk.hold()
     await talk.say("waits")
     await talk.say("goes", INTERRUPT)
     await talk.say("waits too")
@@ -82,38 +93,40 @@ async def test_a_turn_that_interrupts_ends_those_before_it_and_goes(
     assert reasons(ends) == ["CANCELLED", "CANCELLED", "STOP", "STOP"]
     assert ends[0].text
     assert ends[1].text == ""
-    assert [read[-1] for read in engine.read] == ["#1000 pace=0.02", "goes", "waits too"]
+    assert [read[-1] for read in engine.read] == [LONG, "goes", "waits too"]
     # What was written so far is kept, and read by those that follow.
-    assert engine.read[1] == ["#1000 pace=0.02", ends[0].text, "goes"]
+    assert engine.read[1] == [LONG, ends[0].text, "goes"]
     assert engine.read[2][-3:] == ["goes", ends[2].text, "waits too"]
     assert await api.said(SESSION) == [
-        "#1000 pace=0.02", ends[0].text, "waits", "goes", ends[2].text, "waits too", ends[3].text,
+        LONG, ends[0].text, "waits", "goes", ends[2].text, "waits too", ends[3].text,
     ]  # fmt: skip
 
 
 async def test_a_repeated_call_interrupts_nobody(talk: Talk) -> None:
     await talk.say("first", INTERRUPT, request_id="event")
     await talk.until("completed")
-    await talk.say("#10 pace=0.02")
-    await talk.until("text_delta")
+    busy = await talk.hold()
     again = await talk.say("first", INTERRUPT, request_id="event")
+    await talk.until("completed")
+    await talk.free(busy)
     ends = await talk.ends()
 
     assert again == talk.streams[0][0]
-    assert reasons(ends) == ["STOP"] * 3
+    assert reasons(ends) == ["STOP", "CANCELLED", "STOP"]
 
 
 async def test_turns_that_wait_together_are_answered_once(talk: Talk, api: Api, engine: WatchedEngine) -> None:
-    await talk.say("#10 pace=0.02", JOIN)
+    busy = await talk.hold(JOIN)
     names = [await talk.say(text, JOIN) for text in ("one", "two", "three")]
+    await talk.free(busy)
     ends = await talk.ends()
     await talk.say("four")
     last = (await talk.ends())[-1]
 
-    assert reasons(ends) == ["STOP", "JOINED", "JOINED", "STOP"]
+    assert reasons(ends) == ["CANCELLED", "JOINED", "JOINED", "STOP"]
     assert [end.answered_by for end in ends] == ["", names[2], names[2], ""]
     assert [(end.text, end.model, end.message) for end in ends[1:3]] == [("", "", "")] * 2
-    assert engine.read[1] == ["#10 pace=0.02", ends[0].text, "one", "two", "three"]
+    assert engine.read[1] == [LONG, ends[0].text, "one", "two", "three"]
     assert engine.read[2] == [*engine.read[1], ends[3].text, "four"]
     assert await api.said(SESSION) == [*engine.read[2], last.text]
     positions = [event.queued.position for event in talk.streams[3][2] if event.HasField("queued")]
@@ -124,44 +137,50 @@ async def test_turns_that_wait_together_are_answered_once(talk: Talk, api: Api, 
 
 async def test_only_neighbours_for_the_same_place_join(talk: Talk, engine: WatchedEngine) -> None:
     here, there = (chat_pb2.Place(channel="slack", address=address) for address in ("a", "b"))
-    await talk.say("#10 pace=0.02")
-    for text, busy, place in (
+    busy = await talk.hold()
+    for text, rule, place in (
         ("one", JOIN, here), ("two", JOIN, here), ("three", QUEUE, here), ("four", JOIN, here), ("five", JOIN, there),
         ("six", JOIN, there),
     ):  # fmt: skip
-        await talk.say(text, busy, reply_to=place)
+        await talk.say(text, rule, reply_to=place)
+    await talk.free(busy)
     ends = await talk.ends()
 
-    assert reasons(ends) == ["STOP", "JOINED", "STOP", "STOP", "STOP", "JOINED", "STOP"]
-    assert [read[-1] for read in engine.read] == ["#10 pace=0.02", "two", "three", "four", "six"]
+    assert reasons(ends) == ["CANCELLED", "JOINED", "STOP", "STOP", "STOP", "JOINED", "STOP"]
+    assert [read[-1] for read in engine.read] == [LONG, "two", "three", "four", "six"]
 
 
-async def test_those_that_come_while_others_are_joined_are_answered_by_themselves(talk: Talk) -> None:
-    await talk.say("#10 pace=0.02")
-    first = [await talk.say(text, JOIN) for text in ("one", "two", "#20 pace=0.02")]
-    await talk.until("completed", 1)
+async def test_those_that_come_while_others_are_answered_wait_for_the_next_answer(talk: Talk) -> None:
+    busy = await talk.hold()
+    first = [await talk.say(text, JOIN) for text in ("one", "two", LONG)]
+    await talk.free(busy)
+    await talk.until("text_delta", 3)
     later = [await talk.say(f"later {number}", JOIN) for number in range(2)]
+    await talk.free(first[2])
     ends = await talk.ends()
 
     assert [end.answered_by for end in ends] == ["", first[2], first[2], "", later[1], ""]
+    assert reasons(ends) == ["CANCELLED", "JOINED", "JOINED", "CANCELLED", "JOINED", "STOP"]
 
 
 async def test_the_end_of_a_neighbour_leaves_the_others_joined(talk: Talk, api: Api, engine: WatchedEngine) -> None:
-    await talk.say("#20 pace=0.02")
+    busy = await talk.hold()
     names = [await talk.say(text, JOIN) for text in ("one", "two", "three", "four")]
     assert await api.cancel(names[1])
     assert await api.cancel(names[3])
+    await talk.free(busy)
     ends = await talk.ends()
 
-    assert reasons(ends) == ["STOP", "JOINED", "CANCELLED", "STOP", "CANCELLED"]
+    assert reasons(ends) == ["CANCELLED", "JOINED", "CANCELLED", "STOP", "CANCELLED"]
     assert ends[1].answered_by == names[2]
     assert engine.read[1][-2:] == ["one", "three"]
 
 
 async def test_a_joined_turn_delivers_nothing_and_the_one_that_answers_does(api: Api, core: RunningServer) -> None:
     talk, place = Talk(api), chat_pb2.Place(channel="slack", address="a")
-    await talk.say("#10 pace=0.02")
+    busy = await talk.hold()
     names = [await talk.say(text, JOIN, reply_to=place) for text in ("one", "two")]
+    await talk.free(busy)
     await talk.ends()
     found = await core.core.store.outbox.lease(("default", "slack"), limit=9, seconds=9, most_attempts=9)
 
@@ -194,23 +213,23 @@ def served(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[Served]:
 async def test_a_core_that_starts_reads_joined_messages_from_its_store_too(served: Served) -> None:
     async with served() as (_, api, _):
         talk = Talk(api)
-        await talk.say("#10 pace=0.02", channel="slack")
+        busy = await talk.hold(channel="slack")
         for text in ("one", "two"):
             await talk.say(text, channel="slack")
+        await talk.free(busy)
         ends = await talk.ends()
-        assert reasons(ends) == ["STOP", "JOINED", "STOP"]
+        assert reasons(ends) == ["CANCELLED", "JOINED", "STOP"]
     async with served() as (_, api, engine):
         await Talk(api).say("three", channel="slack")
         await engine.idle.wait()
-        assert engine.read[0] == ["#10 pace=0.02", ends[0].text, "one", "two", ends[2].text, "three"]
+        assert engine.read[0] == [LONG, ends[0].text, "one", "two", ends[2].text, "three"]
         assert await api.said(SESSION) == [*engine.read[0], "You said: three"]
 
 
 async def test_what_waited_to_join_or_to_interrupt_does_so_after_its_core_too(served: Served) -> None:
     async with served() as (_, api, _):
         talk = Talk(api)
-        await talk.say("#1000 pace=0.02", QUEUE)
-        await talk.until("text_delta")
+        await talk.hold(QUEUE)
         names = [talk.streams[0][0], *[await talk.say(text, JOIN) for text in ("one", "two", "three")]]
     async with served() as (_, api, engine):
         await api.cancel(names[0])
@@ -218,8 +237,7 @@ async def test_what_waited_to_join_or_to_interrupt_does_so_after_its_core_too(se
         assert reasons(ended) == ["CANCELLED", "JOINED", "JOINED", "STOP"]
         assert engine.read[-1][-3:] == ["one", "two", "three"]
         talk = Talk(api)
-        await talk.say("#1000 pace=0.02")
-        await talk.until("text_delta")
+        await talk.hold()
         waits = await talk.say("waits", QUEUE)
     async with served() as (_, api, engine):
         talk = Talk(api)

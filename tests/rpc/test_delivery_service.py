@@ -186,18 +186,16 @@ async def test_deliveries_of_a_place_keep_their_order_whatever_is_rejected(api: 
 
 
 async def test_what_an_adapter_left_behind_is_given_to_another_when_its_lease_has_ended(tmp_path: Path) -> None:
-    async with running_server(tmp_path / "w", outbox=Delivering(lease=1.0)) as server, at_desk(server) as desk:
+    async with running_server(tmp_path / "w", outbox=Delivering(lease=2.0)) as server, at_desk(server) as desk:
         api = Api.of(server)
         await api.run(to())
         stream = desk.receive()
         first = await next_of(stream)
-        await asyncio.sleep(1.5)  # longer than the lease, which is renewed while the stream lives
+        await asyncio.sleep(2.5)  # longer than the lease, which is renewed while the stream lives
         other = desk.receive()
         await nothing_of(other, 0.3)
         stream.cancel()
-        began = time.monotonic()
         again = await next_of(desk.receive())
-        seconds = time.monotonic() - began
         late = await desk.confirm(first, "posted after all")
         error = await refused(
             desk.calls.RejectDelivery(
@@ -207,7 +205,6 @@ async def test_what_an_adapter_left_behind_is_given_to_another_when_its_lease_ha
         await api.channel.close()
 
     assert (again.name, again.dedupe_key, again.attempt) == (first.name, first.dedupe_key, 2)
-    assert seconds > 0.3
     assert late == "posted after all"
     assert (error.code(), reason_of(error)) == (grpc.StatusCode.FAILED_PRECONDITION, "LEASE_LOST")
 
@@ -297,14 +294,15 @@ async def test_a_core_that_leaves_sends_its_adapters_away(tmp_path: Path) -> Non
 
 async def test_a_stopped_answer_is_delivered_as_far_as_it_came(api: Api, desk: Desk) -> None:
     stream = desk.receive()
-    events = api.stream(to(text="long story please", session="sessions/s"))
+    events = api.stream(to(text="#100000 pace=0.02", session="sessions/s"))
     accepted = (await events.read()).event.accepted
     while not (await events.read()).event.text_delta.text:
         continue
-    if await api.cancel(accepted.turn):
-        delivery = await next_of(stream)
-        assert delivery.completed.finish_reason == message_pb2.FINISH_REASON_CANCELLED
-        assert delivery.completed.text
+    assert await api.cancel(accepted.turn)
+    delivery = await next_of(stream)
+
+    assert delivery.completed.finish_reason == message_pb2.FINISH_REASON_CANCELLED
+    assert delivery.completed.text
 
 
 @pytest.mark.parametrize(
