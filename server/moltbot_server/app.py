@@ -246,7 +246,7 @@ class Core:
     async def _catch_up(self) -> None:
         """Take up what was changed for all workers while this one was being started."""
         try:
-            await self.reloading.reload()
+            await self.reloading.catch_up()
             if self._link is not None:
                 before, models = self._engine_default, await self._link.models()
                 for model in models:

@@ -98,6 +98,16 @@ class Reloading:
             log.info("the configuration was read again", extra={"routes": len(self.routes)})
             return _needs_restart(self._started_with, settings)
 
+    async def catch_up(self) -> None:
+        """Put to use what has changed since the configuration was read, if anything has; raises what `reload` does."""
+        try:
+            settings = await asyncio.to_thread(self._reread)
+        except (ConfigError, WorkspaceError) as problem:
+            raise InvalidConfiguration(str(problem)) from None
+        held = await asyncio.to_thread(self._read_keys, settings)
+        if settings != self._settings or held.by_provider != self._keys.held.by_provider:
+            await self.reload()
+
     def _read_keys(self, settings: Settings) -> HeldKeys[ProviderKey]:
         known = {name: preset.key_env for name, preset in presets().items()}
         try:
