@@ -23,7 +23,8 @@ _OPTIONS = [
     ("grpc.use_local_subchannel_pool", 1),
     ("grpc.enable_retries", 0),
 ]
-_MOST_TRIES = 400
+_MOST_TRIES = 5000
+"""So often that people outstay any number of deaths: a run waits for them at its end, and not longer than it says."""
 _AGAIN = {"UNAVAILABLE", "RESOURCE_EXHAUSTED", "ABORTED", "CANCELLED"}
 
 
