@@ -108,7 +108,7 @@ class Follower:
 
     def _turn_to(self, turn: StoredTurn) -> None:
         """Follow the turn in whose place the first one stands."""
-        running = self._journal.live(turn.key)
+        running = self._journal.running(turn)
         if running is not None:
             self._go_on_with(running)
         else:
@@ -221,6 +221,11 @@ class Journal:
         """Return the turn if it is under way."""
         return self._live.get(key)
 
+    def running(self, turn: StoredTurn) -> LiveTurn | None:
+        """Return a turn of the store if it is under way here: its number alone may be another one's, not stored yet."""
+        live = self._live.get(turn.key) if turn.state is TurnState.RUNNING else None
+        return live if live is not None and live.input.request_id == turn.request_id else None
+
     def begun(self, principal: Principal, request_id: str) -> LiveTurn | None:
         """Return the turn under way that a request_id started, or None."""
         found = self._recent.get((principal.workspace, request_id))
@@ -288,7 +293,7 @@ class Journal:
             if turn.duplicate_of is None:
                 raise TurnNotFound("the turn is gone")
             turn = turn.duplicate_of
-            if (running := self._live.get(turn.key)) is not None:
+            if (running := self.running(turn)) is not None:
                 return await self.outcome(running)
         last = replay(turn)[-1]
         if not isinstance(last.kind, Completed | Failed):

@@ -302,8 +302,8 @@ class TurnPipeline:
             mine.lose()
             await mine.outcome()
         if key.session in self._stale:
-            # What was at hand of it is from before others had it.
-            self._sessions.forget(key.session)
+            # What is at hand of it, or being read, is from before this core had it.
+            await self._sessions.renew(key.session)
             self._stale.discard(key.session)
         try:
             session = await self._sessions.open(key.session)

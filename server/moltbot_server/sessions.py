@@ -288,6 +288,12 @@ class Sessions(Generic[H]):
         """Let a session go that others have had: what its turns here still do with it counts no more."""
         self._forget([key])
 
+    async def renew(self, key: SessionKey) -> None:
+        """Have a session loaded anew by whoever opens it next: what was read up to now may be old."""
+        while (loading := self._loading.get(key)) is not None:
+            await loading.over.wait()
+        self._forget([key])
+
     async def reset(self, key: SessionKey) -> None:
         """Forget what was said in a session.
 

@@ -219,7 +219,7 @@ class TurnRun:
 
     def _is_here(self, earlier: StoredTurn) -> bool:
         """Tell whether a turn that holds the request_id is under way here: not this one, which may have its number."""
-        return self._pipeline.journal.live(earlier.key) not in (None, self._live)
+        return self._pipeline.journal.running(earlier) not in (None, self._live)
 
     def _elsewhere(self, earlier: StoredTurn) -> MoltBotError | None:
         """Return where to follow a turn that another core carries out, or that this one is about to, if so."""

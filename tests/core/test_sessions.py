@@ -248,6 +248,8 @@ async def test_a_caller_that_leaves_while_its_session_is_read_does_not_take_it_f
 ) -> None:
     callers = [asyncio.create_task(sessions.open(KEY)) for _ in range(3)]
     await asyncio.sleep(0)
+    if callers[0].done():
+        pytest.skip("nothing is read: this store has it in memory")
     callers[0].cancel()
 
     first, second, third = await asyncio.gather(*callers, return_exceptions=True)

@@ -249,6 +249,22 @@ async def test_what_was_taken_over_is_not_gone_on_with_from_memory(here: Store, 
     assert await here.accept(with_version(new(3), loaded.version)) is None
 
 
+async def test_a_turn_that_was_taken_over_is_not_taken_for_a_new_one_with_its_number(here: Store, there: Store) -> None:
+    turn = new(1, request_id="r", rest=ASKED)
+    await there.accept(turn)
+    await there.close()
+    await here.take_over()
+
+    for call in (here.accept, here.reaccept):
+        refused, finished = call(turn), here.finish(ended(turn, answer="wrong"))
+        earlier = await refused
+        assert not isinstance(earlier, Elsewhere | Moved | None) or call == here.reaccept
+        with contextlib.suppress(TurnInterrupted):
+            await finished
+    await here.finish(msgspec.structs.replace(ended(turn, answer="right"), epoch=2))
+    assert await texts(here) == ["question", "right"]
+
+
 async def test_only_the_turns_of_nodes_that_are_gone_are_taken_over(nodes: Nodes) -> None:
     first, second, third = [await nodes.join() for _ in range(3)]
     await first.accept(new(session="alive", rest=ASKED))

@@ -13,12 +13,13 @@ import time
 from collections.abc import AsyncIterator, Iterator
 from pathlib import Path
 
+import msgspec
 import pytest
-from kept_turns import TIMES, ended, everything, keep, key, new, texts
+from kept_turns import TIMES, ended, everything, keep, key, new, said, texts
 from moltbot_server.errors import StorageFull, StorageUnavailable
 from moltbot_server.store.sqlite import SqliteStore
 from moltbot_server.store.sqlite_schema import SCHEMA_VERSION
-from moltbot_server.turns import FinishReason, Role, TurnState
+from moltbot_server.turns import FinishReason, Role, TurnInput, TurnState, encode
 
 
 @pytest.fixture
@@ -141,6 +142,69 @@ async def test_a_database_of_the_release_before_keeps_what_is_in_it_and_takes_mo
     assert [message.text for message in messages] == ["one", "whole", "two", "ha", "more", "whole", "more", "whole"]
     with contextlib.closing(sqlite3.connect(path)) as connection:
         assert connection.execute("PRAGMA user_version").fetchone() == (SCHEMA_VERSION,)
+
+
+# As the release before made it (schema 4), with a turn that ended and one that ran when its core was stopped.
+RELEASE_BEFORE = """
+CREATE TABLE sessions (
+    workspace TEXT NOT NULL, id TEXT NOT NULL, title TEXT NOT NULL, user TEXT NOT NULL, channel TEXT NOT NULL,
+    create_time REAL NOT NULL, update_time REAL NOT NULL, base_ordinal INTEGER NOT NULL, ephemeral INTEGER NOT NULL,
+    PRIMARY KEY (workspace, id)
+) WITHOUT ROWID;
+CREATE INDEX sessions_by_use ON sessions (workspace, ephemeral, update_time DESC, id);
+CREATE TABLE turns (
+    workspace TEXT NOT NULL, session TEXT NOT NULL, ordinal INTEGER NOT NULL, request_id TEXT NOT NULL,
+    digest BLOB NOT NULL, state TEXT NOT NULL, create_time REAL NOT NULL, end_time REAL NOT NULL DEFAULT 0,
+    model TEXT NOT NULL DEFAULT '', question BLOB NOT NULL, answer BLOB, events BLOB, finish TEXT NOT NULL DEFAULT ''
+);
+CREATE UNIQUE INDEX turns_by_session ON turns (workspace, session, ordinal);
+CREATE UNIQUE INDEX turns_by_request ON turns (workspace, request_id);
+CREATE INDEX turns_running ON turns (state) WHERE state = 'running';
+CREATE TABLE usage (
+    workspace TEXT NOT NULL, day TEXT NOT NULL, model TEXT NOT NULL, user TEXT NOT NULL, turns INTEGER NOT NULL,
+    input_tokens INTEGER NOT NULL, output_tokens INTEGER NOT NULL, cached_input_tokens INTEGER NOT NULL,
+    cached_turns INTEGER NOT NULL, cost REAL NOT NULL,
+    PRIMARY KEY (workspace, day, model, user)
+) WITHOUT ROWID;
+ALTER TABLE turns ADD COLUMN rest BLOB;
+ALTER TABLE turns ADD COLUMN deadline REAL NOT NULL DEFAULT 0;
+ALTER TABLE turns ADD COLUMN epoch INTEGER NOT NULL DEFAULT 1;
+CREATE TABLE journal (
+    workspace TEXT NOT NULL, session TEXT NOT NULL, ordinal INTEGER NOT NULL, sequence INTEGER NOT NULL,
+    events BLOB NOT NULL, PRIMARY KEY (workspace, session, ordinal, sequence)
+) WITHOUT ROWID;
+INSERT INTO sessions VALUES ('w', 's', 'title', 'ann', 'web', 1, 2, 0, 0);
+PRAGMA user_version = 4;
+"""
+
+
+@pytest.mark.parametrize("address", ["", "unix:/nowhere"], ids=["one core", "a worker"])
+async def test_turns_of_the_release_before_are_carried_on_and_their_session_goes_on(path: Path, address: str) -> None:
+    asked = TurnInput(parts=(), model="m")
+    ended_row = (encode(said("one")), encode(said("whole")), None, "stop", None)
+    running_row = (encode(said("two")), None, None, "", encode(asked))
+    with contextlib.closing(sqlite3.connect(path)) as connection:
+        connection.executescript(RELEASE_BEFORE)
+        for ordinal, state, row in ((1, "completed", ended_row), (2, "running", running_row)):
+            connection.execute(
+                "INSERT INTO turns (workspace, session, ordinal, request_id, digest, state, create_time, question, "
+                "answer, events, finish, rest) VALUES ('w', 's', ?, ?, x'64', ?, 1, ?, ?, ?, ?, ?)",
+                (ordinal, f"r{ordinal}", state, *row),
+            )
+        connection.commit()
+
+    store = SqliteStore(path, address=address)
+    await store.open()
+    (orphan,) = await store.take_over()
+    assert (orphan.turn.key, orphan.epoch) == (new(2).key, 2)
+    assert orphan.input == TurnInput(parts=said("two"), model="m")
+    await store.finish(msgspec.structs.replace(ended(new(2), answer="too"), epoch=2))
+    await keep(store, new(3, text="three"))
+    assert await texts(store) == ["one", "whole", "two", "too", "three", "answer"]
+    loaded = await store.load_session(key(), 10)
+    assert loaded is not None
+    assert (loaded.last_ordinal, loaded.running_on, len(loaded.messages)) == (3, "", 6)
+    await store.close()
 
 
 def test_a_database_of_a_newer_release_is_left_alone(path: Path) -> None:

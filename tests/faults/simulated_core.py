@@ -7,6 +7,7 @@ by the real code, on one database in memory, at moments that the world chooses.
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import sqlite3
 from collections.abc import AsyncGenerator, Callable, Coroutine, Iterator, Sequence
 from contextlib import contextmanager
@@ -19,7 +20,7 @@ import moltbot_server.store.sqlite_outbox as sqlite_outbox
 from fault_history import Read
 from moltbot_server import live_turn, pipeline, turn_run
 from moltbot_server.config_models import Delivering
-from moltbot_server.errors import ModelUnavailable, MoltBotError
+from moltbot_server.errors import ModelUnavailable, MoltBotError, NotServing
 from moltbot_server.journal import Journal
 from moltbot_server.live_turn import LiveTurn
 from moltbot_server.metrics import Metrics
@@ -32,8 +33,10 @@ from moltbot_server.models.engines.scripted import ScriptedEngine
 from moltbot_server.outbox import Deliveries
 from moltbot_server.pipeline import TurnPipeline
 from moltbot_server.sessions import Sessions
+from moltbot_server.store.sqlite_sessions import Places
 from moltbot_server.turns import Event, FinishReason, GenerationOptions, Message, Principal, TurnInput, TurnKey, Usage
 from simulated_disk import Disk, Orders
+from simulated_nodes import Nodes, way_to
 from simulated_world import Clock, SimulatedLoop, World
 
 WORKSPACE = "default"
@@ -90,12 +93,19 @@ class _Store(sqlite.SqliteStore):
     def __init__(self, node: Node) -> None:
         super().__init__(Path("/nowhere"))  # its folder is there, and the file is not made
         self._node = node
+        if node.others is not None:
+            self.nodes: Any = Nodes(node.name, node.others)
+            self.shared = True
+            self._places = Places(node.name, shared=True)
 
     async def open(self) -> None:
         """Open the store, and have its threads' work done by the disk."""
         await super().open()
         for thread in (self._reader, self._writer):
             thread._groups.bound = (self._node.disk, self._node, thread)  # type: ignore[attr-defined]
+
+    def _join(self) -> tuple[sqlite3.Connection, sqlite3.Connection]:
+        return self._prepare()
 
     def _prepare(self) -> tuple[sqlite3.Connection, sqlite3.Connection]:
         connection = self._node.disk.connection
@@ -194,7 +204,18 @@ class _Ordered(dict[Any, None]):
 class Node:
     """A core: it starts, serves, and can be killed, stopped, or told to leave."""
 
-    def __init__(self, world: World, disk: Disk, name: str, record: Callable[[Any], None], generations: Iterator[int]):
+    def __init__(
+        self,
+        world: World,
+        disk: Disk,
+        name: str,
+        record: Callable[[Any], None],
+        generations: Iterator[int],
+        others: Sequence[Node] | None = None,
+    ) -> None:
+        """`others` are those that share the store, this one among them; None for a core that is the only one."""
+        self.others = others
+        self.at_rest: Callable[[], bool] = lambda: True
         self.world, self.disk, self.name, self.record, self._generations = world, disk, name, record, generations
         self.loop = SimulatedLoop(world)
         self.loop.on_kill = self.kill
@@ -244,6 +265,10 @@ class Node:
                 self.kill()
                 return
         self.serving = True
+        while self.store.shared and not self.at_rest():
+            await asyncio.sleep(0.1 + 0.4 * self.world.random.random())
+            with contextlib.suppress(MoltBotError):
+                await self.pipeline.take_over()
 
     # --- calls ----------------------------------------------------------------------------------------------------
 
@@ -253,7 +278,7 @@ class Node:
 
     async def _serve(self, stream: Any) -> None:
         try:
-            async for events in self._events(stream):
+            async for events in self._wherever(stream):
                 for event in events:
                     stream.send(event)
                 if self.world.random.random() < 0.1:
@@ -263,6 +288,23 @@ class Node:
             stream.fail(error.status.name, error.reason)
         finally:
             self.calls.pop(stream, None)
+
+    async def _wherever(self, stream: Any) -> AsyncGenerator[list[Event], None]:
+        """Yield the events of a stream, from here or from the core that has its turn."""
+        try:
+            async for events in self._events(stream):
+                yield events
+        except NotServing as elsewhere:
+            if not elsewhere.node:
+                raise
+            leg = way_to(self, self.store.nodes, elsewhere, stream)
+            leg.open()
+            try:
+                while (event := await leg.next()) is not None:
+                    stream.begun = True
+                    yield [event]
+            finally:
+                leg.close()
 
     async def _events(self, stream: Any) -> AsyncGenerator[list[Event], None]:
         if stream.key is not None:
@@ -292,6 +334,9 @@ class Node:
                     cancelled = turn.cancel()
                     ending = await turn.outcome()
                     answered(cancelled and ending is not None)
+            except NotServing as elsewhere:
+                if (there := self.store.nodes.find(elsewhere.node) if self.store.shared else None) is not None:
+                    self.world.soon(0.01, lambda: there.cancel(key, answered) if there.serving else None)
             except MoltBotError:
                 return  # its caller is told so
 

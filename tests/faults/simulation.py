@@ -14,7 +14,7 @@ import os
 import sys
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import msgspec
 from fault_checker import Violation, check
@@ -42,10 +42,16 @@ class Plan:
     zombies: int = 0
     power: int = 0
     refusals: float = 0.0
+    nodes: int = 1
 
 
 def plan_of(seed: int) -> Plan:
-    """Return what goes wrong for a seed: mostly kills, by turns the rest."""
+    """Return what goes wrong for a seed, and to how many cores that share the store: in most worlds there is one."""
+    return replace(_faults_of(seed), nodes=2 + seed % 2 if seed // 48 % 3 == 2 else 1)
+
+
+def _faults_of(seed: int) -> Plan:
+    """Return what goes wrong: mostly kills, by turns the rest."""
     kind = seed % 8
     if kind == 5:
         return Plan(leaves=1 + seed % 3, kills=seed % 2)
@@ -92,11 +98,12 @@ class Town:
     @property
     def _shunned(self) -> list[Node]:
         """A core that another one stands in for is sent nobody any more, when it wakes."""
-        return self.nodes[:-1]
+        return self.nodes[:-1] if self.plan.nodes == 1 else []
 
     def live(self) -> None:
         """Let it all happen."""
-        self._start_node()
+        for _ in range(self.plan.nodes):
+            self._start_node()
         self._settle_clients()
         for adapter in self.adapters:
             self.world.soon(1.0, adapter.start)
@@ -118,8 +125,11 @@ class Town:
         return self.disk.connection.execute(query).fetchone() is None
 
     def _start_node(self) -> None:
-        node = Node(self.world, self.disk, f"n{len(self.nodes) + 1}", self.history.append, self._generations)
+        others = self.nodes if self.plan.nodes > 1 else None
+        name = f"n{len(self.nodes) + 1}"
+        node = Node(self.world, self.disk, name, self.history.append, self._generations, others)
         node.on_gone = self._gone
+        node.at_rest = self.all_is_said
         self.nodes.append(node)
         if self._kill_at is not None:
             node.loop.kill_at, self._kill_at = self._kill_at, None
@@ -129,11 +139,16 @@ class Town:
 
     def _gone(self, node: Node) -> None:
         fault(self, "gone", node)
-        if node is self.nodes[-1]:
+        if node is self.nodes[-1] or self.plan.nodes > 1:
             self.world.soon(1.0, self._start_node)
 
+    def _some_node(self) -> Node:
+        """Return a core that something is to happen to."""
+        there = [node for node in self.nodes if not node.is_gone]
+        return self.world.random.choice(there) if self.plan.nodes > 1 and there else self.nodes[-1]
+
     def _tell_to_leave(self) -> None:
-        node = self.nodes[-1]
+        node = self._some_node()
         if node.serving:
             fault(self, "leave", node)
             node.leave(self.world.random.choice((0.0, 0.1, 1.0)))
@@ -143,31 +158,34 @@ class Town:
 
         Only one core at a time accepts turns for this store: what the first one has not accepted yet is waited for.
         """
-        node = self.nodes[-1]
+        node = self._some_node()
         accepted = all(live.is_stored for live in node.journal.under_way())
-        if not node.serving or not accepted or not all(stream.begun for stream in node.calls):
+        unready = not accepted or not all(stream.begun for stream in node.calls)
+        if not node.serving or (unready and self.plan.nodes == 1):
             if self.world.now < 3.0:
                 self.world.soon(0.1, self._stop_one)
             return
         fault(self, "stop", node)
         node.stop()
-        self._start_node()
+        if self.plan.nodes == 1:
+            self._start_node()
 
         def wake() -> None:
             if not node.is_gone:
                 fault(self, "go_on", node)
                 node.go_on()
-                self.world.after(3.0, lambda: node.leave(0.0) if not node.is_gone else None)
+                if self.plan.nodes == 1:
+                    self.world.after(3.0, lambda: node.leave(0.0) if not node.is_gone else None)
 
         self.world.soon(1.0, wake)
 
     def _lose_power(self) -> None:
-        for node in self.nodes:
-            if not node.is_gone:
-                fault(self, "power", node)
-                if node is self.nodes[-1]:
-                    self.disk.lose_power()
-                node.lose_power()
+        there = [node for node in self.nodes if not node.is_gone]
+        if there:
+            self.disk.lose_power()
+        for node in there:
+            fault(self, "power", node)
+            node.lose_power()
 
     # --- who asks -------------------------------------------------------------------------------------------------
 

@@ -209,6 +209,21 @@ async def test_two_hundred_turns_of_twenty_sessions_at_random_nodes_keep_their_o
         assert not node.core.pipeline._moving
 
 
+async def test_a_repeated_call_is_not_taken_for_another_one_whose_number_its_turn_has(nodes: list[Node]) -> None:
+    one, two, _ = nodes
+    await two.api.run(turn("first", session=SESSION))
+    for number in (2, 3):
+        await one.api.run(turn(f"question {number}", session=SESSION, request_id=f"r{number}"))
+    # The first one would be turn 2 at this node, and the second one turn 3.
+    repeated, fresh = await asyncio.gather(
+        two.api.events(turn("question 3", session=SESSION, request_id="r3")),
+        two.api.events(turn("another", session=SESSION)),
+    )
+    assert repeated[0].accepted.turn == f"{SESSION}/turns/3"
+    assert repeated[-1].completed.text == "5 with question 3"
+    assert fresh[-1].completed.text == "7 with another"
+
+
 async def test_one_request_at_three_nodes_at_once_is_one_turn(nodes: list[Node]) -> None:
     for number, session in enumerate((SESSION, "")):
         asked = turn(SLOW, session=session, request_id=f"r{number}")

@@ -101,11 +101,14 @@ class Places:
         return self.judge(connection, [turn])[0][0]
 
     def _earlier(self, connection: sqlite3.Connection, turn: NewTurn) -> tuple[StoredTurn | None, bool]:
-        """Return the turn that holds a request_id, unless it is this one, and whether it is this one."""
-        query = f"SELECT {TURN_COLUMNS} FROM turns WHERE workspace = ? AND request_id = ?"
+        """Return the turn that holds a request_id, unless it is this one, and whether it is this one.
+
+        One that this node has taken over is not, though it may have this one's number.
+        """
+        query = f"SELECT epoch, {TURN_COLUMNS} FROM turns WHERE workspace = ? AND request_id = ?"
         row = connection.execute(query, (turn.key.session.workspace, turn.request_id)).fetchone()
-        found = turn_of(row)
-        is_this = found is not None and found.key == turn.key and row[-1] == self.node
+        found = turn_of(row[1:]) if row else None
+        is_this = found is not None and found.key == turn.key and row[0] == 1 and row[-1] == self.node
         return (None if is_this else found), is_this
 
     def _judge_stranger(

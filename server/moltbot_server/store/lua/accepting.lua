@@ -7,7 +7,13 @@ local name = ARGV[3] .. ':' .. session
 local function held_by()
     local held = call('HGET', base .. 'requests', request)
     if not held then return nil end
-    return held, call('HMGET', turn_key(held), 's', 'n', 'q', 'a')
+    return held, call('HMGET', turn_key(held), 's', 'n', 'q', 'a', 'p')
+end
+
+-- What was sent twice, because the first answer was lost, is the same turn. What another node sent is not, nor what this
+-- one has taken over, though it may have the same number.
+local function is_this(held, found)
+    return held == name and found[2] == node and found[5] == '1'
 end
 
 local function earlier(held)

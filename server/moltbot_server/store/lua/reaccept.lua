@@ -1,7 +1,7 @@
 -- A turn that another node carries out is taken over by `take_over` and by nothing else.
 local held, found = held_by()
-if held == name and found[2] == node then return 1 end
 if held then
+    if is_this(held, found) then return 1 end
     local state = found[1]
     if state == 'completed' or state == 'cancelled' or (state == 'running' and found[2] ~= node) then
         return earlier(held)
