@@ -181,10 +181,10 @@ class Adapter:
 
     def _post(self, life: int, id: str) -> None:
         world = self.town.world
-        if life != self._life:
+        # It may have been settled meanwhile, where it was given out again while its confirmation was under way.
+        if life != self._life or (delivery := self._in_hand.get(id)) is None:
             return
         chance = world.random.random()
-        delivery = self._in_hand[id]
         if chance < 0.1:
             # What somebody else may be about to post is given up by nobody.
             permanent = chance < 0.02 and delivery.attempt == 1
