@@ -259,3 +259,11 @@ def test_of_models_with_weights_the_next_one_stands_in_before_those_after_them()
     rig = Rig(fails(), ANSWERS, ANSWERS, weights=(("a", 1), ("c", 0)))
     ear = rig.ask(asker=Asker(session="s"))
     assert ear.attempts == [("a", "MODEL_UNAVAILABLE"), ("c", "ANSWERED")]
+
+
+def test_how_its_models_are_is_known_before_there_was_a_turn_also_to_a_thread_without_a_loop() -> None:
+    rig = Rig(ANSWERS, ANSWERS)
+    rig.route._clock = None  # as it is made: the loop that its turns belong to does not run yet
+
+    assert [model.model for model in rig.route.models] == ["a", "b"]
+    assert rig.route._clock is None

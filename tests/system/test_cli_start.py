@@ -19,7 +19,8 @@ import psutil
 import pytest
 from cli_process import ANY_PORTS, Home, Started, all_gone
 from moltbot_server.cli.children import Child, Plan
-from moltbot_server.cli.terminal import lasting
+from moltbot_server.cli.ports import kept_port
+from moltbot_server.cli.terminal import Failure, lasting
 
 _AT_ONCE = 0.8  # it takes 0.1 s; the rest is for a busy machine
 
@@ -456,3 +457,21 @@ async def test_a_process_tied_by_its_input_leaves_when_that_ends(home: Home) -> 
         assert b'"ready": true' in await process.stdout.readline()
         process.stdin.close()
         assert await process.wait() == 0
+
+
+def test_a_port_whose_connections_linger_can_be_kept_for_several_processes() -> None:
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        port = server.getsockname()[1]
+        with socket.create_connection(("127.0.0.1", port)) as client:
+            accepted, _ = server.accept()
+            accepted.close()  # who closes first has the connection linger
+            assert client.recv(1) == b""
+    with kept_port("127.0.0.1", port):
+        pass
+
+
+def test_a_port_on_which_somebody_listens_is_not_kept() -> None:
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        port = server.getsockname()[1]
+        with pytest.raises(Failure, match=f"cannot keep port {port}"), kept_port("127.0.0.1", port):
+            pass

@@ -276,7 +276,11 @@ def _no_model(name: str) -> HttpError:
 
 
 def _replaced() -> HttpError:
-    return HttpError(503, "answer_replaced", "The answer had to be begun anew; ask again.", type="server_error")
+    problem = (
+        "The model failed in the middle of its answer, and what was sent cannot be taken back: ask again. A route "
+        "with `on_failure: continue` goes on with another model instead."
+    )
+    return HttpError(503, "answer_replaced", problem, type="server_error")
 
 
 def _cancelled() -> HttpError:

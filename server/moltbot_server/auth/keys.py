@@ -55,7 +55,9 @@ class Authenticator:
                 if len(self._admitted) < _MOST_HEADERS:
                     self._admitted[authorization] = principal
                 return principal
-        raise Unauthenticated("this key is not known here; use the one in the workspace's `key` file")
+        raise Unauthenticated(
+            "this key is not known here; use the one in the workspace's `key` file, and restart MoltBot if that is new"
+        )
 
 
 def _digest(key: str) -> bytes:

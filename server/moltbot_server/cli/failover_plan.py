@@ -98,7 +98,8 @@ def _chosen(settings: Settings, name: str) -> ModelRoute | None:
         return next(iter(known.values()))
     names = ", ".join(sorted(known))
     if name:
-        there = f"the routes are {names}" if names else "no route is configured"
+        default = "there is the default one alone" if settings.models.primary else "no route is configured"
+        there = f"the routes are {names}" if names else default
         raise Failure(f"there is no route {name[:64]!r}; {there}", Exit.USAGE)
     if names:
         raise Failure(f"there is no default route; choose one with --route: {names}", Exit.USAGE)

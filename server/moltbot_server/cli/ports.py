@@ -52,6 +52,8 @@ def kept_port(host: str, port: int) -> Iterator[None]:
     """
     with _socket(host) as keeper:
         keeper.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEPORT, 1)
+        # Connections of a core that has just left linger for a minute, and would keep the port from us.
+        keeper.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         try:
             keeper.bind((host, port))  # and never listens: nothing that comes is given to it
         except OSError as error:

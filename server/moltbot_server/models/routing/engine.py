@@ -95,7 +95,7 @@ class RouteEngine:
     @property
     def models(self) -> tuple[ModelOfRoute, ...]:
         """Its models as they are now, first choice first."""
-        now = self._time().time()
+        now = self._now()
         return tuple(candidate.shown(now) for candidate in self._candidates)
 
     @property
@@ -185,9 +185,13 @@ class RouteEngine:
             self._clock = asyncio.get_running_loop()
         return self._clock
 
+    def _now(self) -> float:
+        """Return the time; metrics ask for it from a thread without a loop, before there was a turn."""
+        return time.monotonic() if self._clock is None else self._clock.time()
+
     def _look(self) -> _Seen:
         """Return what the models can do, as it was a moment ago at most: it is asked for many times in each turn."""
-        now = time.monotonic() if self._clock is None else self._clock.time()
+        now = self._now()
         if now - self._seen_at >= _FRESH:
             # Those that are ill count as well: sessions must not be cut to the context of who is well just now.
             engines = tuple(entry.engine for entry in self._entries())
