@@ -10,7 +10,7 @@ from moltbot_server.config_sources import Given, Problem
 from moltbot_server.config_spelling import unknown
 from moltbot_server.config_values import Kind, Misread, Unfit
 
-_CREDENTIALS = re.compile(r"//[^/@\s]*@")  # a name and a password in an address
+_SECRETS = re.compile(r"(?<=//)[^/@\s]*(?=@)|(?<=\?)[^'\"\s]+")  # a name and a password in an address, and its query
 
 
 def flat(
@@ -53,12 +53,17 @@ def read(
         except Misread as wrong:
             problems.extend(wrong.problems)
         except ValueError as wrong:
-            found = "a secret that does not fit" if kind.secret else _CREDENTIALS.sub("//…@", str(value))
+            found = "a secret that does not fit" if kind.secret else _shown(value)
             told = str(wrong) if isinstance(wrong, Unfit) else f"found {found}, expected {kind.expected}"
             # A flag is the key's own name already.
             subject = "" if value.where.startswith("--") else f"{title}{key}: "
             problems.append(Problem(where=value.where, text=f"{subject}{told}"))
     return values
+
+
+def _shown(value: Given) -> str:
+    text = str(value)
+    return _SECRETS.sub("…", text) if "://" in text else text
 
 
 def read_mapping(given: Given, keys: Mapping[str, Kind], problems: list[Problem], *, title: str) -> dict[str, Any]:

@@ -201,6 +201,11 @@ def test_a_door_that_answers_nobody_breaks_off(rig: Rig) -> None:
         rig.first.follow()
 
 
+def test_a_litellm_that_is_not_there_is_told(rig: Rig, tmp_path: Path) -> None:
+    with contextlib.ExitStack() as stack, pytest.raises(RuntimeError, match="nowhere cannot be started: No such file"):
+        LiteLlm(stack, tmp_path / "nowhere", rig)
+
+
 def test_a_litellm_that_does_not_start_is_told_with_what_it_said(rig: Rig, tmp_path: Path) -> None:
     program = tmp_path / "litellm"
     program.write_text("#!/bin/sh\necho no such model >&2\nexit 3\n")

@@ -127,6 +127,8 @@ def test_an_end_that_is_a_failure_is_one_and_what_came_with_it_is_not_told(reaso
         ({"prompt_tokens": 9, "prompt_cache_hit_tokens": 5}, Usage(input_tokens=9, cached_input_tokens=5)),
         ({"prompt_tokens": 9, "cached_tokens": 6}, Usage(input_tokens=9, cached_input_tokens=6)),
         ({"prompt_tokens": -1, "completion_tokens": None}, Usage()),
+        ({"prompt_tokens": 5, "completion_tokens": 3_000_000_000}, Usage(input_tokens=5)),
+        ({"prompt_tokens": 2**64 - 1, "completion_tokens": 10**20, "cached_tokens": 10**20}, Usage()),
     ],
 )
 def test_usage_is_read_in_each_form(usage: dict[str, Any], read: Usage) -> None:

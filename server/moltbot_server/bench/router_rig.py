@@ -262,10 +262,13 @@ class LiteLlm:
         environ["PATH"] = f"{program.parent}:{environ['PATH']}"
         words = [str(program), "--config", str(config), "--host", "127.0.0.1", "--port", str(port)]
         log = stack.enter_context((folder / "log").open("w"))
-        self._process = subprocess.Popen(
-            [*words, "--num_workers", "1", "--telemetry", "False"],
-            stdout=log, stderr=subprocess.STDOUT, env=environ, cwd=folder,
-        )  # fmt: skip
+        try:
+            self._process = subprocess.Popen(
+                [*words, "--num_workers", "1", "--telemetry", "False"],
+                stdout=log, stderr=subprocess.STDOUT, env=environ, cwd=folder,
+            )  # fmt: skip
+        except OSError as error:
+            raise RuntimeError(f"{program} cannot be started: {error.strerror}") from None
         stack.callback(self._end)
         self._await(folder / "log")
 

@@ -8,7 +8,7 @@ from typing import Any
 import msgspec
 
 from moltbot_server.models.engine import Listener
-from moltbot_server.models.providers.drafts import Draft, Refused
+from moltbot_server.models.providers.drafts import Draft, Refused, tokens
 from moltbot_server.models.providers.events import Broken
 from moltbot_server.turns import FinishReason, Tool, Usage
 
@@ -128,10 +128,10 @@ class AnthropicReading:
         for name in read.__struct_fields__:
             if (value := getattr(usage, name)) is not None:
                 setattr(read, name, value)
-        cached = max(read.cache_read_input_tokens or 0, 0)
-        written = max(read.cache_creation_input_tokens or 0, 0)
+        cached = tokens(read.cache_read_input_tokens)
+        written = tokens(read.cache_creation_input_tokens)
         self.draft.usage = Usage(
-            input_tokens=max(read.input_tokens or 0, 0) + cached + written,
-            output_tokens=max(read.output_tokens or 0, 0),
+            input_tokens=tokens(read.input_tokens) + cached + written,
+            output_tokens=tokens(read.output_tokens),
             cached_input_tokens=cached,
         )

@@ -58,6 +58,12 @@ class _Nobody:
 
 
 _NOBODY = _Nobody()
+_MOST_TOKENS = 500_000_000
+
+
+def tokens(told: int | None) -> int:
+    """Return a number of tokens that a provider told; one that cannot be is 0, as if it had not been told."""
+    return told if told is not None and 0 < told <= _MOST_TOKENS else 0
 
 
 class Draft:

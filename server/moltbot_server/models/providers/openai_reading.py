@@ -8,7 +8,7 @@ from typing import Any
 import msgspec
 
 from moltbot_server.models.engine import Listener
-from moltbot_server.models.providers.drafts import Draft, Refused
+from moltbot_server.models.providers.drafts import Draft, Refused, tokens
 from moltbot_server.models.providers.events import Broken
 from moltbot_server.models.providers.thoughts import InlineThoughts
 from moltbot_server.turns import FinishReason, Tool, Usage
@@ -166,7 +166,7 @@ class OpenAIReading:
         details = usage.prompt_tokens_details
         cached = details.cached_tokens if details is not None else None
         self.draft.usage = Usage(
-            input_tokens=max(usage.prompt_tokens or 0, 0),
-            output_tokens=max(usage.completion_tokens or 0, 0),
-            cached_input_tokens=max(cached or usage.cached_tokens or usage.prompt_cache_hit_tokens or 0, 0),
+            input_tokens=tokens(usage.prompt_tokens),
+            output_tokens=tokens(usage.completion_tokens),
+            cached_input_tokens=tokens(cached or usage.cached_tokens or usage.prompt_cache_hit_tokens),
         )
