@@ -7,15 +7,19 @@ from collections.abc import AsyncIterator
 from typing import Any
 
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 from moltbot_server.config_models import Provider, ProviderModel
 from moltbot_server.errors import ModelCredential, ModelUnavailable, QueueFull
 from moltbot_server.models.providers import Cooldowns, Pools, ProviderEngine, ProviderKey
+from moltbot_server.models.providers.withholding import Withholding
 from moltbot_server.testing_provider import MockProvider, Script
 from moltbot_server.turns import GenerationOptions
 from provider_kit import DONE, HELLO, STOP, Heard, Ring, Wire, answered, provider, response, started, stream, word
 
 DIALECTS = ("openai", "anthropic")
 GREETING = "Grüße 你好"
+KEY = "sk-planted-0123456789abcdef"
 
 
 class Clock:
@@ -190,3 +194,54 @@ async def test_a_key_never_appears_in_what_is_said_or_shown(caplog: pytest.LogCa
     assert secret not in told
     assert "sk-other-12345678" not in told
     assert "[key]" in told
+
+
+@pytest.mark.parametrize("dialect", DIALECTS)
+@pytest.mark.parametrize("cut", [1, 3, 7, 1000])
+async def test_a_key_that_comes_back_in_an_answer_is_not_told_however_it_is_cut(
+    mock: MockProvider, dialect: str, cut: int
+) -> None:
+    text = f"Yes, it is {KEY}; so it {KEY[:9]} is{KEY}{KEY} not {KEY[:-1]} sk"
+    mock.follow(Script.read({"text": text, "chunks": -(-len(text) // cut)}))
+    async with started(provider(mock.address, dialect), Ring(KEY)) as engine:
+        heard, end = await answered(engine)
+    assert heard.text == text.replace(KEY, "[key]")
+    assert KEY not in heard.text
+    assert end.usage.output_tokens > 0
+
+
+class Told(Heard):
+    """A listener of a text alone, without a loop."""
+
+    def __init__(self) -> None:
+        self.text = ""
+
+    def wrote(self, text: str, tokens: int) -> None:
+        self.text += text
+
+
+def test_nothing_is_held_back_of_a_text_that_is_no_key() -> None:
+    heard = Told()
+    ear = Withholding(heard, [KEY, "short"])
+    for piece in ("Hello", " the", "re", ", short"):
+        ear.wrote(piece, 1)
+    assert heard.text == "Hello there, short"
+    ear.wrote(" is", 1)  # a key may begin with its last letter
+    assert heard.text == "Hello there, short i"
+    ear.wrote(" it", 1)
+    assert heard.text == "Hello there, short is it"
+    ear.wrote(" sk-", 1)
+    ear.let_go()
+    assert heard.text == "Hello there, short is it sk-"
+
+
+@given(st.lists(st.sampled_from(["s", "k", "-", "sk", KEY, KEY[:5], KEY[5:], "x"]), max_size=12), st.integers(1, 40))
+def test_what_is_told_is_the_text_without_its_keys(pieces: list[str], size: int) -> None:
+    text = "".join(pieces)
+    heard = Told()
+    ear = Withholding(heard, [KEY])
+    for at in range(0, len(text), size):
+        ear.wrote(text[at : at + size], 1)
+    ear.let_go()
+    assert KEY not in heard.text
+    assert heard.text == text.replace(KEY, "[key]")

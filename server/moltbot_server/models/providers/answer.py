@@ -8,6 +8,8 @@ from collections.abc import Sequence
 from time import perf_counter
 from typing import Protocol
 
+import msgspec
+
 from moltbot_server.config_models import Provider
 from moltbot_server.errors import ModelCredential, ModelUnavailable, MoltBotError, QueueFull
 from moltbot_server.models.engine import Finished, Listener
@@ -21,7 +23,8 @@ from moltbot_server.models.providers.keys import ProviderKey
 from moltbot_server.models.providers.pool import Pool, Unreachable
 from moltbot_server.models.providers.presets import Terms
 from moltbot_server.models.providers.refusals import Refusal, refusal, refusal_in_stream
-from moltbot_server.turns import FinishReason, Part, Tool, Usage
+from moltbot_server.models.providers.withholding import Withholding
+from moltbot_server.turns import FinishReason, Part, Tool, ToolCallPart, Usage
 
 log = logging.getLogger(__name__)
 
@@ -57,6 +60,9 @@ class Asked(Protocol):
     def head(self, key: ProviderKey, length: int) -> bytes:
         """Return the head of a request."""
 
+    def keys(self) -> list[str]:
+        """Return the keys of the provider, of which no answer is to hold any."""
+
     def secrets(self) -> list[str]:
         """Return everything that must not be told."""
 
@@ -76,6 +82,7 @@ class ProviderAnswer:
         "_body",
         "_collected",
         "_connection",
+        "_ear",
         "_events",
         "_first",
         "_head",
@@ -131,15 +138,18 @@ class ProviderAnswer:
         """End with an error; the connection is closed, because nobody knows what is still to come on it."""
         if self._over:
             return
-        self.stop()
-        self._listener.ended(error)
+        self._ear.let_go()
+        if not self._over:
+            self.stop()
+            self._listener.ended(error)
 
     # --- ask ---------------------------------------------------------------------------------------------------------
 
     def _renew(self) -> None:
         """Begin to read anew."""
         terms = self._model.terms
-        self._reading = self._model.dialect.reading(self._listener, self._tools, terms.reasoning)
+        self._ear = Withholding(self._listener, self._model.keys())
+        self._reading = self._model.dialect.reading(self._ear, self._tools, terms.reasoning)
         self._events = EventLines()
         self._head: Head | None = None
         self._collected: bytearray | None = None
@@ -273,9 +283,17 @@ class ProviderAnswer:
         usage = draft.usage
         if usage == _NOTHING:  # it was not told; each piece is about a token
             usage = Usage(output_tokens=draft.written)
-        self._end(finish, usage, calls)
+        self._end(finish, usage, tuple(self._keyless(call) for call in calls))
+
+    def _keyless(self, part: Part) -> Part:
+        if not isinstance(part, ToolCallPart):
+            return part
+        return msgspec.structs.replace(part, arguments_json=self._ear.hidden(part.arguments_json))
 
     def _end(self, finish: FinishReason, usage: Usage, calls: tuple[Part, ...] = ()) -> None:
+        self._ear.let_go()
+        if self._over:
+            return  # stopped by whoever heard that
         now = perf_counter()
         first = self._first or now
         if not self._first:

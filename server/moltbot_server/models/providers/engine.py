@@ -209,9 +209,13 @@ class ProviderEngine:
         """Return the head of a request."""
         return self._heads.head(key, length)
 
+    def keys(self) -> list[str]:
+        """Return the keys of the provider."""
+        return [key.text for key in self._keys()]
+
     def secrets(self) -> list[str]:
         """Return everything that must not be told."""
-        return [*(key.text for key in self._keys()), *(value for _, value in self.terms.headers)]
+        return [*self.keys(), *(value for _, value in self.terms.headers)]
 
     def over(self, answer: ProviderAnswer) -> None:
         """Let an answer go."""

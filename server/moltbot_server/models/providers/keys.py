@@ -13,7 +13,8 @@ _SHORTEST = 6
 _LIKE_A_KEY = re.compile(
     r"(?i)\b(?:bearer\s+\S{4,}|(?:sk|pk|rk|ak|gsk|xai|key|api[-_]?key|token)[-_=][^\s'\"<>,;]{6,})"
 )
-_HIDDEN = "[key]"
+HIDDEN = "[key]"
+"""What stands where a key stood."""
 _PIECE = 10
 _HIDDEN_LETTER = "\x00"
 _HIDDEN_RUN = re.compile("\x00+")
@@ -47,9 +48,9 @@ def scrubbed(text: str, secrets: Iterable[str]) -> str:
     for secret in secrets:
         if len(secret) >= _SHORTEST:
             for form in (secret, quote(secret, safe=""), secret.encode().hex(), b64encode(secret.encode()).decode()):
-                text = text.replace(form, _HIDDEN)
+                text = text.replace(form, HIDDEN)
             text = _without_pieces(text, secret)
-    return _LIKE_A_KEY.sub(_HIDDEN, text)
+    return _LIKE_A_KEY.sub(HIDDEN, text)
 
 
 def _without_pieces(text: str, secret: str) -> str:
@@ -59,4 +60,4 @@ def _without_pieces(text: str, secret: str) -> str:
     found = [at for at in range(len(text) - size + 1) if text[at : at + size] in starts]
     for at in reversed(found):
         text = text[:at] + _HIDDEN_LETTER * size + text[at + size :]
-    return _HIDDEN_RUN.sub(_HIDDEN, text)
+    return _HIDDEN_RUN.sub(HIDDEN, text)
