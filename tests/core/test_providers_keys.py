@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import AsyncIterator
+from base64 import b64encode, urlsafe_b64encode
+from collections.abc import AsyncIterator, Callable
 from typing import Any
+from urllib.parse import quote
 
 import pytest
 from hypothesis import given
@@ -12,6 +14,7 @@ from hypothesis import strategies as st
 from moltbot_server.config_models import Provider, ProviderModel
 from moltbot_server.errors import ModelCredential, ModelUnavailable, QueueFull
 from moltbot_server.models.providers import Cooldowns, Pools, ProviderEngine, ProviderKey
+from moltbot_server.models.providers.keys import scrubbed
 from moltbot_server.models.providers.withholding import Withholding
 from moltbot_server.testing_provider import MockProvider, Script
 from moltbot_server.turns import GenerationOptions
@@ -245,3 +248,38 @@ def test_what_is_told_is_the_text_without_its_keys(pieces: list[str], size: int)
     ear.let_go()
     assert KEY not in heard.text
     assert heard.text == text.replace(KEY, "[key]")
+
+
+FORMS: dict[str, Callable[[str], str]] = {
+    "itself": str,
+    "in capitals": str.upper,
+    "reversed": lambda key: key[::-1],
+    "spaced": " ".join,
+    "dashed": "-".join,
+    "in an address": lambda key: quote(key, safe=""),
+    "all of it in an address": lambda key: "".join(f"%{ord(each):02X}" for each in key),
+    "in HTML": lambda key: "".join(f"&#{ord(each)};" for each in key),
+    "in HTML by sixteens": lambda key: "".join(f"&#x{ord(each):X};" for each in key),
+    "in JSON": lambda key: "".join(f"\\u{ord(each):04x}" for each in key),
+    "as octets": lambda key: key.encode().hex(),
+    "as octets in capitals": lambda key: key.encode().hex(" ").upper(),
+    "in base64": lambda key: b64encode(key.encode()).decode(),
+    "in base64 of a header": lambda key: b64encode(f"Bearer {key}".encode()).decode(),
+    "in base64 of a user": lambda key: b64encode(f"me:{key}".encode()).decode(),
+    "in base64 of an address": lambda key: urlsafe_b64encode(f"x={key}&y".encode()).decode(),
+}
+
+
+@pytest.mark.parametrize("form", FORMS.values(), ids=FORMS)
+@pytest.mark.parametrize("key", [KEY, "AbC~dEf+gHi/jKl=01234567890?>", "0123456789abcdef0123456789abcdef"])
+def test_no_form_of_a_key_is_left_in_what_a_provider_says(form: Callable[[str], str], key: str) -> None:
+    told = scrubbed(f"You sent ({form(key)}), which nobody knows.", [key])
+    assert told.startswith("You sent (")
+    assert told.endswith(" which nobody knows.")
+    left = told.removeprefix("You sent (").removesuffix(", which nobody knows.").replace("[key]", "")
+    assert len(left) <= 14, left  # what of base64 belongs to its neighbours
+
+
+def test_what_a_provider_says_is_left_as_it_is_without_a_key() -> None:
+    told = "Rate limit reached for gpt-x in organization org-1 on tokens per min: limit 30000, used 29000."
+    assert scrubbed(told, [KEY, "0123456789abcdef0123456789abcdef", "--------"]) == told

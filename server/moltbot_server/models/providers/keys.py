@@ -6,8 +6,8 @@ import re
 from base64 import b64encode
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
+from functools import lru_cache
 from typing import Protocol
-from urllib.parse import quote
 
 _SHORTEST = 6
 _LIKE_A_KEY = re.compile(
@@ -16,6 +16,7 @@ _LIKE_A_KEY = re.compile(
 HIDDEN = "[key]"
 """What stands where a key stood."""
 _PIECE = 10
+_BETWEEN = "[^A-Za-z0-9&%\\\\]{0,3}"
 _HIDDEN_LETTER = "\x00"
 _HIDDEN_RUN = re.compile("\x00+")
 
@@ -47,10 +48,52 @@ def scrubbed(text: str, secrets: Iterable[str]) -> str:
     """Return a text without these secrets, and without anything that has the form of a key."""
     for secret in secrets:
         if len(secret) >= _SHORTEST:
-            for form in (secret, quote(secret, safe=""), secret.encode().hex(), b64encode(secret.encode()).decode()):
-                text = text.replace(form, HIDDEN)
+            for form in _forms(secret):
+                text = form.sub(HIDDEN, text)
             text = _without_pieces(text, secret)
     return _LIKE_A_KEY.sub(HIDDEN, text)
+
+
+@lru_cache(maxsize=256)
+def _forms(secret: str) -> Sequence[re.Pattern[str]]:
+    """Return the forms in which a secret may come back: spaced, quoted, reversed, as bytes, as base64 with others."""
+    if sum(map(str.isalnum, secret)) < _SHORTEST:
+        return (re.compile(re.escape(secret)),)
+    spelled = [_spelled(order) for order in (secret, secret[::-1])]
+    octets = "[^0-9a-f]?".join(f"{octet:02x}" for octet in secret.encode())
+    return (
+        re.compile("|".join((*spelled, octets)), re.IGNORECASE),
+        re.compile("|".join(_in_base64(secret.encode(), at) for at in range(3))),
+    )
+
+
+def _spelled(letters: str) -> str:
+    """Return a pattern of letters with little between them; signs may be missing, or another one in their place."""
+    pattern = ""
+    begun = False
+    for letter in letters:
+        form = _quoted(letter)
+        if letter.isalnum():
+            pattern += f"{_BETWEEN}{form}" if begun else form
+            begun = True
+        else:
+            pattern += f"(?:{_BETWEEN}{form})?" if begun else f"(?:{form})?"
+    return pattern
+
+
+def _quoted(letter: str) -> str:
+    """Return a pattern of a letter as itself, in an address, in HTML and in a string of a program."""
+    number = ord(letter)
+    octets = "".join(f"%{octet:02x}" for octet in letter.encode())
+    forms = (re.escape(letter), octets, f"&#0*{number};", f"&#x0*{number:x};", rf"\\u{number:04x}", rf"\\x{number:02x}")
+    return f"(?:{'|'.join(forms)})"
+
+
+def _in_base64(secret: bytes, at: int) -> str:
+    """Return a pattern of a secret in base64 of a longer text, in which so many octets of three come before it."""
+    whole = b64encode(bytes(at) + secret).decode()
+    own = whole[-(-at * 8 // 6) : (at + len(secret)) * 8 // 6]
+    return "".join({"+": "[+-]", "/": "[/_]"}.get(each, each) for each in own)
 
 
 def _without_pieces(text: str, secret: str) -> str:
