@@ -59,16 +59,21 @@ def configure_logging(level: str, *, as_json: bool, process: str = "") -> None:
     """
     handler = logging.StreamHandler(sys.stderr)
     handler.setFormatter(JsonFormatter(process) if as_json else PlainFormatter(process))
-    handler.addFilter(_no_foreign_bytes)
+    handler.addFilter(is_telling)
     wanted = logging.getLevelName(level.upper())
     # Libraries are heard when something is wrong; what they have to tell of their insides drowns what is ours.
     logging.basicConfig(level=max(wanted, logging.WARNING), handlers=[handler], force=True)
     logging.getLogger("moltbot_server").setLevel(wanted)
 
 
-def _no_foreign_bytes(record: logging.LogRecord) -> bool:
-    """Leave out what grpcio logs of metadata that is no text: whatever a stranger sent, with a traceback each time."""
-    return not (record.name.startswith("grpc.") and str(record.msg).startswith("Invalid encoding on"))
+# What grpcio logs as its own errors, with a traceback each time, though it is what strangers do at any time: metadata
+# that is no text, and a caller that leaves while its answer is written.
+_OF_CALLERS = ("Invalid encoding on", "ExecuteBatchError raised in core by servicer method")
+
+
+def is_telling(record: logging.LogRecord) -> bool:
+    """Return False for what grpcio logs of callers' doings, which would let them fill the log."""
+    return not (record.name.startswith("grpc.") and str(record.msg).startswith(_OF_CALLERS))
 
 
 def _fields(record: logging.LogRecord) -> list[tuple[str, Any]]:

@@ -79,7 +79,9 @@ def test_logs_go_to_standard_error_from_the_wanted_level_on(
             assert logging.getLogger("moltbot_server.x").isEnabledFor(logging.DEBUG) == (level == "debug")
             logging.getLogger("moltbot_server.x").log(logging.INFO if level == "warning" else 5, "quiet")
             logging.getLogger("moltbot_server.x").warning("loud", extra={"n": 1})
-            logging.getLogger("grpc._cython.cygrpc").error("Invalid encoding on %s", b"\xff what a stranger sent")
+            grpcio = logging.getLogger("grpc._cython.cygrpc")
+            grpcio.error("Invalid encoding on %s", b"\xff what a stranger sent")
+            grpcio.error("ExecuteBatchError raised in core by servicer method [/moltbot.v1.ChatService/RunTurn]")
     finally:
         root.setLevel(levels[0])
         ours.setLevel(levels[1])

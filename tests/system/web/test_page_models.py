@@ -120,10 +120,12 @@ async def test_a_kept_answer_says_that_it_is_one(browser: Browser, locale: str, 
         data={"text": "Hello", "finish_reason": "stop", "model": "gpt", "cached": True, "reasoning": "Hm."},
     )
     async with (
-        ScriptedSite(lambda _: [Say(text="Hello"), end]) as site,
+        ScriptedSite(lambda _: [Say(text="Hello"), Hold(gate="end"), end]) as site,
         visiting(browser, site.origin, "/#/new", locale=locale) as visit,
     ):
         await ask(visit, "hi")
+        await shown(visit, "Hello")
+        site.gate("end").set()
         await answered(visit)
         assert words in await visit.page.locator(".meta").inner_text()
         assert await visit.page.locator(".thoughts-text").text_content() == "Hm."
