@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+import sys
 from collections.abc import AsyncIterator
+from types import FrameType
 from typing import Any
 
 import anthropic
@@ -67,6 +69,23 @@ def known(name: str, **fields: Any) -> Terms:
 def ours(what: Terms, messages: tuple[Message, ...], options: GenerationOptions = NOTHING) -> dict[str, Any]:
     found: dict[str, Any] = json.loads(DIALECTS[what.dialect].request(what, messages, options))
     return found
+
+
+def calls_for(what: Terms, messages: tuple[Message, ...]) -> int:
+    """Return how many functions of ours are called to write a request."""
+    called: list[str] = []
+
+    def notice(frame: FrameType, event: str, _: object) -> None:
+        if event == "call" and "moltbot_server" in frame.f_code.co_filename:
+            called.append(frame.f_code.co_name)
+
+    before = sys.getprofile()
+    sys.setprofile(notice)
+    try:
+        DIALECTS[what.dialect].request(what, messages, NOTHING)
+    finally:
+        sys.setprofile(before)
+    return len(called)
 
 
 def sent(wire: Wire) -> dict[str, Any]:
@@ -315,6 +334,13 @@ def test_arguments_that_an_earlier_model_spoilt_are_sent_as_none() -> None:
     for name in ("gpt-4o", "opus-4.5"):
         found = json.dumps(ours(known(name), (said("x"), said(call, role=Role.ASSISTANT))))
         assert "broken" not in found
+
+
+@pytest.mark.parametrize("model", ["gpt-4o", "sonnet-4.6"])
+def test_a_long_history_of_texts_is_written_without_a_call_for_each_message(model: str) -> None:
+    what = known(model)
+    short = (said("Hello"), said("Hi!", role=Role.ASSISTANT)) * 2
+    assert calls_for(what, short * 20) == calls_for(what, short)
 
 
 def test_thoughts_are_never_sent_back() -> None:

@@ -62,7 +62,11 @@ def _conversation(messages: Sequence[Message], terms: Terms) -> list[dict[str, A
         if message.role is Role.SYSTEM:
             continue
         role = "assistant" if message.role is Role.ASSISTANT else "user"
-        blocks = [*_blocks(message.parts, role, terms)]
+        parts = message.parts
+        if len(parts) == 1 and type(parts[0]) is TextPart:  # nearly every message of a long history: no call for it
+            blocks = [{"type": "text", "text": parts[0].text}] if parts[0].text.strip() else []
+        else:
+            blocks = [*_blocks(parts, role, terms)]
         if not blocks:
             continue
         if entries and entries[-1]["role"] == role:
@@ -73,10 +77,10 @@ def _conversation(messages: Sequence[Message], terms: Terms) -> list[dict[str, A
         last["text"] = last["text"].rstrip()  # an answer to go on with must not end in a blank
     for entry in entries:
         blocks = entry["content"]
-        # Results come first in their message; a plain text is sent as one.
-        blocks.sort(key=lambda block: block["type"] != "tool_result")
-        if len(blocks) == 1 and blocks[0]["type"] == "text":
-            entry["content"] = blocks[0]["text"]
+        if len(blocks) > 1:
+            blocks.sort(key=lambda block: block["type"] != "tool_result")  # results come first in their message
+        elif blocks[0]["type"] == "text":
+            entry["content"] = blocks[0]["text"]  # a plain text is sent as one
     return entries
 
 

@@ -53,6 +53,11 @@ class Cooldowns:
         self._clock = clock
         self._rests: dict[Place, _Rest] = {}
 
+    @property
+    def is_quiet(self) -> bool:
+        """Whether nothing is known to rest, as nearly always; while it is False, a place may still be free."""
+        return not self._rests
+
     def rest(self, place: Place) -> float:
         """Return the seconds until the place may be asked again; 0 for now."""
         found = self._rests.get(place)

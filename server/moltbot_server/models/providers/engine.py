@@ -85,6 +85,8 @@ class ProviderEngine:
     @property
     def rest(self) -> float:
         """Seconds until one of its keys may be used again."""
+        if self.cooldowns.is_quiet:
+            return 0.0
         whole = self.cooldowns.rest(self.whole)
         keys = self._keys()
         return max(whole, min((self.cooldowns.rest(self.place(key)) for key in keys), default=0.0))
@@ -144,6 +146,8 @@ class ProviderEngine:
         keys = self._keys()
         if not keys:
             raise ModelCredential(f"{self.terms.title} needs a key; add one with `moltbot key add {self.type}`.")
+        if self.cooldowns.is_quiet:
+            return
         if (rest := self.cooldowns.rest(self.whole)) > 0:
             text = f"{self.terms.title} said that it is down."
             raise ModelUnavailable(text, retry_after=rest)
@@ -198,9 +202,10 @@ class ProviderEngine:
     def next_key(self, tried: Sequence[str]) -> ProviderKey | None:
         """Return a key that may be used now and is not among those tried, all in turn; None when there is none."""
         keys = self._keys()
+        quiet = self.cooldowns.is_quiet
         for step in range(len(keys)):
             key = keys[(self._turn + step) % len(keys)]
-            if key.id not in tried and not self.cooldowns.rest(self.place(key)):
+            if key.id not in tried and (quiet or not self.cooldowns.rest(self.place(key))):
                 self._turn = (self._turn + step + 1) % len(keys)
                 return key
         return None

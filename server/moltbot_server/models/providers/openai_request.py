@@ -34,7 +34,7 @@ def request(terms: Terms, messages: Sequence[Message], options: GenerationOption
     """
     body: dict[str, Any] = {
         "model": terms.id,
-        "messages": [entry for message in messages for entry in _entries(message, terms)],
+        "messages": _conversation(messages, terms),
         "stream": True,
     }
     if terms.asks_usage:
@@ -50,6 +50,17 @@ def request(terms: Terms, messages: Sequence[Message], options: GenerationOption
         if options.tool_choice is not None:
             body["tool_choice"] = _choice(options.tool_choice)
     return msgspec.json.encode(body)
+
+
+def _conversation(messages: Sequence[Message], terms: Terms) -> list[dict[str, Any]]:
+    entries: list[dict[str, Any]] = []
+    for message in messages:
+        parts = message.parts
+        if len(parts) == 1 and type(parts[0]) is TextPart:  # nearly every message of a long history: no call for it
+            entries.append({"role": _ROLES[message.role], "content": parts[0].text})
+        else:
+            entries.extend(_entries(message, terms))
+    return entries
 
 
 def _entries(message: Message, terms: Terms) -> Iterator[dict[str, Any]]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import NamedTuple
 
 import msgspec
@@ -85,7 +85,7 @@ class RouteEngine:
     @property
     def healthy(self) -> bool:
         """Whether any of its models can answer."""
-        return any(entry.state is ModelState.READY for entry in self._entries())
+        return any(entry.state is ModelState.READY for entry in self._entries())  # the first of them, as a rule
 
     @property
     def rest(self) -> float:
@@ -191,7 +191,7 @@ class RouteEngine:
 
     def _look(self) -> _Seen:
         """Return what the models can do, as it was a moment ago at most: it is asked for many times in each turn."""
-        now = self._now()
+        now = time.monotonic() if self._clock is None else self._clock.time()  # as `_now`, without a call
         if now - self._seen_at >= _FRESH:
             # Those that are ill count as well: sessions must not be cut to the context of who is well just now.
             engines = tuple(entry.engine for entry in self._entries())
@@ -200,15 +200,14 @@ class RouteEngine:
             self._seen_at = now
         return self._seen
 
-    def _entries(self) -> list[CatalogEntry]:
-        """Return those of its models that are there, ready or not, in order."""
-        entries = []
+    def _entries(self) -> Iterator[CatalogEntry]:
+        """Yield those of its models that are there, ready or not, in order."""
         for candidate in self._candidates:
             try:
-                entries.append(candidate.entry())
+                entry = candidate.entry()
             except MoltBotError:
                 continue
-        return entries
+            yield entry
 
     def _counting(self) -> Engine:
         counting = self._look().counting

@@ -81,7 +81,8 @@ class Conversation:
     def _most(self) -> int:
         """Return a number of tokens that no model needs more than, without counting."""
         if self._characters < 0:
-            self._characters = sum(len(message.text) for message in self.messages)
+            parts = [part for message in self.messages for part in message.parts]
+            self._characters = sum([len(part.text) for part in parts if isinstance(part, TextPart)])
         return self._characters * _MOST_TOKENS_OF_A_CHARACTER + len(self.messages) * _MOST_TOKENS_OF_MARKERS
 
     def _least(self) -> int:
