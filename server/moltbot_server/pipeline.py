@@ -62,6 +62,8 @@ _COME_BACK = 15.0
 """Seconds that a turn which ends with its last follower waits for one after a take-over."""
 _OLDEST = 3600.0
 """Seconds after which nobody waits for an answer any more."""
+_TAKEN_WITHIN = 10.0
+"""Seconds for which a turn waits for those before it that are being taken over, before its caller is asked back."""
 
 
 def _to_nobody(workspace: str, channel: str) -> None:
@@ -205,15 +207,21 @@ class TurnPipeline:
         """Return a session; turns of it that were taken over a moment ago come first.
 
         Raises:
-            NotServing: another node runs turns of it.
+            NotServing: another node runs turns of it, or those that were taken over are not heard of yet.
         """
         while True:
             session = await self._sessions.open(key)
             if (taking := self._taking) is None or not self._awaits_others(session):
                 return session
-            await taking.wait()
-            if not session.claims:  # none of those turns was to be carried on
-                self.lost(session)
+            try:
+                async with asyncio.timeout(_TAKEN_WITHIN):
+                    await taking.wait()
+            except TimeoutError:
+                text = "turns before this one are being taken over; repeat with the same request_id"
+                raise NotServing(text, retry_after=1.0) from None
+            finally:
+                if not session.claims:  # none of those turns was to be carried on
+                    self.lost(session)
 
     def _awaits_others(self, session: OpenSession[ContextWindow]) -> bool:
         """Tell whether turns of a session were taken over that have not been begun yet."""
@@ -257,7 +265,7 @@ class TurnPipeline:
 
     @property
     def is_taking_over(self) -> bool:
-        """True while turns of nodes that are gone are being taken over."""
+        """True while turns of nodes that are gone are being taken over, also when that broke off."""
         return self._taking is not None
 
     def _check_stays(self) -> None:
@@ -268,19 +276,21 @@ class TurnPipeline:
         """Carry on what cores that are gone left unfinished; return how many turns that is.
 
         Called before any turn is started, and again and again where several cores share the store. What an error kept
-        from being carried on is carried on by the next call.
+        from being carried on is carried on by the next call; until then, turns that come later wait for it.
 
         Raises:
-            MoltBotError: the store cannot tell.
+            MoltBotError: the store cannot tell. It may have made turns this node's all the same.
         """
-        taking = self._taking = asyncio.Event()
-        try:
-            return await self._take_over()
-        finally:
-            self._taking = None
-            taking.set()
+        taking = self._taking = self._taking or asyncio.Event()
+        taken = 0
+        # What one call tells may be half of it, with an error behind it that only the next one raises.
+        while found := await self._take_up():
+            taken += found
+        self._taking = None
+        taking.set()
+        return taken
 
-    async def _take_over(self) -> int:
+    async def _take_up(self) -> int:
         by_session: dict[SessionKey, list[Orphan]] = {}
         found = await self.store.take_over()
         self._stale.update(orphan.turn.key.session for orphan in found)
