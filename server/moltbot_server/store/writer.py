@@ -27,7 +27,7 @@ Write = Callable[[sqlite3.Connection], Any]
 WriteRows = Callable[[sqlite3.Connection, Sequence[Any]], Sequence[Any]]
 """Writes many rows together; it returns what is answered for each, in the same order."""
 
-_DISTANCE = 0.005
+_DISTANCE = 0.001
 """Seconds from one group to the next while many write."""
 _NOBODYS_FAULT = ("SQLITE_BUSY", "SQLITE_LOCKED", "SQLITE_IOERR", "SQLITE_READONLY", "SQLITE_CORRUPT", "SQLITE_NOTADB")
 _COUNTS = (64, 32, 16, 8, 4, 2, 1)
