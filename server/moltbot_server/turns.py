@@ -114,11 +114,15 @@ class Message(Value, frozen=True, kw_only=True):
 
 
 class Tool(Value, frozen=True, kw_only=True):
-    """A tool that a model may ask to be called; `parameters_json` is a JSON Schema of its arguments, or empty."""
+    """A tool that a model may ask to be called; `parameters_json` is a JSON Schema of its arguments, or empty.
+
+    `strict` asks the provider to hold the model to the schema; one that has no such thing is not told.
+    """
 
     name: str
     description: str = ""
     parameters_json: str = ""
+    strict: bool = False
 
 
 class ToolMode(StrEnum):

@@ -336,6 +336,21 @@ def test_arguments_that_an_earlier_model_spoilt_are_sent_as_none() -> None:
         assert "broken" not in found
 
 
+@pytest.mark.parametrize("model", ["gpt-4o", "openrouter/qwen/qwen3-max", "sonnet-4.6", "opus-5"])
+def test_a_model_that_can_be_held_to_a_schema_is_told_so(model: str) -> None:
+    strict = GenerationOptions(tools=(msgspec.structs.replace(TOOL, strict=True), TOOL))
+    tools = ours(known(model), CONVERSATION, strict)["tools"]
+    assert [tool.get("function", tool).get("strict") for tool in tools] == [True, None]
+
+
+@pytest.mark.parametrize("model", ["deepseek-chat", "mistral-large", "claude-3-haiku"])
+def test_a_model_that_may_not_know_of_strict_tools_is_asked_without(model: str) -> None:
+    strict = GenerationOptions(tools=(msgspec.structs.replace(TOOL, strict=True),))
+    assert ours(known(model), CONVERSATION, strict) == ours(
+        known(model), CONVERSATION, GenerationOptions(tools=(TOOL,))
+    )
+
+
 @pytest.mark.parametrize("model", ["gpt-4o", "sonnet-4.6"])
 def test_a_long_history_of_texts_is_written_without_a_call_for_each_message(model: str) -> None:
     what = known(model)

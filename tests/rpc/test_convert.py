@@ -10,7 +10,8 @@ from google.protobuf import duration_pb2
 from moltbot.v1 import chat_pb2, message_pb2
 from moltbot_server import turns
 from moltbot_server.errors import ContentTooLarge, InvalidField, MoltBotError
-from moltbot_server.rpc import convert
+from moltbot_server.rpc import convert, remote_convert
+from moltbot_server.rpc.options import read_options
 from moltbot_server.turns import Event, SessionKey, TurnKey
 
 KEY = TurnKey(session=SessionKey(workspace="w", session="s"), ordinal=7)
@@ -225,3 +226,19 @@ def test_an_option_out_of_its_range_is_refused(options: dict[str, object]) -> No
         READER.options(message_pb2.GenerationOptions(**options), "turn.options")  # type: ignore[arg-type]
 
     assert list(caught.value.fields) == [f"turn.options.{next(iter(options))}"]
+
+
+def test_how_an_answer_is_to_be_written_is_the_same_at_an_engine_that_is_asked_over_there() -> None:
+    schema = '{"type": "object", "properties": {"city": {"type": "string"}}}'
+    options = turns.GenerationOptions(
+        max_output_tokens=7,
+        temperature=0.5,
+        stop=("END",),
+        seed=3,
+        tools=(
+            turns.Tool(name="weather", description="Tells the weather", parameters_json=schema, strict=True),
+            turns.Tool(name="clock"),
+        ),
+        tool_choice=turns.ToolChoice(mode=turns.ToolMode.REQUIRED, tool="weather"),
+    )
+    assert read_options(remote_convert.options(options), "options") == options

@@ -65,6 +65,14 @@ async def test_tools_and_the_choice_among_them_reach_the_core(client, core):
     assert options.tool_choice == message_pb2.ToolChoice(mode=message_pb2.TOOL_MODE_REQUIRED, tool="clock")
 
 
+async def test_a_wish_to_hold_the_model_to_the_schema_reaches_the_core(client, core):
+    strict, loose = (
+        {"type": "function", "function": {**tool["function"], "strict": tool is CLOCK}} for tool in (CLOCK, WEATHER)
+    )
+    await client.chat.completions.create(model="moltbot", messages=HELLO, tools=[strict, loose])
+    assert [tool.strict for tool in core.turns[0].input.options.tools] == [True, False]
+
+
 @pytest.mark.parametrize("mode", ["auto", "none", "required"])
 async def test_how_free_the_model_is_to_ask_for_tools_reaches_the_core(client, core, mode):
     await client.chat.completions.create(model="moltbot", messages=HELLO, tools=[CLOCK], tool_choice=mode)
@@ -168,7 +176,7 @@ async def test_in_a_session_the_core_has_the_call_that_a_tool_answers(client, co
             {"tools": [{"type": "function", "function": {"name": "f", "parameters": []}}]},
             "tools[0].function.parameters",
         ),
-        ({"tools": [{"type": "function", "function": {"name": "f", "strict": True}}]}, "tools[0].function.strict"),
+        ({"tools": [{"type": "function", "function": {"name": "f", "strict": "yes"}}]}, "tools[0].function.strict"),
         ({"tools": "all"}, "tools"),
         ({"tool_choice": "required"}, "tool_choice"),
         ({"tools": [CLOCK], "tool_choice": "sometimes"}, "tool_choice"),

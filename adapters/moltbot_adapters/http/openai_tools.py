@@ -54,13 +54,14 @@ def _tool(tool: Any, where: str) -> message_pb2.Tool:
     function, where = tool.get("function"), f"{where}.function"
     if not isinstance(function, dict):
         raise wrong_type(where, "an object")
-    if function.get("strict") not in (None, False):
-        problem = f"'{where}.strict' is not supported: not every model could keep it; leave it out."
-        raise HttpError(400, "unsupported_value", problem, param=f"{where}.strict")
+    strict = function.get("strict")
+    if strict is not None and not isinstance(strict, bool):
+        raise wrong_type(f"{where}.strict", "true or false")
     return message_pb2.Tool(
         name=_text(function.get("name"), f"{where}.name"),
         description=_text(function.get("description") or "", f"{where}.description"),
         parameters_json=_schema(function.get("parameters"), f"{where}.parameters"),
+        strict=bool(strict),
     )
 
 

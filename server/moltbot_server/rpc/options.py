@@ -73,7 +73,12 @@ def _tools(entries: Sequence[message_pb2.Tool], field: str) -> tuple[Tool, ...]:
             raise InvalidField(f"{field}[{index}].name", "use 1 to 64 characters of A-Z a-z 0-9 _ -, each name once")
         if entry.parameters_json and not _is_object(entry.parameters_json):
             raise InvalidField(f"{field}[{index}].parameters_json", "write a JSON Schema: one JSON object")
-        read[entry.name] = Tool(name=entry.name, description=entry.description, parameters_json=entry.parameters_json)
+        read[entry.name] = Tool(
+            name=entry.name,
+            description=entry.description,
+            parameters_json=entry.parameters_json,
+            strict=entry.strict,
+        )
     return tuple(read.values())
 
 

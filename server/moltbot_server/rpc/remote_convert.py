@@ -38,7 +38,9 @@ def options(value: GenerationOptions) -> message_pb2.GenerationOptions:
         repetition_penalty=value.repetition_penalty,
         seed=value.seed,
         tools=[
-            message_pb2.Tool(name=tool.name, description=tool.description, parameters_json=tool.parameters_json)
+            message_pb2.Tool(
+                name=tool.name, description=tool.description, parameters_json=tool.parameters_json, strict=tool.strict
+            )
             for tool in value.tools
         ],
         tool_choice=None if value.tool_choice is None else _tool_choice(value.tool_choice),

@@ -49,7 +49,7 @@ def request(terms: Terms, messages: Sequence[Message], options: GenerationOption
     if options.stop and (field := terms.options.get("stop")):
         body[field] = options.stop
     if options.tools:
-        body["tools"] = [_tool(tool) for tool in options.tools]
+        body["tools"] = [_tool(tool, terms) for tool in options.tools]
         if options.tool_choice is not None:
             body["tool_choice"] = _choice(options.tool_choice)
     return msgspec.json.encode(body)
@@ -116,9 +116,10 @@ def _source(part: MediaPart) -> dict[str, str]:
     return {"type": "url", "url": url}
 
 
-def _tool(tool: Tool) -> dict[str, Any]:
+def _tool(tool: Tool, terms: Terms) -> dict[str, Any]:
     described = {"description": tool.description} if tool.description else {}
-    return {"name": tool.name, **described, "input_schema": schema(tool)}
+    held = {"strict": True} if tool.strict and terms.strict_tools else {}
+    return {"name": tool.name, **described, "input_schema": schema(tool), **held}
 
 
 def _choice(choice: ToolChoice) -> dict[str, str]:

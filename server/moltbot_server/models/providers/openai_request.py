@@ -46,7 +46,7 @@ def request(terms: Terms, messages: Sequence[Message], options: GenerationOption
     if options.stop and (field := terms.options.get("stop")):
         body[field] = options.stop
     if options.tools:
-        body["tools"] = [_tool(tool) for tool in options.tools]
+        body["tools"] = [_tool(tool, terms) for tool in options.tools]
         if options.tool_choice is not None:
             body["tool_choice"] = _choice(options.tool_choice)
     return msgspec.json.encode(body)
@@ -116,12 +116,14 @@ def _content(part: Part, terms: Terms) -> dict[str, Any]:
     return {"type": "image_url", "image_url": {"url": url}}
 
 
-def _tool(tool: Tool) -> dict[str, Any]:
+def _tool(tool: Tool, terms: Terms) -> dict[str, Any]:
     function: dict[str, Any] = {"name": tool.name}
     if tool.description:
         function["description"] = tool.description
     if tool.parameters_json:
         function["parameters"] = msgspec.Raw(tool.parameters_json.encode())
+    if tool.strict and terms.strict_tools:
+        function["strict"] = True
     return {"type": "function", "function": function}
 
 

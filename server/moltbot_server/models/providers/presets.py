@@ -50,6 +50,7 @@ class Facts(Value, frozen=True, kw_only=True, forbid_unknown_fields=True):
     tools: bool | None = None
     reasoning: bool | None = None
     forced_tools: bool | None = None
+    strict_tools: bool | None = None
     price: tuple[float, ...] | None = None
     options: Mapping[str, str | None] = {}
 
@@ -113,6 +114,7 @@ class Terms(Value, frozen=True, kw_only=True):
     vision: bool
     tools: bool
     forced_tools: bool
+    strict_tools: bool
     reasoning: bool
     price: Price | None
 
@@ -182,6 +184,7 @@ def terms(provider: Provider, model: ProviderModel) -> Terms:
         vision=can["vision"] if can["vision"] is not None else bool(default.vision),
         tools=can["tools"] is not False,
         forced_tools=facts.forced_tools is not False,
+        strict_tools=dialect == preset.dialect and bool(default.strict_tools or facts.strict_tools),
         reasoning=bool(can["reasoning"]),
         price=model.price or _price(facts),
     )
