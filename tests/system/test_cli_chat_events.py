@@ -81,10 +81,29 @@ SWITCH = chat_pb2.Event(
 )
 
 
+WARNING = chat_pb2.Event(notice=chat_pb2.Notice(code="BUDGET", reason="The workspace has used 90 % of its\nbudget."))
+
+
 async def test_a_pipe_gets_the_answer_alone(home: Home) -> None:
-    async with telling(home, _thought("Hm."), SWITCH, _text("Hello"), _end("Hello", reasoning="Hm.")):
+    async with telling(home, _thought("Hm."), _text("Hello"), _end("Hello", reasoning="Hm.")):
         ended = await home.run("chat", "Hi")
     assert (ended.status, ended.out, ended.err) == (0, "Hello\n", "")
+
+
+async def test_notices_of_a_single_question_are_a_line_each_beside_the_answer(home: Home) -> None:
+    async with telling(home, WARNING, SWITCH, _text("Hello"), _end("Hello")):
+        ended = await home.run("chat", "Hi")
+        told = await home.run("chat", "--json", "Hi")
+    assert (ended.status, ended.out) == (0, "Hello\n")
+    assert ended.err.splitlines() == [
+        "moltbot: The workspace has used 90 % of its budget.",
+        f"moltbot: switched from opus to gpt: {REASON}",
+    ]
+    assert told.err == ""
+    assert told.json["notices"] == [
+        {"code": "BUDGET", "from": "", "to": "", "reason": "The workspace has used 90 % of its\nbudget."},
+        {"code": "FAILOVER", "from": "models/opus", "to": "models/gpt", "reason": REASON},
+    ]
 
 
 async def test_what_is_told_beside_an_answer_is_dim_at_a_terminal_and_apart_from_it(home: Home) -> None:

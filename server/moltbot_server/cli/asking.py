@@ -7,7 +7,7 @@ import json
 import signal
 import sys
 import time
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator, Callable, Sequence
 from contextlib import aclosing, asynccontextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -105,6 +105,7 @@ async def ask(place: Place, text: str, *, session: str, model: str, form: str) -
     async with place.connect(shown.waits if form == "text" else None) as bot, interrupts() as pressed:
         turn: list[str] = []
         completed: chat_pb2.Completed | None = None
+        notices: list[chat_pb2.Notice] = []
         show = {"text": shown.show, "events": _print_event}.get(form)
         try:
             stream = bot.stream_turn(text, session=session, model=_model(model), channel=CHANNEL)
@@ -116,7 +117,9 @@ async def ask(place: Place, text: str, *, session: str, model: str, form: str) -
                             await bot.cancel_turn(turn[0])
                     if show is not None:
                         show(event)
-                    if event.HasField("completed"):
+                    if event.HasField("notice"):
+                        notices.append(event.notice)
+                    elif event.HasField("completed"):
                         completed = event.completed
                     elif event.HasField("failed"):
                         raise from_event(event.failed)
@@ -131,7 +134,7 @@ async def ask(place: Place, text: str, *, session: str, model: str, form: str) -
                 print(json.dumps({"error": _as_json(error)}, ensure_ascii=False), flush=True)
             return int(failure(error).status)
         if form == "json" and completed is not None:
-            print(json.dumps(outcome(turn[0], completed), ensure_ascii=False), flush=True)
+            print(json.dumps(outcome(turn[0], completed, notices), ensure_ascii=False), flush=True)
     return int(Exit.INTERRUPTED if pressed.is_set() else Exit.OK)
 
 
@@ -149,7 +152,7 @@ def remark(completed: chat_pb2.Completed) -> str:
     return "" if completed.text.strip() or completed.attachments else "the answer is empty"
 
 
-def outcome(turn: str, completed: chat_pb2.Completed) -> dict[str, Any]:
+def outcome(turn: str, completed: chat_pb2.Completed, notices: Sequence[chat_pb2.Notice]) -> dict[str, Any]:
     """Return a whole answer as the JSON object of `moltbot chat --json`. Times in milliseconds."""
     timings = completed.timings
     stages = ("accept", "queue", "first_token", "generation", "total")
@@ -162,6 +165,7 @@ def outcome(turn: str, completed: chat_pb2.Completed) -> dict[str, Any]:
         "reasoning": completed.reasoning,
         "cached": completed.cached,
         "finish_reason": reason,
+        "notices": [_notice(notice) for notice in notices],
         "usage": {
             "input_tokens": completed.usage.input_tokens,
             "output_tokens": completed.usage.output_tokens,
@@ -175,6 +179,10 @@ def outcome(turn: str, completed: chat_pb2.Completed) -> dict[str, Any]:
         },
         "attempts": [_attempt(attempt) for attempt in timings.attempt_log],
     }
+
+
+def _notice(notice: chat_pb2.Notice) -> dict[str, str]:
+    return {"code": notice.code, "from": getattr(notice, "from"), "to": notice.to, "reason": notice.reason}
 
 
 def _attempt(attempt: chat_pb2.Attempt) -> dict[str, Any]:

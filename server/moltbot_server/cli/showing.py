@@ -15,8 +15,8 @@ _SILENT = 2.0  # seconds; a core that was killed is most often there again befor
 class Shown:
     """Writes an answer to the standard output as its events come.
 
-    At a terminal thoughts, waits and switches of the model appear dimly beside it, and nothing in them can command the
-    terminal. A file or a pipe gets the answer's own text, as it is.
+    At a terminal thoughts, waits and notices, such as a switch of the model, appear dimly beside it, and nothing in them
+    can command the terminal. A file or a pipe gets the answer's own text, as it is; notices go to the standard error.
     """
 
     def __init__(self) -> None:
@@ -40,7 +40,7 @@ class Shown:
             case "reset":
                 self._begin_anew(event.reset)
             case "notice":
-                self._remark(notice_text(event.notice))
+                self._notice(notice_text(event.notice))
             case "completed" if self._again is not None:
                 self._say(event.completed.text[len(self._again) :])
                 if self._again is not None:
@@ -103,6 +103,13 @@ class Shown:
             print(f"moltbot: what was written so far is void, the answer begins anew{reason}", file=sys.stderr)
         self._text, self._again = "", None
         self._say(text)
+
+    def _notice(self, text: str) -> None:
+        if self._screen:
+            self._remark(text)
+            return
+        line = harmless(f"moltbot: {' '.join(text.split())}")
+        print(dim(line) if sys.stderr.isatty() else line, file=sys.stderr, flush=True)
 
     def _remark(self, text: str) -> None:
         if self._screen:
