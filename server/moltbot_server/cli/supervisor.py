@@ -1,4 +1,7 @@
-"""Keeps the processes of `moltbot start` alive, and takes them down in order. One thread, woken by events only."""
+"""Keeps the processes of `moltbot start` alive, and takes them down in order.
+
+One thread, woken by events, and now and then to see whether the cores still answer.
+"""
 
 from __future__ import annotations
 
@@ -15,6 +18,7 @@ from contextlib import contextmanager
 from types import FrameType
 from typing import IO, Any
 
+from moltbot_server.cli import pulse
 from moltbot_server.cli.children import Child, status_in_words
 from moltbot_server.cli.terminal import Exit
 from moltbot_server.cli.watcher import EVERY, Watcher
@@ -60,6 +64,8 @@ class Supervisor:
         self._renew = renew
         self._watcher = watcher
         self._selector = selectors.DefaultSelector()
+        self._pulse = pulse.Pulse(self._selector)
+        self._look_at = 0.0  # when the cores are asked next how they are
         self._said: dict[str, Mapping[str, Any]] = {}  # by the names of those that told that they serve
         self._ready = False
         self._asked = 0  # how often somebody asked us to stop
@@ -112,6 +118,7 @@ class Supervisor:
                 signal.signal(number, handler)
             for child in self._children:
                 child.send(signal.SIGKILL)  # only after a fault of ours is there anything left
+            self._pulse.close()
             self._selector.close()
             reader.close()
             writer.close()
@@ -133,6 +140,8 @@ class Supervisor:
             times.append(now + _LOOK if self._all_said else self._deadline)
         if self._stage is not None:
             times.append(self._deadline)
+        elif self._ready:
+            times.append(self._look_at)
         if self._watcher:
             times.append(now + EVERY)
         if self._turn:
@@ -219,6 +228,9 @@ class Supervisor:
                 log.error("MoltBot did not become ready in time", extra={"seconds": _LONGEST_START})
                 self._status = int(Exit.FAILED)
                 self._begin_to_stop()
+        if self._ready and now >= self._look_at:
+            self._look_at = now + pulse.EVERY
+            self._end_silent()
         if self._wanted_anew and self._ready:
             self._wanted_anew = False
             if not self._turn and self._renew():
@@ -230,6 +242,15 @@ class Supervisor:
             log.info("a file has changed", extra={"file": changed[0].name})
             if self._renew():
                 self._start_all_again()
+
+    def _end_silent(self) -> None:
+        """Kill cores that stand still: others can have their turns only when they are gone."""
+        running = {child.plan.name: child for child in self._children if child.process}
+        told = {name: str(said["metrics"]) for name, said in self._said.items() if said.get("metrics")}
+        for name in self._pulse.look({name: address for name, address in told.items() if name in running}):
+            fields = {"child": name, "child_pid": running[name].pid, "seconds": pulse.EVERY * pulse.PATIENCE}
+            log.warning("a process does not answer and is killed", extra=fields)
+            running[name].send(signal.SIGKILL)
 
     def _go_round(self, now: float) -> None:
         """Tell the next process to leave when all others serve; kill it when it does not."""

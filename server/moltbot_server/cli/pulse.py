@@ -1,0 +1,76 @@
+"""Whether processes still answer: their `/health` is asked again and again, and nobody waits for it."""
+
+from __future__ import annotations
+
+import contextlib
+import selectors
+import socket
+from collections.abc import Mapping, Sequence
+
+EVERY = 2.0
+"""Seconds between two looks."""
+PATIENCE = 5
+"""Looks at which a process may owe an answer. Looks and no seconds: when all of us stood still, nobody is to blame."""
+
+_QUESTION = b"GET /health HTTP/1.0\r\n\r\n"
+
+
+class Pulse:
+    """Asks processes how they are by the selector of whoever looks; whatever they answer, they are there."""
+
+    def __init__(self, selector: selectors.BaseSelector) -> None:
+        """The callbacks that it registers with `selector` are the data of its keys, to be called without arguments."""
+        self._selector = selector
+        self._asked: dict[str, socket.socket] = {}
+        self._looks: dict[str, int] = {}
+
+    def look(self, addresses: Mapping[str, str]) -> Sequence[str]:
+        """Return the names of those that owe an answer for too long, and ask all that owe none.
+
+        `addresses` are those of their ports for operators, such as `127.0.0.1:9464`. One that is named is forgotten, so
+        that whoever comes in its place is asked as if it were the first.
+        """
+        for name in self._asked.keys() - addresses.keys():
+            self._forget(name)
+        for name, address in addresses.items():
+            if name in self._asked:
+                self._looks[name] += 1
+            else:
+                self._ask(name, address)
+        silent = [name for name, looks in self._looks.items() if looks >= PATIENCE]
+        for name in silent:
+            self._forget(name)
+        return silent
+
+    def close(self) -> None:
+        """Ask nobody any more."""
+        for name in tuple(self._asked):
+            self._forget(name)
+
+    def _ask(self, name: str, address: str) -> None:
+        host, _, port = address.rpartition(":")
+        asked = socket.socket(socket.AF_INET6 if ":" in host else socket.AF_INET, socket.SOCK_STREAM)
+        asked.setblocking(False)
+        try:
+            asked.connect_ex((host.strip("[]"), int(port)))
+        except (OSError, ValueError):
+            asked.close()
+            return  # no address that can be asked; it proves nothing
+        self._asked[name], self._looks[name] = asked, 0
+        self._selector.register(asked, selectors.EVENT_WRITE, lambda: self._say(name, asked))
+
+    def _say(self, name: str, asked: socket.socket) -> None:
+        """Put the question, now that the connection stands; one that was refused says that nobody is there to ask."""
+        try:
+            asked.send(_QUESTION)
+        except OSError:
+            self._forget(name)
+        else:
+            self._selector.modify(asked, selectors.EVENT_READ, lambda: self._forget(name))
+
+    def _forget(self, name: str) -> None:
+        asked = self._asked.pop(name)
+        del self._looks[name]
+        with contextlib.suppress(KeyError):
+            self._selector.unregister(asked)
+        asked.close()

@@ -1,0 +1,84 @@
+"""Who is asked how it does, and who is told to stand still."""
+
+from __future__ import annotations
+
+import selectors
+import socket
+from collections.abc import Iterator
+
+import pytest
+from moltbot_server.cli.pulse import PATIENCE, Pulse
+from moltbot_server.ops import OpsServer
+
+
+@pytest.fixture
+def selector() -> Iterator[selectors.BaseSelector]:
+    """A selector, which has nothing left in it at the end."""
+    with selectors.DefaultSelector() as selector:
+        yield selector
+        assert not selector.get_map()
+
+
+@pytest.fixture
+def pulse(selector: selectors.BaseSelector) -> Iterator[Pulse]:
+    """What asks."""
+    pulse = Pulse(selector)
+    yield pulse
+    pulse.close()
+
+
+@pytest.fixture
+def silent() -> Iterator[str]:
+    """The address of one that stands still: the system takes connections for it, and it takes none of them up."""
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+        yield f"127.0.0.1:{listener.getsockname()[1]}"
+
+
+def settle(selector: selectors.BaseSelector) -> None:
+    """Let what comes within a moment come."""
+    while events := selector.select(0.2):
+        for key, _ in events:
+            key.data()
+
+
+def test_who_owes_an_answer_at_look_after_look_is_named_once(
+    selector: selectors.BaseSelector, pulse: Pulse, silent: str
+) -> None:
+    named = []
+    for _ in range(PATIENCE + 2):
+        named.append(pulse.look({"core": silent}))
+        settle(selector)
+    assert named == [*[[]] * PATIENCE, ["core"], []]
+
+
+def test_who_answers_whatever_it_says_is_never_named(selector: selectors.BaseSelector, pulse: Pulse) -> None:
+    asked = []
+    ill = OpsServer(
+        host="127.0.0.1", port=0, metrics=lambda: b"", health=lambda: asked.append(1) or {"status": "leaving"}
+    )
+    try:
+        for _ in range(PATIENCE + 2):
+            assert pulse.look({"core": ill.address}) == []
+            settle(selector)
+    finally:
+        ill.close()
+    assert len(asked) == PATIENCE + 2
+
+
+def test_a_port_that_is_closed_and_an_address_that_is_none_prove_nothing(
+    selector: selectors.BaseSelector, pulse: Pulse
+) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+        port = listener.getsockname()[1]
+    for _ in range(PATIENCE + 2):
+        assert pulse.look({"core": f"127.0.0.1:{port}", "odd": "nowhere"}) == []
+        settle(selector)
+
+
+def test_who_is_not_looked_at_any_more_begins_anew(selector: selectors.BaseSelector, pulse: Pulse, silent: str) -> None:
+    for _ in range(PATIENCE):
+        pulse.look({"core": silent})
+    assert pulse.look({}) == []
+    for _ in range(PATIENCE):
+        assert pulse.look({"core": silent}) == []
+    assert pulse.look({"core": silent}) == ["core"]
