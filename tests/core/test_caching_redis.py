@@ -186,6 +186,27 @@ async def test_a_redis_that_hangs_delays_nobody_for_long_and_is_left_alone_then(
     assert await found(backend) == b"answer"
 
 
+async def test_who_clears_a_redis_that_hangs_hears_so_within_seconds(
+    connect: Connect, redis: RedisProcess, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    assert redis_backend._LONGEST_SILENCE <= 5.0
+    monkeypatch.setattr(redis_backend, "_LONGEST_SILENCE", 0.2)
+    backend = connect()
+    await backend.start()
+    redis.hang()
+
+    began = time.perf_counter()
+    with pytest.raises(
+        StorageUnavailable, match=r"not cleared: Redis at \S+ does not answer. No entries were forgotten"
+    ):
+        await backend.clear("w")
+
+    assert time.perf_counter() - began < 10.0
+    redis.go_on()
+    await holds(lambda: backend.there)
+    assert await backend.clear("w") == 0
+
+
 async def test_a_redis_that_is_full_still_reads(connect: Connect, redis: RedisProcess) -> None:
     backend = connect()
     await backend.start()

@@ -45,6 +45,7 @@ def test_five_failures_in_a_row_put_a_model_to_rest() -> None:
         recent_attempts=5,
         rest=pytest.approx(0.7, abs=0.1),
         first_token=None,
+        attempts=5,
     )
     ear = rig.ask()
     assert (rig.a.asked, ear.attempts) == (5, [("a", "SKIPPED"), ("b", "ANSWERED")])
@@ -283,6 +284,7 @@ def test_a_provider_that_asked_to_wait_is_not_called_before_its_time_even_if_nob
         recent_attempts=0,
         rest=20.0,
         first_token=None,
+        attempts=0,
     )
     rig.a.rest = 0.0
     assert rig.ask().end.model == "a"

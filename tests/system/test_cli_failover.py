@@ -133,6 +133,7 @@ class TestRoutes:
         configure(home, f"providers:\n{providers}models: {{primary: sick-model, fallback: [well-model]}}\n")
         home.variables |= {"SICK_API_KEY": "a-key-0123456789", "WELL_API_KEY": "a-key-0123456789"}
         async with home.started():
+            before = (await home.run("route", "list")).out.splitlines()
             told = [(await home.run("chat", "--json", "Hello")).json["text"] for _ in range(6)]
             (route,) = (await home.run("route", "list", "--json")).json["routes"]
             table = (await home.run("route", "list")).out.splitlines()
@@ -151,8 +152,11 @@ class TestRoutes:
         assert "503" in sick["reason"]
         assert (well["state"], well["error_rate"], well["rest_ms"], well["reason"]) == ("closed", 0.0, 0.0, "")
         assert well["first_token_ms"] > 0
+        assert well["attempts"] == 6
         assert table[0].split()[:3] == ["ROUTE", "MODEL", "STATE"]
         assert table[1].startswith("default *  sick-model")
+        assert [" ".join(line.split()[-7:]) for line in before[1:]] == ["not asked yet - 0 - -"] * 2
+        assert " in use " in table[2]
         assert (refused.status, refused.out) == (78, "")
         assert "nothing was changed" in refused.err
         assert "nobody-knows-this" in refused.err

@@ -21,7 +21,7 @@ from moltbot_server.cli.terminal import Exit, Failure, command, harmless
 
 _Answer = TypeVar("_Answer")
 _PATIENCE = 30.0
-_STATES = {"CLOSED": "asked", "OPEN": "rests", "HALF_OPEN": "on trial"}
+_STATES = {"CLOSED": "in use", "OPEN": "rests", "HALF_OPEN": "on trial"}
 
 
 @told
@@ -115,6 +115,7 @@ def _entry(route: route_pb2.Route) -> dict[str, Any]:
                 "reason": model.reason,
                 "error_rate": round(model.error_rate, 4),
                 "recent_attempts": model.recent_attempts,
+                "attempts": model.attempts,
                 "first_token_ms": _ms(model.first_token) if model.HasField("first_token") else None,
                 "rest_ms": _ms(model.rest) if model.HasField("rest") else 0.0,
             }
@@ -142,11 +143,17 @@ def _rows(routes: Sequence[Mapping[str, Any]]) -> Iterator[tuple[str, ...]]:
             yield (
                 name,
                 harmless(model["model"]),
-                _STATES.get(model["state"].upper(), model["state"]),
-                f"{model['error_rate']:.0%}",
+                _state(model),
+                f"{model['error_rate']:.0%}" if model["recent_attempts"] else "-",
                 str(model["recent_attempts"]),
                 "-" if first is None else f"{first:,.0f} ms",
                 f"{model['rest_ms'] / 1000:.1f} s" if model["rest_ms"] else "-",
                 harmless(model["reason"]),
             )
             name = ""
+
+
+def _state(model: Mapping[str, Any]) -> str:
+    if model["state"] == "closed" and not model["attempts"]:
+        return "not asked yet"
+    return _STATES.get(model["state"].upper(), model["state"])

@@ -15,8 +15,8 @@ _SILENT = 2.0  # seconds; a core that was killed is most often there again befor
 class Shown:
     """Writes an answer to the standard output as its events come.
 
-    At a terminal thoughts, waits and notices, such as a switch of the model, appear dimly beside it, and nothing in them
-    can command the terminal. A file or a pipe gets the answer's own text, as it is; notices go to the standard error.
+    At a terminal thoughts, waits and notices, such as a switch of the model, appear dimly beside it, and nothing in
+    them can command the terminal. A file or a pipe gets the answer's own text; notices go to the standard error.
     """
 
     def __init__(self) -> None:

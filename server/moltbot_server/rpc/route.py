@@ -64,4 +64,5 @@ def _model(model: ModelOfRoute) -> route_pb2.RouteModel:
         recent_attempts=model.recent_attempts,
         rest=convert.duration(model.rest) if model.rest else None,
         first_token=None if model.first_token is None else convert.duration(model.first_token),
+        attempts=model.attempts,
     )

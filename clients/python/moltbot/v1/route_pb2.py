@@ -25,7 +25,7 @@ _sym_db = _symbol_database.Default()
 from google.protobuf import duration_pb2 as google_dot_protobuf_dot_duration__pb2
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x16moltbot/v1/route.proto\x12\nmoltbot.v1\x1a\x1egoogle/protobuf/duration.proto\"Q\n\x05Route\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\x12\n\nis_default\x18\x02 \x01(\x08\x12&\n\x06models\x18\x03 \x03(\x0b\x32\x16.moltbot.v1.RouteModel\"\xda\x01\n\nRouteModel\x12\r\n\x05model\x18\x01 \x01(\t\x12\'\n\x05state\x18\x02 \x01(\x0e\x32\x18.moltbot.v1.BreakerState\x12\x0e\n\x06reason\x18\x03 \x01(\t\x12\x12\n\nerror_rate\x18\x04 \x01(\x02\x12\x17\n\x0frecent_attempts\x18\x05 \x01(\x05\x12\'\n\x04rest\x18\x06 \x01(\x0b\x32\x19.google.protobuf.Duration\x12.\n\x0b\x66irst_token\x18\x07 \x01(\x0b\x32\x19.google.protobuf.Duration\"\x13\n\x11ListRoutesRequest\"7\n\x12ListRoutesResponse\x12!\n\x06routes\x18\x01 \x03(\x0b\x32\x11.moltbot.v1.Route\"\x15\n\x13ReloadRoutesRequest\"P\n\x14ReloadRoutesResponse\x12!\n\x06routes\x18\x01 \x03(\x0b\x32\x11.moltbot.v1.Route\x12\x15\n\rneeds_restart\x18\x02 \x03(\t*|\n\x0c\x42reakerState\x12\x1d\n\x19\x42REAKER_STATE_UNSPECIFIED\x10\x00\x12\x18\n\x14\x42REAKER_STATE_CLOSED\x10\x01\x12\x16\n\x12\x42REAKER_STATE_OPEN\x10\x02\x12\x1b\n\x17\x42REAKER_STATE_HALF_OPEN\x10\x03\x32\xae\x01\n\x0cRouteService\x12K\n\nListRoutes\x12\x1d.moltbot.v1.ListRoutesRequest\x1a\x1e.moltbot.v1.ListRoutesResponse\x12Q\n\x0cReloadRoutes\x12\x1f.moltbot.v1.ReloadRoutesRequest\x1a .moltbot.v1.ReloadRoutesResponseB;\n\x0e\x64\x65v.moltbot.v1P\x01Z\'moltbot.dev/client/moltbot/v1;moltbotv1b\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x16moltbot/v1/route.proto\x12\nmoltbot.v1\x1a\x1egoogle/protobuf/duration.proto\"Q\n\x05Route\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\x12\n\nis_default\x18\x02 \x01(\x08\x12&\n\x06models\x18\x03 \x03(\x0b\x32\x16.moltbot.v1.RouteModel\"\xec\x01\n\nRouteModel\x12\r\n\x05model\x18\x01 \x01(\t\x12\'\n\x05state\x18\x02 \x01(\x0e\x32\x18.moltbot.v1.BreakerState\x12\x0e\n\x06reason\x18\x03 \x01(\t\x12\x12\n\nerror_rate\x18\x04 \x01(\x02\x12\x17\n\x0frecent_attempts\x18\x05 \x01(\x05\x12\'\n\x04rest\x18\x06 \x01(\x0b\x32\x19.google.protobuf.Duration\x12.\n\x0b\x66irst_token\x18\x07 \x01(\x0b\x32\x19.google.protobuf.Duration\x12\x10\n\x08\x61ttempts\x18\x08 \x01(\x03\"\x13\n\x11ListRoutesRequest\"7\n\x12ListRoutesResponse\x12!\n\x06routes\x18\x01 \x03(\x0b\x32\x11.moltbot.v1.Route\"\x15\n\x13ReloadRoutesRequest\"P\n\x14ReloadRoutesResponse\x12!\n\x06routes\x18\x01 \x03(\x0b\x32\x11.moltbot.v1.Route\x12\x15\n\rneeds_restart\x18\x02 \x03(\t*|\n\x0c\x42reakerState\x12\x1d\n\x19\x42REAKER_STATE_UNSPECIFIED\x10\x00\x12\x18\n\x14\x42REAKER_STATE_CLOSED\x10\x01\x12\x16\n\x12\x42REAKER_STATE_OPEN\x10\x02\x12\x1b\n\x17\x42REAKER_STATE_HALF_OPEN\x10\x03\x32\xae\x01\n\x0cRouteService\x12K\n\nListRoutes\x12\x1d.moltbot.v1.ListRoutesRequest\x1a\x1e.moltbot.v1.ListRoutesResponse\x12Q\n\x0cReloadRoutes\x12\x1f.moltbot.v1.ReloadRoutesRequest\x1a .moltbot.v1.ReloadRoutesResponseB;\n\x0e\x64\x65v.moltbot.v1P\x01Z\'moltbot.dev/client/moltbot/v1;moltbotv1b\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
@@ -33,20 +33,20 @@ _builder.BuildTopDescriptorsAndMessages(DESCRIPTOR, 'moltbot.v1.route_pb2', _glo
 if not _descriptor._USE_C_DESCRIPTORS:
   _globals['DESCRIPTOR']._loaded_options = None
   _globals['DESCRIPTOR']._serialized_options = b'\n\016dev.moltbot.v1P\001Z\'moltbot.dev/client/moltbot/v1;moltbotv1'
-  _globals['_BREAKERSTATE']._serialized_start=557
-  _globals['_BREAKERSTATE']._serialized_end=681
+  _globals['_BREAKERSTATE']._serialized_start=575
+  _globals['_BREAKERSTATE']._serialized_end=699
   _globals['_ROUTE']._serialized_start=70
   _globals['_ROUTE']._serialized_end=151
   _globals['_ROUTEMODEL']._serialized_start=154
-  _globals['_ROUTEMODEL']._serialized_end=372
-  _globals['_LISTROUTESREQUEST']._serialized_start=374
-  _globals['_LISTROUTESREQUEST']._serialized_end=393
-  _globals['_LISTROUTESRESPONSE']._serialized_start=395
-  _globals['_LISTROUTESRESPONSE']._serialized_end=450
-  _globals['_RELOADROUTESREQUEST']._serialized_start=452
-  _globals['_RELOADROUTESREQUEST']._serialized_end=473
-  _globals['_RELOADROUTESRESPONSE']._serialized_start=475
-  _globals['_RELOADROUTESRESPONSE']._serialized_end=555
-  _globals['_ROUTESERVICE']._serialized_start=684
-  _globals['_ROUTESERVICE']._serialized_end=858
+  _globals['_ROUTEMODEL']._serialized_end=390
+  _globals['_LISTROUTESREQUEST']._serialized_start=392
+  _globals['_LISTROUTESREQUEST']._serialized_end=411
+  _globals['_LISTROUTESRESPONSE']._serialized_start=413
+  _globals['_LISTROUTESRESPONSE']._serialized_end=468
+  _globals['_RELOADROUTESREQUEST']._serialized_start=470
+  _globals['_RELOADROUTESREQUEST']._serialized_end=491
+  _globals['_RELOADROUTESRESPONSE']._serialized_start=493
+  _globals['_RELOADROUTESRESPONSE']._serialized_end=573
+  _globals['_ROUTESERVICE']._serialized_start=702
+  _globals['_ROUTESERVICE']._serialized_end=876
 # @@protoc_insertion_point(module_scope)

@@ -95,6 +95,7 @@ class RouteModel(_message.Message):
     RECENT_ATTEMPTS_FIELD_NUMBER: _builtins.int
     REST_FIELD_NUMBER: _builtins.int
     FIRST_TOKEN_FIELD_NUMBER: _builtins.int
+    ATTEMPTS_FIELD_NUMBER: _builtins.int
     model: _builtins.str
     """The model: `models/{model}`."""
     state: Global___BreakerState.ValueType
@@ -105,6 +106,10 @@ class RouteModel(_message.Message):
     """The share of lately asked times that failed: 0 to 1."""
     recent_attempts: _builtins.int
     """How many times it was asked lately."""
+    attempts: _builtins.int
+    """How many times it was asked since the core keeps count of it, which begins
+    with the core and when the model is configured anew. 0: never yet.
+    """
     @_builtins.property
     def rest(self) -> _duration_pb2.Duration:
         """Until it is asked again, when it is not now."""
@@ -123,10 +128,11 @@ class RouteModel(_message.Message):
         recent_attempts: _builtins.int = ...,
         rest: _duration_pb2.Duration | None = ...,
         first_token: _duration_pb2.Duration | None = ...,
+        attempts: _builtins.int = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["first_token", b"first_token", "rest", b"rest"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["error_rate", b"error_rate", "first_token", b"first_token", "model", b"model", "reason", b"reason", "recent_attempts", b"recent_attempts", "rest", b"rest", "state", b"state"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["attempts", b"attempts", "error_rate", b"error_rate", "first_token", b"first_token", "model", b"model", "reason", b"reason", "recent_attempts", b"recent_attempts", "rest", b"rest", "state", b"state"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

@@ -31,6 +31,7 @@ REST = 5.0
 _LONGEST_CONNECT = 2.0
 _SOON = 0.5  # seconds that a start waits for Redis
 _LONGEST_CLEAR = 30.0
+_LONGEST_SILENCE = 5.0  # seconds in which not even a part of what is cleared was done; somebody waits for it
 _TOGETHER = 256
 _LARGEST = 1 << 20
 _MOST_UNWRITTEN = 16 << 20
@@ -60,7 +61,7 @@ class RedisBackend:
             protocol=2,
             retry=Retry(NoBackoff(), 0),
             socket_connect_timeout=_LONGEST_CONNECT,
-            socket_timeout=_LONGEST_CLEAR,
+            socket_timeout=_LONGEST_SILENCE,
             client_name="moltbot",
         )
         self._keep_ms = max(1, round(ttl * 1000))
@@ -128,7 +129,9 @@ class RedisBackend:
         except _PROBLEMS as problem:
             self._fail(problem)
             raise StorageUnavailable(
-                f"Redis at {self.address} does not answer; {cleared} entries were forgotten.", retry_after=REST
+                f"The cache was not cleared: Redis at {self.address} does not answer. "
+                f"{cleared or 'No'} entries were forgotten.",
+                retry_after=REST,
             ) from None
 
     # --- what travels together ---------------------------------------------------------------------------------------

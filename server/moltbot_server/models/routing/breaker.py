@@ -65,6 +65,7 @@ class Breaker:
         self.limits = limits
         self._names = {"route": route, "model": model}
         self.reason = ""
+        self.attempts = 0
         self._draw = draw
         self._lately = _Window(limits.window)
         self._first_tokens: deque[float] = deque(maxlen=_FIRST_TOKENS_KEPT)
@@ -130,6 +131,7 @@ class Breaker:
 
     def begin(self, now: float) -> Trial:
         """Take note that the model is asked."""
+        self.attempts += 1
         probe = self._open and now >= self._until and not self._probing
         self._probing = self._probing or probe
         return Trial(now, self._epoch, probe)

@@ -21,7 +21,10 @@ Find = Callable[[str], CatalogEntry]
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ModelOfRoute:
-    """A model of a route, and how it is; see the contract's `RouteModel`. Times are seconds."""
+    """A model of a route, and how it is; see the contract's `RouteModel`. Times are seconds.
+
+    `attempts` are all since its breaker remembers, `recent_attempts` those of late.
+    """
 
     model: str
     state: BreakerState
@@ -30,6 +33,7 @@ class ModelOfRoute:
     recent_attempts: int
     rest: float
     first_token: float | None
+    attempts: int
 
 
 class Obstacle(NamedTuple):
@@ -100,7 +104,7 @@ class Candidate:
         except MoltBotError as problem:
             return ModelOfRoute(
                 model=self.name, state=BreakerState.OPEN, reason=problem.message,
-                error_rate=0.0, recent_attempts=0, rest=0.0, first_token=None,
+                error_rate=0.0, recent_attempts=0, rest=0.0, first_token=None, attempts=0,
             )  # fmt: skip
         breaker = self.breaker(entry.engine.id)
         obstacle = self.obstacle(now)
@@ -116,6 +120,7 @@ class Candidate:
             recent_attempts=breaker.recent_attempts(now),
             rest=rest,
             first_token=breaker.first_token,
+            attempts=breaker.attempts,
         )
 
 
