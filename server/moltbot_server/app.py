@@ -190,7 +190,10 @@ class Core:
             await self.server.start()
             undo.push_async_callback(self.server.stop, 0.0)
             undo.push_async_callback(self.peers.close)
-            await self.store.advertise(self.settings.reached_at(self.server.port))
+            reached_at = self.settings.reached_at(self.server.port)
+            if self.settings.store.type == "redis":
+                await self.peers.prove(self.server.address, reached_at)
+            await self.store.advertise(reached_at)
             undo.pop_all()
         self._serving = True
         if self._worker <= 1:  # of several, one does it

@@ -22,6 +22,7 @@ from moltbot.v1 import chat_pb2_grpc, session_pb2_grpc
 from moltbot_server.errors import MoltBotError, NotServing
 from moltbot_server.metrics import Metrics
 from moltbot_server.rpc.interceptors import Call, PassedOn
+from moltbot_server.rpc.peer_trust import distrust, prove
 from moltbot_server.rpc.remote_errors import error_of, was_lost, was_told
 from moltbot_server.rpc.siblings import FORWARDED
 from moltbot_server.store import Store
@@ -52,7 +53,7 @@ class Peers:
     """The other nodes, and the connections to those that were asked something lately."""
 
     def __init__(self, store: Store, metrics: Metrics, *, tls: bool = False, ca: Path | None = None) -> None:
-        """Nodes on other machines are spoken to encrypted if `tls`, and proved by `ca` or the system's certificates."""
+        """Nodes on other machines are spoken to encrypted if `tls`, and proved by `ca` or by what gRPC brings."""
         self._store = store
         self._counts = metrics.forwarded
         self._tls, self._ca = tls, ca
@@ -78,6 +79,11 @@ class Peers:
             while (response := await made.read()) is not aio.EOF:
                 yield response
 
+    async def prove(self, bound: str, advertised: str) -> None:
+        """Warn where other nodes would not trust this one, which listens at `bound` and is reached at `advertised`."""
+        if self._tls and not bound.startswith("unix:"):
+            await prove(bound, advertised, self._roots())
+
     async def close(self) -> None:
         """End the calls under way, and the connections."""
         peers, self._peers = self._peers, {}
@@ -96,6 +102,7 @@ class Peers:
             outcome = problem.code().name
             if was_lost(problem) or (problem.code() is grpc.StatusCode.CANCELLED and not was_told(problem)):
                 outcome = "LOST"
+                peer.lost(problem)
                 raise _lost() from None
             if was_told(problem):
                 raise PassedOn(problem) from None
@@ -133,8 +140,10 @@ class Peers:
     def _channel(self, address: str) -> aio.Channel:
         if address.startswith("unix:") or not self._tls:
             return aio.insecure_channel(address, options=_OPTIONS)
-        roots = self._ca.read_bytes() if self._ca is not None else None
-        return aio.secure_channel(address, grpc.ssl_channel_credentials(roots), options=_OPTIONS)
+        return aio.secure_channel(address, grpc.ssl_channel_credentials(self._roots()), options=_OPTIONS)
+
+    def _roots(self) -> bytes | None:
+        return self._ca.read_bytes() if self._ca is not None else None
 
     async def _forget_idle(self) -> None:
         until = time.monotonic() - _KEPT_IDLE
@@ -152,6 +161,7 @@ class _Peer:
         self._calls: set[Any] = set()
         self._watch: asyncio.Task[None] | None = None
         self._idle_since = time.monotonic()
+        self._distrusted = ""
         self.gone = False
 
     @property
@@ -173,6 +183,13 @@ class _Peer:
         """Take note that a call is over."""
         self._calls.discard(made)
         self._idle_since = time.monotonic()
+
+    def lost(self, problem: aio.AioRpcError) -> None:
+        """Take note that a call broke off; what a setting is to blame for is told once."""
+        why = distrust(problem)
+        if why and why != self._distrusted:
+            log.warning("another core is not trusted", extra={"address": self._address, "problem": why})
+        self._distrusted = why or self._distrusted
 
     async def close(self) -> None:
         """End the calls and the connection."""
