@@ -20,6 +20,7 @@ BENCH_ARGS ?= --json
 LOAD_ARGS ?=
 KILLS ?= 100
 FAULT_ARGS ?= --rigs 2
+DELIVERY_ARGS ?= --store redis --nodes 2
 SCHEDULES ?= 20000
 BUGS ?=
 TURNS ?= 20000
@@ -28,7 +29,7 @@ ACCEPTS ?= 1000
 
 export PATH := $(CURDIR)/$(BIN):$(CURDIR)/.tools/bin:$(PATH)
 
-.PHONY: help install run test test-convert check fmt proto proto-check proto-accept docs bench load faults simulate seeded-bugs soak accepts lock clean
+.PHONY: help install run test test-convert check fmt proto proto-check proto-accept docs bench load faults deliveries simulate seeded-bugs soak accepts lock clean
 
 help: ## Lists the tasks
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-13s %s\n", $$1, $$2 }' $(firstword $(MAKEFILE_LIST))
@@ -83,6 +84,10 @@ load: $(DEV) ## Drives a core with ghz (ADDRESS=host:port for one that runs alre
 
 faults: $(DEV) ## Kills cores under load and checks what everybody was told (KILLS=1000 for more)
 	@exec $(BIN)/python tests/faults/fault_run.py --kills $(KILLS) $(FAULT_ARGS)
+
+deliveries: $(DEV) ## Kills cores and adapters, and checks what a platform was given (KILLS=1000 for more)
+	@scripts/tools redis
+	@exec $(BIN)/python tests/faults/delivery_run.py --kills $(KILLS) $(DELIVERY_ARGS)
 
 simulate: $(DEV) ## Plays turns and faults in virtual time (SCHEDULES=1000000 for more)
 	@exec $(BIN)/python tests/faults/simulation.py --schedules $(SCHEDULES)

@@ -1,6 +1,6 @@
 """Kills cores and adapters at random moments while answers go to places, and checks what a platform was given.
 
-`python tests/faults/delivery_run.py --kills 100` ends with one line, `kills=… turns=… lost=… duplicated=… mixed=…
+`make deliveries KILLS=100` ends with one line, `kills=… turns=… lost=… duplicated=… mixed=…
 out_of_order=…`, and 1 when anything was broken.
 """
 
