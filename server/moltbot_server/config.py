@@ -10,7 +10,7 @@ import ipaddress
 import re
 import socket
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from dataclasses import MISSING, dataclass, field, fields
+from dataclasses import MISSING, dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -82,6 +82,7 @@ class Settings:
     """The server's settings. Durations are seconds, sizes bytes; a port of 0 takes any free one.
 
     `origins` maps a key to the place that set it, such as `.env:4`, for messages about a value that turns out wrong.
+    `beneath` has what files and the environment, or else the default, say of the keys that a flag decided.
     `engine` is empty for models of MoltBot's own choosing, `inline`, or the address of an engine that runs elsewhere.
     `workers` are cores that share the work of this machine; as many serve HTTP unless `http_workers` says otherwise.
     `advertise` is where other nodes reach this one, `HOST:PORT`; empty: at what it is bound to, or by its name.
@@ -137,6 +138,7 @@ class Settings:
     currency: str = "USD"
     autoscaling: Autoscaling | None = None
     origins: Mapping[str, str] = field(default_factory=dict, repr=False, compare=False)
+    beneath: Mapping[str, Any] = field(default_factory=dict, repr=False, compare=False)
 
     def __post_init__(self) -> None:
         problems = [*self._unsafe(), *self._nonsense()]
@@ -280,7 +282,9 @@ def load_settings(
     own = read_env_file(workspace / ".env", problems)
     problems += (unknown(name, place.where, ENV_NAMES) for name, place in own.items() if not _known(name))
     given |= _named(own.items(), ENV_NAMES) | _named(read_environ(environ), ENV_NAMES)
-    for key, flag in read_flags(overrides or {}):
+    flags = dict(read_flags(overrides or {}))
+    beneath = defaults() | read({key: value for key, value in given.items() if key in flags}, KEYS, [])
+    for key, flag in flags.items():
         if key in KEYS:
             given[key] = flag
         else:
@@ -288,7 +292,8 @@ def load_settings(
     values = read(given, KEYS, problems)
     if check is not None:
         problems += (Problem(where=given[key].where, text=text) for key, text in check(values))
-    return _settings(workspace, values, {key: place.where for key, place in given.items()}, problems)
+    settings = _settings(workspace, values, {key: place.where for key, place in given.items()}, problems)
+    return replace(settings, beneath={key: beneath[key] for key in flags if key in beneath})
 
 
 def misspelled(environ: Mapping[str, str]) -> tuple[str, ...]:

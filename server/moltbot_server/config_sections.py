@@ -204,7 +204,7 @@ ROUTE_KEYS: Mapping[str, Kind] = {
     "threshold.latency": duration(0.001, 3600, bare=False),
     "threshold.error_rate": PERCENT,
     "timeout": duration(0.1, 3600),
-    "cooldown": duration(0, 3600),
+    "cooldown": duration(0.01, 3600),  # with none a model that is down would be asked by every turn
     "window": duration(1, 3600),
     "min_attempts": whole(1, 100_000),
     "retry_budget": SHARE,

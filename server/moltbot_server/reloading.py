@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import asyncio
-import dataclasses
 import logging
 from collections.abc import Callable, Sequence
 
 from moltbot_server.auth.provider_keys import HeldKeys, ProviderKeys, variables_of
 from moltbot_server.config import ConfigError, Settings
+from moltbot_server.config_keys import KEYS
+from moltbot_server.config_sources import read_text
 from moltbot_server.errors import InvalidConfiguration
 from moltbot_server.models.caching.answers import AnswerCache
 from moltbot_server.models.caching.building import routing_digest
@@ -23,8 +24,8 @@ log = logging.getLogger(__name__)
 Reread = Callable[[], Settings]
 """Reads the configuration as the core was started with it; raises ConfigError."""
 
-_LIVE = frozenset({"providers", "models", "routes", "budgets", "currency"})
-_NO_SETTINGS = frozenset({"origins", "workspace"})
+LIVE = frozenset({"providers", "models", "routes", "budgets", "currency"})
+"""The keys and sections that a running core reads again; all others hold from its next start on."""
 
 
 class Reloading:
@@ -77,10 +78,8 @@ class Reloading:
             StorageUnavailable: the budgets cannot be counted now; nothing has changed.
         """
         async with self._one_at_a_time:
-            settings_file = Workspace(folder=self._started_with.workspace).config_file
-            if self._settings.origins and not settings_file.exists():
-                raise InvalidConfiguration(f"{settings_file} is gone; what it said holds on until there is one again")
             try:
+                await asyncio.to_thread(self._check_file)
                 settings = await asyncio.to_thread(self._reread)
                 held = await asyncio.to_thread(self._read_keys, settings)
             except (ConfigError, WorkspaceError) as problem:
@@ -108,6 +107,19 @@ class Reloading:
         if settings != self._settings or held.by_provider != self._keys.held.by_provider:
             await self.reload()
 
+    def _check_file(self) -> None:
+        """Refuse to take a file that was lost, such as by an editor that broke off, for one that asks for nothing."""
+        file = Workspace(folder=self._started_with.workspace).config_file
+        if not any(place.startswith(f"{file}:") for place in self._settings.origins.values()):
+            return
+        if (text := read_text(file)) is None:
+            raise InvalidConfiguration(f"{file} is gone; what it said holds on until there is one again")
+        if not text.strip():
+            raise InvalidConfiguration(
+                f"{file} is empty, as after a save that broke off; what it said holds on. "
+                "To have nothing set, leave a comment in it"
+            )
+
     def _read_keys(self, settings: Settings) -> HeldKeys[ProviderKey]:
         known = {name: preset.key_env for name, preset in presets().items()}
         try:
@@ -134,6 +146,15 @@ def _plan(settings: Settings) -> Plan:
 
 
 def _needs_restart(before: Settings, now: Settings) -> Sequence[str]:
-    names = (item.name for item in dataclasses.fields(Settings))
-    changed = (name for name in names if getattr(before, name) != getattr(now, name))
-    return sorted(set(changed) - _LIVE - _NO_SETTINGS)
+    """Return the keys that say something else now and hold from the next start on."""
+    later = (key for key in KEYS if key.partition(".")[0] not in LIVE)
+    return sorted(key for key in later if _said(before, key) != _said(now, key))
+
+
+def _said(settings: Settings, key: str) -> object:
+    if key in settings.beneath:  # what `moltbot start` told its core by a flag hides what the file says
+        return settings.beneath[key]
+    value: object = settings
+    for name in key.split("."):
+        value = getattr(value, name, None)  # a section may be None as a whole
+    return value

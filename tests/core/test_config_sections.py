@@ -191,6 +191,10 @@ def test_every_mistake_in_a_section_is_told_at_its_own_line(tmp_path: Path) -> N
         ("routes: {fast: {primary: a, weights: {a: -1}}}\n", "weights: found a mapping, expected a mapping of models"),
         ("routes: {f: {primary: a}, g: {primary: f}}\n", "routes.g: `f` is a route; a route names models"),
         ("routes: {f: {primary: a}}\nmodels: {primary: f}\n", "yaml:2: models: `f` is a route; a route names models"),
+        (
+            "routes: {f: {primary: a, cooldown: 0}}\n",
+            "cooldown: found '0', expected a duration such as 20ms, 3s or 5m, ",
+        ),
         ("models: {primary: a, fallback: [b, a]}\n", "models: `a` is named twice; keep one"),
         ("budgets: {scope: user}\n", "budgets: found a mapping, expected a list of mappings"),
         ("budgets: [{scope: model, period: day, max_tokens: 5}]\n", "budgets: `model` is missing: the model that"),

@@ -147,7 +147,8 @@ class TestRoutes:
         assert told == ["I am well."] * 6
         sick, well = route["models"]
         assert (route["name"], route["default"]) == ("default", True)
-        assert (sick["model"], sick["error_rate"], sick["recent_attempts"]) == ("sick-model", 1.0, 5)
+        assert (sick["model"], sick["error_rate"]) == ("sick-model", 1.0)
+        assert sick["recent_attempts"] >= 5  # on a slow machine it was tried again meanwhile
         assert sick["state"] in ("open", "half_open")
         assert "503" in sick["reason"]
         assert (well["state"], well["error_rate"], well["rest_ms"], well["reason"]) == ("closed", 0.0, 0.0, "")

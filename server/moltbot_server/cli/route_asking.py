@@ -156,4 +156,4 @@ def _rows(routes: Sequence[Mapping[str, Any]]) -> Iterator[tuple[str, ...]]:
 def _state(model: Mapping[str, Any]) -> str:
     if model["state"] == "closed" and not model["attempts"]:
         return "not asked yet"
-    return _STATES.get(model["state"].upper(), model["state"])
+    return _STATES.get(model["state"].upper(), str(model["state"]))
