@@ -257,6 +257,38 @@ async def test_a_turn_is_resumed_and_cancelled_at_any_node(nodes: list[Node]) ->
     assert three.forwarded() == {("CancelTurn", "OK"): 1}
 
 
+async def test_any_node_tells_the_turn_that_runs_in_a_session(nodes: list[Node]) -> None:
+    here, there, third = nodes
+    await there.api.run(turn("before", session=SESSION))  # which leaves the session at hand there
+    call, name = await begun(here, request_id="mine")
+    for node in nodes:
+        active = (await node.api.session(SESSION)).active_turn
+        assert (active.name, active.request_id) == (name, "mine")
+        assert active.last_sequence >= 1
+    assert here.forwarded() == {}
+    assert there.forwarded() == {("GetSession", "OK"): 1.0}
+
+    call.cancel()
+    assert await third.api.cancel(name)
+    for node in nodes:
+        assert not (await node.api.session(SESSION)).HasField("active_turn")
+    assert there.forwarded() == {("GetSession", "OK"): 1.0}
+
+
+async def test_a_session_is_told_without_its_turn_where_the_node_that_runs_it_does_not_answer(
+    nodes: list[Node], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    here, there = nodes[:2]
+    call, _ = await begun(here)
+    hangs = asyncio.Event()
+    monkeypatch.setattr(here.core.store, "get_session", lambda key: hangs.wait())
+    async with asyncio.timeout(10):
+        found = await there.api.session(SESSION)
+    assert (found.name, found.HasField("active_turn")) == (SESSION, False)
+    hangs.set()
+    call.cancel()
+
+
 async def test_a_running_session_is_deleted_and_not_reset_at_any_node(nodes: list[Node]) -> None:
     one, two, _ = nodes
     stream, _ = await begun(one)

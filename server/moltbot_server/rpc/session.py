@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import asyncio
+import contextlib
+
 from moltbot.v1 import session_pb2, session_pb2_grpc
 
 from moltbot_server.errors import NotServing, SessionNotFound
 from moltbot_server.models.context import ContextWindow
 from moltbot_server.rpc import convert, names
-from moltbot_server.rpc.interceptors import Call
+from moltbot_server.rpc.interceptors import Call, PassedOn
 from moltbot_server.rpc.peers import Peers
 from moltbot_server.sessions import Sessions
 from moltbot_server.store import Store
@@ -15,6 +18,8 @@ from moltbot_server.turns import Session, SessionKey, TurnState
 
 # A client takes 4 MiB at most unless it says otherwise; one message alone may fill that.
 _LARGEST_PAGE = 1 << 20
+_ASKED_FOR = 2.0
+"""Seconds that another node may take to tell the turn that it runs in a session."""
 
 
 class SessionService(session_pb2_grpc.SessionServiceServicer):
@@ -26,9 +31,19 @@ class SessionService(session_pb2_grpc.SessionServiceServicer):
         self._peers = peers
 
     async def GetSession(self, request: session_pb2.GetSessionRequest, call: Call) -> session_pb2.GetSessionResponse:  # type: ignore[override]
-        """Answer one session."""
+        """Answer one session, as the node tells it that runs a turn in it."""
         key = names.read_session(call.principal.workspace, request.name, "name")
-        return session_pb2.GetSessionResponse(session=await self._session(key))
+        found = await self._session(key)
+        if not found.HasField("active_turn") and (node := await self._runs_elsewhere(key)):
+            # One that does not answer leaves its turn untold: the rest is known here as well.
+            with contextlib.suppress(NotServing, PassedOn, TimeoutError):
+                async with asyncio.timeout(_ASKED_FOR):
+                    elsewhere = NotServing.elsewhere(node)
+                    told: session_pb2.GetSessionResponse = await self._peers.unary(
+                        "GetSession", request, call, elsewhere
+                    )
+                    return told
+        return session_pb2.GetSessionResponse(session=found)
 
     async def ListSessions(  # type: ignore[override]
         self, request: session_pb2.ListSessionsRequest, call: Call
@@ -98,6 +113,11 @@ class SessionService(session_pb2_grpc.SessionServiceServicer):
             )
             return answer
         return session_pb2.DeleteSessionResponse()
+
+    async def _runs_elsewhere(self, key: SessionKey) -> str:
+        """Return the other node that runs turns of a session, empty for none."""
+        stored = await self._store.load_session(key, 0) if self._store.shared else None
+        return stored.running_on if stored is not None and stored.running_on != self._store.node else ""
 
     async def _session(self, key: SessionKey) -> session_pb2.Session:
         session = await self._store.get_session(key)
