@@ -55,7 +55,9 @@ class Session(_message.Message):
 
     @_builtins.property
     def active_turn(self) -> _chat_pb2.Turn:
-        """The turn that runs in it now; not set when none does."""
+        """The turn that runs in it now; not set when none does. Of several cores,
+        each lists those that it runs itself; `GetSession` answers all of them.
+        """
 
     def __init__(
         self,
