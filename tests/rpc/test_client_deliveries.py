@@ -12,8 +12,7 @@ from pathlib import Path
 import pytest
 from breaking_line import breaking_line
 from core_process import CoreProcess
-from moltbot import Delivery, MoltBot, MoltBotClientError
-from moltbot.v1.chat_pb2 import Place
+from moltbot import Delivery, MoltBot, MoltBotClientError, Place
 from moltbot_server.config_models import Delivering
 from moltbot_server.testing import RunningServer, running_server
 from moltbot_server.workspace import Workspace
