@@ -11,6 +11,8 @@ from pathlib import Path
 
 import pytest
 from cli_process import ANY_PORTS, COMMAND, Home
+from moltbot_server.auth.vault import Vault
+from moltbot_server.workspace import Workspace
 
 
 @pytest.fixture
@@ -53,6 +55,26 @@ async def test_init_makes_a_private_workspace_once_and_names_the_next_command(ho
     again = await home.run("init")
     assert (again.status, key.read_text()) == (0, text)
     assert "nothing was changed" in again.out
+
+
+async def test_init_tells_of_a_vault_whose_key_is_lost_and_does_not_call_the_workspace_complete(home: Home) -> None:
+    await home.run("init")
+    Vault(Workspace(folder=home.workspace), {}).add("openai", "sk-not-a-real-key-0123456789")
+    (home.workspace / "vault.key").unlink()
+    again = await home.run("init")
+    assert again.status == 0
+    assert "complete" not in again.out
+    assert again.err.startswith("moltbot: the vault's master key is missing")
+
+
+async def test_init_where_moltbot_runs_says_so_instead_of_how_to_start_it(home: Home) -> None:
+    async with home.started():
+        again = await home.run("init")
+        (home.workspace / "key").unlink()
+        anew = await home.run("init")
+    assert "MoltBot runs here. Next: " in again.out
+    assert again.out.rstrip().endswith(" chat")
+    assert "stop it and start it again to use the new one" in anew.out
 
 
 async def test_init_takes_a_folder_and_repeats_it_in_the_next_command(home: Home) -> None:

@@ -256,6 +256,7 @@ class TestTrying:
         assert (second["key"], second["works"]) == (bad["id"], False)
         assert "refuses the key (401)" in second["problem"]
         assert f"mock  key {good['id']}  works (small answered in " in shown.out
+        assert (ended.err, shown.err) == ("", "")
         assert SECRET not in ended.out + shown.out
         assert OTHER not in ended.out + shown.out
 

@@ -24,7 +24,7 @@ from moltbot_server.cli.key import add_key
 from moltbot_server.cli.mock_provider import add_mock_provider
 from moltbot_server.cli.model import add_model
 from moltbot_server.cli.route import add_route
-from moltbot_server.cli.running import Running, joined, reachable
+from moltbot_server.cli.running import Running, is_held, joined, reachable
 from moltbot_server.cli.store import add_store
 from moltbot_server.cli.terminal import Exit, Failure, command, shown
 from moltbot_server.cli.usage import add_usage
@@ -209,13 +209,25 @@ def _engine(given: argparse.Namespace) -> int:
 
 
 def _init(given: argparse.Namespace) -> int:
+    from moltbot_server.cli.key_keeping import vault_problem
+
     place = find_workspace(os.environ, given.workspace)
+    had_key = place.key_file.exists()
     done = place.create()
     for line in done:
         print(line[0].upper() + line[1:] + ".")
+    problem = vault_problem(place)
     if not done:
-        print(f"The workspace {shown(place.folder)} is complete already; nothing was changed.")
-    print(f"Next: {command('start', place)}")
+        complete = "was there already" if problem else "is complete already"
+        print(f"The workspace {shown(place.folder)} {complete}; nothing was changed.")
+    if problem:
+        print(f"moltbot: {problem}", file=sys.stderr)
+    if not is_held(place):
+        print(f"Next: {command('start', place)}")
+    elif had_key:
+        print(f"MoltBot runs here. Next: {command('chat', place)}")
+    else:
+        print("MoltBot runs here with the key that it began with: stop it and start it again to use the new one.")
     return Exit.OK
 
 

@@ -107,7 +107,7 @@ def _chosen(settings: Settings, name: str) -> ModelRoute | None:
 
 
 def _candidates(spec: ModelRoute, providers: Sequence[Provider], local: Collection[str]) -> tuple[Candidate, ...]:
-    found = []
+    found, problems = [], []
     for name in (spec.primary, *spec.fallback):
         if name in LOCAL or name in local:
             found.append(Candidate(name=name))
@@ -115,8 +115,11 @@ def _candidates(spec: ModelRoute, providers: Sequence[Provider], local: Collecti
         try:
             provider, model = resolve(name, providers)
         except MoltBotError as problem:
-            raise Failure(problem.message, Exit.CONFIG) from None
-        found.append(Candidate(name=name, provider=provider, model=model))
+            problems.append(problem.message)
+        else:
+            found.append(Candidate(name=name, provider=provider, model=model))
+    if problems:
+        raise Failure("\n".join(problems), Exit.CONFIG)
     return tuple(found)
 
 

@@ -18,7 +18,7 @@ from moltbot_server.auth.vault import StoredKey, Vault, VaultError, check_text
 from moltbot_server.cli.model_place import told
 from moltbot_server.cli.reloading import Reloaded, reload_routes
 from moltbot_server.cli.terminal import Exit, Failure, command, harmless
-from moltbot_server.config import Settings, load_settings
+from moltbot_server.config import ConfigError, Settings, load_settings
 from moltbot_server.config_spelling import nearest
 from moltbot_server.models.providers import ProviderKey, presets
 from moltbot_server.workspace import Workspace, WorkspaceError, find_workspace
@@ -86,6 +86,15 @@ class Keys:
             hint = f"{harmless(name)!r}; did you mean {near}?" if near else known_are
             others = "Others are set up under `providers:` in moltbot.yaml."
             raise Failure(f"there is no provider {hint} {others}", Exit.USAGE)
+
+
+def vault_problem(workspace: Workspace) -> str:
+    """Return why the vault of a workspace cannot be opened, such as that its master key is lost; empty when it can."""
+    try:
+        Keys(workspace).vault.reload()
+    except (WorkspaceError, ConfigError) as problem:
+        return str(problem)
+    return ""
 
 
 def in_words(body: Callable[[argparse.Namespace], int]) -> Callable[[argparse.Namespace], int]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import asyncio
 import json
+import logging
 import time
 from collections.abc import Sequence
 from contextlib import aclosing
@@ -56,6 +57,8 @@ def test_keys(given: argparse.Namespace) -> int:
         keys.check_provider(given.provider)
     if not names:
         raise Failure(f"there is no key yet; add one: {command('key add PROVIDER', keys.workspace)}")
+    # What the engine has to log of a refused key is told in the line of that key.
+    logging.getLogger().addHandler(logging.NullHandler())
     tried = asyncio.run(_try_all(keys.settings, held, names, given.model))
     _tell(given, tried)
     return int(Exit.FAILED if any(one.problem for one in tried) else Exit.OK)
