@@ -38,6 +38,19 @@ _TEMPLATE = """\
 # model_type: llama2
 # model_path: /path/to/model
 # context_length: 2048
+
+# Models of others. Their keys are never written here: `moltbot key add openai` keeps one, encrypted.
+# providers:
+#   openai: {}            # its address and its models are known, as those of anthropic, deepseek, qwen and more
+#   office:               # a name of your own, for any server that speaks as OpenAI's does
+#     base_url: https://llm.example.com/v1
+#     models: [team-large]
+
+# Who answers when a turn names no model, and who stands in when that one fails; `local` is the model of this machine.
+# models:
+#   primary: gpt-4o
+#   fallback: [team-large, local]
+#   threshold: {latency: 3s, error_rate: 5%}
 """
 
 _LONGEST_SOCKET = 100  # bytes: what every system takes for the path of a Unix socket

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 
 import pytest
@@ -18,6 +19,8 @@ from moltbot_server.config import (
     Storage,
     load_settings,
 )
+from moltbot_server.models.providers import resolve
+from moltbot_server.workspace import Workspace
 
 
 def settings(folder: Path, yaml: str, environ: dict[str, str] | None = None) -> Settings:
@@ -31,6 +34,23 @@ def told(folder: Path, yaml: str) -> list[str]:
     with pytest.raises(ConfigError) as caught:
         settings(folder, yaml)
     return [str(problem).replace(f"{folder}/", "") for problem in caught.value.problems]
+
+
+@pytest.mark.parametrize("off", ["# ", "#"])
+def test_the_samples_of_a_new_workspace_hold_when_they_are_uncommented(tmp_path: Path, off: str) -> None:
+    workspace = Workspace(folder=tmp_path / "new")
+    workspace.create()
+    written = workspace.config_file.read_text()
+    assert load_settings(workspace.folder, {}) == Settings(workspace=workspace.folder)
+    samples = re.findall(r"^# (?:providers|models):\n(?:#   .*\n)+", written, re.MULTILINE)
+    assert len(samples) == 2
+
+    found = settings(tmp_path, "".join(sample.replace(f"\n{off}", "\n").removeprefix(off) for sample in samples))
+
+    assert [provider.name for provider in found.providers] == ["openai", "office"]
+    route = found.models
+    assert (route.primary, route.fallback, route.latency) == ("gpt-4o", ("team-large", "local"), 3.0)
+    assert [resolve(name, found.providers)[0].name for name in ("gpt-4o", "team-large")] == ["openai", "office"]
 
 
 def test_a_provider_of_a_preset_needs_nothing_but_its_name(tmp_path: Path) -> None:
