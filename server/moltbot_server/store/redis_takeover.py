@@ -4,8 +4,11 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import logging
 from collections.abc import Sequence
 from typing import Any
+
+import msgspec
 
 from moltbot_server.errors import MoltBotError
 from moltbot_server.store.protocol import Orphan
@@ -14,9 +17,13 @@ from moltbot_server.store.redis_nodes import NodeLease
 from moltbot_server.store.redis_rows import ORPHAN_FIELDS, base_of, key_of, orphan_from
 from moltbot_server.store.redis_scripts import scripts
 
+log = logging.getLogger(__name__)
+
 _SWEEP_EVERY = 60.0
 """Seconds after which all nodes that have turns are looked at, also those that are not known any more."""
 _TOGETHER = 64
+_DAMAGED = (msgspec.MsgspecError, ValueError, TypeError, AttributeError)
+"""What is raised by rows of which something is missing, or is not what it should be."""
 
 
 class Takeover:
@@ -91,10 +98,15 @@ class Takeover:
             commands += (("HMGET", base + b"t:" + name, *ORPHAN_FIELDS), ("XRANGE", base + b"j:" + name, "-", "+"))
 
         def read(replies: list[Any]) -> list[tuple[float, Orphan]]:
-            return [
-                (place, orphan_from(key_of(workspace, name), epoch, fields, entries))
-                for (place, name, epoch), fields, entries in zip(turns, replies[::2], replies[1::2], strict=True)
-            ]
+            found = []
+            for (place, name, epoch), fields, entries in zip(turns, replies[::2], replies[1::2], strict=True):
+                try:
+                    found.append((place, orphan_from(key_of(workspace, name), epoch, fields, entries)))
+                except _DAMAGED:
+                    # It keeps no other one waiting; whoever repeats its call starts it again.
+                    told = {"workspace": workspace, "turn": name.decode(errors="replace")}
+                    log.exception("a turn of a core that is gone cannot be read and is not carried on", extra=told)
+            return found
 
         return await self._reading.put(Call(*commands, read=read))
 
