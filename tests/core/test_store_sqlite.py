@@ -318,6 +318,24 @@ def tiny_disk(tmp_path: Path) -> Iterator[Path]:
     subprocess.run(["umount", str(folder)], check=True)
 
 
+async def test_a_damaged_turn_of_a_core_that_is_gone_keeps_no_other_one_from_being_carried_on(
+    store: SqliteStore, path: Path
+) -> None:
+    for name in "abc":
+        await store.accept(new(session=name, request_id=name, rest=TurnInput(parts=said("question"))))
+    await store.close()
+    with contextlib.closing(sqlite3.connect(path)) as connection, connection:
+        connection.execute("UPDATE turns SET rest = x'c1' WHERE session = 'b'")
+    after = SqliteStore(path)
+    await after.open()
+
+    assert [orphan.turn.key.session.session for orphan in await after.take_over()] == ["a", "c"]
+    found = await after.find_turn(new(session="b").key)
+    assert found is not None
+    assert (found.state, found.retryable) == (TurnState.FAILED, True)
+    await after.close()
+
+
 async def test_a_full_disk_refuses_writes_serves_reads_and_recovers_by_itself(tiny_disk: Path) -> None:
     store = SqliteStore(tiny_disk / "moltbot.db")
     await store.open()

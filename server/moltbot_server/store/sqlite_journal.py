@@ -7,6 +7,7 @@ could have been seen.
 
 from __future__ import annotations
 
+import logging
 import sqlite3
 from collections.abc import Callable, Collection, Iterable, Sequence
 from typing import Any
@@ -27,6 +28,8 @@ CREATE TABLE journal (
 ) WITHOUT ROWID;
 """
 
+log = logging.getLogger(__name__)
+
 _APPEND = Rows(
     "INSERT INTO journal (workspace, session, ordinal, sequence, events) "
     "SELECT column1, column2, column3, column4, column5 FROM (VALUES {rows}) AS new WHERE EXISTS ("
@@ -46,6 +49,7 @@ _FORGET = Rows(
 _NODES = "SELECT DISTINCT node FROM turns WHERE state = 'running'"
 # A turn of an earlier release, of which too little was kept to carry it on.
 _UNFINISHABLE = "UPDATE turns SET state = 'failed', events = NULL WHERE state = 'running' AND rest IS NULL AND node = ?"
+_DAMAGED = "UPDATE turns SET state = 'failed', events = NULL WHERE rowid = ?"
 _ORPHANS = "SELECT rowid, workspace, session FROM turns WHERE state = 'running' AND node = ?"
 # What others remember of the session is old from now on; so is what this node does.
 _LET_GO = "UPDATE sessions SET node = '', version = version + 1 WHERE workspace = ? AND id = ?"
@@ -105,7 +109,12 @@ def take_over(
     orphans = []
     for rowid, *_ in sorted(found):
         connection.execute(_TAKE, (node, rowid))
-        orphans.append(_orphan(connection, *connection.execute(_TAKEN, (rowid,)).fetchone()))
+        try:
+            orphans.append(_orphan(connection, *connection.execute(_TAKEN, (rowid,)).fetchone()))
+        except (msgspec.MsgspecError, ValueError, TypeError):
+            # It keeps no other one waiting, and no core from starting.
+            log.exception("a turn of a core that is gone cannot be read and is not carried on", extra={"row": rowid})
+            connection.execute(_DAMAGED, (rowid,))
     # A turn that ended while its entries were being written leaves none; this is for what nobody foresaw.
     connection.execute(
         "DELETE FROM journal WHERE NOT EXISTS (SELECT 1 FROM turns t WHERE t.workspace = journal.workspace "
