@@ -110,6 +110,23 @@ def test_events_are_read_however_they_are_cut_and_whatever_ends_a_line(end: str,
     assert found == [b'{"a":\n1}', "你好🙂".encode(), b"", b"[DONE]"]
 
 
+@pytest.mark.parametrize(
+    ("event", "payload"),
+    [
+        ("event: ping\ndata: {}", [b"{}"]),
+        ("event: ping\ndata:{}", [b"{}"]),
+        ("event: ping\ndata:  {}", [b" {}"]),
+        ("event: data: 1\ndata: 2\ndata: 3", [b"2\n3"]),
+        ("event: ping\ndata", []),
+        ("event: ping\nid: data: 1", []),
+        ("event: ping", []),
+        ("event: ping\ndata: ", [b""]),
+    ],
+)
+def test_the_name_of_an_event_is_left_out_and_its_data_is_whole(event: str, payload: list[bytes]) -> None:
+    assert EventLines().feed(f"{event}\n\n".encode()) == payload
+
+
 def test_an_event_without_an_end_is_given_up() -> None:
     events = EventLines()
     events.feed(b"data: " + b"x" * (1 << 19))

@@ -44,8 +44,11 @@ class EventLines:
         for event in events:
             if len(event) > LARGEST_EVENT:
                 raise Broken("it sent an event that is larger than 1 MiB")
+            # Without a call for the two forms in which nearly all come: the data alone, or after the event's name.
             if event.startswith(b"data: ") and b"\n" not in event:
                 found.append(event[6:])
+            elif event.startswith(b"event: ") and event.count(b"\n") == 1 and (at := event.find(b"\ndata: ")) > 0:
+                found.append(event[at + 7 :])
             elif (payload := _data(event)) is not None:
                 found.append(payload)
         return found
