@@ -212,24 +212,6 @@ async def test_what_a_node_took_over_and_did_not_hear_of_is_told_again(nodes: No
     assert await second.take_over() == []
 
 
-async def test_a_damaged_turn_keeps_no_other_one_from_being_carried_on(
-    nodes: Nodes, caplog: pytest.LogCaptureFixture
-) -> None:
-    first, second = await nodes.join(), await nodes.join()
-    for name in "abc":
-        await first.accept(new(session=name, rest=ASKED))
-    async with nodes.keys() as client:
-        assert await client.hset(f"{first.base('w')}t:1:b", "x", b"\xc1") == 0
-    await first.close()
-
-    assert [name for name, _, _ in await taken(second)] == ["a", "c"]
-    assert [record.getMessage() for record in caplog.records if record.levelname == "ERROR"] == [
-        "a turn of a core that is gone cannot be read and is not carried on"
-    ]
-    second._takeover._sweep_at = 0.0
-    assert await second.take_over() == []
-
-
 async def test_one_request_id_at_many_nodes_at_once_is_one_turn(nodes: Nodes) -> None:
     stores = [await nodes.join() for _ in range(3)]
     turns = [new(ordinal, session=name, request_id="r") for name in "abc" for ordinal in range(1, 21)]
