@@ -146,7 +146,7 @@ async def _server(what: str) -> AsyncGenerator[asyncio.subprocess.Process, None]
         await process.wait()
 
 
-async def _measure(what: str, streams: int) -> None:
+async def _measure(what: str, kinds: Sequence[str], streams: int, rounds: int) -> None:
     async with _server(what) as process:
         assert process.stdout is not None
         assert process.stdin is not None
@@ -161,13 +161,15 @@ async def _measure(what: str, streams: int) -> None:
 
         async with aio.insecure_channel(where["address"], options=_OPTIONS) as channel:
             ask = (_asks_bare if what == "bare" else _asks_core)(channel, where["key"])
-            for kind in _KINDS:
+            for kind in kinds:
                 await _make(ask, kind, streams // 5)  # which fills what is kept at hand
                 before = await now()
-                await _make(ask, kind, streams)
-                after = await now()
-                grown = {name: round((after[name] - before[name]) / streams, 2) for name in after}
-                print(json.dumps({"server": what, "kind": kind, "streams": streams, "grown": grown}), flush=True)
+                for _ in range(rounds):
+                    await _make(ask, kind, streams)
+                    after = await now()
+                    grown = {name: round((after[name] - before[name]) / streams, 2) for name in after}
+                    print(json.dumps({"server": what, "kind": kind, "streams": streams, "grown": grown}), flush=True)
+                    before = after
 
 
 async def _run(flags: argparse.Namespace) -> None:
@@ -175,13 +177,15 @@ async def _run(flags: argparse.Namespace) -> None:
         await (_serve_bare() if flags.serve == "bare" else _serve_core())
         return
     for what in flags.servers:
-        await _measure(what, flags.streams)
+        await _measure(what, flags.kinds, flags.streams, flags.rounds)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run as a program."""
     parser = argparse.ArgumentParser(description="Look what streams leave behind, in a bare server and in a core.")
     parser.add_argument("--streams", type=int, default=100_000)
+    parser.add_argument("--rounds", type=int, default=1, help="of so many streams each; a leak is in all of them")
+    parser.add_argument("--kinds", nargs="+", choices=_KINDS, default=_KINDS)
     parser.add_argument("--servers", nargs="+", choices=("bare", "core"), default=("bare", "core"))
     parser.add_argument("--serve", choices=("bare", "core"), help=argparse.SUPPRESS)
     uvloop.run(_run(parser.parse_args(arguments)))
