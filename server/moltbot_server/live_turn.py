@@ -42,6 +42,7 @@ class LiveTurn:
 
     __slots__ = (
         "_end_waiters",
+        "_expires_at",
         "_followers",
         "_held",
         "_interval",
@@ -115,6 +116,7 @@ class LiveTurn:
         self._held: list[str] = []
         self._spoke = False
         self._timer: asyncio.TimerHandle | None = None
+        self._expires_at: float | None = None
 
     @property
     def text(self) -> str:
@@ -233,19 +235,21 @@ class LiveTurn:
     @property
     def expires_at(self) -> float | None:
         """When the turn is ended, on the event loop's clock; None for never."""
-        return None if self._timer is None else self._timer.when()
+        return self._expires_at
 
     def expire_at(self, deadline: float | None) -> None:
         """End the turn at a time of the event loop's clock, if it has not ended by then."""
+        self._expires_at = deadline  # also of one that has its answer already: it may have to be begun again
         if deadline is not None and not self.closing:
             self._timer = timer_at(deadline, self._expire)
 
     def allow_until(self, deadline: float | None) -> None:
         """Let the turn go on until a later deadline, or without one: somebody with more time follows it too."""
-        if self._timer is None or (deadline is not None and deadline <= self._timer.when()):
+        if self._expires_at is None or (deadline is not None and deadline <= self._expires_at):
             return
-        self._timer.cancel()
-        self._timer = None
+        if self._timer is not None:
+            self._timer.cancel()
+            self._timer = None
         self.expire_at(deadline)
 
     def _expire(self) -> None:

@@ -341,3 +341,16 @@ def test_a_time_that_has_come_already_is_known_to_the_loop_that_a_core_runs_on()
         return called, live.late
 
     assert uvloop.run(late()) == (["now"], False)
+
+
+async def test_a_turn_that_has_its_answer_before_its_deadline_is_set_still_knows_the_deadline() -> None:
+    # The store may say that the answer came of old memory: the turn that is begun again ends by the same deadline.
+    deadline = asyncio.get_running_loop().time() + 60
+    live = begun(stored=False)
+    live.close(END)
+    live.expire_at(deadline)
+    assert live.expires_at == deadline
+
+    live.allow_until(deadline + 60)
+    assert live.expires_at == deadline + 60
+    live.let_go()
