@@ -217,3 +217,14 @@ async def test_a_core_starts_and_answers_without_the_redis_that_it_is_told_of(tm
         problem = await refused(Caches(api).clear("caches/answers"))
         assert (problem.code(), reason_of(problem)) == (grpc.StatusCode.UNAVAILABLE, "STORAGE_UNAVAILABLE")
         await api.channel.close()
+
+
+async def test_what_is_in_memory_is_cleared_although_redis_is_away(tmp_path: Path, engine: Model) -> None:
+    nowhere = Cache(type="redis", host="127.0.0.1", port=1)
+    async with running_server(tmp_path / "other", engine=engine, cache=nowhere) as server:
+        api = Api.of(server)
+        await api.run(turn("hello", session="sessions/s"))
+        problem = await refused(Caches(api).clear("caches/-"))
+        assert reason_of(problem) == "STORAGE_UNAVAILABLE"
+        assert (await Caches(api).all())["caches/sessions"].entries == 0
+        await api.channel.close()

@@ -67,7 +67,7 @@ class CacheService(cache_pb2_grpc.CacheServiceServicer):
             raise InvalidField("name", f"use one of {known}, or `{_PREFIX}{_ALL}` for all of them")
         chosen = self._caches.values() if name == _ALL else (self._caches[name],)
         cleared = 0
-        for cache in chosen:
+        for cache in sorted(chosen, key=lambda cache: cache.backend != "memory"):  # Redis may be away
             cleared += await cache.clear(call.principal.workspace)
         others = await self._siblings.carry(
             call, lambda channel, common: cache_pb2_grpc.CacheServiceStub(channel).ClearCache(request, **common)
