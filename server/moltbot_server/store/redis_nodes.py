@@ -17,7 +17,7 @@ from moltbot_server.store.redis_line import Call, Command, RedisLine
 
 log = logging.getLogger(__name__)
 
-LEASE = 4.0
+LEASE = 3.0
 """Seconds after its last renewal in which a node counts as there."""
 _RENEWALS = 5  # in the time of a lease
 
