@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import logging
 from base64 import b64encode, urlsafe_b64encode
 from collections.abc import AsyncIterator, Callable
@@ -17,7 +18,7 @@ from moltbot_server.models.providers import Cooldowns, Pools, ProviderEngine, Pr
 from moltbot_server.models.providers.keys import scrubbed
 from moltbot_server.models.providers.withholding import Withholding
 from moltbot_server.testing_provider import MockProvider, Script
-from moltbot_server.turns import GenerationOptions
+from moltbot_server.turns import GenerationOptions, Tool, ToolCallPart
 from provider_kit import DONE, HELLO, STOP, Heard, Ring, Wire, answered, provider, response, started, stream, word
 
 DIALECTS = ("openai", "anthropic")
@@ -211,6 +212,21 @@ async def test_a_key_that_comes_back_in_an_answer_is_not_told_however_it_is_cut(
     assert heard.text == text.replace(KEY, "[key]")
     assert KEY not in heard.text
     assert end.usage.output_tokens > 0
+
+
+async def test_a_key_that_comes_back_in_the_calls_of_tools_is_not_told() -> None:
+    tool = Tool(name="weather", parameters_json="{}")
+    calls = [
+        {"index": at, "id": f"call_{KEY}", "function": {"name": "weather", "arguments": json.dumps({"city": KEY})}}
+        for at in range(2)
+    ]
+    chunk = json.dumps({"choices": [{"index": 0, "delta": {"tool_calls": calls}}]})
+    async with Wire(stream(chunk, STOP, DONE)).running() as wire, started(provider(wire.address), Ring(KEY)) as engine:
+        _, end = await answered(engine, options=GenerationOptions(tools=(tool,)))
+    found = [part for part in end.attachments if isinstance(part, ToolCallPart)]
+    assert KEY not in repr(end)
+    assert [json.loads(part.arguments_json) for part in found] == [{"city": "[key]"}] * 2
+    assert len({part.call_id for part in found}) == 2
 
 
 class Told(Heard):

@@ -283,12 +283,14 @@ class ProviderAnswer:
         usage = draft.usage
         if usage == _NOTHING:  # it was not told; each piece is about a token
             usage = Usage(output_tokens=draft.written)
-        self._end(finish, usage, tuple(self._keyless(call) for call in calls))
+        self._end(finish, usage, tuple(self._keyless(call, index) for index, call in enumerate(calls)))
 
-    def _keyless(self, part: Part) -> Part:
+    def _keyless(self, part: Part, index: int) -> Part:
         if not isinstance(part, ToolCallPart):
             return part
-        return msgspec.structs.replace(part, arguments_json=self._ear.hidden(part.arguments_json))
+        # The id goes back to the provider with the tool's result: it has to stay one of its own.
+        call_id = part.call_id if self._ear.hidden(part.call_id) == part.call_id else f"call_{index}"
+        return msgspec.structs.replace(part, call_id=call_id, arguments_json=self._ear.hidden(part.arguments_json))
 
     def _end(self, finish: FinishReason, usage: Usage, calls: tuple[Part, ...] = ()) -> None:
         self._ear.let_go()
