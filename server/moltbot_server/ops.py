@@ -6,6 +6,7 @@ import contextlib
 import json
 import logging
 import socket
+import sys
 import threading
 from collections.abc import Callable, Mapping
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
@@ -65,6 +66,14 @@ class _Server(ThreadingHTTPServer):
 
     def verify_request(self, request: Any, client_address: Any) -> bool:
         return not self.closing
+
+    def handle_error(self, request: Any, client_address: Any) -> None:
+        """Say in the log, and not as `socketserver` does, that a caller got no answer; one that left is no error."""
+        problem = sys.exception()
+        if isinstance(problem, ConnectionError | TimeoutError):
+            log.debug("an operator's request was given up", extra={"problem": str(problem)})
+        else:
+            log.error("an operator's request failed", exc_info=problem)
 
 
 class _Server6(_Server):

@@ -82,3 +82,19 @@ def test_who_is_not_looked_at_any_more_begins_anew(selector: selectors.BaseSelec
     for _ in range(PATIENCE):
         assert pulse.look({"core": silent}) == []
     assert pulse.look({"core": silent}) == ["core"]
+
+
+def test_who_answers_in_pieces_is_heard_to_the_end(selector: selectors.BaseSelector, pulse: Pulse) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+        pulse.look({"core": f"127.0.0.1:{listener.getsockname()[1]}"})
+        connection, _ = listener.accept()
+        with connection:
+            settle(selector)
+            assert connection.recv(100).startswith(b"GET /health ")
+            for _ in range(3):
+                connection.sendall(b"HTTP/1.0 200 OK\r\n")
+                settle(selector)
+            connection.shutdown(socket.SHUT_WR)
+            settle(selector)
+            assert connection.recv(1) == b""  # closed, and not reset
+    assert not selector.get_map()

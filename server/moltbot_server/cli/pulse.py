@@ -12,6 +12,7 @@ EVERY = 2.0
 PATIENCE = 5
 """Looks at which a process may owe an answer. Looks and no seconds: when all of us stood still, nobody is to blame."""
 
+_MOST = 65536
 _QUESTION = b"GET /health HTTP/1.0\r\n\r\n"
 
 
@@ -66,7 +67,18 @@ class Pulse:
         except OSError:
             self._forget(name)
         else:
-            self._selector.modify(asked, selectors.EVENT_READ, lambda: self._forget(name))
+            self._selector.modify(asked, selectors.EVENT_READ, lambda: self._hear(name, asked))
+
+    def _hear(self, name: str, asked: socket.socket) -> None:
+        """Read on to the end of the answer: whoever is still writing would be told that the connection was reset."""
+        try:
+            ended = not asked.recv(_MOST)
+        except BlockingIOError:
+            return
+        except OSError:
+            ended = True
+        if ended:
+            self._forget(name)
 
     def _forget(self, name: str) -> None:
         asked = self._asked.pop(name)
