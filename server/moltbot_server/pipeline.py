@@ -260,6 +260,7 @@ class TurnPipeline:
 
     def lost(self, session: OpenSession[ContextWindow]) -> None:
         """Take note that another node has a session; a run calls this."""
+        session.is_old = True
         if self._sessions.at_hand(session.key) is session:
             self._sessions.forget(session.key)
 

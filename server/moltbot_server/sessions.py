@@ -46,7 +46,8 @@ class OpenSession(Generic[H]):
     """A session at hand: its history, its last ordinal, and the turns that wait for their place.
 
     `exists` is False while the session's row may be missing or untitled; `version` is as it was loaded, 0 when it is
-    new. `is_awaited`: the store has turns of it that this node runs, and that may not be at hand yet.
+    new. `is_awaited`: the store has turns of it that this node runs, and that may not be at hand yet. `is_old`: others
+    have had it since it was loaded; it may be at hand again as another object.
     """
 
     __slots__ = (
@@ -54,6 +55,7 @@ class OpenSession(Generic[H]):
         "exists",
         "history",
         "is_awaited",
+        "is_old",
         "key",
         "last_ordinal",
         "leader",
@@ -73,7 +75,7 @@ class OpenSession(Generic[H]):
         self.last_ordinal = last_ordinal
         self.exists = exists
         self.version = 0
-        self.is_awaited = False
+        self.is_awaited = self.is_old = False
         self.claims = 0
         self.size = 0
         self.used = 0.0

@@ -201,7 +201,10 @@ class TurnRun:
             self._pipeline.lost(self._session)
             self._drop(refusal=NotServing.elsewhere(earlier.node))
         elif self._may_start_again(earlier) and earlier.digest == live.digest and not again:
-            self._accept(again=True)
+            if self._session.is_old:  # a turn before this one was told so, and goes before it
+                self._begin_again()
+            else:
+                self._accept(again=True)
         else:
             self._drop(refusal=_content_error(earlier, live) or self._elsewhere(earlier), duplicate_of=earlier)
 

@@ -14,10 +14,11 @@ import pytest
 from kept_turns import ended, keep, key, known, new, said, texts
 from moltbot_server.errors import TurnInterrupted
 from moltbot_server.store import Elsewhere, Moved, NewTurn, Store
+from moltbot_server.store.outbox import delivery_of
 from moltbot_server.store.protocol import JournalEntry
 from moltbot_server.store.redis import RedisStore
 from moltbot_server.store.sqlite import SqliteStore
-from moltbot_server.turns import Event, TextDelta, TurnInput, TurnState
+from moltbot_server.turns import Completed, Event, Place, TextDelta, TurnInput, TurnState
 from redis.asyncio import Redis
 
 ASKED = TurnInput(parts=said("question"))
@@ -382,3 +383,23 @@ async def test_rows_of_a_release_that_knew_nothing_of_this_are_gone_on_with(redi
         assert await client.smembers(f"{base}a:s") == {b"5:s"}
     for store in nodes.joined:
         await store.close()
+
+
+async def test_what_a_node_says_of_a_turn_of_another_one_is_not_delivered(here: Store, there: Store) -> None:
+    # It began the same request under the same number, and heard too late that another node has it.
+    place = Place(channel="slack", address="C1")
+    turn = new(1, rest=msgspec.structs.replace(ASKED, reply_to=place, request_id="s-1"))
+    assert await there.accept(turn) is None
+    await there.finish(ended(turn, "", TurnState.CANCELLED))  # it was cancelled before its first word
+
+    other = ended(turn, "an answer that nobody was told")
+    assert turn.rest is not None
+    last = other.events[-1].kind
+    assert isinstance(last, Completed)
+    with pytest.raises(TurnInterrupted):
+        await here.finish(msgspec.structs.replace(other, delivery=delivery_of(turn.key, turn.rest, last)))
+
+    assert await there.outbox.due([("w", "slack")]) == []
+    stored = await there.find_turn(turn.key)
+    assert stored is not None
+    assert stored.state is TurnState.CANCELLED

@@ -105,6 +105,8 @@ WHERE sessions.workspace = recent.workspace AND sessions.id = recent.session AND
 class SqliteStore:
     """A `Store` in one file."""
 
+    away = None
+
     def __init__(self, path: Path, *, address: str = "") -> None:
         """With an `address`, at which others reach this node, several processes share the file."""
         self._path = path
@@ -399,7 +401,7 @@ class SqliteStore:
             left_out = append_entries(connection, self.node, entries)
             self._journaled.update(entry.key for entry in entries)
         lost = self._update(connection, list(ended.values())) if ended else ()
-        post_ends(connection, turns)
+        post_ends(connection, turns, self.node)
 
         def answer(turn: NewTurn | EndedTurn | tuple[JournalEntry, ...]) -> Any:
             if isinstance(turn, NewTurn):

@@ -53,7 +53,7 @@ WHERE {stored} ON CONFLICT (workspace, id) DO NOTHING
 # Whose end was stored has a delivery: in the same transaction, and once.
 _POST_STORED = _POST.format(
     stored="EXISTS (SELECT 1 FROM turns WHERE workspace = ?1 AND session = ?5 AND ordinal = ?6 AND request_id = ?7 "
-    "AND epoch = ?10 AND state <> 'running')"
+    "AND epoch = ?10 AND node = ?11 AND state <> 'running')"
 )
 _POST_ANY = _POST.format(stored="?10")
 _NEXT = """
@@ -86,11 +86,11 @@ Run = Callable[[Callable[[sqlite3.Connection], Any]], Awaitable[Any]]
 """Runs something with a connection, and returns what that returns."""
 
 
-def post_ends(connection: sqlite3.Connection, rows: Iterable[object]) -> None:
-    """Put the deliveries of ends into the outbox, if they were stored; part of the transaction that stores them."""
+def post_ends(connection: sqlite3.Connection, rows: Iterable[object], node: str) -> None:
+    """Put the deliveries of ends of a node into the outbox, if they were stored; part of that transaction."""
     for turn in rows:
         if isinstance(turn, EndedTurn) and turn.delivery is not None:
-            connection.execute(_POST_STORED, (*_columns(turn, turn.delivery), turn.epoch))
+            connection.execute(_POST_STORED, (*_columns(turn, turn.delivery), turn.epoch, node))
 
 
 def post(connection: sqlite3.Connection, turn: EndedTurn) -> None:
