@@ -7,7 +7,9 @@ import json
 import os
 import random
 import signal
-from collections.abc import AsyncIterator
+import sys
+from asyncio.subprocess import DEVNULL, PIPE, Process
+from collections.abc import AsyncIterator, Awaitable
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +19,7 @@ import openai
 import pytest
 from balancers import SILENCE, TEXT, Place, balanced
 from moltbot import Answer, MoltBot
+from moltbot.v1 import chat_pb2, chat_pb2_grpc, message_pb2, session_pb2, session_pb2_grpc
 
 KILLS = int(os.environ.get("KILLS", "4"))
 TALKERS = 8
@@ -191,6 +194,51 @@ async def test_people_go_on_though_cores_and_adapters_are_killed_behind_the_bala
             await killed.start()
             await killed.ready()
     assert min(crowd.turns.values()) >= 2, crowd.turns
+
+
+def chatting(place: Place, text: str) -> Awaitable[Process]:
+    """Start `moltbot chat` at the address of the balancer."""
+    where = ("--workspace", str(place.setup.folder), "--address", place.balancer.plain)
+    return asyncio.create_subprocess_exec(
+        *(sys.executable, "-m", "moltbot_server.cli", "chat", *where, text), stdin=DEVNULL, stdout=PIPE, stderr=PIPE
+    )
+
+
+async def test_a_balancer_that_reaches_no_core_says_unavailable_as_grpc_does(place: Place) -> None:
+    await asyncio.gather(*(node.kill() for node in place.nodes))
+    metadata = (("authorization", f"Bearer {place.key}"),)
+    turn = chat_pb2.TurnInput(parts=[message_pb2.Part(text="Hi")])
+    async with grpc.aio.insecure_channel(place.balancer.plain) as channel:
+        chat = chat_pb2_grpc.ChatServiceStub(channel)
+        with pytest.raises(grpc.aio.AioRpcError) as unary:
+            await chat.RunTurn(chat_pb2.RunTurnRequest(turn=turn), metadata=metadata, timeout=20)
+        with pytest.raises(grpc.aio.AioRpcError) as streamed:
+            await chat.StreamTurn(chat_pb2.StreamTurnRequest(turn=turn), metadata=metadata, timeout=20).read()
+        sessions = session_pb2_grpc.SessionServiceStub(channel)
+        with pytest.raises(grpc.aio.AioRpcError) as read:
+            await sessions.ListSessions(session_pb2.ListSessionsRequest(), metadata=metadata, timeout=20)
+    codes = [error.value.code() for error in (unary, streamed, read)]
+    assert codes == [grpc.StatusCode.UNAVAILABLE] * 3, [error.value.details() for error in (unary, streamed, read)]
+    asked = await chatting(place, "Hi")
+    _, why = await asyncio.wait_for(asked.communicate(), 60)
+    assert (asked.returncode, b"UNAVAILABLE" in why) == (69, True), why
+
+
+async def test_clients_wait_for_the_cores_when_the_balancer_reaches_none(place: Place) -> None:
+    async with MoltBot(place.balancer.plain, place.key) as bot, secure(place) as encrypted:
+        known = await asyncio.gather(*(each.run_turn("Hi", session="s-known") for each in (bot, encrypted)))
+        assert [each.completed.text for each in known] == ["hello"] * 2
+        streams = [asyncio.create_task(stream(bot, "Tell me", f"s-under-way{number}", TEXT)) for number in range(4)]
+        chat = await chatting(place, "Tell me")
+        assert chat.stdout is not None
+        said = await asyncio.wait_for(chat.stdout.read(1), 30)  # it is in the middle of its answer, as the streams are
+        await asyncio.gather(*(node.kill() for node in place.nodes))
+        streams += [asyncio.create_task(stream(encrypted, "Tell me", f"s-new{number}", TEXT)) for number in range(4)]
+        for node in place.nodes:
+            await node.start()
+        out, err = await asyncio.wait_for(chat.communicate(), 60)
+        assert (chat.returncode, (said + out).decode()) == (0, f"{TEXT}\n"), err
+        await asyncio.gather(*streams)
 
 
 async def test_nobody_notices_that_all_cores_are_started_again_one_by_one(place: Place) -> None:
