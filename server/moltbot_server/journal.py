@@ -245,6 +245,8 @@ class Journal:
         if found is None:
             return None
         earlier = found if isinstance(found, LiveTurn) else await self._store.find_turn(found)
+        if isinstance(earlier, LiveTurn) and earlier.digest != digest and not await earlier.settled():
+            return None  # it was refused: the request_id may be this one's, at another core
         if earlier is not None:
             same_content(earlier.digest, digest)
         return earlier

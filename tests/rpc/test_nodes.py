@@ -155,6 +155,29 @@ async def test_what_was_reset_or_deleted_at_one_node_is_so_at_all(nodes: list[No
     assert (await two.api.session(SESSION)).title == "anew"
 
 
+async def test_a_request_that_is_repeated_beside_another_of_its_id_gets_its_answer_wherever_it_is(
+    nodes: list[Node],
+) -> None:
+    # The other one is refused by the store; whoever repeats the first one must not be taken for its thief.
+    one, two, _ = nodes
+
+    async def told(node: Node, text: str, number: int) -> str:
+        session = f"sessions/repeated-{number}"
+        try:
+            return (await node.api.run(turn(text, session=session, request_id=f"r{number}"))).completed.text
+        except aio.AioRpcError as error:
+            return reason_of(error)
+
+    for number in range(15):
+        first, other, again = await asyncio.gather(
+            told(one, "mine", number), told(two, "other", number), told(two, "mine", number)
+        )
+        if first != "REQUEST_ID_REUSED":
+            assert (first, other, again) == ("1 with mine", "REQUEST_ID_REUSED", "1 with mine")
+        else:
+            assert (first, other, again) == ("REQUEST_ID_REUSED", "1 with other", "REQUEST_ID_REUSED")
+
+
 # --- one turn at a time ----------------------------------------------------------------------------------------------
 
 
