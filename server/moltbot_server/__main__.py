@@ -18,14 +18,14 @@ from typing import Any
 import uvloop
 
 from moltbot_server.config import ConfigError, Settings, load_settings
-from moltbot_server.errors import MoltBotError
+from moltbot_server.errors import MoltBotError, StorageFull, StorageUnavailable
 from moltbot_server.logs import configure_logging
 from moltbot_server.models.cpus import too_many_threads
 from moltbot_server.workspace import WorkspaceError, find_workspace
 
 log = logging.getLogger("moltbot_server.core")
 
-_BAD_CONFIGURATION = 78  # EX_CONFIG of sysexits.h
+_UNAVAILABLE, _BAD_CONFIGURATION = 69, 78  # EX_UNAVAILABLE and EX_CONFIG of sysexits.h
 _OWN = ("role", "workspace", "no_notices", "listen", "worker")
 
 Leave = Callable[[], Awaitable[None]]
@@ -72,7 +72,7 @@ async def _run(start: Callable[[], Awaitable[tuple[Mapping[str, Any], Leave]]]) 
         return 0
     except (MoltBotError, ConfigError, OSError) as error:
         print(f"moltbot: {error}", file=sys.stderr)
-        return 1 if isinstance(error, OSError) else _BAD_CONFIGURATION
+        return _status_of(error)
     print(json.dumps(ready), flush=True)
     # What is alive now stays so: the collector need not look at it again, and a turn's values are no cycles.
     gc.collect()
@@ -83,6 +83,14 @@ async def _run(start: Callable[[], Awaitable[tuple[Mapping[str, Any], Leave]]]) 
     await asked
     await stop()
     return 0
+
+
+def _status_of(error: Exception) -> int:
+    """Return the exit status of a process that could not start: whether another start may do better."""
+    if isinstance(error, OSError):
+        return 1
+    waiting_helps = isinstance(error, StorageUnavailable | StorageFull) and error.retry_after is not None
+    return _UNAVAILABLE if waiting_helps else _BAD_CONFIGURATION
 
 
 # Each role imports late what only it needs: the core none of the models' native code, the engine no store.

@@ -264,10 +264,13 @@ class Core:
 
     def health(self) -> Mapping[str, Any]:
         """Return how the core is, for `/health`."""
-        entry = self.catalog.entries[0]
-        status = (
-            "ok" if self._serving and entry.state == "ready" else "leaving" if not self._serving else "model failed"
-        )
+        entry, away = self.catalog.entries[0], self.store.away
+        if not self._serving:
+            status = "leaving"
+        elif entry.state != "ready":
+            status = "model failed"
+        else:
+            status = "ok" if away is None else "store away"
         return {
             "status": status,
             "model": entry.engine.id,
@@ -275,6 +278,9 @@ class Core:
             "model_problem": entry.message,
             "engine": "away" if self._link is not None and self._link.lost_for else "serving",
             "engine_address": INLINE if self._link is None else self._link.address,
+            "store": "ok" if away is None else f"away: {away.problem}",
+            "store_address": _place_of(self.settings),
+            "store_away_s": None if away is None else round(time.time() - away.since, 1),
             "turns_under_way": len(self.journal),
         }
 
@@ -359,6 +365,12 @@ def _models(settings: Settings, key: str, given: Catalog | None) -> tuple[Catalo
     from moltbot_server.models.building import LocalLoader, Resources, configured_catalog
 
     return given or configured_catalog(settings), None, LocalLoader(Resources.of(settings))
+
+
+def _place_of(settings: Settings) -> str:
+    """Return where turns are kept, for people."""
+    named = settings.store
+    return f"Redis at {named.host}:{named.port}" if named.type == "redis" else named.type
 
 
 def _default_of(models: Sequence[model_pb2.Model]) -> str:

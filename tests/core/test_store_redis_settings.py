@@ -48,5 +48,17 @@ async def test_a_redis_that_keeps_nothing_is_warned_of(caplog: pytest.LogCapture
 
 async def test_a_redis_that_is_not_there_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("moltbot_server.store.redis._START", 0.2)
-    with pytest.raises(MoltBotError, match=r"Redis cannot be used .*127\.0\.0\.1:1"):
+    with pytest.raises(MoltBotError, match=r"Redis at 127\.0\.0\.1:1 does not answer .*store\.host") as told:
         await RedisStore(host="127.0.0.1", port=1).open()
+    assert told.value.retry_after is not None  # another start may do better
+
+
+async def test_a_wrong_password_is_nothing_that_waiting_helps_against() -> None:
+    process = RedisProcess("secret")
+    await process.start()
+    try:
+        with pytest.raises(MoltBotError, match=r"set store\.password") as told:
+            await RedisStore(host="127.0.0.1", port=process.port, password="wrong").open()
+    finally:
+        await process.kill()
+    assert told.value.retry_after is None

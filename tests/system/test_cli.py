@@ -111,9 +111,9 @@ async def test_a_mistyped_command_is_told_the_one_that_was_meant(home: Home) -> 
 
 async def test_what_needs_a_running_moltbot_says_how_to_start_it(home: Home) -> None:
     await home.run("init")
-    with socket.create_server(("127.0.0.1", 0)) as taken:
-        port = taken.getsockname()[1]
-    (home.workspace / ".env").write_text(f"MOLTBOT_GRPC_PORT={port}\n")
+    with socket.create_server(("127.0.0.1", 0)) as taken, socket.create_server(("127.0.0.1", 0)) as web:
+        grpc_port, port = taken.getsockname()[1], web.getsockname()[1]
+    (home.workspace / ".env").write_text(f"MOLTBOT_GRPC_PORT={grpc_port}\nMOLTBOT_PORT={port}\n")
     chat = await home.run("chat", "Hi")
     assert (chat.status, chat.out) == (69, "")
     assert "MoltBot is not running" in chat.err
@@ -123,8 +123,12 @@ async def test_what_needs_a_running_moltbot_says_how_to_start_it(home: Home) -> 
     assert "MoltBot is not running" in status.out
     assert (await home.run("status", "--json")).json["running"] is False
     link = await home.run("link")
-    assert link.out.startswith("http://127.0.0.1:8000/login?code=")
-    assert "not running" in link.err
+    assert (link.status, link.out) == (69, "")
+    assert "MoltBot is not running" in link.err
+    with socket.create_server(("127.0.0.1", port)):  # an adapter that was started by itself
+        link = await home.run("link")
+    assert (link.status, link.err) == (0, "")
+    assert link.out.startswith(f"http://127.0.0.1:{port}/login?code=")
 
 
 @pytest.mark.parametrize("arguments", [("chat", "Hi"), ("link",)])

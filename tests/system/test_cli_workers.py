@@ -57,6 +57,22 @@ async def until_all_serve(home: Home) -> None:
             pass
 
 
+async def test_one_worker_that_is_stopped_does_not_make_the_others_look_dead(started: Started) -> None:
+    worker = psutil.Process(started.told()["processes"]["core-1"])
+    worker.suspend()
+    try:
+        ended = await started.home.run("status", "--json")
+        told = await started.home.run("status")
+    finally:
+        worker.resume()
+    found = ended.json
+    assert (ended.status, found["healthy"], found["model"]) == (1, False, "scripted")
+    assert (found["core"]["healthy"], found["core"]["serving"], found["core"]["workers"]) == (True, 1, 2)
+    assert found["engine"]["healthy"]
+    assert {name: worker["healthy"] for name, worker in found["workers"].items()} == {"core-1": False, "core-2": True}
+    assert "serving      1 of 2 workers" in told.out
+
+
 async def test_workers_share_the_grpc_port_and_each_tells_how_it_does_at_a_port_of_its_own(started: Started) -> None:
     told = started.told()
     assert set(told["processes"]) == {"engine", "core-1", "core-2", "http-1", "http-2"}

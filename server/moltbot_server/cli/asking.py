@@ -22,15 +22,16 @@ from moltbot_server.cli.showing import Shown
 from moltbot_server.cli.terminal import Exit, Failure, harmless, lasting
 
 CHANNEL = "cli"
-_PATIENCE = 30.0  # seconds; a person who waits for longer asks what is wrong
+_PATIENCE = 10.0  # seconds; a person who waits for longer asks what is wrong
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Place:
-    """Where a core is and the key to it."""
+    """Where a core is and the key to it. `store_away` tells which store it cannot reach; empty when it is not that."""
 
     address: str
     key: str
+    store_away: Callable[[], str] = lambda: ""
 
     def connect(self, on_repeat: Callable[[str], None] | None = None) -> MoltBot:
         """Return a client; `on_repeat` hears when something is asked for again, because the core was away."""
@@ -101,7 +102,7 @@ async def cancelling(bot: MoltBot, turn: list[str], pressed: asyncio.Event) -> A
 
 async def ask(place: Place, text: str, *, session: str, model: str, form: str) -> int:
     """Ask and print the answer; `form` is `text`, `json` or `events`. Return the exit status."""
-    shown = Shown()
+    shown = Shown(place.store_away)
     async with place.connect(shown.waits if form == "text" else None) as bot, interrupts() as pressed:
         turn: list[str] = []
         completed: chat_pb2.Completed | None = None

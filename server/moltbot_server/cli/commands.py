@@ -29,11 +29,11 @@ from moltbot_server.cli.store import add_store
 from moltbot_server.cli.terminal import Exit, Failure, command, shown
 from moltbot_server.cli.usage import add_usage
 from moltbot_server.config import ConfigError, load_settings
-from moltbot_server.workspace import WorkspaceError, find_workspace
+from moltbot_server.workspace import Workspace, WorkspaceError, find_workspace
 
 _STATUSES = """\
-exit status: 0 done; 1 failed; 2 wrong usage; 69 not running, or a port is taken; 77 not allowed;
-78 wrong configuration; 130 interrupted"""
+exit status: 0 done; 1 failed; 2 wrong usage; 69 not running, a port is taken, or the store does not answer;
+77 not allowed; 78 wrong configuration; 130 interrupted"""
 
 
 def run(arguments: Sequence[str] | None = None) -> None:
@@ -269,11 +269,12 @@ def _talk_or_ask(given: argparse.Namespace) -> int:
     from moltbot import MoltBotClientError
 
     from moltbot_server.cli.asking import Place, ask, failure
-    from moltbot_server.cli.reaching import find_core
+    from moltbot_server.cli.reaching import find_core, store_away
 
     workspace = find_workspace(os.environ, given.workspace)
     key = os.environ.get("MOLTBOT_KEY", "").strip() or workspace.read_key()
-    place = Place(address=find_core(workspace, given.address), key=key)
+    address = find_core(workspace, given.address)
+    place = Place(address=address, key=key, store_away=lambda: store_away(workspace, address))
     form = "events" if given.events else "json" if given.json else "text"
     text: str | None = given.text
     if text is None and sys.stdin.isatty() and form == "text":
@@ -295,14 +296,25 @@ def _link(given: argparse.Namespace) -> int:
     workspace = find_workspace(os.environ, given.workspace)
     workspace.read_key()
     running = Running.read(workspace)
-    if running is None:
-        settings = load_settings(workspace.folder, os.environ)
-        base = f"http://{joined(reachable(settings.host), settings.port)}"
-        print(f"moltbot: MoltBot is not running here; start it with `{command('start', workspace)}`.", file=sys.stderr)
-    else:
-        base = running.http
+    base = running.http if running else _adapter_alone(workspace)
+    if not base:
+        place = shown(workspace.folder)
+        if is_held(workspace):
+            text = f"MoltBot in {place} is being started: it prints a link itself when it is ready."
+        else:
+            text = f"MoltBot is not running in {place}: start it with `{command('start', workspace)}`."
+        raise Failure(text, Exit.UNAVAILABLE)
     print(f"{base}/login?code={workspace.mint_link(time.time())}")
     return Exit.OK
+
+
+def _adapter_alone(workspace: Workspace) -> str:
+    """Return where an adapter listens that was not started by `moltbot start`, as in a container; empty for none."""
+    from moltbot_server.cli.reaching import connects
+
+    settings = load_settings(workspace.folder, os.environ)
+    address = joined(reachable(settings.host), settings.port)
+    return f"http://{address}" if settings.port and connects(address) else ""
 
 
 def _status(given: argparse.Namespace) -> int:

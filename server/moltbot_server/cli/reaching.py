@@ -15,6 +15,7 @@ from moltbot_server.workspace import Workspace
 _PATIENCE = 10.0  # as long as a turn waits for an engine that died; a killed core is there again within two, most often
 _SILENT = 1.0  # after which somebody at a terminal wonders
 _LOOK = 0.05
+_GLANCE = 0.5  # seconds that a core may take to say how it is
 _FRAME_TYPE, _SETTINGS = 3, 4
 _PREFACE = (
     b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n" + bytes(3) + bytes([_SETTINGS]) + bytes(5)
@@ -42,7 +43,7 @@ def find_core(workspace: Workspace, given: str) -> str:
             start = command("start", workspace)
             text = f"MoltBot in {place} is stopping and takes nothing new; answers under way may end first. "
             raise Failure(f"{text}When it has left, start it again with `{start}`.", Exit.UNAVAILABLE)
-        if running is not None and _connects(running.grpc):
+        if running is not None and connects(running.grpc):
             return running.grpc
         if not is_held(workspace):
             start = command("start", workspace)
@@ -59,12 +60,26 @@ def find_core(workspace: Workspace, given: str) -> str:
         time.sleep(_LOOK)  # another process's doing, of which nothing tells us
 
 
+def store_away(workspace: Workspace, address: str) -> str:
+    """Return which store a core cannot reach, such as `Redis at 127.0.0.1:6379`; empty when it is not known.
+
+    Only the cores of the workspace itself are asked.
+    """
+    from moltbot_server.cli import status  # late: it takes a while, and is needed where something is wrong
+
+    running = Running.read(workspace)
+    if running is None or running.grpc != address:
+        return ""
+    return status.store_away(status.ask_cores(running, timeout=_GLANCE))
+
+
 def _split(address: str) -> tuple[str, int]:
     host, _, port = address.rpartition(":")
     return host.strip("[]"), int(port)
 
 
-def _connects(address: str) -> bool:
+def connects(address: str) -> bool:
+    """Return whether somebody listens at `HOST:PORT`."""
     try:
         socket.create_connection(_split(address), timeout=5).close()
     except OSError:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import sys
 import time
+from collections.abc import Callable
 
 from moltbot.v1 import chat_pb2
 
@@ -19,7 +20,9 @@ class Shown:
     them can command the terminal. A file or a pipe gets the answer's own text; notices go to the standard error.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, away: Callable[[], str] = lambda: "") -> None:
+        """`away` tells, when an answer does not come, which store the core cannot reach; empty when it is not that."""
+        self._away = away
         self._screen = sys.stdout.isatty()
         self._text = ""
         self._again: str | None = None  # what an answer begun anew has said, as long as that is shown already
@@ -55,7 +58,9 @@ class Shown:
         if now - self._away_since < _SILENT or self._told_away:
             return
         self._told_away = True
-        text = "the core does not answer; waiting for it …"
+        store = self._away()
+        text = f"the core cannot reach its store ({store})" if store else "the core does not answer"
+        text += "; waiting for it …"
         if self._screen:
             self._remark(text)
         else:

@@ -65,6 +65,7 @@ def start(workspace: Workspace, flags: Mapping[str, object], *, reload: bool, fi
             on_change=site.write,
             on_stop=site.stops,
             renew=site.renew,
+            reap=site.reap,
             watcher=Watcher(workspace.folder) if reload else None,
         )
         shared = kept_port(settings.grpc_host, settings.grpc_port) if settings.workers > 1 else nullcontext()
@@ -139,6 +140,8 @@ def _wanted(settings: Settings) -> tuple[Wanted, ...]:
 
 def _end(process: subprocess.Popen[bytes]) -> None:
     """End a process that leads a group, and what it has started."""
+    if process.returncode is not None:
+        return  # its id may be another's by now
     with contextlib.suppress(ProcessLookupError):
         os.killpg(process.pid, signal.SIGKILL)
     process.wait()
@@ -299,6 +302,11 @@ class _Site:
                 stderr=subprocess.DEVNULL,
                 process_group=0,
             )
+
+    def reap(self) -> None:
+        """Let processes that have done their part be gone from the system's list."""
+        for process in filter(None, (self._asking, self._measuring)):
+            process.poll()
 
     def close(self) -> None:
         """Take away what is left: helping processes that still run, and the socket of an engine that was killed."""

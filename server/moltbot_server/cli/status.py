@@ -6,7 +6,7 @@ import http.client
 import json
 import sys
 import time
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Iterable, Iterator, Mapping
 from typing import Any, NamedTuple
 from urllib.parse import urlsplit
 
@@ -41,14 +41,15 @@ def status(workspace: Workspace, *, as_json: bool) -> int:
 
 def state(workspace: Workspace, running: Running) -> dict[str, Any]:
     """Return the state as the JSON object of `moltbot status --json`. Memory is proportional set size, in bytes."""
-    core, adapter = _health(running.metrics), _health(running.http)
-    cores = {name: _health(metrics) for name, metrics in running.cores.items()}
-    all_serve = all(each.healthy for each in (core, *cores.values()))
+    adapter, cores = _health(running.http), ask_cores(running)
+    core = _speaker(cores.values())
+    serving = sum(each.serves for each in cores.values())
     pids = {"supervisor": running.pid, **running.processes}
     processes = {name: {"pid": pid, "memory": _memory(pid, set(pids.values()))} for name, pid in pids.items() if pid}
     return {
         "running": True,
-        "healthy": bool(all_serve and adapter.healthy and core.said.get("engine") != "away")
+        "healthy": all(each.healthy for each in (adapter, *cores.values()))
+        and core.said.get("engine") != "away"
         and all(item["memory"] is not None for item in processes.values())
         and not running.stopping,
         "stopping": running.stopping,
@@ -58,8 +59,15 @@ def state(workspace: Workspace, running: Running) -> dict[str, Any]:
         "model": core.said.get("model") or running.model,
         "model_problem": core.said.get("model_problem", ""),
         "uptime_s": round(time.time() - running.started, 1),
-        "core": {"healthy": all_serve, "grpc": running.grpc, "metrics": running.metrics},
-        "workers": {name: {"healthy": each.healthy, "metrics": running.cores[name]} for name, each in cores.items()},
+        "core": {
+            "healthy": serving > 0,
+            "serving": serving,
+            "workers": len(cores),
+            "grpc": running.grpc,
+            "metrics": running.metrics,
+        },
+        "workers": {name: {"healthy": cores[name].serves, "metrics": where} for name, where in running.cores.items()},
+        "store": _store(core),
         "engine": {
             "healthy": core.said.get("engine") == "serving",
             "where": core.said.get("engine_address", ""),
@@ -77,10 +85,42 @@ class _Health(NamedTuple):
     healthy: bool
     said: Mapping[str, Any]
 
+    @property
+    def serves(self) -> bool:
+        """Whether it does its own part, although its store may be away."""
+        return self.healthy or self.said.get("status") == "store away"
 
-def _health(address: str) -> _Health:
+
+def ask_cores(running: Running, timeout: float = 2.0) -> Mapping[str, _Health]:
+    """Return what each core says of itself; one that says nothing within so many seconds is not healthy."""
+    return {name: _health(place, timeout) for name, place in (running.cores or {"core": running.metrics}).items()}
+
+
+def store_away(cores: Mapping[str, _Health]) -> str:
+    """Return where the store is that cores cannot reach, such as `Redis at 127.0.0.1:6379`; empty when they can."""
+    store = _store(_speaker(cores.values()))
+    return str(store["where"]) if store["healthy"] is False else ""
+
+
+def _speaker(cores: Iterable[_Health]) -> _Health:
+    """Return the core that speaks for all: one that is well, else one that says anything."""
+    return max(cores, key=lambda core: (core.healthy, core.serves, bool(core.said)))
+
+
+def _store(core: _Health) -> dict[str, Any]:
+    """Return how the store is as a core sees it; `healthy` is None when no core tells."""
+    told = str(core.said.get("store", ""))
+    return {
+        "healthy": told == "ok" if told else None,
+        "where": core.said.get("store_address", ""),
+        "problem": told.removeprefix("away: ") if told != "ok" else "",
+        "away_s": core.said.get("store_away_s"),
+    }
+
+
+def _health(address: str, timeout: float = 2.0) -> _Health:
     parts = urlsplit(address)
-    connection = http.client.HTTPConnection(parts.hostname or "", parts.port, timeout=2)
+    connection = http.client.HTTPConnection(parts.hostname or "", parts.port, timeout=timeout)
     try:
         connection.request("GET", "/health")
         answer = connection.getresponse()
@@ -113,14 +153,16 @@ def _in_words(found: Mapping[str, Any]) -> str:
     memory, core, engine = found["memory"] / 1e6, found["core"], found["engine"]
     told = f"   {engine['metrics']}/metrics" if engine["metrics"] else ""
     problem = f"   {found['model_problem']}" if found["model_problem"] else ""
+    share = f"{core['serving']} of {core['workers']} workers   " if core["workers"] > 1 else ""
     lines = [
         f"MoltBot {found['version']} runs in {found['workspace']} for {lasting(found['uptime_s'])}.",
-        f"  Core    {word(core['healthy']):12} gRPC {core['grpc']}   {core['metrics']}/metrics",
+        f"  Core    {word(core['healthy']):12} {share}gRPC {core['grpc']}   {core['metrics']}/metrics",
         *(
             f"    {name:8}{word(each['healthy']):12} {each['metrics']}/metrics"
             for name, each in found["workers"].items()
         ),
         f"  Engine  {word(engine['healthy']):12} {engine['where']}{told}",
+        *_store_in_words(found["store"]),
         f"  HTTP    {word(found['http']['healthy']):12} {found['http']['address']}",
         f"  Model   {found['model']}{problem}",
         f"  Memory  {memory:.0f} MB (proportional set size)",
@@ -131,8 +173,20 @@ def _in_words(found: Mapping[str, Any]) -> str:
     lines += found["notices"]
     if found["stopping"]:
         lines.append("It is stopping: answers under way may end first, and nothing new is taken.")
+    elif found["store"]["healthy"] is False:
+        where = found["store"]["where"]
+        lines.append(
+            f"Nothing new is taken before the store is there: start {where}, or correct store.host and store.port."
+        )
     elif engine["where"] and not engine["healthy"] and "engine" not in found["processes"]:
         lines.append("The engine runs elsewhere and cannot be reached: start it there, or correct `engine` here.")
     elif not found["healthy"]:
         lines.append("Not everything serves: the output of `moltbot start` says why; what crashed is started again.")
     return "\n".join(lines)
+
+
+def _store_in_words(store: Mapping[str, Any]) -> Iterator[str]:
+    if store["healthy"]:
+        yield f"  Store   {'there':12} {store['where']}"
+    elif store["healthy"] is False:
+        yield f"  Store   {'AWAY':12} {store['where']} for {lasting(store['away_s'] or 0.0)}: {store['problem']}"

@@ -37,7 +37,8 @@ class Supervisor:
 
     `serving` is asked, when all that tell it have told that they serve, whether callers are served; `on_ready` is
     called once when everything serves, with what the first process has told, `on_change` whenever a process was
-    replaced after that, and `on_stop` once when all of it begins to leave. With a `watcher`, `renew` is asked at each
+    replaced after that, and `on_stop` once when all of it begins to leave. `reap` is called when some process of ours
+    may have ended, for those that are no children of the supervisor. With a `watcher`, `renew` is asked at each
     change whether everything shall be started again by plans that it may have replaced. On SIGUSR1 it is asked as well;
     then cores and adapters are started again one after the other, each when the one before serves, so that callers
     notice nothing where there are several.
@@ -53,6 +54,7 @@ class Supervisor:
         on_change: Callable[[], None],
         on_stop: Callable[[], None],
         renew: Callable[[], bool],
+        reap: Callable[[], None],
         watcher: Watcher | None = None,
     ) -> None:
         self._children = children
@@ -62,6 +64,7 @@ class Supervisor:
         self._on_change = on_change
         self._on_stop = on_stop
         self._renew = renew
+        self._reap = reap
         self._watcher = watcher
         self._selector = selectors.DefaultSelector()
         self._pulse = pulse.Pulse(self._selector)
@@ -151,6 +154,7 @@ class Supervisor:
             key.data()
 
     def _bury(self) -> None:
+        self._reap()
         now = time.monotonic()
         for child in self._children:
             pid = child.pid
@@ -173,15 +177,19 @@ class Supervisor:
         elif self._turn and child is self._turn[0] and self._leaves_by:
             del self._turn[0]
             self._leaves_by, child.due, child.pause = 0.0, now, 0.0
-        elif not self._ready or status == Exit.CONFIG:
+        elif not self._ready:
             # A child that never served will not serve the next time either; its own message says why.
             log.error("a process could not start, so everything stops", extra=fields)
             self._status = status if status > 0 else int(Exit.FAILED)
             self._begin_to_stop()
         else:
             assert child.due is not None
-            again = round(child.due - now, 1)
-            log.warning("a process ended and is started again", extra={**fields, "in_seconds": again})
+            fields["in_seconds"] = round(child.due - now, 1)
+            if status in (Exit.CONFIG, Exit.UNAVAILABLE):
+                # Its own message says why. What it needs may come back, and the others may serve meanwhile.
+                log.error("a process cannot start as things are; it is tried again", extra=fields)
+            else:
+                log.warning("a process ended and is started again", extra=fields)
 
     # --- serving ---------------------------------------------------------------------------------------------------
 

@@ -40,7 +40,8 @@ class Talk:
         self.bot = place.connect(self._waits)
         self._session = session
         self._model = model
-        self._shown = Shown()
+        self._store_away = place.store_away
+        self._shown = Shown(place.store_away)
         self._listed: list[session_pb2.Session] = []
         self._leaving = False
         self.commands: Mapping[str, Callable[[str], Awaitable[None]]] = {
@@ -90,7 +91,7 @@ class Talk:
 
     async def _say(self, text: str) -> None:
         turn: list[str] = []
-        self._shown = shown = Shown()
+        self._shown = shown = Shown(self._store_away)
         async with interrupts() as pressed:
             stream = self.bot.stream_turn(text, session=self._session, model=self._model, channel=CHANNEL)
             async with aclosing(stream) as events, cancelling(self.bot, turn, pressed):

@@ -42,6 +42,7 @@ class MemoryStore:
     """A `Store` that is lost with its process."""
 
     shared = False
+    away = None
 
     def __init__(self) -> None:
         self.node = secrets.token_hex(8)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Collection, Sequence
+from dataclasses import dataclass
 from typing import Protocol
 
 from moltbot_server.store.outbox import NewDelivery, Outbox
@@ -171,6 +172,15 @@ class UsagePage(Value, frozen=True, kw_only=True):
     total: UsageRow
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Away:
+    """A store that cannot be reached: where it is, why, and since when (Unix seconds). For whoever runs the core."""
+
+    where: str
+    problem: str
+    since: float
+
+
 class Store(Protocol):
     """Keeps sessions and turns, and what they used.
 
@@ -185,6 +195,10 @@ class Store(Protocol):
     @property
     def node(self) -> str:
         """The name of this node, which no other one ever has."""
+
+    @property
+    def away(self) -> Away | None:
+        """Why the store cannot be reached now; None while it can, or where it is in this process."""
 
     @property
     def outbox(self) -> Outbox:

@@ -21,6 +21,7 @@ from moltbot_server.errors import StorageUnavailable, TurnInterrupted
 from moltbot_server.store.findings import Finding
 from moltbot_server.store.pending import Pending
 from moltbot_server.store.protocol import (
+    Away,
     Elsewhere,
     EndedTurn,
     JournalEntry,
@@ -39,6 +40,7 @@ from moltbot_server.store.redis_line import Argument, Call, Command, RedisLine
 from moltbot_server.store.redis_listing import list_sessions
 from moltbot_server.store.redis_nodes import LEASE, NodeLease
 from moltbot_server.store.redis_outbox import RedisOutbox
+from moltbot_server.store.redis_presence import Presence
 from moltbot_server.store.redis_rows import (
     SESSION_FIELDS,
     TURN_FIELDS,
@@ -107,6 +109,7 @@ class RedisStore:
             "retry": Retry(NoBackoff(), 0),
         }
         self._tls = tls
+        self._presence = Presence(self.address)
         self._scripts = scripts()
         self._known: set[str] = set()
         self._closed = True
@@ -122,8 +125,10 @@ class RedisStore:
         self.node = secrets.token_hex(8)
         if not self._tls and not is_loopback(self._options["host"]):
             log.warning("conversations pass the network to Redis unencrypted", extra={"at": self.address})
+        self._presence = Presence(self.address)
         self._writing, self._reading = (
-            RedisLine(self.connection, scripts=loading(), on_connect=self._known.clear) for _ in range(2)
+            RedisLine(self.connection, scripts=loading(), on_connect=self._known.clear, presence=self._presence)
+            for _ in range(2)
         )
         try:
             await self._writing.open(_START)
@@ -141,12 +146,28 @@ class RedisStore:
         except BaseException as problem:
             await self._reading.close()
             await self._writing.close()
-            if isinstance(problem, StorageUnavailable) and self.address not in problem.message:
-                raise StorageUnavailable(f"{problem.message}: Redis at {self.address}") from None
+            if isinstance(problem, StorageUnavailable):
+                raise self._not_opened(problem) from None
             raise
         self.outbox = RedisOutbox(self, self._reading, self._writing)
         self._takeover = Takeover(self._lease, self._reading, self._writing, self.prefix)
         self._closed = False
+
+    def _not_opened(self, problem: StorageUnavailable) -> StorageUnavailable:
+        """Return what to say to whoever starts a core: where Redis is, and what to do."""
+        if problem.retry_after is not None:
+            text = f"Redis at {self.address} does not answer ({problem.message})"
+            return StorageUnavailable(
+                f"{text}: start it, or correct store.host and store.port", retry_after=problem.retry_after
+            )
+        if self.address in problem.message:
+            return problem
+        return StorageUnavailable(f"{problem.message}: Redis at {self.address}")
+
+    @property
+    def away(self) -> Away | None:
+        """Why Redis cannot be reached now; None when it can, as far as is known."""
+        return self._presence.away
 
     async def close(self) -> None:
         """Write what waits, then leave."""

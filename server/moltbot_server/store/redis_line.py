@@ -29,6 +29,7 @@ from redis.exceptions import (
 
 from moltbot_server.errors import MoltBotError, StorageFull, StorageUnavailable
 from moltbot_server.store.pending import Pending
+from moltbot_server.store.redis_presence import Presence
 
 log = logging.getLogger(__name__)
 
@@ -88,12 +89,21 @@ class RedisLine:
     """One connection, opened again whenever it breaks, and the task that owns it."""
 
     def __init__(
-        self, connect: Callable[[], AbstractConnection], *, scripts: Sequence[Command], on_connect: Callable[[], None]
+        self,
+        connect: Callable[[], AbstractConnection],
+        *,
+        scripts: Sequence[Command],
+        on_connect: Callable[[], None],
+        presence: Presence,
     ) -> None:
-        """`connect` makes a connection that is not open yet; `on_connect` hears of each that was opened."""
+        """`connect` makes a connection that is not open yet; `on_connect` hears of each that was opened.
+
+        `presence` hears when Redis is away, and when it is there again.
+        """
         self._connect = connect
         self._scripts = scripts
         self._on_connect = on_connect
+        self._presence = presence
         self._connection: AbstractConnection | None = None
         self._waiting: deque[Call[Any]] = deque()
         self._undo: list[Command] = []
@@ -115,12 +125,14 @@ class RedisLine:
         """Connect; what fails is tried again for so many seconds.
 
         Raises:
-            StorageUnavailable: Redis cannot be used; the text says why.
+            StorageUnavailable: Redis cannot be used; the text says why. Without `retry_after`, waiting does not help.
         """
         until = asyncio.get_running_loop().time() + within
         while (problem := await self._reconnect()) is not None:
-            if asyncio.get_running_loop().time() >= until or isinstance(problem, AuthenticationError):
+            if _shut_out(problem):
                 raise StorageUnavailable(why(problem)) from None
+            if asyncio.get_running_loop().time() >= until:
+                raise StorageUnavailable(why(problem), retry_after=_RETRY_AFTER) from None
             await self._rest()
         self._worker = asyncio.create_task(self._work())
 
@@ -168,7 +180,7 @@ class RedisLine:
                 await self._rest()
             elif self._away:
                 self._away = False
-                log.info("Redis is there again")
+                self._presence.found(self)
 
     async def _carry_out(self, group: list[Call[Any]]) -> None:
         """Send a group and tell each call its replies; what has none is sent again, or refused."""
@@ -209,7 +221,7 @@ class RedisLine:
         """Refuse what cannot wait until Redis is there again."""
         if not self._away:
             self._away = True
-            log.warning("Redis is away; turns are refused until it is there again", extra={"problem": why(problem)})
+            self._presence.lost(self, why(problem))
         now = asyncio.get_running_loop().time()
         self._refuse(lambda call: not call.patient or now >= call.until)
 
@@ -335,16 +347,23 @@ def refused(refusal: Exception) -> MoltBotError:
         return StorageFull("Redis has no memory left: nothing was stored", retry_after=5.0)
     if "No space left" in text:
         return StorageFull("the disk of Redis is full: nothing was stored", retry_after=5.0)
-    return StorageUnavailable("Redis cannot do this now; the log says why", retry_after=_RETRY_AFTER)
+    retry_after = None if isinstance(refusal, NoPermissionError) else _RETRY_AFTER
+    return StorageUnavailable("Redis cannot do this now; the log says why", retry_after=retry_after)
 
 
 def why(problem: Exception) -> str:
     """Return why Redis cannot be used, for whoever runs it."""
     if isinstance(problem, TimeoutError):
-        return f"Redis did not answer within {QUICK:g} seconds"
-    if isinstance(problem, AuthenticationError | NoPermissionError) or "NOAUTH" in str(problem):
+        return f"no answer within {QUICK:g} seconds"
+    if _shut_out(problem):
         return f"Redis does not let us in ({str(problem)[:200]}): set store.password"
-    return f"Redis cannot be used ({str(problem)[:200] or type(problem).__name__})"
+    if isinstance(problem.__context__, ConnectionRefusedError):
+        return "connection refused"  # the client names the address once more, and a number
+    return str(problem)[:200].rstrip(".") or type(problem).__name__
+
+
+def _shut_out(problem: Exception) -> bool:
+    return isinstance(problem, AuthenticationError | NoPermissionError) or "NOAUTH" in str(problem)
 
 
 def parse_info(text: bytes) -> dict[str, str]:
@@ -354,4 +373,4 @@ def parse_info(text: bytes) -> dict[str, str]:
 
 
 def _unavailable() -> StorageUnavailable:
-    return StorageUnavailable("the store cannot be reached now", retry_after=_RETRY_AFTER)
+    return StorageUnavailable("the core cannot reach its store (Redis) now", retry_after=_RETRY_AFTER)

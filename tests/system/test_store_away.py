@@ -1,0 +1,115 @@
+"""MoltBot whose Redis is away: it says so everywhere, goes on trying, and is back when Redis is."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import time
+import urllib.error
+import urllib.request
+from collections.abc import AsyncIterator
+from pathlib import Path
+from typing import Any
+
+import psutil
+import pytest
+from cli_process import Home, Started
+from redis_process import RedisProcess
+
+
+@pytest.fixture
+async def redis(tmp_path: Path) -> AsyncIterator[RedisProcess]:
+    """A Redis that writes down all that it is given."""
+    process = RedisProcess("", "--appendonly", "yes", "--appendfsync", "always", "--dir", str(tmp_path))
+    await process.start()
+    yield process
+    await process.kill()
+
+
+@pytest.fixture
+def home(tmp_path: Path, redis: RedisProcess) -> Home:
+    """A home folder whose workspace keeps its turns in Redis."""
+    folder = tmp_path / "home"
+    folder.mkdir()
+    home = Home(folder)
+    home.variables |= {"MOLTBOT_STORE_TYPE": "redis", "MOLTBOT_STORE_PORT": str(redis.port)}
+    home.variables |= {"MOLTBOT_DRAIN_GRACE": "1"}
+    return home
+
+
+def health(started: Started) -> tuple[int, Any]:
+    """Return what the core says of itself."""
+    try:
+        with urllib.request.urlopen(f"{started.told()['metrics']}/health", timeout=10) as answer:
+            return answer.status, json.loads(answer.read())
+    except urllib.error.HTTPError as error:
+        with error:
+            return error.code, json.loads(error.read())
+
+
+async def until(started: Started, status: str) -> Any:
+    """Wait until the core says that it is in such a state, and return all that it says."""
+    async with asyncio.timeout(30):
+        while True:
+            try:
+                found = await asyncio.to_thread(health, started)
+            except OSError:  # it is being started
+                found = (0, {})
+            if found[1].get("status") == status:
+                return found
+            await asyncio.sleep(0.05)
+
+
+async def test_a_first_start_without_redis_says_what_to_do_and_may_be_tried_again(
+    home: Home, redis: RedisProcess
+) -> None:
+    await redis.kill()
+    ended = await home.run("start", "--port", "0", "--grpc-port", "0", "--metrics-port", "0")
+    assert ended.status == 69
+    assert f"Redis at 127.0.0.1:{redis.port} does not answer (connection refused): start it, or" in ended.err
+    assert "Traceback" not in ended.err
+
+
+async def test_a_store_that_is_away_is_told_and_costs_a_question_ten_seconds(home: Home, redis: RedisProcess) -> None:
+    place = f"Redis at 127.0.0.1:{redis.port}"
+    async with home.started() as started:
+        assert (await asyncio.to_thread(health, started))[1]["store"] == "ok"
+        assert f"there        {place}" in (await home.run("status")).out
+        await redis.kill()
+        code, found = await until(started, "store away")
+        assert (code, found["store"], found["store_address"]) == (503, "away: connection refused", place)
+
+        ended = await home.run("status", "--json")
+        assert (ended.status, ended.json["healthy"], ended.json["core"]["healthy"]) == (1, False, True)
+        assert (ended.json["store"]["healthy"], ended.json["store"]["where"]) == (False, place)
+        assert ended.json["store"]["away_s"] >= 0
+        told = (await home.run("status")).out
+        assert f"AWAY         {place} for " in told
+        assert f"start {place}" in told
+
+        began = time.monotonic()
+        asked = await home.run("chat", "Hi")
+        assert asked.status == 69
+        assert f"the core cannot reach its store ({place}); waiting for it" in asked.err
+        assert "the core cannot reach its store (Redis) now" in asked.err
+        assert time.monotonic() - began < 20  # its patience is 10 s
+
+        await redis.start()
+        await until(started, "ok")
+        assert (await home.run("chat", "Hi")).out == "You said: Hi\n"
+        assert (await home.run("status")).status == 0
+    assert started.said.count("Redis is away; turns are refused") == 1
+
+
+async def test_a_core_that_cannot_start_again_without_redis_is_tried_until_it_can(
+    home: Home, redis: RedisProcess
+) -> None:
+    async with home.started() as started:
+        await redis.kill()
+        psutil.Process(started.told()["processes"]["core"]).kill()
+        told = await started.line("cannot start as things are; it is tried again")
+        assert 'how="ended with status 69"' in told
+        assert started.process.returncode is None
+        await redis.start()
+        await until(started, "ok")
+        assert (await home.run("chat", "Hi")).out == "You said: Hi\n"
