@@ -9,7 +9,7 @@ from typing import Any
 from urllib.parse import urlsplit
 
 from moltbot_server.config_models import Budget, ModelRoute, Price, Provider, ProviderModel
-from moltbot_server.config_reading import read_mapping
+from moltbot_server.config_reading import read, read_mapping
 from moltbot_server.config_sources import Given, Problem
 from moltbot_server.config_values import (
     PERCENT,
@@ -316,9 +316,18 @@ def read_when_busy(given: Given) -> tuple[tuple[str, str], ...]:
         named = {name.strip(): Given(value=word, where=given.where, folder=given.folder) for name, _, word in pairs}
     else:
         return (("", _BUSY.read(given)),)
-    if not all(_CHANNEL.fullmatch(name) or name == "*" for name in named):
-        raise ValueError
-    return tuple(("" if name == "*" else name, _BUSY.read(word)) for name, word in named.items())
+    problems: list[Problem] = []
+    found = []
+    for name, word in named.items():
+        if name != "*" and not _CHANNEL.fullmatch(name):
+            text = f"sessions.when_busy: found {name!r}, expected channels of a-z 0-9 _ -, or * for all others"
+            problems.append(Problem(where=word.where, text=text))
+            continue
+        values = read({name: word}, {name: _BUSY}, problems, title="sessions.when_busy.")
+        found += [("" if name == "*" else name, told) for told in values.values()]
+    if problems:
+        raise Misread(*problems)
+    return tuple(found)
 
 
 WHEN_BUSY = Kind(

@@ -61,3 +61,26 @@ def test_one_word_is_for_all_channels(tmp_path: Path) -> None:
 def test_what_makes_no_sense_is_told_with_its_line(tmp_path: Path, yaml: str) -> None:
     with pytest.raises(ConfigError, match=r"moltbot\.yaml:1"):
         loaded(tmp_path, yaml)
+
+
+@pytest.mark.parametrize(
+    ("yaml", "told"),
+    [
+        (
+            "sessions:\n  when_busy:\n    slack: joined\n",
+            "moltbot.yaml:3: sessions.when_busy.slack: found 'joined', expected one of queue, interrupt, join",
+        ),
+        (
+            "sessions: {when_busy: 'web=queue, slack=joined'}",
+            "moltbot.yaml:1: sessions.when_busy.slack: found 'joined', expected one of queue, interrupt, join",
+        ),
+        (
+            "sessions:\n  when_busy:\n    web: queue\n    Slack: join\n",
+            "moltbot.yaml:4: sessions.when_busy: found 'Slack', expected channels of a-z 0-9 _ -, or * for all others",
+        ),
+    ],
+)
+def test_a_wrong_word_for_a_busy_channel_is_told_where_it_stands(tmp_path: Path, yaml: str, told: str) -> None:
+    with pytest.raises(ConfigError) as wrong:
+        loaded(tmp_path, yaml)
+    assert str(wrong.value).endswith(told)

@@ -58,6 +58,16 @@ async def test_a_database_that_is_whole_has_nothing_but_turns_that_wait(path: Pa
     assert checked(path, in_use=True) == []
 
 
+@pytest.mark.parametrize(("pages", "told_of_room"), [(100, []), (1000, ["3 MiB of its 3 MiB are free"])])
+async def test_room_in_the_file_is_told_when_it_is_worth_a_word(
+    path: Path, pages: int, told_of_room: list[str]
+) -> None:
+    fill = f"INSERT INTO filler SELECT zeroblob(4000) FROM json_each('[{','.join('0' * pages)}]')"
+    changed(path, "CREATE TABLE filler(x)", fill, "DROP TABLE filler")
+    notes = [text.partition(",")[0] for _, text in checked(path, in_use=True)]
+    assert notes == told_of_room
+
+
 async def test_rows_that_belong_to_nothing_or_cannot_be_read_are_found(path: Path) -> None:
     changed(
         path,

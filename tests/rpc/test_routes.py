@@ -315,3 +315,15 @@ async def test_a_core_whose_route_leads_nowhere_yet_says_why(tmp_path: Path) -> 
 
     assert (health["status"], health["model"]) == ("model failed", "default")
     assert "moltbot key add openai" in health["model_problem"]
+
+
+async def test_a_route_says_which_of_its_models_has_no_key_yet(tmp_path: Path) -> None:
+    keyless = (Provider(name="openai"), Provider(name="anthropic"))
+    route = ModelRoute(primary="openai/gpt-4o", fallback=("anthropic/claude-opus-4-5",))
+    async with rig(tmp_path, WELL, WELL, providers=keyless, models=route) as core:
+        listed = await core.routes.ListRoutes(route_pb2.ListRoutesRequest(), metadata=core.server.metadata)
+
+    assert [model.reason for model in listed.routes[0].models] == [
+        "OpenAI needs a key; add one with `moltbot key add openai`.",
+        "Anthropic needs a key; add one with `moltbot key add anthropic`.",
+    ]

@@ -58,6 +58,7 @@ async def test_a_store_is_checked_exported_and_imported_into_another_workspace(h
     file = home.folder / "all.jsonl"
     told = await home.run("store", "export", "all.jsonl")
     assert (told.status, told.out.startswith("5 records were written to all.jsonl")) == (0, True)
+    assert "a line for each between a first line and a last one" in told.out
     assert stat.S_IMODE(file.stat().st_mode) == 0o600
     told = await home.run("store", "export", "all.jsonl", "--json")
     assert (told.status, "exists already" in told.json["error"]["message"]) == (2, True)

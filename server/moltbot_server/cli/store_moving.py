@@ -43,7 +43,8 @@ def export_store(given: argparse.Namespace) -> int:
     if given.json:
         print(json.dumps({"file": str(path), "records": written, "bytes": size}))
     else:
-        print(f"{written} records were written to {shown(path)} ({readable(size)}), readable by you alone.")
+        what = "sessions, turns, deliveries and usage, a line for each between a first line and a last one"
+        print(f"{written} records were written to {shown(path)} ({readable(size)}), readable by you alone: {what}.")
     return int(Exit.OK)
 
 

@@ -90,6 +90,6 @@ def _notes(connection: sqlite3.Connection, in_use: bool) -> Iterator[Finding]:
     pages, free, size = (
         connection.execute(f"PRAGMA {name}").fetchone()[0] for name in ("page_count", "freelist_count", "page_size")
     )
-    if free > _TELL_FREE * pages:
+    if free > _TELL_FREE * pages and free * size >> 20:
         text = f"{free * size >> 20} MiB of its {pages * size >> 20} MiB are free, and are used again for what comes"
         yield Finding(text=text, weight="note")
