@@ -16,8 +16,11 @@ from moltbot.v1 import chat_pb2, model_pb2, session_pb2
 Answer = TypeVar("Answer")
 
 UNARY_LIMIT_S = 10.0
-PATIENCE_S = 30.0
-"""How long a turn waits for a core that is away. Programs in front of us do not wait much longer either."""
+PATIENCE_S = 10.0
+"""How long a turn waits for a core, or its store, that is away: a core that was killed is back in two seconds.
+
+Then the page tells why and goes on trying, and so do the clients of the OpenAI API.
+"""
 _LEAVE_S = 10.0
 _CHANNELS = 2
 _MESSAGE_LIMIT = 16 * 1024 * 1024

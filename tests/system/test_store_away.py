@@ -39,12 +39,29 @@ def home(tmp_path: Path, redis: RedisProcess) -> Home:
 
 def health(started: Started) -> tuple[int, Any]:
     """Return what the core says of itself."""
+    return answer_of(f"{started.told()['metrics']}/health")
+
+
+def answer_of(request: urllib.request.Request | str) -> tuple[int, Any]:
+    """Return the status and the JSON of an answer, whatever it says."""
     try:
-        with urllib.request.urlopen(f"{started.told()['metrics']}/health", timeout=10) as answer:
+        with urllib.request.urlopen(request, timeout=60) as answer:
             return answer.status, json.loads(answer.read())
     except urllib.error.HTTPError as error:
         with error:
             return error.code, json.loads(error.read())
+
+
+def complete(started: Started) -> tuple[int, Any]:
+    """Ask by the OpenAI API, and return the status and what was said."""
+    body = {"model": "scripted", "messages": [{"role": "user", "content": "Hi"}]}
+    key = (started.home.workspace / "key").read_text().strip()
+    request = urllib.request.Request(
+        f"{started.told()['http']}/v1/chat/completions",
+        json.dumps(body).encode(),
+        {"Content-Type": "application/json", "Authorization": f"Bearer {key}"},
+    )
+    return answer_of(request)
 
 
 async def until(started: Started, status: str) -> Any:
@@ -88,7 +105,9 @@ async def test_a_store_that_is_away_is_told_and_costs_a_question_ten_seconds(hom
         assert f"start {place}" in told
 
         began = time.monotonic()
-        asked = await home.run("chat", "Hi")
+        asked, (status, refusal) = await asyncio.gather(home.run("chat", "Hi"), asyncio.to_thread(complete, started))
+        assert (status, refusal["error"]["code"]) == (503, "storage_unavailable")
+        assert "cannot reach its store" in refusal["error"]["message"]
         assert asked.status == 69
         assert f"the core cannot reach its store ({place}); waiting for it" in asked.err
         assert "the core cannot reach its store (Redis) now" in asked.err

@@ -100,7 +100,7 @@ export class Chat {
     const view = this.thread.answer(start.request ? "thinking" : "resuming");
     const follower = new TurnFollower(start, {
       onEvent: (kind, data) => this.#tell(view, kind, data, start),
-      onLink: (up, was) => (!up ? view.say("reconnecting") : view.text ? view.quiet() : was || view.say("thinking")),
+      onLink: (up, was, code) => (!up ? view.say(code === "storage_unavailable" ? "waiting.store" : "reconnecting") : view.text ? view.quiet() : was || view.say("thinking")),
     });
     await this.#run(follower, view, start);
   }

@@ -60,6 +60,7 @@ const SENTENCES = {
   "queued": ["Waiting in line, position {position}", "排队中，第 {position} 位"],
   "queued.next": ["You are next in line", "排队中，下一个就是你"],
   "reconnecting": ["Connection lost. Reconnecting…", "连接断开，正在重连…"],
+  "waiting.store": ["The server cannot reach its store. Trying again…", "服务器暂时无法访问其存储，正在重试…"],
   "resuming": ["Picking up where it was", "正在接上之前的回答"],
   "routed.plugin": ["Plugin {name}", "插件 {name}"],
   "routed.skill": ["Skill {name}", "技能 {name}"],

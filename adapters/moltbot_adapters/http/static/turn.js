@@ -13,7 +13,7 @@ const LAST_KINDS = new Set(["completed", "failed"]);
 /** The server cannot be reached, and the page has stopped trying by itself. */
 export class ConnectionLost extends Error {}
 
-/** One turn as this page sees it. `onEvent(kind, data)` hears each event once and in order; `onLink(up, was)` hears the connection. */
+/** One turn as this page sees it. `onEvent(kind, data)` hears each event once and in order; `onLink(up, was, code)` hears the connection, and the code of what refused. */
 export class TurnFollower {
   /** `start` is either {request} for a new turn or {session, turn} for one that already runs. */
   constructor({ request = null, session = "", turn = "" }, { onEvent, onLink }) {
@@ -37,6 +37,7 @@ export class TurnFollower {
   async run() {
     for (let attempt = 0; ;) {
       const before = this.last;
+      let code = "";
       try {
         const end = await this.#follow();
         if (end) return end;
@@ -44,11 +45,12 @@ export class TurnFollower {
         if (this.detached) return this.stopping ? "stopped" : "detached";
         if (error instanceof ApiError && !error.passing) throw error;
         if (error instanceof ApiError && !error.away && attempt >= 2) throw error;
+        code = error.code ?? "";
       }
       if (this.detached) return this.stopping ? "stopped" : "detached";
       attempt = this.last > before ? 1 : attempt + 1;
       if (attempt > ATTEMPTS) throw new ConnectionLost();
-      this.#link(false);
+      this.#link(false, code);
       await this.#pause(Math.min(LONGEST_PAUSE_MS, 125 * 2 ** attempt) * (0.75 + Math.random() / 2));
       if (this.detached) return this.stopping ? "stopped" : "detached";
     }
@@ -107,10 +109,10 @@ export class TurnFollower {
     }
   }
 
-  #link(up) {
+  #link(up, code = "") {
     const was = this.linked;
     this.linked = up;
-    this.onLink(up, was);
+    this.onLink(up, was, code);
   }
 
   #take(frame) {
