@@ -303,14 +303,21 @@ class Journal:
         return turn.key, last.sequence, last.kind
 
 
+def content_error(earlier: bytes, digest: bytes) -> RequestIdReused | None:
+    """Return the refusal of a request_id that stands for other content: the digests differ."""
+    if earlier == digest:
+        return None
+    return RequestIdReused("this request_id was used before with other content; make a new one for a new message")
+
+
 def same_content(earlier: bytes, digest: bytes) -> None:
     """Refuse a request_id that stands for other content.
 
     Raises:
         RequestIdReused: the digests differ.
     """
-    if earlier != digest:
-        raise RequestIdReused("this request_id was used before with other content; make a new one for a new message")
+    if (error := content_error(earlier, digest)) is not None:
+        raise error
 
 
 def replay(turn: StoredTurn) -> tuple[Event, ...]:

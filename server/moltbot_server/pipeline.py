@@ -300,15 +300,16 @@ class TurnPipeline:
         for orphan in (*self._orphans, *found):
             by_session.setdefault(orphan.turn.key.session, []).append(orphan)
         # A turn that took the place of a failed one was stored later than those behind it.
-        ordered = (sorted(waiting, key=lambda orphan: orphan.turn.key.ordinal) for waiting in by_session.values())
+        ordered = [sorted(waiting, key=lambda orphan: orphan.turn.key.ordinal) for waiting in by_session.values()]
         self._orphans = [orphan for waiting in ordered for orphan in waiting]
+        interrupted = {orphan.turn.key for waiting in ordered for orphan in _interrupted(waiting)}
         taken = len(self._orphans)
         while self._orphans:
-            await self._carry_on(self._orphans[0])
+            await self._carry_on(self._orphans[0], interrupted=self._orphans[0].turn.key in interrupted)
             del self._orphans[0]
         return taken
 
-    async def _carry_on(self, orphan: Orphan) -> None:
+    async def _carry_on(self, orphan: Orphan, *, interrupted: bool) -> None:
         key, turn = orphan.turn.key, orphan.input
         if (mine := self.journal.live(key)) is not None:
             # It was this core's, which was away for too long: what it still does of it counts no more.
@@ -347,7 +348,7 @@ class TurnPipeline:
         if refusal is not None:
             run.abandon(refusal)
             return
-        run.carry_on()
+        run.carry_on(interrupted=interrupted)
         live.expire_at(wanted_by)
         if turn.cancel_on_disconnect:
             asyncio.get_running_loop().call_later(_COME_BACK, live.cancel_unfollowed)
@@ -469,3 +470,9 @@ def _unfinishable(orphan: Orphan, left: float | None) -> MoltBotError | None:
 
 def _system(text: str) -> Sequence[Message]:
     return (Message(role=Role.SYSTEM, parts=(TextPart(text=text),)),) if text else ()
+
+
+def _interrupted(waiting: Sequence[Orphan]) -> Sequence[Orphan]:
+    """Return those of a session's turns behind which one came that interrupts."""
+    last = max((at for at, orphan in enumerate(waiting) if orphan.input.when_busy is WhenBusy.INTERRUPT), default=0)
+    return waiting[:last]

@@ -17,7 +17,7 @@ from moltbot_server.errors import (
     NotServing,
     TurnInterrupted,
 )
-from moltbot_server.journal import same_content
+from moltbot_server.journal import content_error
 from moltbot_server.live_turn import LiveTurn
 from moltbot_server.models.catalog import CatalogEntry
 from moltbot_server.models.context import ContextWindow, Fitted
@@ -101,8 +101,7 @@ class TurnRun:
         self._asker = asker
         self._entered = self._over = self._delayed = False
         self._started = self._first_text = 0.0
-        self._fitted = _NOTHING_READ
-        self._pieces: list[str] = []
+        self._fitted, self._pieces = _NOTHING_READ, list[str]()
         self._generation: Generation | None = None
         self._finished: Finished | None = None
         self._thoughts = self._routed = ""
@@ -124,16 +123,24 @@ class TurnRun:
         if session.enter(live, self._answer):
             self._answer()
 
-    def carry_on(self) -> None:
-        """Set out on a turn that another core began: what was shown of its answer is void, and it is given anew."""
+    def carry_on(self, *, interrupted: bool = False) -> None:
+        """Set out on a turn that another core began: it is answered anew; an `interrupted` one keeps what it has."""
         live, session = self._live, self._session
+        kept, go = (live.text, self._cut_short) if interrupted else ("", self._answer)
         self._take_up()
-        # Also where nothing of the answer was kept: a power failure may have taken what was shown.
-        live.record(Reset(text="", reason="the core that was answering is gone, and the answer begins anew"))
-        if session.enter(live, self._answer):
-            self._answer()
+        # Also where nothing was kept: a power failure may have taken what was shown.
+        live.record(Reset(text=kept, reason="the core that was answering is gone: what comes now counts"))
+        self._pieces = [kept] if kept else []
+        if session.enter(live, go):
+            go()
         else:
             self._interrupt()
+
+    def _cut_short(self) -> None:
+        """End a turn that a later one interrupts, as when it is cancelled; the session is this turn's."""
+        if not self._over and self._ending is None:
+            self._entered = True
+            self._conclude(self._completed(FinishReason.CANCELLED))
 
     def _interrupt(self) -> None:
         """Cancel the turns before this one if it is to go first: not before it is known to be one of its own."""
@@ -206,7 +213,9 @@ class TurnRun:
             else:
                 self._accept(again=True)
         else:
-            self._drop(refusal=_content_error(earlier, live) or self._elsewhere(earlier), duplicate_of=earlier)
+            self._drop(
+                refusal=content_error(earlier.digest, live.digest) or self._elsewhere(earlier), duplicate_of=earlier
+            )
 
     def _begin_again(self) -> None:
         """Have the turn begun again with what others have said in its session; nobody has seen anything of it."""
@@ -489,11 +498,3 @@ class TurnRun:
     def _asked(self) -> bool:
         """Tell whether a model was asked: not before the turn's place came, nor for an answer that was kept."""
         return bool(self._started) and not (self._finished is not None and self._finished.cached)
-
-
-def _content_error(earlier: StoredTurn, live: LiveTurn) -> MoltBotError | None:
-    try:
-        same_content(earlier.digest, live.digest)
-    except MoltBotError as error:
-        return error
-    return None

@@ -4,15 +4,22 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import time
 from collections.abc import AsyncIterator, Callable, Iterator
 from contextlib import asynccontextmanager
 from pathlib import Path
 from typing import Any
 
+import msgspec
 import pytest
 from moltbot.v1 import chat_pb2, message_pb2
+from moltbot_server.app import WORKSPACE
 from moltbot_server.config_models import SessionRules, Storage
+from moltbot_server.store import NewTurn
+from moltbot_server.store.protocol import JournalEntry
+from moltbot_server.store.sqlite import SqliteStore
 from moltbot_server.testing import RunningServer, running_server
+from moltbot_server.turns import Event, SessionKey, TextDelta, TextPart, TurnInput, TurnKey, WhenBusy
 from redis_process import KeepingRedis
 from rpc_calls import Api, WatchedEngine, drained, kinds, turn
 
@@ -244,3 +251,32 @@ async def test_what_waited_to_join_or_to_interrupt_does_so_after_its_core_too(se
         await talk.say("goes", channel="web")  # what the setting says of all channels but one
         assert reasons(await talk.ends()) == ["STOP"]
         assert (await api.resumed(waits))[-1].completed.finish_reason == message_pb2.FINISH_REASON_CANCELLED
+
+
+async def test_what_was_written_before_an_interruption_is_kept_where_the_core_died_in_between(
+    tmp_path: Path,
+) -> None:
+    # Stored are both turns, and what was shown of the first: the core died before it could end that one.
+    asked = [TurnInput(parts=(TextPart(text=text),), request_id=text, session="s") for text in ("first", "second")]
+    asked[1] = msgspec.structs.replace(asked[1], when_busy=WhenBusy.INTERRUPT)
+    store = SqliteStore(tmp_path / "w" / "moltbot.db")
+    await store.open()
+    for ordinal, each in enumerate(asked, start=1):
+        key = TurnKey(session=SessionKey(workspace=WORKSPACE, session="s"), ordinal=ordinal)
+        row = NewTurn(
+            key=key, request_id=each.request_id, digest=b"d", create_time=time.time(), question=each.parts, rest=each
+        )
+        assert await store.accept(row) is None
+    first = TurnKey(session=SessionKey(workspace=WORKSPACE, session="s"), ordinal=1)
+    events = (Event(sequence=1, at=1.0, kind=TextDelta(text="Thirteen words")),)
+    await store.append([JournalEntry(key=first, events=events)])
+    await store.close()
+
+    engine = WatchedEngine()
+    async with running_server(tmp_path / "w", engine=engine) as server:
+        api = Api.of(server)
+        ended = [(await api.resumed(f"sessions/s/turns/{number}"))[-1].completed for number in (1, 2)]
+        assert reasons(ended) == ["CANCELLED", "STOP"]
+        assert ended[0].text == "Thirteen words"
+        assert engine.read == [["first", "Thirteen words", "second"]]
+        await api.channel.close()
