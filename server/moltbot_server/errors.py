@@ -24,6 +24,7 @@ class Status(IntEnum):
     UNIMPLEMENTED = 12
     INTERNAL = 13
     UNAVAILABLE = 14
+    DATA_LOSS = 15
     UNAUTHENTICATED = 16
 
 
@@ -299,6 +300,13 @@ class LeaseLost(MoltBotError):
 
     status, reason = Status.FAILED_PRECONDITION, "LEASE_LOST"
     advice = "Leave the delivery to whoever has it, and receive the next one."
+
+
+class StorageDamaged(MoltBotError):
+    """What is stored of a turn is damaged and cannot be read; the core's log names it."""
+
+    status, reason = Status.DATA_LOSS, "STORAGE_DAMAGED"
+    advice = "`moltbot store check` lists what is damaged: restore a backup, or reset the session."
 
 
 class TurnFailed(Exception):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import re
+from typing import Any
 
 from moltbot_server.errors import EmptyMessage, InvalidField
 from moltbot_server.models.engine import Engine
@@ -74,8 +75,13 @@ def check_for_model(turn: TurnInput, engine: Engine) -> None:
 
 
 def digest_of(turn: TurnInput) -> bytes:
-    """Return a digest of what a turn asks, so that a repeated call can be told from a reused request_id."""
-    content = encode(
-        (turn.session, turn.parts, turn.model, turn.options, turn.system_prompt, turn.transcript, turn.user)
-    )
-    return hashlib.blake2b(content, digest_size=16).digest()
+    """Return a digest of what a turn asks and from where, so that a repeated call can be told from a reused request_id.
+
+    It stays the same across releases: calls are repeated while cores are being renewed.
+    """
+    content: tuple[Any, ...] = (
+        turn.session, turn.parts, turn.model, turn.options, turn.system_prompt, turn.transcript, turn.user
+    )  # fmt: skip
+    if turn.channel or turn.reply_to is not None:
+        content += (turn.channel, turn.reply_to)
+    return hashlib.blake2b(encode(content), digest_size=16).digest()

@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 from kept_turns import keep, new, said
+from moltbot_server.errors import StorageUnavailable
 from moltbot_server.store.findings import Finding
 from moltbot_server.store.protocol import JournalEntry
 from moltbot_server.store.redis import RedisStore
@@ -158,3 +159,39 @@ async def test_keys_that_belong_to_nothing_or_cannot_be_read_are_found(store: Re
         ("warning", "1 journals of workspace w belong to no turn that runs"),
         ("warning", "1 request_ids of workspace w lead to turns that are not there"),
     }
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        "answer = x'c1'",
+        "question = x'c1'",
+        "events = x'c1'",
+        "state = 'odd'",
+        "finish = 'odd'",
+        "model = CAST(x'ff' AS TEXT)",
+    ],
+)
+async def test_whatever_cannot_be_read_of_a_turn_is_found(path: Path, change: str) -> None:
+    changed(path, f"UPDATE turns SET {change} WHERE session = 's'")
+    assert checked(path, in_use=True) == [("grave", "turn 1 of session s in workspace w cannot be read")]
+
+
+async def test_a_schema_that_no_release_has_written_is_told_in_a_sentence(path: Path) -> None:
+    changed(path, "PRAGMA user_version = -3")
+    ((weight, text),) = checked(path)
+    assert weight == "grave"
+    assert text.startswith("its schema is -3, which no release has written: it is damaged")
+    with pytest.raises(StorageUnavailable, match="its schema is -3, which no release has written"):
+        await SqliteStore(path).open()
+
+
+@pytest.mark.parametrize(
+    "change", [("a", b"\xc1"), ("q", b"\xc1"), ("v", b"\xc1"), ("s", "odd"), ("f", "odd"), ("m", b"\xff")]
+)
+async def test_whatever_cannot_be_read_of_a_turn_in_redis_is_found(store: RedisStore, change: tuple[str, str]) -> None:
+    async with Redis(host="127.0.0.1", port=store._options["port"], protocol=2) as client:
+        await client.hset(f"{store.base('w')}t:1:s", *change)
+    assert [found for found in await looked_at(store) if found[0] == "grave"] == [
+        ("grave", "turn 1 of session s in workspace w cannot be read")
+    ]

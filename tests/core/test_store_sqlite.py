@@ -16,7 +16,7 @@ from pathlib import Path
 import msgspec
 import pytest
 from kept_turns import TIMES, ended, everything, keep, key, new, said, texts
-from moltbot_server.errors import StorageFull, StorageUnavailable
+from moltbot_server.errors import StorageDamaged, StorageFull, StorageUnavailable
 from moltbot_server.store.sqlite import SqliteStore
 from moltbot_server.store.sqlite_schema import SCHEMA_VERSION
 from moltbot_server.turns import FinishReason, Role, TurnInput, TurnState, encode
@@ -270,13 +270,13 @@ async def _damage(path: Path) -> int:
     seen = 0
     try:
         await store.open()
-    except StorageUnavailable:
+    except (StorageDamaged, StorageUnavailable):
         return 1
     try:
         for number in range(60):
             try:
                 read = await texts(store, f"s{number}")
-            except StorageUnavailable:
+            except (StorageDamaged, StorageUnavailable):
                 seen = 1
                 continue
             assert read in ([], [QUESTION.format(*[number] * 40), ANSWER.format(*[number] * 40)]), (
@@ -298,7 +298,7 @@ async def test_a_damaged_row_is_refused_and_the_others_are_served(store: SqliteS
     connection.close()
 
     for read in (store.find_turn(damaged.key), texts(store, "damaged"), store.load_session(key("damaged"), 10)):
-        with pytest.raises(StorageUnavailable):
+        with pytest.raises(StorageDamaged):
             await read
     assert await store.find_turn(whole.key) is not None
     assert await texts(store, "whole") == ["question", "answer"]

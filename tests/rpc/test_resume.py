@@ -111,12 +111,24 @@ async def test_a_turn_that_there_is_not_cannot_be_resumed_or_cancelled(api: Api,
     assert (reason_of(resumed), reason_of(cancelled)) == (reason, reason)
 
 
-async def test_a_negative_place_is_refused_and_one_beyond_the_end_has_nothing(api: Api) -> None:
-    name = (await api.run(turn())).turn
+async def test_a_negative_place_is_refused_and_one_at_or_beyond_the_end_has_nothing(api: Api) -> None:
+    whole = await api.events(turn())
+    name, last = whole[0].accepted.turn, whole[-1].sequence
     request = chat_pb2.ResumeTurnRequest(name=name, after_sequence=-1)
 
     assert reason_of(await refused(api.chat.ResumeTurn(request, metadata=api.metadata))) == "INVALID_FIELD"
+    assert await api.resumed(name, last - 1) == whole[-1:]
+    assert await api.resumed(name, last) == []
     assert await api.resumed(name, 10**12) == []
+
+
+async def test_a_place_beyond_the_end_of_a_turn_that_runs_is_silent_until_the_turn_has_ended(api: Api) -> None:
+    call = api.stream(turn("#20 pace=0.01"))
+    accepted = (await call.read()).event
+    assert await api.resumed(accepted.accepted.turn, 10**12) == []
+    assert await api.resumed(accepted.accepted.turn, accepted.sequence + 1)
+    assert (await api.resumed(accepted.accepted.turn))[-1].HasField("completed")
+    call.cancel()
 
 
 async def test_a_turn_that_nobody_follows_any_more_is_cancelled_if_that_was_asked_for(

@@ -15,7 +15,9 @@ from moltbot_server.errors import QueueFull
 from moltbot_server.live_turn import LiveTurn
 from moltbot_server.models.engine import Asker
 from moltbot_server.testing import RunningServer, Script, ScriptedEngine, running_server
+from moltbot_server.turn_checks import digest_of
 from moltbot_server.turn_run import TurnRun
+from moltbot_server.turns import TextPart, TurnInput
 from rpc_calls import Api, WatchedEngine, fields_of, info_of, kinds, reason_of, refused, text_of, turn
 
 
@@ -103,6 +105,23 @@ async def test_a_request_id_is_refused_for_other_content(api: Api) -> None:
     error = await refused(api.run(turn("that", request_id="one")))
 
     assert (error.code().name, reason_of(error)) == ("ALREADY_EXISTS", "REQUEST_ID_REUSED")
+
+
+async def test_a_request_id_is_refused_for_what_comes_from_another_platform_or_is_answered_elsewhere(api: Api) -> None:
+    place, other = (chat_pb2.Place(channel="slack", address=address) for address in ("C1", "C2"))
+    asked = {"request_id": "event-1", "session": "sessions/s", "channel": "slack", "reply_to": place}
+    answered = await api.run(turn("Hi", **asked))
+
+    assert await api.run(turn("Hi", **asked)) == answered
+    for fields in ({"channel": "discord"}, {"channel": ""}, {"reply_to": other}, {"reply_to": None}):
+        foreign = turn("Hi", **{**asked, **fields})
+        assert reason_of(await refused(api.run(foreign))) == "REQUEST_ID_REUSED"
+
+
+def test_the_content_of_a_turn_from_nowhere_has_the_digest_that_earlier_releases_stored() -> None:
+    """Calls are repeated while cores are being renewed."""
+    asked = TurnInput(parts=(TextPart(text="Hi"),), session="s", user="u")
+    assert digest_of(asked).hex() == "152939d45880bbc0ae33fce6519c34a7"
 
 
 async def test_a_request_id_is_refused_for_other_content_while_its_turn_runs_and_after_a_restart(

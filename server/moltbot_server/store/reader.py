@@ -10,6 +10,7 @@ from typing import Any, TypeVar
 import msgspec
 
 from moltbot_server.errors import StorageUnavailable
+from moltbot_server.store.damage import NOT_TEXT, Unreadable, damage
 from moltbot_server.store.groups import GroupThread
 from moltbot_server.store.pending import Pending
 from moltbot_server.store.writer import storage_error
@@ -52,9 +53,9 @@ def _answer(connection: sqlite3.Connection, query: Query[Any]) -> Any:
     try:
         return query(connection)
     except sqlite3.Error as error:
-        return storage_error(error)
-    except (msgspec.MsgspecError, UnicodeDecodeError):
-        return StorageUnavailable("what is stored here cannot be read: the database is damaged")
+        return damage(error) if str(error).startswith(NOT_TEXT) else storage_error(error)
+    except (Unreadable, msgspec.MsgspecError, UnicodeDecodeError) as problem:
+        return damage(problem)
     except Exception:
         log.exception("a read failed")
         return StorageUnavailable("the store could not read; the log says why")

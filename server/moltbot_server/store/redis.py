@@ -305,7 +305,7 @@ class RedisStore:
     async def load_session(self, key: SessionKey, limit: int) -> StoredSession | None:
         """Return what a session needs to go on, or None."""
         command = self.run("load", key.workspace, key.session, limit, self.node)
-        return await self._reading.put(Call(command, read=lambda replies: loaded_from(replies[0])))
+        return await self._reading.put(Call(command, read=lambda replies: loaded_from(key, replies[0])))
 
     async def get_session(self, key: SessionKey) -> Session | None:
         """Return a session as it is listed, or None."""
@@ -326,7 +326,7 @@ class RedisStore:
         command = self.run("messages", key.workspace, key.session, after[0], limit + 1)
 
         def read(replies: list[Any]) -> list[Message]:
-            messages = [message for turn in replies[0] for message in messages_from(turn)]
+            messages = [message for turn in replies[0] for message in messages_from(key, turn)]
             first = f"{after[0]}.{after[1]}"
             start = next((i + 1 for i, message in enumerate(messages) if message.id == first), 0)
             return messages[start : start + limit]

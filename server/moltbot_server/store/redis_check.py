@@ -4,19 +4,17 @@ from __future__ import annotations
 
 from collections.abc import AsyncIterator, Callable, Sequence
 
-import msgspec
-
+from moltbot_server.store.damage import Unreadable
 from moltbot_server.store.findings import Finding, dead_letters
 from moltbot_server.store.redis import RedisStore
 from moltbot_server.store.redis_line import Command
 from moltbot_server.store.redis_moving import RedisRecords
-from moltbot_server.store.redis_rows import key_of
-from moltbot_server.turns import Event, Part
+from moltbot_server.store.redis_rows import TURN_FIELDS, key_of, messages_from, turn_from
+from moltbot_server.turns import TurnKey
 
 _STEP = 200
-
-_parts = msgspec.msgpack.Decoder(tuple[Part, ...])
-_events = msgspec.msgpack.Decoder(tuple[Event, ...])
+_SAID = ("q", "a", "m", "f")
+_MESSAGE = ("q", "a", "m", "c", "e", "f")
 
 
 async def check_redis(store: RedisStore, *, progress: Callable[[float, str], None]) -> AsyncIterator[Finding]:
@@ -89,28 +87,41 @@ async def _turns(store: RedisStore, workspace: str) -> AsyncIterator[Finding]:
 
 async def _read(store: RedisStore, workspace: str, names: Sequence[str]) -> AsyncIterator[Finding]:
     base = store.base(workspace)
-    reading: list[Command] = [("HMGET", f"{base}t:{name}", "s", "q", "a", "v", "n") for name in names]
+    reading: list[Command] = [("HMGET", f"{base}t:{name}", *TURN_FIELDS, *_SAID) for name in names]
     owning: list[Command] = [("ZSCORE", f"{base}o:{name.partition(':')[2]}", name) for name in names]
     if not names:
         return
     replies = await store.ask(*reading, *owning)
     found, places = replies[: len(names)], replies[len(names) :]
-    running = [(name, fields[4].decode()) for name, fields in zip(names, found, strict=True) if fields[0] == b"running"]
+    told = [dict(zip((*TURN_FIELDS, *_SAID), fields, strict=True)) for fields in found]
+    running = [
+        (name, (turn["n"] or b"").decode("utf-8", "replace"))
+        for name, turn in zip(names, told, strict=True)
+        if turn["s"] == b"running"
+    ]
     scores = await store.ask(*(("ZSCORE", f"{base}run:{node}", name) for name, node in running)) if running else []
     for (name, _), score in zip(running, scores, strict=True):
         if score is None and (await store.ask(("HGET", f"{base}t:{name}", "s")))[0] == b"running":
             yield Finding(text=f"{_told(workspace, name)} runs, and no core has it")
-    for name, fields, place in zip(names, found, places, strict=True):
-        if fields[0] is None:
+    for name, turn, place in zip(names, told, places, strict=True):
+        if all(field is None for field in turn.values()):
             continue  # deleted meanwhile
         if place is None:
             yield Finding(text=f"{_told(workspace, name)} belongs to no session", weight="warning")
-        try:
-            _parts.decode(fields[1] or b"\x90")
-            _parts.decode(fields[2] or b"\x90")
-            _events.decode(fields[3] or b"\x90")
-        except msgspec.MsgspecError:
+        if not _readable(key_of(workspace, name.encode()), turn):
             yield Finding(text=f"{_told(workspace, name)} cannot be read")
+
+
+def _readable(key: TurnKey, turn: dict[str, bytes | None]) -> bool:
+    """Return whether all that is kept of a turn can be read."""
+    if any(turn[name] is None for name in ("r", "d", "s", "c", "e")):
+        return False
+    try:
+        turn_from(key, [turn[name] for name in TURN_FIELDS])
+        messages_from(key.session, (str(key.ordinal).encode(), *(turn[name] for name in _MESSAGE)))
+    except Unreadable:
+        return False
+    return True
 
 
 async def _requests(store: RedisStore, workspace: str) -> AsyncIterator[Finding]:

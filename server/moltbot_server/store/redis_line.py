@@ -28,6 +28,7 @@ from redis.exceptions import (
 )
 
 from moltbot_server.errors import MoltBotError, StorageFull, StorageUnavailable
+from moltbot_server.store.damage import Unreadable, damage
 from moltbot_server.store.pending import Pending
 from moltbot_server.store.redis_presence import Presence
 
@@ -332,8 +333,8 @@ def _outcome(read: Callable[[list[Any]], T | MoltBotError], replies: list[Any], 
             return refused(reply)
     try:
         return read(replies)
-    except (msgspec.MsgspecError, UnicodeDecodeError):
-        return StorageUnavailable("what is stored here cannot be read: it is damaged")
+    except (Unreadable, msgspec.MsgspecError, UnicodeDecodeError) as problem:
+        return damage(problem)
     except Exception:
         log.exception("a reply of Redis could not be read")
         return StorageUnavailable("the store could not read; the log says why")

@@ -8,10 +8,11 @@ from urllib.parse import quote
 
 import msgspec
 
+from moltbot_server.store.damage import BROKEN, Unreadable
 from moltbot_server.store.protocol import EndedTurn, NewTurn, Orphan, StoredSession, StoredTurn
 from moltbot_server.store.redis_line import Argument
 from moltbot_server.store.redis_outbox import posting_arguments
-from moltbot_server.store.sqlite_rows import end_columns, messages_of, session_of, turn_of
+from moltbot_server.store.sqlite_rows import end_columns, read_messages, session_of, turn_of
 from moltbot_server.turns import Event, Message, Part, Session, SessionKey, TurnInput, TurnKey, TurnState, encode
 
 EMPTY = encode(())
@@ -77,13 +78,12 @@ def turn_from(key: TurnKey, fields: Sequence[bytes | None]) -> StoredTurn | None
     request, digest, state, create, end, events, node = fields
     if request is None or digest is None or state is None or create is None or end is None:
         return None
-    session = key.session
-    return turn_of(
-        (
-            session.workspace, session.session, key.ordinal, request.decode(), digest, state.decode(), float(create),
-            float(end), events, (node or b"").decode(),
-        )
-    )  # fmt: skip
+    names = (key.session.workspace, key.session.session, key.ordinal)
+    try:
+        row = (request.decode(), digest, state.decode(), float(create), float(end), events, (node or b"").decode())
+    except BROKEN as problem:
+        raise Unreadable(*names) from problem
+    return turn_of((*names, *row))
 
 
 def orphan_from(key: TurnKey, epoch: int, fields: Sequence[bytes], entries: Sequence[Any]) -> Orphan:
@@ -103,12 +103,12 @@ def orphan_from(key: TurnKey, epoch: int, fields: Sequence[bytes], entries: Sequ
     return Orphan(turn=turn, input=asked, epoch=epoch, deadline=float(deadline))
 
 
-def loaded_from(found: Sequence[Any]) -> StoredSession | None:
+def loaded_from(key: SessionKey, found: Sequence[Any]) -> StoredSession | None:
     """Return what the script `load` found."""
     if not found:
         return None
     base, last, version, runs, *turns = found
-    messages = [message for turn in reversed(turns) for message in messages_from(turn)]
+    messages = [message for turn in reversed(turns) for message in messages_from(key, turn)]
     return StoredSession(
         last_ordinal=max(int(base), int(last)),
         messages=tuple(messages),
@@ -117,18 +117,19 @@ def loaded_from(found: Sequence[Any]) -> StoredSession | None:
     )
 
 
-def messages_from(turn: Sequence[bytes | None]) -> list[Message]:
-    """Return the messages of a turn: ordinal, question, answer, model, times of both, why it ended."""
-    ordinal, question, answer, model, create, end, finish = turn
-    return messages_of(
-        int(ordinal or 0),
-        question or EMPTY,
-        answer,
-        (model or b"").decode(),
-        float(create or 0),
-        float(end or 0),
-        (finish or b"").decode(),
-    )
+def messages_from(key: SessionKey, turn: Sequence[bytes | None]) -> list[Message]:
+    """Return the messages of a turn: ordinal, question, answer, model, times of both, why it ended.
+
+    Raises:
+        Unreadable: the turn is damaged.
+    """
+    number, question, answer, model, create, end, finish = turn
+    ordinal = int(number or 0)
+    try:
+        rest = ((model or b"").decode(), float(create or 0), float(end or 0), (finish or b"").decode())
+    except BROKEN as problem:
+        raise Unreadable(key.workspace, key.session, ordinal) from problem
+    return read_messages(key.workspace, key.session, (ordinal, question or EMPTY, answer, *rest))
 
 
 def session_from(key: SessionKey, fields: Sequence[bytes | None]) -> Session | None:

@@ -35,8 +35,8 @@ from moltbot_server.store.sqlite_journal import append_entries, forget_entries, 
 from moltbot_server.store.sqlite_nodes import Pen, SqliteNodes
 from moltbot_server.store.sqlite_outbox import SqliteOutbox, post_ends, withdraw
 from moltbot_server.store.sqlite_pruning import prune_sessions
-from moltbot_server.store.sqlite_rows import TURN_COLUMNS, end_columns, messages_of, rest_columns, session_of, turn_of
-from moltbot_server.store.sqlite_schema import SCHEMA, SCHEMA_VERSION, STEPS
+from moltbot_server.store.sqlite_rows import TURN_COLUMNS, end_columns, read_messages, rest_columns, session_of, turn_of
+from moltbot_server.store.sqlite_schema import SCHEMA, SCHEMA_VERSION, STEPS, unknown_schema
 from moltbot_server.store.sqlite_sessions import Places
 from moltbot_server.store.sqlite_usage import add_usage, forget_usage, read_usage
 from moltbot_server.store.writer import GroupWriter, Rows, storage_error, unusable
@@ -272,7 +272,7 @@ class SqliteStore:
                 "ORDER BY ordinal DESC LIMIT ?",
                 (*names, limit),
             ).fetchall()
-            messages = [message for turn in reversed(turns) for message in messages_of(*turn)]
+            messages = [message for turn in reversed(turns) for message in read_messages(*names, turn)]
             return msgspec.structs.replace(loaded, messages=tuple(messages))
 
         return await self._reader.read(read)
@@ -321,7 +321,7 @@ class SqliteStore:
                 "AND session = ? AND ordinal >= ? AND question <> x'90' ORDER BY ordinal LIMIT ?",
                 (key.workspace, key.session, after[0], limit + 1),
             ).fetchall()
-            messages = [message for row in rows for message in messages_of(*row)]
+            messages = [message for row in rows for message in read_messages(key.workspace, key.session, row)]
             first = f"{after[0]}.{after[1]}"
             start = next((i + 1 for i, message in enumerate(messages) if message.id == first), 0)
             return messages[start : start + limit]
@@ -342,10 +342,11 @@ class SqliteStore:
     def _connect(self) -> sqlite3.Connection:
         connection = sqlite3.connect(self._path, isolation_level=None, check_same_thread=False, timeout=5.0)
         version = connection.execute("PRAGMA user_version").fetchone()[0]
-        if version > SCHEMA_VERSION:
+        if not 0 <= version <= SCHEMA_VERSION:
             connection.close()
+            newer = f"the database was written by a newer release (schema {version}, this one reads {SCHEMA_VERSION})"
             raise StorageUnavailable(
-                f"the database was written by a newer release (schema {version}, this one reads {SCHEMA_VERSION})"
+                newer if version > 0 else f"{self._path} cannot be used: {unknown_schema(version)}"
             )
         connection.executescript(
             # Turns of many sessions touch pages all over the file; small pages halve what a commit writes.

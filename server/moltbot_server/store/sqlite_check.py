@@ -6,12 +6,12 @@ import contextlib
 import sqlite3
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
-import msgspec
-
+from moltbot_server.store.damage import Unreadable
 from moltbot_server.store.findings import Finding, dead_letters
-from moltbot_server.store.sqlite_schema import SCHEMA_VERSION
-from moltbot_server.turns import Event, Part
+from moltbot_server.store.sqlite_rows import TURN_COLUMNS, read_messages, turn_of
+from moltbot_server.store.sqlite_schema import SCHEMA_VERSION, unknown_schema
 
 _TELL_FREE = 0.25
 _QUESTIONS = (
@@ -24,10 +24,6 @@ _QUESTIONS = (
         "SELECT count(*) FROM journal j WHERE NOT EXISTS (SELECT 1 FROM turns t WHERE t.workspace = j.workspace "
         "AND t.session = j.session AND t.ordinal = j.ordinal AND t.state = 'running')",
         "{} entries of the journal belong to no turn that runs; the next start takes them away",
-    ),
-    (
-        "SELECT count(*) FROM turns WHERE state NOT IN ('running', 'completed', 'cancelled', 'failed')",
-        "{} turns are in a state that is not known",
     ),
     (
         "SELECT count(*) FROM (SELECT 1 FROM outbox WHERE state = 'open' "
@@ -46,6 +42,9 @@ def check_database(path: Path, *, in_use: bool, progress: Callable[[float, str],
     uri = f"{path.absolute().as_uri()}?mode=ro"
     with contextlib.closing(sqlite3.connect(uri, uri=True, isolation_level=None, timeout=5.0)) as connection:
         version = connection.execute("PRAGMA user_version").fetchone()[0]
+        if version < 0:
+            yield Finding(text=f"{unknown_schema(version)}: put a backup in its place")
+            return
         if version != SCHEMA_VERSION:
             newer = version > SCHEMA_VERSION
             text = f"its schema is {version}, and this release writes {SCHEMA_VERSION}"
@@ -67,18 +66,30 @@ def check_database(path: Path, *, in_use: bool, progress: Callable[[float, str],
 
 def _unreadable(connection: sqlite3.Connection, progress: Callable[[float, str], None]) -> Iterator[Finding]:
     """Yield the turns of which something cannot be read."""
-    parts, events = msgspec.msgpack.Decoder(tuple[Part, ...]), msgspec.msgpack.Decoder(tuple[Event, ...])
     total = connection.execute("SELECT count(*) FROM turns").fetchone()[0]
-    rows = connection.execute("SELECT workspace, session, ordinal, question, answer, events FROM turns")
-    for number, (workspace, session, ordinal, question, answer, recorded) in enumerate(rows):
+    # Text that is none keeps no other row from being read.
+    connection.text_factory = lambda text: text.decode("utf-8", "surrogateescape")
+    columns = f"{TURN_COLUMNS}, question, answer, model, finish"
+    for number, row in enumerate(connection.execute(f"SELECT {columns} FROM turns")):
         if not number % 1000:
             progress(0.4 + 0.6 * number / total, "turns")
-        try:
-            parts.decode(question)
-            parts.decode(answer or b"\x90")
-            events.decode(recorded or b"\x90")
-        except (msgspec.MsgspecError, TypeError):
-            yield Finding(text=f"turn {ordinal} of session {session} in workspace {workspace} cannot be read")
+        if problem := _problem(row):
+            yield Finding(text=problem.encode("utf-8", "replace").decode())
+
+
+def _problem(row: tuple[Any, ...]) -> str:
+    """Return why a turn cannot be read; empty when it can, all of it."""
+    workspace, session, ordinal, _, _, _, create, end, _, _, question, answer, model, finish = row
+    try:
+        turn_of(row[:10])
+        read_messages(workspace, session, (ordinal, question, answer, model, create, end, finish))
+    except Unreadable as problem:
+        return str(problem)
+    try:
+        "".join(text for text in row if isinstance(text, str)).encode()
+    except UnicodeEncodeError:
+        return str(Unreadable(workspace, session, ordinal))
+    return ""
 
 
 def _notes(connection: sqlite3.Connection, in_use: bool) -> Iterator[Finding]:

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Container
+from collections.abc import Container, Sequence
 from typing import Any
 
 import msgspec
 
+from moltbot_server.store.damage import BROKEN, Unreadable
 from moltbot_server.store.protocol import EndedTurn, NewTurn, StoredTurn
 from moltbot_server.turns import (
     Event,
@@ -71,9 +72,20 @@ def rest_columns(turn: NewTurn, ended: Container[TurnKey]) -> tuple[bytes | None
 
 
 def turn_of(row: tuple[Any, ...] | None) -> StoredTurn | None:
-    """Return a turn of its row, None for no row."""
+    """Return a turn of its row, None for no row.
+
+    Raises:
+        Unreadable: the row is damaged.
+    """
     if row is None:
         return None
+    try:
+        return _turn_of(row)
+    except BROKEN as problem:
+        raise Unreadable(*row[:3]) from problem
+
+
+def _turn_of(row: tuple[Any, ...]) -> StoredTurn:
     workspace, session, ordinal, request_id, digest, state, create_time, end_time, events, node = row
     recorded = _events.decode(events) if events else ()
     last = recorded[-1].kind if recorded else None
@@ -88,6 +100,18 @@ def turn_of(row: tuple[Any, ...] | None) -> StoredTurn | None:
         retryable=state == TurnState.FAILED and (last is None or (isinstance(last, Failed) and last.retryable)),
         node=node if state == TurnState.RUNNING else "",
     )
+
+
+def read_messages(workspace: str, session: str, row: Sequence[Any]) -> list[Message]:
+    """Return the messages of one turn's row, which is as `messages_of` takes it.
+
+    Raises:
+        Unreadable: the row is damaged.
+    """
+    try:
+        return messages_of(*row)
+    except BROKEN as problem:
+        raise Unreadable(workspace, session, row[0]) from problem
 
 
 def messages_of(

@@ -28,6 +28,12 @@ CREATE INDEX turns_running ON turns (state) WHERE state = 'running';
 {USAGE_SCHEMA}{JOURNAL_SCHEMA}{OUTBOX_SCHEMA}{SESSIONS_SCHEMA}"""
 """Makes a new database."""
 
+
+def unknown_schema(version: int) -> str:
+    """Return what is said of a version below all that there were."""
+    return f"its schema is {version}, which no release has written: it is damaged, or not MoltBot's"
+
+
 STEPS = {
     1: "ALTER TABLE turns ADD COLUMN finish TEXT NOT NULL DEFAULT ''; "
     "UPDATE turns SET finish = 'cancelled' WHERE state = 'cancelled';",

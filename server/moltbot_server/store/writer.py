@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from moltbot_server.errors import MoltBotError, StorageFull, StorageUnavailable
+from moltbot_server.store.damage import Unreadable, damage
 from moltbot_server.store.groups import GroupThread
 from moltbot_server.store.pending import Pending
 
@@ -157,6 +158,8 @@ class GroupWriter(GroupThread[_Job]):
             if len(group) > 1:
                 # One of them is at fault: give each a transaction of its own, so that the others are stored.
                 return [pair for job in group for pair in self._write(connection, [job])]
+            if isinstance(error, Unreadable):
+                return [(group[0], damage(error))]
             if not isinstance(error, sqlite3.Error):
                 log.exception("a write failed")
                 return [(group[0], StorageUnavailable("the store refused a write; the log says why"))]

@@ -120,7 +120,10 @@ class TurnInput(_message.Message):
     """Makes the call safe to repeat: a second call with the same id and the same
     content follows the first one's turn; with other content it is refused
     with ALREADY_EXISTS and the reason REQUEST_ID_REUSED. 1 to 128 characters,
-    a UUID is recommended. Empty: the call is not safe to repeat.
+    a UUID is recommended. Empty: the call is not safe to repeat. One id stands
+    for one turn in the whole workspace, and `channel` and `reply_to` belong to
+    the content: adapters put their platform before the platform's id of an
+    event, such as `slack:Ev0123`, so that no two of them meet.
     """
     model: _builtins.str
     """`models/{model}`: this model and no other. Empty: the workspace's route."""

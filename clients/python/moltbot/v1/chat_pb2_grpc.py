@@ -103,8 +103,10 @@ class ChatServiceServicer(object):
     def ResumeTurn(self, request, context):
         """Streams the events of a turn that come after a sequence number: first
         those recorded, then, while the turn runs, each as it comes. Ends like
-        `StreamTurn`. NOT_FOUND when there is no such turn in the caller's
-        workspace. Safe to repeat.
+        `StreamTurn`, with `completed` or `failed`; a caller who names the number
+        of that event, or a greater one, has seen the end: nothing is sent, and
+        the status is OK once the turn has ended. NOT_FOUND when there is no such
+        turn in the caller's workspace. Safe to repeat.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')

@@ -56,8 +56,10 @@ class ChatServiceStub:
     ResumeTurn: _grpc.UnaryStreamMultiCallable[_chat_pb2.ResumeTurnRequest, _chat_pb2.ResumeTurnResponse]
     """Streams the events of a turn that come after a sequence number: first
     those recorded, then, while the turn runs, each as it comes. Ends like
-    `StreamTurn`. NOT_FOUND when there is no such turn in the caller's
-    workspace. Safe to repeat.
+    `StreamTurn`, with `completed` or `failed`; a caller who names the number
+    of that event, or a greater one, has seen the end: nothing is sent, and
+    the status is OK once the turn has ended. NOT_FOUND when there is no such
+    turn in the caller's workspace. Safe to repeat.
     """
     CancelTurn: _grpc.UnaryUnaryMultiCallable[_chat_pb2.CancelTurnRequest, _chat_pb2.CancelTurnResponse]
     """Ends a running turn and keeps the text so far; every stream on it gets
@@ -100,8 +102,10 @@ class ChatServiceAsyncStub(ChatServiceStub):
     ResumeTurn: _aio.UnaryStreamMultiCallable[_chat_pb2.ResumeTurnRequest, _chat_pb2.ResumeTurnResponse]  # type: ignore[assignment]
     """Streams the events of a turn that come after a sequence number: first
     those recorded, then, while the turn runs, each as it comes. Ends like
-    `StreamTurn`. NOT_FOUND when there is no such turn in the caller's
-    workspace. Safe to repeat.
+    `StreamTurn`, with `completed` or `failed`; a caller who names the number
+    of that event, or a greater one, has seen the end: nothing is sent, and
+    the status is OK once the turn has ended. NOT_FOUND when there is no such
+    turn in the caller's workspace. Safe to repeat.
     """
     CancelTurn: _aio.UnaryUnaryMultiCallable[_chat_pb2.CancelTurnRequest, _chat_pb2.CancelTurnResponse]  # type: ignore[assignment]
     """Ends a running turn and keeps the text so far; every stream on it gets
@@ -159,8 +163,10 @@ class ChatServiceServicer(metaclass=_abc_1.ABCMeta):
     ) -> _typing.Union[_abc.Iterator[_chat_pb2.ResumeTurnResponse], _abc.AsyncIterator[_chat_pb2.ResumeTurnResponse]]:
         """Streams the events of a turn that come after a sequence number: first
         those recorded, then, while the turn runs, each as it comes. Ends like
-        `StreamTurn`. NOT_FOUND when there is no such turn in the caller's
-        workspace. Safe to repeat.
+        `StreamTurn`, with `completed` or `failed`; a caller who names the number
+        of that event, or a greater one, has seen the end: nothing is sent, and
+        the status is OK once the turn has ended. NOT_FOUND when there is no such
+        turn in the caller's workspace. Safe to repeat.
         """
 
     @_abc_1.abstractmethod

@@ -92,6 +92,8 @@ class _ErrorReasonEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[_ErrorReas
     """NOT_FOUND: no such delivery, or no such dead letter, in the workspace."""
     ERROR_REASON_LEASE_LOST: _ErrorReason.ValueType  # 32
     """FAILED_PRECONDITION: the delivery is leased to somebody else, or to nobody."""
+    ERROR_REASON_STORAGE_DAMAGED: _ErrorReason.ValueType  # 33
+    """DATA_LOSS: what is stored of a turn is damaged and cannot be read."""
 
 class ErrorReason(_ErrorReason, metaclass=_ErrorReasonEnumTypeWrapper):
     """Why a call failed. Every error status carries `google.rpc.ErrorInfo` with
@@ -169,4 +171,6 @@ ERROR_REASON_DELIVERY_NOT_FOUND: ErrorReason.ValueType  # 31
 """NOT_FOUND: no such delivery, or no such dead letter, in the workspace."""
 ERROR_REASON_LEASE_LOST: ErrorReason.ValueType  # 32
 """FAILED_PRECONDITION: the delivery is leased to somebody else, or to nobody."""
+ERROR_REASON_STORAGE_DAMAGED: ErrorReason.ValueType  # 33
+"""DATA_LOSS: what is stored of a turn is damaged and cannot be read."""
 Global___ErrorReason: _TypeAlias = ErrorReason  # noqa: Y015

@@ -1,0 +1,87 @@
+"""A turn that is not as it was written: whoever asks is told that it is lost, and the log says which one it is."""
+
+from __future__ import annotations
+
+import secrets
+import sqlite3
+from collections.abc import Awaitable, Callable
+from contextlib import closing
+from pathlib import Path
+
+import pytest
+from kept_turns import keep, key, new
+from moltbot_server.errors import Status, StorageDamaged
+from moltbot_server.store import Store
+from moltbot_server.store.redis import RedisStore
+from moltbot_server.store.sqlite import SqliteStore
+from redis.asyncio import Redis
+
+FIELDS = {"question": "q", "answer": "a", "events": "v", "state": "s"}
+
+
+@pytest.fixture(params=["sqlite", "redis"])
+async def spoiled(request: pytest.FixtureRequest, tmp_path: Path) -> Callable[[str, bytes], Awaitable[Store]]:
+    """Return what opens a store with a turn of which one column was written over."""
+
+    async def sqlite(column: str, value: bytes) -> Store:
+        store = SqliteStore(tmp_path / "moltbot.db")
+        await store.open()
+        await keep(store, new())
+        with closing(sqlite3.connect(tmp_path / "moltbot.db")) as connection, connection:
+            connection.execute(f"UPDATE turns SET {column} = ?", (value if column != "state" else value.decode(),))
+        return store
+
+    async def redis(column: str, value: bytes) -> Store:
+        port = request.getfixturevalue("redis_port")
+        store = RedisStore(host="127.0.0.1", port=port, prefix=f"test-{secrets.token_hex(4)}")
+        await store.open()
+        await keep(store, new())
+        async with Redis(host="127.0.0.1", port=port, protocol=2) as client:
+            assert await client.hset(f"{store.base('w')}t:1:s", FIELDS[column], value) == 0
+        return store
+
+    return sqlite if request.param == "sqlite" else redis
+
+
+ASKED: dict[str, Callable[[Store], Awaitable[object]]] = {
+    "find_turn": lambda store: store.find_turn(new().key),
+    "accept": lambda store: store.accept(new(ordinal=2, request_id="s-1")),
+    "load_session": lambda store: store.load_session(key(), 10),
+    "list_messages": lambda store: store.list_messages(key(), after=(0, 0), limit=10),
+}
+
+
+@pytest.mark.parametrize(
+    ("column", "asked"),
+    [
+        ("events", "find_turn"),
+        ("events", "accept"),
+        ("state", "find_turn"),
+        ("question", "load_session"),
+        ("answer", "load_session"),
+        ("question", "list_messages"),
+        ("answer", "list_messages"),
+    ],
+)
+async def test_a_damaged_turn_is_lost_and_the_log_names_it(
+    spoiled: Callable[[str, bytes], Awaitable[Store]], column: str, asked: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    store = await spoiled(column, b"\xc1" if column != "state" else b"odd")
+    with pytest.raises(StorageDamaged, match="turn 1 of this session is damaged") as told:
+        await ASKED[asked](store)
+    assert (told.value.status, told.value.retryable, told.value.retry_after) == (Status.DATA_LOSS, False, None)
+    (line,) = [record for record in caplog.records if record.levelname == "ERROR"]
+    assert line.getMessage() == "a stored turn cannot be read: it is damaged"
+    assert (line.workspace, line.session, line.ordinal) == ("w", "s", 1)  # type: ignore[attr-defined]
+    await store.close()
+
+
+async def test_a_session_with_a_damaged_turn_goes_on_when_it_is_reset(
+    spoiled: Callable[[str, bytes], Awaitable[Store]],
+) -> None:
+    store = await spoiled("answer", b"\xc1")
+    await store.reset_session(key())
+    loaded = await store.load_session(key(), 10)
+    assert loaded is not None
+    assert (loaded.last_ordinal, loaded.messages) == (1, ())
+    await store.close()
