@@ -273,30 +273,6 @@ async def test_what_was_acknowledged_survives_the_death_of_redis_and_what_ends_m
     assert await store.accept(new(session="after")) is None
 
 
-async def test_that_redis_is_away_is_said_once_and_since_when(
-    own: Nodes, redis: RedisProcess, caplog: pytest.LogCaptureFixture
-) -> None:
-    caplog.set_level("INFO", "moltbot_server.store")
-    store = await own.join()
-    assert store.away is None
-    began = time.time()
-    await redis.kill()
-    with pytest.raises(StorageUnavailable, match="store"):  # both of its connections hear of it
-        await store.accept(new())
-    with pytest.raises(StorageUnavailable):
-        await store.find_turn(new().key)
-    away = store.away
-    assert away is not None
-    assert (away.where, began <= away.since <= time.time()) == (f"Redis at 127.0.0.1:{redis.port}", True)
-    assert "refused" in away.problem
-    await redis.start()
-    async with asyncio.timeout(10):
-        while store.away is not None:  # noqa: ASYNC110 - nothing tells
-            await asyncio.sleep(0.01)
-    said = [record.message for record in caplog.records if record.name.endswith("redis_presence")]
-    assert said == ["Redis is away; turns are refused until it is there again", "Redis is there again"]
-
-
 async def test_a_redis_that_hangs_costs_two_seconds_and_leaves_nothing_that_was_refused(
     own: Nodes, redis: RedisProcess
 ) -> None:

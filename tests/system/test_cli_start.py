@@ -376,6 +376,18 @@ async def test_the_children_leave_when_the_supervisor_is_killed(started: Started
     assert (await started.home.run("status")).status == 69  # what it told others is not believed any more
 
 
+async def test_a_configuration_that_a_crashed_core_finds_wrong_ends_nothing_and_is_read_again(home: Home) -> None:
+    async with home.started() as started:
+        configuration = home.workspace / "moltbot.yaml"
+        good = configuration.read_text()
+        configuration.write_text("no_such_key: 1\n")
+        psutil.Process(started.told()["processes"]["core"]).kill()
+        assert "ended with status 78" in await started.line("cannot start as things are; it is tried again")
+        assert started.process.returncode is None
+        configuration.write_text(good)
+        assert (await home.run("chat", "Hello")).out == "You said: Hello\n"
+
+
 async def test_what_has_asked_the_first_question_is_reaped(home: Home) -> None:
     async with home.started("--first-question", "Are you there?") as started:
         await started.line("in all)")

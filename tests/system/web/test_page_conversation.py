@@ -234,17 +234,6 @@ async def test_a_line_that_breaks_before_the_first_event_is_tried_again_with_the
         assert len({body["request_id"] for body in site.started()}) == 1
 
 
-async def test_that_the_store_is_away_is_said_while_it_is_tried_again(browser: Browser) -> None:
-    async with (
-        ScriptedSite(lambda _: [Say(text="Kept again")]) as site,
-        visiting(browser, site.origin, "/#/new") as visit,
-    ):
-        site.refusals = [error(503, "The core cannot reach its store.", "storage_unavailable") for _ in range(4)]
-        await ask(visit, "hi")
-        await visit.page.get_by_text("cannot reach its store").wait_for()
-        assert await answered(visit) == "Kept again"
-
-
 async def test_a_server_that_refuses_gets_the_same_request_again_when_the_person_asks(browser: Browser) -> None:
     async with (
         ScriptedSite(lambda _: [Say(text="Now it works")]) as site,

@@ -1,5 +1,5 @@
 # ruff: noqa: RUF001 (Chinese is written as it is)
-"""Who answers, in the page: switches of the model, thoughts, kept answers, tools, and what a provider refuses."""
+"""Who answers, in the page, or why nobody does: switches of the model, thoughts, tools, refusals, the store."""
 
 from __future__ import annotations
 
@@ -163,3 +163,14 @@ async def test_a_budget_that_is_used_up_is_told_at_once_and_not_asked_again(brow
         await ask(visit, "hi")
         await visit.page.get_by_text("The budget is used up").wait_for()
         assert site.refusals == []
+
+
+async def test_that_the_store_is_away_is_said_while_it_is_tried_again(browser: Browser) -> None:
+    async with (
+        ScriptedSite(lambda _: [Say(text="Kept again")]) as site,
+        visiting(browser, site.origin, "/#/new") as visit,
+    ):
+        site.refusals = [error(503, "The core cannot reach its store.", "storage_unavailable") for _ in range(4)]
+        await ask(visit, "hi")
+        await visit.page.get_by_text("cannot reach its store").wait_for()
+        assert await answered(visit) == "Kept again"
