@@ -60,6 +60,8 @@ _MOST_CORES = 5
 """A turn that so many cores did not survive is given up: it may be what ends them."""
 _COME_BACK = 15.0
 """Seconds that a turn which ends with its last follower waits for one after a take-over."""
+_LAST_WRITES = 2.0
+"""Seconds beyond its grace that a core which leaves waits for its store."""
 _OLDEST = 3600.0
 """Seconds after which nobody waits for an answer any more."""
 _TAKEN_WITHIN = 10.0
@@ -453,8 +455,22 @@ class TurnPipeline:
                     await self._emptied.wait()
         for run in tuple(self._runs):
             run.hand_over()
+        if self._runs or self._moving:
+            await self._end_the_rest(self._emptied)
+
+    async def _end_the_rest(self, emptied: asyncio.Event) -> None:
+        """Wait a moment for what is stored last; a store that hangs keeps nobody here."""
+        with contextlib.suppress(TimeoutError):
+            async with asyncio.timeout(_LAST_WRITES):
+                await emptied.wait()
+                if self._moving:
+                    await asyncio.wait(self._moving)
         if self._runs:
-            await self._emptied.wait()
+            log.warning("the store takes no ends; the next core carries them on", extra={"turns": len(self._runs)})
+        for run in tuple(self._runs):
+            run.hand_over(at_once=True)
+        for task in tuple(self._moving):
+            task.cancel()
         if self._moving:
             await asyncio.wait(self._moving)
 

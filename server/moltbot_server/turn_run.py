@@ -337,9 +337,9 @@ class TurnRun:
             ending = self._completed(FinishReason.CANCELLED)
         self._conclude(ending)
 
-    def hand_over(self) -> None:
-        """Leave the turn to the next core: whoever follows it is sent there, and its row stays as it is."""
-        if self._over or (self._ending is not None and not self._delayed):
+    def hand_over(self, *, at_once: bool = False) -> None:
+        """Leave the turn to the next core, `at_once` although its end is being stored: its row stays as it is."""
+        if self._over or (self._ending is not None and not self._delayed and not at_once):
             return
         if self._ending is None and (self._live.input.cancel_on_disconnect or not self._live.is_stored):
             self.stop()

@@ -16,7 +16,7 @@ from collections.abc import Callable, Sequence
 import msgspec
 
 from moltbot_server.config_models import Budget, Price
-from moltbot_server.errors import BudgetExceeded, MoltBotError
+from moltbot_server.errors import BudgetExceeded, MoltBotError, StorageUnavailable
 from moltbot_server.metrics import Metrics
 from moltbot_server.store import Store, UsageQuery, UsageRow
 from moltbot_server.turns import Usage
@@ -28,6 +28,7 @@ KEPT_DAYS = 400
 """Usage of so many days is kept: a year, and the month to compare it with."""
 
 _WRITE_EVERY = 1.0
+_LAST_WRITE = 2.0  # seconds that the end of a core waits for it
 _CALM = 20.0  # times as long as counting took, until it is done again
 _MOST_ACCOUNTS = 10_000
 """Users, each with each model, that are told apart in a workspace and a day."""
@@ -129,7 +130,12 @@ class Ledger:
         self._closed = True
         if self._timer is not None:
             self._timer.cancel()
-        if error := await self._write_now():
+        try:
+            async with asyncio.timeout(_LAST_WRITE):
+                error = await self._write_now()
+        except TimeoutError:
+            error = StorageUnavailable("the store takes too long")  # what it takes yet before it is closed is kept
+        if error is not None:
             log.error("what was used at the end is lost", extra={"error": error.message, "rows": len(self._unwritten)})
 
     # --- counting ------------------------------------------------------------------------------------------------
