@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import os
+import sqlite3
 import stat
+from contextlib import closing
 from pathlib import Path
 
 import pytest
@@ -76,6 +78,27 @@ async def test_a_store_is_checked_exported_and_imported_into_another_workspace(h
     assert (told.status, "its end is missing" in told.err) == (1, True)
 
 
+@pytest.mark.parametrize(
+    ("version", "told_so"),
+    [
+        (4, "was written by an older release (schema 4, this one reads "),
+        (99, "was written by a newer release (schema 99, this one reads "),
+        (-3, "cannot be read: its schema is -3, which no release has written"),
+    ],
+)
+async def test_an_export_leaves_a_database_of_another_release_as_it_is(home: Home, version: int, told_so: str) -> None:
+    await fill(home)
+    database = home.workspace / "moltbot.db"
+    with closing(sqlite3.connect(database)) as connection:
+        connection.execute(f"PRAGMA user_version = {version}")
+        connection.execute("PRAGMA wal_checkpoint(TRUNCATE)")
+    before = database.read_bytes()
+    told = await home.run("store", "export", "all.jsonl")
+    assert (told.status, told_so in told.err) == (1, True)
+    assert database.read_bytes() == before
+    assert not (home.folder / "all.jsonl").exists()
+
+
 async def test_a_damaged_database_is_told_with_what_to_do(home: Home) -> None:
     await fill(home)
     (home.workspace / "moltbot.db").write_bytes(b"no database at all" * 100)
@@ -119,6 +142,15 @@ async def test_a_redis_that_cannot_be_used_is_told_with_what_to_change(home: Hom
         told = await home.run("start", *ANY_PORTS)
         assert told.status != os.EX_OK
         assert "set maxmemory-policy noeviction" in told.err
+
+
+async def test_a_store_that_may_lose_everything_is_not_said_to_be_without_fault(home: Home, tmp_path: Path) -> None:
+    assert (await home.run("init")).status == 0
+    with KeepingRedis(tmp_path, "--appendonly", "no") as redis:
+        home.variables |= {"MOLTBOT_STORE_TYPE": "redis", "MOLTBOT_STORE_PORT": str(redis.port)}
+        told = await home.run("store", "check")
+    assert (told.status, "warning: appendonly is no" in told.out) == (0, True)
+    assert told.out.endswith(": it can be read, but there is 1 warning.\n")
 
 
 async def test_sessions_that_nobody_has_used_for_the_days_of_retention_are_deleted(home: Home) -> None:

@@ -119,7 +119,8 @@ def _core(given: argparse.Namespace) -> Place:
     place = models.core()
     if place is None:
         start = command("start", models.workspace)
-        raise Failure(f"MoltBot is not running, and it delivers: start it with `{start}`.", Exit.UNAVAILABLE)
+        text = f"MoltBot is not running, and it delivers: start it with `{start}`."
+        raise Failure(f"{text} A core that was started by itself is named by MOLTBOT_ADDRESS.", Exit.UNAVAILABLE)
     return place
 
 

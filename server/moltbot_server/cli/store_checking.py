@@ -39,8 +39,18 @@ def check_store(given: argparse.Namespace) -> int:
     else:
         for finding in findings:
             print(f"{_WORDS[finding.weight]}: {harmless(finding.text)}")
-        print(f"{place}: {'nothing is wrong.' if whole else 'something is wrong.'}")
+        print(f"{place}: {_verdict(findings)}")
     return int(Exit.OK if whole else Exit.FAILED)
+
+
+def _verdict(findings: Sequence[Finding]) -> str:
+    """Return what all that was found comes to."""
+    if any(finding.weight == "grave" for finding in findings):
+        return "something is wrong."
+    warnings = sum(finding.weight == "warning" for finding in findings)
+    if warnings:
+        return f"it can be read, but there {'is 1 warning' if warnings == 1 else f'are {warnings} warnings'}."
+    return "nothing is wrong."
 
 
 def _check_sqlite(models: Models, *, quiet: bool) -> Sequence[Finding]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 from moltbot_server.cli.terminal import Exit, Failure, command, shown
@@ -13,6 +14,7 @@ from moltbot_server.store.building import build_redis
 from moltbot_server.store.moving import Records
 from moltbot_server.store.sqlite import SqliteStore
 from moltbot_server.store.sqlite_moving import SqliteRecords
+from moltbot_server.store.sqlite_schema import SCHEMA_VERSION, unknown_schema
 from moltbot_server.workspace import Workspace
 
 if TYPE_CHECKING:
@@ -65,11 +67,35 @@ async def open_records(workspace: Workspace, settings: Settings, *, held: bool, 
             yield RedisRecords(store)
         return
     path = workspace.database
-    if not make and not path.exists():
-        start = command("start", workspace)
-        raise Failure(f"there is nothing yet: {shown(path)} is made by the first `{start}`.")
-    if not held:
+    records = SqliteRecords(path)
+    if not make:
+        _require_current(records, path, workspace)
+    elif not held:
         database = SqliteStore(path)  # which brings it up to date
         await database.open()
         await database.close()
-    yield SqliteRecords(path)
+    yield records
+
+
+def _require_current(records: SqliteRecords, path: Path, workspace: Workspace) -> None:
+    """Refuse a database that this release cannot read as it is: whoever reads changes nothing.
+
+    Raises:
+        Failure: there is none, or another release has written it.
+    """
+    start = command("start", workspace)
+    version = records.schema() if path.exists() else 0
+    if version == 0:
+        raise Failure(f"there is nothing yet: {shown(path)} is made by the first `{start}`.")
+    if version < 0:
+        raise Failure(f"{shown(path)} cannot be read: {unknown_schema(version)}.")
+    if version > SCHEMA_VERSION:
+        raise Failure(
+            f"{shown(path)} was written by a newer release (schema {version}, this one reads {SCHEMA_VERSION}): "
+            "export it with that one."
+        )
+    if version < SCHEMA_VERSION:
+        raise Failure(
+            f"{shown(path)} was written by an older release (schema {version}, this one reads {SCHEMA_VERSION}). "
+            f"Export it with that one; or back it up, for there is no way back, and run `{start}`."
+        )

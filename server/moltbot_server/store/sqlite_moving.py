@@ -38,6 +38,11 @@ class SqliteRecords:
     def __init__(self, path: Path) -> None:
         self._path = path
 
+    def schema(self) -> int:
+        """Return the version of the database's schema; 0 when nothing was ever stored. Nothing is changed."""
+        with self._connected() as connection:
+            return int(connection.execute("PRAGMA user_version").fetchone()[0])
+
     async def count(self) -> int:
         """Return how many records there are."""
         with self._connected() as connection:
