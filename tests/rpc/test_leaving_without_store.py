@@ -57,8 +57,10 @@ async def test_a_core_leaves_soon_after_its_grace_although_redis_hangs_and_the_n
         await api.channel.close()
     redis.go_on()
     if words == 40:
-        async with core_process(tmp_path / "home", **environ) as core:
-            async with MoltBot((await core.serving()).address, core.metadata[0][1].removeprefix("Bearer ")) as bot:
-                for number, text in enumerate(texts):
-                    end = await bot.run_turn(text, session=f"s{number}", request_id=f"r{number}", within=30)
-                    assert len(end.text.split()) == words
+        async with (
+            core_process(tmp_path / "home", **environ) as core,
+            MoltBot((await core.serving()).address, core.metadata[0][1].removeprefix("Bearer ")) as bot,
+        ):
+            for number, text in enumerate(texts):
+                end = await bot.run_turn(text, session=f"s{number}", request_id=f"r{number}", within=30)
+                assert len(end.text.split()) == words

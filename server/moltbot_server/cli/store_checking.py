@@ -15,6 +15,7 @@ from moltbot_server.cli.store_opening import open_redis, refuse_memory
 from moltbot_server.cli.terminal import Exit, Failure, harmless, shown
 from moltbot_server.store.findings import Finding
 from moltbot_server.store.sqlite_check import check_database
+from moltbot_server.store.sqlite_lock import DatabaseLock
 
 _WORDS = {"grave": "WRONG", "warning": "warning", "note": "note"}
 
@@ -59,7 +60,7 @@ def _check_sqlite(models: Models, *, quiet: bool) -> Sequence[Finding]:
         return [Finding(text="there is no database yet; the first start makes it", weight="note")]
     with Progress("Checking", quiet=quiet) as progress:
         try:
-            in_use = is_held(models.workspace)
+            in_use = is_held(models.workspace) or DatabaseLock(path, alone=True).is_held()
             return list(check_database(path, in_use=in_use, progress=_reach(progress)))
         except sqlite3.DatabaseError as error:
             name = getattr(error, "sqlite_errorname", "") or str(error)

@@ -70,11 +70,18 @@ async def open_records(workspace: Workspace, settings: Settings, *, held: bool, 
     records = SqliteRecords(path)
     if not make:
         _require_current(records, path, workspace)
-    elif not held:
-        database = SqliteStore(path)  # which brings it up to date
+    if held or not make:
+        yield records
+        return
+    database = SqliteStore(path)  # which brings it up to date, and keeps cores out meanwhile
+    try:
         await database.open()
+    except MoltBotError as error:
+        raise Failure(error.message, Exit.UNAVAILABLE) from None
+    try:
+        yield records
+    finally:
         await database.close()
-    yield records
 
 
 def _require_current(records: SqliteRecords, path: Path, workspace: Workspace) -> None:

@@ -7,6 +7,7 @@ time of last use is written at most once a second, since it can be told again fr
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import sqlite3
 import time
 from collections.abc import Collection, Container, Sequence
@@ -32,6 +33,7 @@ from moltbot_server.store import (
 from moltbot_server.store.protocol import JournalEntry, Orphan
 from moltbot_server.store.reader import GroupReader
 from moltbot_server.store.sqlite_journal import append_entries, forget_entries, names_of, take_over
+from moltbot_server.store.sqlite_lock import DatabaseLock
 from moltbot_server.store.sqlite_nodes import Pen, SqliteNodes
 from moltbot_server.store.sqlite_outbox import SqliteOutbox, post_ends, withdraw
 from moltbot_server.store.sqlite_pruning import prune_sessions
@@ -40,13 +42,7 @@ from moltbot_server.store.sqlite_schema import SCHEMA, SCHEMA_VERSION, STEPS, un
 from moltbot_server.store.sqlite_sessions import Places
 from moltbot_server.store.sqlite_usage import add_usage, forget_usage, read_usage
 from moltbot_server.store.writer import GroupWriter, Rows, storage_error, unusable
-from moltbot_server.turns import (
-    Message,
-    Session,
-    SessionKey,
-    TurnKey,
-    encode,
-)
+from moltbot_server.turns import Message, Session, SessionKey, TurnKey, encode
 
 T = TypeVar("T")
 
@@ -112,6 +108,7 @@ class SqliteStore:
         self._path = path
         self.nodes = SqliteNodes(path.parent / "run" / "nodes", address=address)
         self.shared = self.nodes.shared
+        self._lock = DatabaseLock(path, alone=not self.shared)
         self._places = Places(self.nodes.node, shared=self.shared)
         self._pen: Pen | None = None
         self._touched: dict[tuple[str, str], float] = {}
@@ -144,9 +141,7 @@ class SqliteStore:
             await asyncio.gather(self._writer.submit(self._write_touched), return_exceptions=True)
         await self._writer.close()
         await self._reader.close()
-        if self._pen is not None:
-            self._pen.close()
-        self.nodes.leave()
+        self._let_go()
         self._closed = True
 
     @property
@@ -357,21 +352,28 @@ class SqliteStore:
         return connection
 
     def _join(self) -> tuple[sqlite3.Connection, sqlite3.Connection]:
-        """Be among the nodes of the file, and prepare it while none of them does."""
-        if not self.shared:
-            return self._prepare()
+        """Be among the nodes of the file, or its only one, and prepare it while none of them does."""
         try:
-            self.nodes.join()
-            self._pen = Pen(self._path.parent / "run")
+            self._lock.take()
+            if self.shared:
+                self.nodes.join()
+                self._pen = Pen(self._path.parent / "run")
         except OSError as error:
+            self._let_go()
             raise StorageUnavailable(f"{self._path.parent / 'run'} cannot be used: {error.strerror}") from error
         try:
-            with self._pen:
+            with self._pen or contextlib.nullcontext():
                 return self._prepare()
         except BaseException:
-            self._pen.close()
-            self.nodes.leave()
+            self._let_go()
             raise
+
+    def _let_go(self) -> None:
+        pen, self._pen = self._pen, None
+        if pen is not None:
+            pen.close()
+        self.nodes.leave()
+        self._lock.release()
 
     def _prepare(self) -> tuple[sqlite3.Connection, sqlite3.Connection]:
         """Return a connection to read with and one to write with."""

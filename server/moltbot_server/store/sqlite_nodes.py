@@ -18,7 +18,7 @@ _PEN = "pen"
 class SqliteNodes:
     """The nodes of a file, and this one among them.
 
-    Without an `address` this node is the only one: it takes no lock, and all others are gone.
+    Without an `address` this node is the only one, for which `DatabaseLock` cares: all others are gone.
     """
 
     def __init__(self, folder: Path, *, address: str = "") -> None:
