@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from moltbot_server.errors import MoltBotError, StorageFull, StorageUnavailable
 from moltbot_server.live_turn import LiveTurn
 from moltbot_server.store import EndedTurn
 from moltbot_server.store.outbox import delivery_of
@@ -58,3 +59,11 @@ def remembered(live: LiveTurn, end: EndedTurn) -> list[Message]:
     if end.answer:
         messages.append(Message(role=Role.ASSISTANT, parts=end.answer, turn=ordinal, model=end.model))
     return messages
+
+
+def unkept(error: MoltBotError) -> MoltBotError:
+    """Return what followers are told while a turn's end cannot be stored: the turn itself is, whatever is full."""
+    if not isinstance(error, StorageFull):
+        return error
+    text = "the answer could not be kept yet, for the store is full; ask again with the same request_id"
+    return StorageUnavailable(text, retry_after=1.0)

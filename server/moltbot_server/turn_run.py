@@ -25,7 +25,7 @@ from moltbot_server.models.engine import Asker, Finished, Generation
 from moltbot_server.sessions import OURS, OpenSession, title_of
 from moltbot_server.store import Elsewhere, EndedTurn, Moved, NewTurn, StoredTurn, Taken
 from moltbot_server.surroundings import Surroundings
-from moltbot_server.turn_end import end_of, joined, remembered
+from moltbot_server.turn_end import end_of, joined, remembered, unkept
 from moltbot_server.turns import (
     Accepted,
     Attempt,
@@ -398,7 +398,7 @@ class TurnRun:
     def _store_later(self, error: MoltBotError) -> None:
         """Tell nobody of an end that is not kept: send the followers away, and try again until it is."""
         self._delayed = True
-        self._live.stored(refusal=error)
+        self._live.stored(refusal=unkept(error))
         self._pipeline.journal.ticker.call_within(_TRY_AGAIN, self._store_again)
 
     def _store_again(self) -> None:

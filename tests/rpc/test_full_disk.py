@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import os
 import sqlite3
 import subprocess
@@ -12,6 +13,7 @@ import grpc
 import pytest
 from grpc import aio
 from grpc_health.v1 import health_pb2, health_pb2_grpc
+from moltbot import MoltBot
 from moltbot.v1 import chat_pb2
 from moltbot_server.testing import running_server
 from rpc_calls import Api, kinds, reason_of, refused, turn, until
@@ -48,7 +50,8 @@ async def test_a_core_on_a_full_disk_refuses_new_turns_and_goes_on_when_there_is
     async with running_server(tiny_disk) as server:
         api = Api.of(server)
         spoken, reason = await filled(api)
-        assert reason == "STORAGE_FULL"
+        # The second where it was an end that found no room: its turn was accepted.
+        assert reason in ("STORAGE_FULL", "STORAGE_UNAVAILABLE")
         error = await refused(api.run(turn("y" * 60_000, request_id="big")))
         assert (error.code(), reason_of(error)) == (grpc.StatusCode.RESOURCE_EXHAUSTED, "STORAGE_FULL")
 
@@ -93,4 +96,27 @@ async def test_an_end_that_cannot_be_stored_is_told_to_nobody_and_stored_as_soon
         assert (answer.turn, answer.completed.text) == (accepted.turn, "one two three")
         assert (await api.resumed(accepted.turn))[-1].completed == answer.completed
         assert await api.said("sessions/s") == ["#3 wait=0.3", "one two three"]
+        await api.channel.close()
+
+
+async def test_an_answer_that_finds_no_room_is_waited_for_by_the_client_and_told_when_there_is_some(
+    tmp_path: Path,
+) -> None:
+    async with running_server(tmp_path) as server, MoltBot(server.address, server.key) as bot:
+        api = Api.of(server)
+        writing = server.core.store._writing
+        call = api.stream(turn("#20000 wait=0.5", session="sessions/s", request_id="one"))
+        accepted = (await call.read()).event.accepted
+        waiting = asyncio.create_task(bot.run_turn("#20000 wait=0.5", session="s", request_id="one", within=30))
+        used = writing.execute("PRAGMA page_count").fetchone()[0]
+        writing.execute(f"PRAGMA max_page_count = {used}")
+        broken = await refused(call)
+        assert (broken.code(), reason_of(broken)) == (grpc.StatusCode.UNAVAILABLE, "STORAGE_UNAVAILABLE")
+        assert "could not be kept yet" in broken.details()
+        assert "same request_id" in broken.details()
+        assert not waiting.done()
+        writing.execute("PRAGMA max_page_count = 1000000")
+        answer = await waiting
+        assert answer.turn == accepted.turn
+        assert len(answer.text.split()) == 20000
         await api.channel.close()
