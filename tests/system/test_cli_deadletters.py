@@ -35,6 +35,7 @@ async def test_without_a_core_it_says_how_to_start_one(home: Home) -> None:
         ended = await home.run("deadletters", *words)
         assert (ended.status, ended.out) == (69, "")
         assert "start it with `" in ended.err
+        assert "A core that was started by itself is named by MOLTBOT_ADDRESS." in ended.err
         assert (await home.run("deadletters", *words, "--json")).json["error"]["status"] == 69
 
 
