@@ -113,7 +113,7 @@ class Line:
     def _later(self, arrive: Callable[[], None]) -> None:
         world = self.node.world
         self._last = max(self._last, world.now + 0.02 * world.random.random())
-        world.after(self._last - world.now, lambda: None if self.is_over else arrive())
+        world.at(self._last, lambda: None if self.is_over else arrive())
 
 
 class Adapter:

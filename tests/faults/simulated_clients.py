@@ -106,7 +106,7 @@ class Stream:
         world = self.node.world
         self._cut_after = self._arrived + world.random.randint(0, self._sent - self._arrived)
         self._last = max(self._last, world.now) + 0.001
-        world.after(self._last - world.now, lambda: self._close("UNAVAILABLE", ""))
+        world.at(self._last, lambda: self._close("UNAVAILABLE", ""))
 
     def _deliver(self, arrive: Any) -> None:
         world = self.node.world
@@ -119,7 +119,7 @@ class Stream:
                 self._arrived = number
                 arrive()
 
-        world.after(self._last - world.now, arrives)
+        world.at(self._last, arrives)
 
     def _close(self, code: str, reason: str) -> None:
         if not self.is_over:

@@ -100,7 +100,7 @@ class Leg:
     def _deliver(self, what: Event | MoltBotError | None) -> None:
         world = self._here.world
         self._last = max(self._last, world.now + 0.005 * world.random.random())
-        world.after(self._last - world.now, lambda: self._arrive(what))
+        world.at(self._last, lambda: self._arrive(what))
 
     def _arrive(self, what: Event | MoltBotError | None) -> None:
         if self._over or self._here.is_gone:

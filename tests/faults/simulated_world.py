@@ -35,8 +35,12 @@ class World:
 
     def after(self, delay: float, happen: Callable[[], None]) -> None:
         """Have something happen after so many seconds."""
+        self.at(self.now + delay, happen)
+
+    def at(self, moment: float, happen: Callable[[], None]) -> None:
+        """Have something happen at a moment; of several at one moment the first that was asked for comes first."""
         self._count += 1
-        heapq.heappush(self._agenda, (self.now + delay, self._count, happen))
+        heapq.heappush(self._agenda, (moment, self._count, happen))
 
     def soon(self, longest: float, happen: Callable[[], None]) -> None:
         """Have something happen within so many seconds: often nearly at once, sometimes late."""
