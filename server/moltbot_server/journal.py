@@ -241,12 +241,13 @@ class Journal:
         Raises:
             RequestIdReused: the request_id was used with other content.
         """
+        # What the store has not taken yet may be refused: the request_id may be this one's, at another core.
+        while (begun := self.begun(principal, turn.request_id)) and begun.digest != digest and not begun.is_stored:
+            await begun.settled()
         found = self._recent.get((principal.workspace, turn.request_id))
         if found is None:
             return None
         earlier = found if isinstance(found, LiveTurn) else await self._store.find_turn(found)
-        if isinstance(earlier, LiveTurn) and earlier.digest != digest and not await earlier.settled():
-            return None  # it was refused: the request_id may be this one's, at another core
         if earlier is not None:
             same_content(earlier.digest, digest)
         return earlier

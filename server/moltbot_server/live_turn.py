@@ -194,13 +194,13 @@ class LiveTurn:
         """True when the store has answered."""
         return self._stored
 
-    async def settled(self) -> bool:
-        """Wait for the store's word and tell whether it has this turn, or the one that stands in its place."""
-        live = self.latest
+    async def settled(self) -> None:
+        """Wait for the store's word on this turn, or on the one that stands in its place."""
+        live = self
         while not live.is_stored:
-            await live._wait()
+            if live.successor is None:
+                await live._wait()
             live = live.latest
-        return live.refusal is None and live.duplicate_of is None
 
     async def outcome(self) -> Completed | Failed | None:
         """Wait for the end and return the last event's kind; None when it was refused or another has its place."""

@@ -160,7 +160,8 @@ class TurnPipeline:
             self._check_stays()
         if (begun := self.journal.begun(principal, turn.request_id)) is not None:
             # The same call came twice, and what it waited for came to the other one first.
-            if begun.digest != digest and not await begun.settled():
+            if begun.digest != digest and not begun.is_stored:
+                await begun.settled()
                 return await self.start(principal, turn, deadline=deadline, arrived=arrived)
             same_content(begun.digest, digest)
             begun.allow_until(deadline)

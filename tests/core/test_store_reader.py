@@ -9,7 +9,7 @@ from functools import partial
 
 import msgspec
 import pytest
-from moltbot_server.errors import StorageUnavailable
+from moltbot_server.errors import StorageDamaged, StorageUnavailable
 from moltbot_server.store.reader import GroupReader
 
 
@@ -48,7 +48,7 @@ async def test_a_query_that_fails_is_told_to_its_asker_and_hurts_no_other(fault:
     reader = GroupReader(connect())
     bad, good = reader.read(broken), reader.read(lambda connection: connection.execute("SELECT 7").fetchone()[0])
 
-    with pytest.raises(StorageUnavailable):
+    with pytest.raises(StorageDamaged if isinstance(fault, msgspec.DecodeError) else StorageUnavailable):
         await bad
     assert await good == 7
     await reader.close()

@@ -95,7 +95,7 @@ async def test_the_engine_tells_how_it_does_at_the_port_behind_the_cores(home: H
         health = json.loads(await asyncio.to_thread(read, f"{where}/health"))
         assert f"Engine  {where}/metrics" in started.said
         assert f"{where}/metrics" in (await home.run("status")).out
-    assert where == f"http://127.0.0.1:{port + 1}"
+    assert int(where.rpartition(":")[2]) > port  # the next one, unless somebody else has it
     assert 'moltbot_grpc_calls_total{method="InferenceService/Generate",status="OK"}' in page
     assert "process_resident_memory_bytes" in page
     assert (health["status"], health["model"]) == ("ok", "scripted")
@@ -339,7 +339,7 @@ async def test_the_second_signal_leaves_at_once(started: Started) -> None:
     assert await started.rest() == 130
     assert time.monotonic() - began < _AT_ONCE
     assert await all_gone(processes)
-    assert {path.name for path in (started.home.workspace / "run").iterdir()} == {"lock"}
+    assert {path.name for path in (started.home.workspace / "run").iterdir()} == {"lock", "moltbot.db.lock"}
     chat.kill()
     await chat.communicate()
 

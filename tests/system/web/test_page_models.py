@@ -20,12 +20,14 @@ LINES = {
 
 @pytest.mark.parametrize("locale", LINES)
 async def test_a_switch_before_the_first_word_is_one_small_line(browser: Browser, locale: str) -> None:
-    steps: list[Step] = [Emit(kind="routed", data={"model": "opus"}), SWITCH, Say(text="Hello")]
+    steps: list[Step] = [Emit(kind="routed", data={"model": "opus"}), SWITCH, Say(text="Hello"), Hold(gate="end")]
     async with (
         ScriptedSite(lambda _: steps, models=("gpt",)) as site,
         visiting(browser, site.origin, "/#/new", locale=locale, viewport=PHONE) as visit,
     ):
         await ask(visit, "hi")
+        await shown(visit, "Hello")
+        site.gate("end").set()
         assert await answered(visit) == "Hello"
         assert await visit.page.locator(".notice").all_inner_texts() == [LINES[locale]]
         box = await visit.page.locator(".notice").bounding_box()
