@@ -147,9 +147,13 @@ async def test_a_call_ends_within_its_time(bot: MoltBot) -> None:
     with pytest.raises(MoltBotClientError) as caught:
         await bot.run_turn("#1 wait=30", within=0.2)
     assert caught.value.code is grpc.StatusCode.DEADLINE_EXCEEDED
-    with pytest.raises(MoltBotClientError) as caught:
-        _ = [event async for event in bot.stream_turn("#1 wait=30", within=0.2)]
-    assert caught.value.code is grpc.StatusCode.DEADLINE_EXCEEDED
+    told = ""
+    try:
+        async for event in bot.stream_turn("#1 wait=30", within=0.2):
+            told = event.failed.reason  # the core may end the turn a moment before the client's own clock
+    except MoltBotClientError as late:
+        told = late.code.name
+    assert told == "DEADLINE_EXCEEDED"
 
 
 async def test_an_address_where_nobody_is_fails_soon_and_says_unavailable() -> None:

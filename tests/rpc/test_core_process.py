@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import signal
 import socket
 import sqlite3
@@ -111,7 +112,9 @@ async def test_a_second_signal_does_not_wait(tmp_path: Path) -> None:
         call = api.stream(turn("#1 wait=30"))
         await call.read()
         core.signal(signal.SIGTERM)
-        await refused(api.run(turn("too late")))
+        with contextlib.suppress(aio.AioRpcError):  # it is heard soon, and then nothing more begins
+            while True:
+                await api.run(turn("too late"))
         core.signal(signal.SIGTERM)
         assert await core.end(within=2) == 1
         call.cancel()

@@ -3,11 +3,13 @@
 import asyncio
 import json
 import os
+import random
 import signal
+import socket
 import sys
 from asyncio.subprocess import PIPE, STDOUT, Process
-from collections.abc import AsyncIterator
-from contextlib import asynccontextmanager
+from collections.abc import AsyncIterator, Iterator
+from contextlib import asynccontextmanager, contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -127,3 +129,16 @@ async def all_gone(processes: list[psutil.Process]) -> bool:
     """Return whether processes are gone, after some time if need be."""
     _, alive = await asyncio.to_thread(psutil.wait_procs, processes, _LONG)
     return not alive
+
+
+@contextmanager
+def taken_behind_a_free_one() -> Iterator[int]:
+    """Hold a port, and give the one before it, which is free; both of those that the system gives to nobody."""
+    while True:
+        port = random.randrange(10_000, 32_000)
+        with suppress(OSError), socket.create_server(("127.0.0.1", port + 1)) as taken:
+            with socket.create_server(("127.0.0.1", port)):
+                pass
+            assert taken.getsockname()[1] == port + 1
+            yield port
+            return

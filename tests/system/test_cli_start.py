@@ -17,7 +17,7 @@ from urllib.request import urlopen
 
 import psutil
 import pytest
-from cli_process import ANY_PORTS, Home, Started, all_gone
+from cli_process import ANY_PORTS, Home, Started, all_gone, taken_behind_a_free_one
 from moltbot_server.cli.children import Child, Plan
 from moltbot_server.cli.ports import kept_port
 from moltbot_server.cli.terminal import Failure, lasting
@@ -102,8 +102,7 @@ async def test_the_engine_tells_how_it_does_at_the_port_behind_the_cores(home: H
 
 
 async def test_a_taken_port_for_the_metrics_of_the_engine_is_no_reason_not_to_start(home: Home) -> None:
-    with socket.create_server(("127.0.0.1", 0)) as other:
-        port = other.getsockname()[1] - 1
+    with taken_behind_a_free_one() as port:
         async with home.started("--metrics-port", str(port)) as started:
             where = (await home.run("status", "--json")).json["engine"]["metrics"]
             assert await asyncio.to_thread(read, f"{where}/metrics")
