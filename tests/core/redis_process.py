@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import os
+import random
 import shutil
 import signal
 import socket
@@ -27,10 +29,11 @@ def redis_server() -> str:
 
 
 def free_port() -> int:
-    """Return a port on which nobody listens."""
-    with socket.create_server(("127.0.0.1", 0)) as listener:
-        port: int = listener.getsockname()[1]
-    return port
+    """Return a port on which nobody listens, of those that the system gives to nobody: it is wanted again later."""
+    while True:
+        port = random.randrange(10_000, 32_000)
+        with contextlib.suppress(OSError), socket.create_server(("127.0.0.1", port)):
+            return port
 
 
 class KeepingRedis:
@@ -62,7 +65,7 @@ class KeepingRedis:
 
 
 class RedisProcess:
-    """A `redis-server` that keeps nothing on the disk."""
+    """A `redis-server` that keeps nothing on the disk, or what it is told to; it runs inside an `async with` block."""
 
     def __init__(self, password: str = "", *options: str) -> None:
         """Choose a port; `options` are of the command line."""
@@ -80,6 +83,18 @@ class RedisProcess:
         ]
         self._command += [*(["--requirepass", password] if password else []), *options]
         self._process: Process | None = None
+
+    @classmethod
+    def keeping(cls, folder: Path) -> RedisProcess:
+        """Return one that writes down all that it is given."""
+        return cls("", "--appendonly", "yes", "--appendfsync", "always", "--dir", str(folder))
+
+    async def __aenter__(self) -> RedisProcess:
+        await self.start()
+        return self
+
+    async def __aexit__(self, *failed: object) -> None:
+        await self.kill()
 
     async def start(self) -> None:
         """Start it and wait until it listens."""

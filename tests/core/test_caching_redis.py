@@ -25,10 +25,8 @@ Connect = Callable[..., RedisBackend]
 @pytest.fixture
 async def redis() -> AsyncIterator[RedisProcess]:
     """A Redis that runs."""
-    process = RedisProcess()
-    await process.start()
-    yield process
-    await process.kill()
+    async with RedisProcess() as process:
+        yield process
 
 
 @pytest.fixture

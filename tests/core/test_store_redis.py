@@ -28,12 +28,8 @@ ASKED = TurnInput(parts=said("question"))
 @pytest.fixture
 async def redis(tmp_path: Path) -> AsyncIterator[RedisProcess]:
     """A Redis of the test's own, that writes down all that it is given."""
-    process = RedisProcess("", "--appendonly", "yes", "--appendfsync", "always", "--dir", str(tmp_path))
-    await process.start()
-    yield process
-    with contextlib.suppress(AssertionError):
-        process.go_on()
-    await process.kill()
+    async with RedisProcess.keeping(tmp_path) as process:
+        yield process
 
 
 class Nodes:

@@ -22,10 +22,8 @@ AFTER = 10.0
 @pytest.fixture
 async def redis(tmp_path: Path) -> AsyncIterator[RedisProcess]:
     """A Redis that writes down all that it is given."""
-    process = RedisProcess("", "--appendonly", "yes", "--appendfsync", "always", "--dir", str(tmp_path))
-    await process.start()
-    yield process
-    await process.kill()
+    async with RedisProcess.keeping(tmp_path) as process:
+        yield process
 
 
 @pytest.mark.parametrize("words", [0, 40, 2000], ids=["idle", "turns that end meanwhile", "turns that go on"])

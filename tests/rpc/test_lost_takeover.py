@@ -88,10 +88,8 @@ async def lossy_line(port: int) -> AsyncGenerator[LossyLine, None]:
 @pytest.fixture
 async def redis(tmp_path: Path) -> AsyncIterator[RedisProcess]:
     """A Redis of the test's own, that writes down all that it is given."""
-    process = RedisProcess("", "--appendonly", "yes", "--appendfsync", "always", "--dir", str(tmp_path))
-    await process.start()
-    yield process
-    await process.kill()
+    async with RedisProcess.keeping(tmp_path) as process:
+        yield process
 
 
 async def leave_running(store: RedisStore, text: str, *, request: str) -> None:

@@ -3,9 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import contextlib
-import random
-import socket
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from dataclasses import replace
@@ -19,15 +16,8 @@ from moltbot_server.models.catalog import Catalog
 from moltbot_server.models.engine import Engine
 from moltbot_server.testing import ScriptedEngine
 from moltbot_server.workspace import Workspace
+from redis_process import free_port
 from rpc_calls import Api
-
-
-def free_port() -> int:
-    """Return a port on which nobody listens, of those that the system gives to nobody: it is wanted again later."""
-    while True:
-        port = random.randrange(10_000, 32_000)
-        with contextlib.suppress(OSError), socket.create_server(("127.0.0.1", port)):
-            return port
 
 
 class Workers:

@@ -6,7 +6,7 @@ import asyncio
 import re
 import signal
 import urllib.request
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Callable
 from pathlib import Path
 from urllib.parse import urlsplit
 
@@ -111,7 +111,10 @@ async def test_http_adapters_spread_what_they_ask_over_all_workers(started: Star
     assert min(shares) >= 6
 
 
-async def test_a_killed_worker_is_started_again_and_callers_do_not_notice(started: Started) -> None:
+@pytest.mark.parametrize("strike", [psutil.Process.kill, psutil.Process.suspend], ids=["killed", "stands still"])
+async def test_a_worker_that_answers_no_more_is_started_again_and_its_turns_go_on(
+    started: Started, strike: Callable[[psutil.Process], None]
+) -> None:
     before = started.told()["processes"]
     clients = [client(started) for _ in range(8)]
 
@@ -131,31 +134,7 @@ async def test_a_killed_worker_is_started_again_and_callers_do_not_notice(starte
 
     readers = [asyncio.create_task(read_answer(number)) for number in range(8)]
     await asyncio.sleep(1.0)  # all of them read
-    psutil.Process(before["core-1"]).kill()
-    answers = await asyncio.gather(*readers)
-    assert [len(answer.split()) for answer in answers] == [60] * 8
-    await until_all_serve(started.home)
-    after = started.told()["processes"]
-    assert after["core-1"] != before["core-1"]
-    assert {**after, "core-1": 0} == {**before, "core-1": 0}
-    for bot in clients:
-        await bot.close()
-
-
-async def test_a_worker_that_stands_still_is_killed_and_its_turns_go_on(started: Started) -> None:
-    before = started.told()["processes"]
-    clients = [client(started) for _ in range(8)]
-
-    async def read_answer(number: int) -> str:
-        text = ""
-        async for event in clients[number].stream_turn(SLOW, session=f"sessions/s{number}", request_id=f"r{number}"):
-            if event.HasField("completed"):
-                text = event.completed.text
-        return text
-
-    readers = [asyncio.create_task(read_answer(number)) for number in range(8)]
-    await asyncio.sleep(1.0)  # all of them read
-    psutil.Process(before["core-1"]).suspend()
+    strike(psutil.Process(before["core-1"]))
     async with asyncio.timeout(60):
         answers = await asyncio.gather(*readers)
     assert [len(answer.split()) for answer in answers] == [60] * 8

@@ -20,10 +20,8 @@ from redis_process import RedisProcess
 @pytest.fixture
 async def redis(tmp_path: Path) -> AsyncIterator[RedisProcess]:
     """A Redis that writes down all that it is given."""
-    process = RedisProcess("", "--appendonly", "yes", "--appendfsync", "always", "--dir", str(tmp_path))
-    await process.start()
-    yield process
-    await process.kill()
+    async with RedisProcess.keeping(tmp_path) as process:
+        yield process
 
 
 @pytest.fixture
