@@ -211,10 +211,13 @@ async def test_nothing_is_heard_after_a_stop_in_the_middle_of_what_has_come(mock
         def thought(self, text: str) -> None:
             super().thought(text)
             self.generation.stop()
+            stopped.set()
 
+    stopped = asyncio.Event()
     async with started(provider(mock.address, dialect)) as engine:
         heard = Impatient()
         heard.generation = engine.begin(HELLO, GenerationOptions(), heard)
+        await asyncio.wait_for(stopped.wait(), 10)
         again, _ = await answered(engine)
         assert again.text == GREETING
         assert (heard.thoughts, heard.text, heard.end.done()) == ("one two", "", False)
