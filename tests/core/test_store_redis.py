@@ -13,6 +13,7 @@ from pathlib import Path
 import msgspec
 import pytest
 from kept_turns import ended, everything, keep, key, new, said, texts
+from moltbot_server import tasks
 from moltbot_server.errors import StorageFull, StorageUnavailable, TurnInterrupted
 from moltbot_server.store import Elsewhere, NewTurn, UsageQuery, UsageRow
 from moltbot_server.store.protocol import JournalEntry
@@ -402,8 +403,7 @@ async def test_connections_that_break_all_the_time_lose_nothing_and_store_nothin
     breaking = asyncio.create_task(break_connections())
     async with asyncio.timeout(60):
         refused = await asyncio.gather(*(say(number) for number in range(1, 401)))
-    breaking.cancel()
-    await asyncio.wait({breaking})
+    await tasks.end(breaking)
     await there_again(store)
     assert await store.accept(new(session="end")) is None
 

@@ -19,6 +19,7 @@ import grpc
 from grpc import aio
 from moltbot.v1 import chat_pb2_grpc, session_pb2_grpc
 
+from moltbot_server import tasks
 from moltbot_server.errors import MoltBotError, NotServing
 from moltbot_server.metrics import Metrics
 from moltbot_server.rpc.interceptors import Call, PassedOn
@@ -195,8 +196,7 @@ class _Peer:
         """End the calls and the connection."""
         self.gone = True
         if self._watch is not None:
-            self._watch.cancel()
-            await asyncio.wait({self._watch})
+            await tasks.end(self._watch)
         for made in tuple(self._calls):
             made.cancel()  # a channel that is closed lets them go on
         await self._channel.close()

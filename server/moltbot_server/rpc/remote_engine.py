@@ -19,6 +19,7 @@ import grpc
 from grpc import aio
 from moltbot.v1 import inference_pb2, inference_pb2_grpc, model_pb2, model_pb2_grpc
 
+from moltbot_server import tasks
 from moltbot_server.config import is_loopback
 from moltbot_server.errors import (
     ModelExists,
@@ -123,8 +124,7 @@ class EngineLink:
     async def close(self) -> None:
         """Leave; what still waits for an answer is cancelled."""
         if self._watch is not None:
-            self._watch.cancel()
-            await asyncio.wait({self._watch})
+            await tasks.end(self._watch)
         await self._channel.close()
 
     async def ready(self, until: float) -> bool:

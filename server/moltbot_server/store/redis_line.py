@@ -27,6 +27,7 @@ from redis.exceptions import (
     ResponseError,
 )
 
+from moltbot_server import tasks
 from moltbot_server.errors import MoltBotError, StorageFull, StorageUnavailable
 from moltbot_server.store.damage import Unreadable, damage
 from moltbot_server.store.pending import Pending
@@ -160,8 +161,7 @@ class RedisLine:
                     await self._idle.wait()
             except TimeoutError:
                 log.error("Redis did not take everything before the end", extra={"calls": len(self._waiting)})
-            self._worker.cancel()
-            await asyncio.wait({self._worker})
+            await tasks.end(self._worker)
         self._refuse(lambda call: True)
         await self._disconnect()
 

@@ -12,6 +12,7 @@ import socket
 from collections.abc import Collection, Sequence
 from typing import Any
 
+from moltbot_server import tasks
 from moltbot_server.errors import MoltBotError
 from moltbot_server.store.redis_line import Call, Command, RedisLine
 
@@ -53,8 +54,7 @@ class NodeLease:
         """Be gone at once: others need not wait for the end of the lease."""
         if self._task is None:
             return
-        self._task.cancel()
-        await asyncio.wait({self._task})
+        await tasks.end(self._task)
         self._task = None
         try:
             left = (("SADD", self._left, self.node), ("SREM", self._nodes, self.node))

@@ -18,6 +18,7 @@ from redis.backoff import NoBackoff
 from redis.exceptions import ConnectionError as RedisConnectionError
 from redis.exceptions import RedisError
 
+from moltbot_server import tasks
 from moltbot_server.config import is_loopback
 from moltbot_server.errors import StorageUnavailable
 from moltbot_server.models.caching.backend import Key
@@ -91,8 +92,7 @@ class RedisBackend:
         self._there = False
         for task in (self._worker, self._probe):
             if task is not None:
-                task.cancel()
-                await asyncio.wait({task})
+                await tasks.end(task)
         self._give_up_waiting()
         await self._client.aclose()
 
