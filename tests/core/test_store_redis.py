@@ -401,9 +401,11 @@ async def test_connections_that_break_all_the_time_lose_nothing_and_store_nothin
         return refused
 
     breaking = asyncio.create_task(break_connections())
-    async with asyncio.timeout(60):
-        refused = await asyncio.gather(*(say(number) for number in range(1, 401)))
-    await tasks.end(breaking)
+    try:
+        async with asyncio.timeout(60):
+            refused = await asyncio.gather(*(say(number) for number in range(1, 401)))
+    finally:
+        await tasks.end(breaking)
     await there_again(store)
     assert await store.accept(new(session="end")) is None
 

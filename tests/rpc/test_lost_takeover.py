@@ -63,7 +63,11 @@ class LossyLine:
                 writer.write(data)
             writer.close()
 
-        await asyncio.gather(there(), here(), return_exceptions=True)
+        try:
+            await asyncio.gather(there(), here(), return_exceptions=True)
+        finally:
+            writer.close()
+            back.close()
 
     async def end(self) -> None:
         """Cut what is left."""
