@@ -47,6 +47,7 @@ PATIENT = 8.0
 _RETRY_AFTER = 1.0
 _LARGEST_GROUP = 256
 _SHORTEST_PAUSE, _LONGEST_PAUSE = 0.02, 0.5
+_REPLICA = "it has become a replica, which takes no writes (READONLY): name the one that it copies in store.host"
 _BROKEN = (NoScriptError, ReadOnlyError)  # what another connection may know or do
 
 
@@ -212,8 +213,8 @@ class RedisLine:
         for call in reversed(group):
             self._waiting.appendleft(call)
         self._refuse(lambda call: call.sent and (not call.repeatable or now >= call.until))
-        if isinstance(problem, TimeoutError):
-            # It hangs, and whoever waits has waited long enough.
+        if isinstance(problem, TimeoutError | ReadOnlyError):
+            # It hangs, and whoever waits has waited long enough; or it has become a replica, and stays one for a while.
             self._leave_be(problem)
         elif self._breaks > 1:
             await self._rest()
@@ -261,9 +262,12 @@ class RedisLine:
         return None
 
     async def _make_ready(self, connection: AbstractConnection) -> None:
-        info, client_id = await _ask(connection, ("INFO", "server"), ("CLIENT", "ID"))
-        _raise_first((info, client_id))
+        asked: tuple[Command, ...] = (("INFO", "server"), ("INFO", "replication"), ("CLIENT", "ID"))
+        info, role, client_id = await _ask(connection, *asked)
+        _raise_first((info, role, client_id))
         self.server = parse_info(info)
+        if self._worker is not None and parse_info(role).get("role") == "slave":
+            raise ReadOnlyError(_REPLICA)  # one that is opened is judged as a whole
         # What the connection before has sent and nobody has read yet must not be carried out after what this one sends.
         # In a Redis that was started again it is gone, and its number may be another's.
         same = self.server.get("run_id") == self._run_id
@@ -356,6 +360,8 @@ def why(problem: Exception) -> str:
     """Return why Redis cannot be used, for whoever runs it."""
     if isinstance(problem, TimeoutError):
         return f"no answer within {QUICK:g} seconds"
+    if isinstance(problem, ReadOnlyError):
+        return _REPLICA
     if _shut_out(problem):
         return f"Redis does not let us in ({str(problem)[:200]}): set store.password"
     if isinstance(problem.__context__, ConnectionRefusedError):
