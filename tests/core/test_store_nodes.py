@@ -250,6 +250,19 @@ async def test_what_was_taken_over_is_not_gone_on_with_from_memory(here: Store, 
     assert await here.accept(with_version(new(3), loaded.version)) is None
 
 
+async def test_what_was_read_while_a_turn_ran_is_old_when_it_was_taken_over(nodes: Nodes) -> None:
+    first, second, third = [await nodes.join() for _ in range(3)]
+    turn = new(1, rest=ASKED)
+    await first.accept(turn)
+    version = await version_of(third)
+    await first.close()
+    await second.take_over()
+    await second.finish(msgspec.structs.replace(ended(turn, answer="answer"), epoch=2))
+
+    assert await third.accept(with_version(new(2), version)) == Moved()
+    assert await third.accept(await known(third, new(2))) is None
+
+
 async def test_a_turn_that_was_taken_over_is_not_taken_for_a_new_one_with_its_number(here: Store, there: Store) -> None:
     turn = new(1, request_id="r", rest=ASKED)
     await there.accept(turn)

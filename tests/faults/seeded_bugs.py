@@ -2,6 +2,7 @@
 
 `python tests/faults/seeded_bugs.py` plays them all; names behind it play those alone. A bug is a patch in `bugs/` that
 begins with what is wrong; it is caught when worlds of the simulation break a promise with it that they keep without it.
+A patch whose bug shows in one world of very many only names the test that shows it each time, in a line `Test: …`.
 """
 
 from __future__ import annotations
@@ -20,13 +21,13 @@ from pathlib import Path
 
 BUGS = Path(__file__).parent / "bugs"
 ROOT = Path(__file__).resolve().parents[2]
-_COPIED = ("server/moltbot_server", "clients/python/moltbot", "tests/faults")
+_COPIED = ("server/moltbot_server", "clients/python/moltbot", "tests/faults", "tests/core")
 _WITHIN = 900.0
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Verdict:
-    """What came of a bug: whether it was caught, by which world, and what that broke."""
+    """What came of a bug: whether it was caught, by which world or test, and what that broke."""
 
     name: str
     caught: bool
@@ -41,11 +42,20 @@ def names() -> list[str]:
 
 def what(name: str) -> str:
     """Return what is wrong with a bug."""
-    return " ".join((BUGS / f"{name}.patch").read_text("utf-8").partition("\n---")[0].split())
+    return " ".join(_head(name).partition("\nTest: ")[0].split())
+
+
+def test_of(name: str) -> str:
+    """Return the test that shows a bug; empty when worlds do."""
+    return _head(name).partition("\nTest: ")[2].strip()
+
+
+def _head(name: str) -> str:
+    return (BUGS / f"{name}.patch").read_text("utf-8").partition("\n---")[0]
 
 
 def try_out(name: str, *, schedules: int) -> Verdict:
-    """Put a bug into a copy of the code and play so many worlds, or fewer when one breaks a promise."""
+    """Put a bug into a copy of the code and play so many worlds, or fewer when one breaks a promise; or its test."""
     with tempfile.TemporaryDirectory(prefix="moltbot-bug-") as folder:
         tree = Path(folder)
         for part in _COPIED:
@@ -53,22 +63,43 @@ def try_out(name: str, *, schedules: int) -> Verdict:
             shutil.copytree(ROOT / part, tree / part, ignore=ignored)
         if problem := _patch(name, tree):
             return Verdict(name=name, caught=False, by="", broke=f"the patch does not fit the code any more: {problem}")
-        command = [sys.executable, "tests/faults/simulation.py", "--schedules", str(schedules), "--processes", "1"]
-        path = os.pathsep.join((str(tree / "server"), str(tree / "clients/python")))
-        played = subprocess.run(
-            [*command, "--sweep", "0"],
-            cwd=tree,
-            env={**os.environ, "PYTHONPATH": path, "PYTHONDONTWRITEBYTECODE": "1"},
-            capture_output=True,
-            text=True,
-            check=False,
-            timeout=_WITHIN,
-        )
+        return _try_test(name, tree) if test_of(name) else _try_worlds(name, tree, schedules)
+
+
+def _try_worlds(name: str, tree: Path, schedules: int) -> Verdict:
+    many = ("--schedules", str(schedules), "--sweep", "0")
+    played = _run(tree, "tests/faults/simulation.py", *many, "--processes", "1")
     found = re.search(r"^broken by (.*):\n  (.*)$", played.stdout, re.MULTILINE)
     if found is None:
-        problem = played.stdout.strip().splitlines() or played.stderr.strip().splitlines() or [""]
-        return Verdict(name=name, caught=False, by="", broke=problem[-1])
+        return Verdict(name=name, caught=False, by="", broke=_last_line(played))
     return Verdict(name=name, caught=True, by=found[1], broke=found[2])
+
+
+def _try_test(name: str, tree: Path) -> Verdict:
+    """Run the test of a bug, which fails with it and, as all tests, passes without it."""
+    shutil.copy(ROOT / "pyproject.toml", tree)
+    played = _run(tree, "-m", "pytest", "-q", "-p", "no:cacheprovider", "--durations=0", test_of(name))
+    found = re.search(r"^E +(.*)$", played.stdout, re.MULTILINE)
+    if played.returncode != 1 or found is None:  # 1: it ran, and failed
+        return Verdict(name=name, caught=False, by="", broke=_last_line(played))
+    return Verdict(name=name, caught=True, by=test_of(name), broke=found[1])
+
+
+def _run(tree: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
+    path = os.pathsep.join((str(tree / "server"), str(tree / "clients/python")))
+    return subprocess.run(
+        [sys.executable, *arguments],
+        cwd=tree,
+        env={**os.environ, "PYTHONPATH": path, "PYTHONDONTWRITEBYTECODE": "1"},
+        capture_output=True,
+        text=True,
+        check=False,
+        timeout=_WITHIN,
+    )
+
+
+def _last_line(played: subprocess.CompletedProcess[str]) -> str:
+    return (played.stdout.strip().splitlines() or played.stderr.strip().splitlines() or [""])[-1]
 
 
 def misfit(name: str) -> str:
