@@ -213,7 +213,7 @@ class TestWithoutACore:
         assert "--name" in taken.err
 
     async def test_bench_measures_alone_and_together(self, home: Home) -> None:
-        ended = await home.run("model", "bench", BUILT_IN, "--streams", "1,4", "--seconds", "0.3", "--json")
+        ended = await home.run("model", "bench", BUILT_IN, "--streams", "1,4", "--seconds", "1", "--json")
         assert (ended.status, ended.err) == (0, "")
         assert [each["streams"] for each in ended.json["streams"]] == [1, 4]
         assert all(each["tokens_per_s"] > 0 for each in ended.json["streams"])

@@ -22,7 +22,7 @@ from moltbot_server.cli.children import Child, Plan
 from moltbot_server.cli.ports import kept_port
 from moltbot_server.cli.terminal import Failure, lasting
 
-_AT_ONCE = 0.8  # it takes 0.1 s; the rest is for a busy machine
+_AT_ONCE, _SOON = 3.0, 8.0  # they take 0.1 s and 1.2 s; the rest is for a busy machine
 
 
 @pytest.fixture
@@ -180,14 +180,14 @@ async def test_a_question_right_after_the_core_was_killed_waits_for_the_next_cor
     assert (await started.home.run("chat", "Hi")).out == "You said: Hi\n"
 
 
-async def test_a_core_that_was_killed_is_there_again_within_two_seconds(started: Started) -> None:
+async def test_a_core_that_was_killed_is_soon_there_again(started: Started) -> None:
     core = psutil.Process(started.told()["processes"]["core"])
     began = time.monotonic()
     core.kill()
     warned = await started.line("a process ended and is started again")
     await started.line("the core serves")
     assert "in_seconds=0.1" in warned
-    assert time.monotonic() - began < 2
+    assert time.monotonic() - began < _SOON
 
 
 async def test_whoever_calls_while_the_core_is_away_for_some_seconds_waits_for_it(started: Started) -> None:
