@@ -78,9 +78,9 @@ async def _run(start: Callable[[], Awaitable[tuple[Mapping[str, Any], Leave]]]) 
     gc.collect()
     gc.freeze()
     # gRPC leaves a small cycle behind for each call. Those of calls that are under way while the collector looks wait
-    # for its next wider look: at 50 they were megabytes after a million turns. With looks four times as far apart, what
-    # waits for them is four times as much, and so is what memory grows by until its most was seen.
-    gc.set_threshold(5_000, 20, 10)
+    # for its next wider look: at 50 they were megabytes after a million turns. With looks eight times as far apart,
+    # eight times as much waits for them, and memory grows by that until the most was seen.
+    gc.set_threshold(2_500, 20, 10)
     await asked
     await stop()
     return 0

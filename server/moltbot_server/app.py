@@ -295,8 +295,8 @@ class Core:
         except Unauthenticated:
             key_file = Workspace(folder=self.settings.workspace).key_file
             raise ModelUnavailable(
-                f"The engine at {self._link.address} does not know this workspace's key: copy {key_file} into the "
-                "engine's workspace and start it again."
+                f"The engine at {self._link.address} does not know this workspace's key: start it again if the key is "
+                f"newer than it; an engine elsewhere needs {key_file} in its workspace."
             ) from None
         self._engine_default = _default_of(models)
         for model in models:

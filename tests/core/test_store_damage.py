@@ -13,7 +13,9 @@ from kept_turns import keep, key, new
 from moltbot_server.errors import Status, StorageDamaged
 from moltbot_server.store import Store
 from moltbot_server.store.redis import RedisStore
+from moltbot_server.store.redis_moving import RedisRecords
 from moltbot_server.store.sqlite import SqliteStore
+from moltbot_server.store.sqlite_moving import SqliteRecords
 from redis.asyncio import Redis
 
 FIELDS = {"question": "q", "answer": "a", "events": "v", "state": "s"}
@@ -73,6 +75,17 @@ async def test_a_damaged_turn_is_lost_and_the_log_names_it(
     (line,) = [record for record in caplog.records if record.levelname == "ERROR"]
     assert line.getMessage() == "a stored turn cannot be read: it is damaged"
     assert (line.workspace, line.session, line.ordinal) == ("w", "s", 1)  # type: ignore[attr-defined]
+    await store.close()
+
+
+@pytest.mark.parametrize("column", ["question", "answer", "events", "state"])
+async def test_a_store_with_a_damaged_turn_is_not_moved_and_the_turn_is_named(
+    spoiled: Callable[[str, bytes], Awaitable[Store]], column: str, tmp_path: Path
+) -> None:
+    store = await spoiled(column, b"\xc1" if column != "state" else b"odd")
+    records = RedisRecords(store) if isinstance(store, RedisStore) else SqliteRecords(tmp_path / "moltbot.db")
+    with pytest.raises(StorageDamaged, match="turn 1 of session s in workspace w cannot be read: it is damaged"):
+        _ = [record async for record in records.read()]
     await store.close()
 
 

@@ -66,6 +66,13 @@ async def test_a_turn_that_was_left_is_resumed_where_it_was_left(core: RunningSe
     assert len(whole.split()) == 40
 
 
+async def test_what_becomes_of_a_turn_in_a_busy_session_is_said_in_the_words_of_the_configuration(bot: MoltBot) -> None:
+    for word in ("join", "WHEN_BUSY_INTERRUPT"):
+        assert (await bot.run_turn("Hi", when_busy=word)).text
+    with pytest.raises(ValueError, match="when_busy is 'jion', and can be interrupt, join, queue"):
+        await bot.run_turn("Hi", when_busy="jion")
+
+
 async def test_a_cancelled_turn_keeps_its_text(bot: MoltBot) -> None:
     turn, text, last = "", "", None
     async for event in bot.stream_turn("#1000 pace=0.01"):

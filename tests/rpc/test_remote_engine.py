@@ -323,7 +323,7 @@ async def test_an_engine_of_another_workspace_is_told_with_the_way_out(tmp_path:
     other = Workspace(folder=tmp_path / "other")
     other.create()
     core = Core(settings(other.folder, engine=role.server.address), key=other.read_key())
-    with pytest.raises(ModelUnavailable, match=r"does not know this workspace's key: copy .*/other/key into"):
+    with pytest.raises(ModelUnavailable, match=r"does not know this workspace's key: .* needs .*/other/key in its"):
         await core.start()
 
 

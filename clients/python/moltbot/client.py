@@ -19,6 +19,7 @@ from moltbot.errors import from_status
 from moltbot.v1 import chat_pb2, message_pb2, model_pb2, session_pb2
 
 _Answer = TypeVar("_Answer")
+_BUSY = "WHEN_BUSY_"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -238,12 +239,23 @@ def _turn(
     content: str | Sequence[message_pb2.Part], session: str, request_id: str, fields: dict[str, Any]
 ) -> chat_pb2.TurnInput:
     parts = [message_pb2.Part(text=content)] if isinstance(content, str) else content
+    if isinstance(busy := fields.get("when_busy"), str):
+        fields["when_busy"] = _when_busy(busy)
     return chat_pb2.TurnInput(
         parts=parts,
         session=_named("sessions", session) if session else "",
         request_id=request_id or str(uuid.uuid4()),
         **fields,
     )
+
+
+def _when_busy(word: str) -> int:
+    known = {name.removeprefix(_BUSY).lower(): value for name, value in chat_pb2.WhenBusy.items()}
+    try:
+        return known[word.removeprefix(_BUSY).lower()]
+    except KeyError:
+        words = ", ".join(sorted(known.keys() - {"unspecified"}))
+        raise ValueError(f"when_busy is {word!r}, and can be {words}") from None
 
 
 def _named(collection: str, name: str) -> str:

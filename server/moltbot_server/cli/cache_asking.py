@@ -38,7 +38,7 @@ def list_caches(given: argparse.Namespace) -> int:
 @told
 def clear_caches(given: argparse.Namespace) -> int:
     """Clear a cache or all of them; return the exit status."""
-    request = cache_pb2.ClearCacheRequest(name=f"caches/{given.name or '-'}")
+    request = cache_pb2.ClearCacheRequest(name=f"caches/{(given.name or '-').removeprefix('caches/')}")
 
     async def ask(service: Any, metadata: Any) -> int:
         return int((await service.ClearCache(request, metadata=metadata, timeout=_PATIENCE)).cleared)

@@ -7,13 +7,18 @@ import json
 import os
 import time
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass, field
 from itertools import count
 from typing import Any, Self
 
+import psutil
+
 from moltbot_server.cli.terminal import Exit, Failure, command, shown
 from moltbot_server.workspace import Workspace
+
+_LATE = 5.0
+"""Seconds that processes may take to leave after their grace."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -74,20 +79,49 @@ def is_held(workspace: Workspace) -> bool:
 
 
 @contextmanager
-def only_one(workspace: Workspace, beside: Callable[[Workspace], str]) -> Iterator[None]:
+def only_one(workspace: Workspace, beside: Callable[[Workspace], str], *, grace: float) -> Iterator[None]:
     """Hold the workspace: a second `moltbot start` in it is refused. The kernel lets go when this process ends.
 
-    `beside` returns the command line that starts another MoltBot in another workspace, for the message.
+    `beside` returns the command line that starts another MoltBot in another workspace, for the message. What a killed
+    one has left behind has `grace` seconds to end what is under way, and is waited for.
     """
     descriptor = os.open(workspace.run / "lock", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
     try:
         if not _locked(descriptor):
             raise Failure(_runs_already(workspace, beside(_free_folder(workspace))), Exit.UNAVAILABLE)
+        _wait_for(_left_behind(workspace), grace)
         (workspace.run / "start.json").unlink(missing_ok=True)
         yield
         (workspace.run / "start.json").unlink(missing_ok=True)
     finally:
         os.close(descriptor)
+
+
+def _left_behind(workspace: Workspace) -> list[psutil.Process]:
+    """Return the processes of a `moltbot start` that was killed: they leave when they have ended their answers."""
+    try:
+        told: Any = json.loads((workspace.run / "start.json").read_text("utf-8"))
+        numbers = [int(number) for number in told["processes"].values()]
+    except (FileNotFoundError, ValueError, TypeError, KeyError, AttributeError):
+        return []
+    found = []
+    for number in numbers:
+        with suppress(psutil.Error):
+            process = psutil.Process(number)
+            if any(str(workspace.folder) in word for word in process.cmdline()):  # its number may be another's by now
+                found.append(process)
+    return found
+
+
+def _wait_for(left: list[psutil.Process], grace: float) -> None:
+    if left:
+        numbers = ", ".join(str(process.pid) for process in left)
+        print(
+            f"The MoltBot that ran here was killed. Waiting for its processes ({numbers}), which end the answers under "
+            f"way within {grace:g} s.",
+            flush=True,
+        )
+        psutil.wait_procs(left, timeout=grace + _LATE)
 
 
 def _runs_already(workspace: Workspace, beside: str) -> str:

@@ -14,6 +14,7 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, replace
+from functools import partial
 from importlib import metadata
 from typing import Any
 
@@ -52,7 +53,8 @@ def start(workspace: Workspace, flags: Mapping[str, object], *, reload: bool, fi
     if settings.workers > 1:
         log.info("several cores share the work", extra={"workers": settings.workers})
     extra = ["--reload"] * reload + ["--first-question", first_question] * bool(first_question)
-    with only_one(workspace, lambda other: _typed(other, {**flags, **spare_ports(_wanted(settings))}, extra)):
+    beside = partial(_beside, settings, flags, extra)
+    with only_one(workspace, beside, grace=settings.drain_grace):
         settings = _with_ports(settings, lambda others: _typed(workspace, {**flags, **others}, extra))
         ports = _more_ports(settings)
         site = _Site(workspace=workspace, settings=settings, ports=ports, flags=flags, began=began, notices=odd)
@@ -74,6 +76,11 @@ def start(workspace: Workspace, flags: Mapping[str, object], *, reload: bool, fi
                 return supervisor.run()
         finally:
             site.close()
+
+
+def _beside(settings: Settings, flags: Mapping[str, object], extra: Sequence[str], other: Workspace) -> str:
+    """Return the command line that starts one more in another workspace, on ports of its own."""
+    return _typed(other, {**flags, **spare_ports(_wanted(settings))}, extra)
 
 
 def _typed(workspace: Workspace, flags: Mapping[str, object], extra: Sequence[str]) -> str:

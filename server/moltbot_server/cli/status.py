@@ -66,7 +66,10 @@ def state(workspace: Workspace, running: Running) -> dict[str, Any]:
             "grpc": running.grpc,
             "metrics": running.metrics,
         },
-        "workers": {name: {"healthy": cores[name].serves, "metrics": where} for name, where in running.cores.items()},
+        "workers": {
+            name: {"healthy": cores[name].serves, "leaving": cores[name].leaves, "metrics": where}
+            for name, where in running.cores.items()
+        },
         "store": _store(core),
         "engine": {
             "healthy": core.said.get("engine") == "serving",
@@ -89,6 +92,11 @@ class _Health(NamedTuple):
     def serves(self) -> bool:
         """Whether it does its own part, although its store may be away."""
         return self.healthy or self.said.get("status") == "store away"
+
+    @property
+    def leaves(self) -> bool:
+        """Whether it ends what it has and takes nothing new, as one that is renewed."""
+        return self.said.get("status") == "leaving"
 
 
 def ask_cores(running: Running, timeout: float = 2.0) -> Mapping[str, _Health]:
@@ -158,7 +166,7 @@ def _in_words(found: Mapping[str, Any]) -> str:
         f"MoltBot {found['version']} runs in {found['workspace']} for {lasting(found['uptime_s'])}.",
         f"  Core    {word(core['healthy']):12} {share}gRPC {core['grpc']}   {core['metrics']}/metrics",
         *(
-            f"    {name:8}{word(each['healthy']):12} {each['metrics']}/metrics"
+            f"    {name:8}{'leaving' if each['leaving'] else word(each['healthy']):12} {each['metrics']}/metrics"
             for name, each in found["workers"].items()
         ),
         f"  Engine  {word(engine['healthy']):12} {engine['where']}{told}",
@@ -176,7 +184,8 @@ def _in_words(found: Mapping[str, Any]) -> str:
     elif found["store"]["healthy"] is False:
         where = found["store"]["where"]
         lines.append(
-            f"Nothing new is taken before the store is there: start {where}, or correct store.host and store.port."
+            f"Nothing new is taken before the store is there: start {where}, or correct store.host, store.port and "
+            "store.tls."
         )
     elif engine["where"] and not engine["healthy"] and "engine" not in found["processes"]:
         lines.append("The engine runs elsewhere and cannot be reached: start it there, or correct `engine` here.")

@@ -34,6 +34,11 @@ def damage(problem: Exception) -> StorageDamaged:
     return StorageDamaged("what is stored here is damaged")
 
 
+def unmovable(problem: Unreadable) -> StorageDamaged:
+    """Return why a store cannot be read as a whole."""
+    return StorageDamaged(f"{problem}: it is damaged. Delete its session, or put a backup in place, and try again")
+
+
 def _cause(problem: Unreadable) -> str:
     """Return the kind of fault: its text may say what was written."""
     return type(problem.__cause__).__name__

@@ -158,7 +158,7 @@ class RedisStore:
         if problem.retry_after is not None:
             text = f"Redis at {self.address} does not answer ({problem.message})"
             return StorageUnavailable(
-                f"{text}: start it, or correct store.host and store.port", retry_after=problem.retry_after
+                f"{text}: start it, or correct store.host, store.port and store.tls", retry_after=problem.retry_after
             )
         if self.address in problem.message:
             return problem

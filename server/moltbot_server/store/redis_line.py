@@ -363,7 +363,9 @@ def why(problem: Exception) -> str:
     if isinstance(problem, ReadOnlyError):
         return _REPLICA
     if _shut_out(problem):
-        return f"Redis does not let us in ({str(problem)[:200]}): set store.password"
+        unasked = "without any password" in str(problem)
+        needs = "remove store.password, or set one there" if unasked else "set store.password"
+        return f"Redis does not let us in ({str(problem)[:200]}): {needs}"
     if isinstance(problem.__context__, ConnectionRefusedError):
         return "connection refused"  # the client names the address once more, and a number
     return str(problem)[:200].rstrip(".") or type(problem).__name__

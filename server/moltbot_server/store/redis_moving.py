@@ -7,6 +7,7 @@ from typing import Any
 
 import msgspec
 
+from moltbot_server.store.damage import BROKEN, Unreadable, unmovable
 from moltbot_server.store.moving import NOWHERE, DeliveryRecord, Record, SessionRecord, TurnRecord, UsageRecord
 from moltbot_server.store.redis import RedisStore
 from moltbot_server.store.redis_line import Argument, Command
@@ -81,7 +82,7 @@ class RedisRecords:
                 reading: tuple[Command, ...] = (("HMGET", keys[0], *_TURN), ("XRANGE", keys[1], "-", "+"))
                 *_, (fields, entries) = await self._store.ask(("MULTI",), *reading, ("EXEC",))
                 if fields[0] is not None:
-                    yield _turn_of(workspace, name, fields, entries)
+                    yield _read_turn(workspace, name, fields, entries)
             if len(names) < _STEP:
                 return
             start += _STEP
@@ -147,6 +148,14 @@ def _session_arguments(record: SessionRecord) -> tuple[Argument, ...]:
     times = (record.create_time, record.update_time)
     told = (record.session, record.title, record.user, record.channel, *times, record.base_ordinal)
     return (*told, int(record.ephemeral))
+
+
+def _read_turn(workspace: str, name: bytes, fields: Sequence[Any], entries: Sequence[Any]) -> TurnRecord:
+    try:
+        return _turn_of(workspace, name, fields, entries)
+    except BROKEN as problem:
+        key = key_of(workspace, name)
+        raise unmovable(Unreadable(workspace, key.session.session, key.ordinal)) from problem
 
 
 def _turn_of(workspace: str, name: bytes, fields: Sequence[Any], entries: Sequence[Any]) -> TurnRecord:

@@ -10,7 +10,7 @@ from typing import Any
 
 import msgspec
 
-from moltbot_server.errors import StorageUnavailable
+from moltbot_server.store.damage import BROKEN, Unreadable, unmovable
 from moltbot_server.store.moving import NOWHERE, DeliveryRecord, Record, SessionRecord, TurnRecord, UsageRecord
 from moltbot_server.store.protocol import UsageRow
 from moltbot_server.store.sqlite_rows import MARK
@@ -56,7 +56,7 @@ class SqliteRecords:
             for row in connection.execute(f"SELECT {_SESSION} FROM sessions"):
                 yield _session_of(row)
             for row in connection.execute(f"SELECT {_TURN} FROM turns ORDER BY rowid"):
-                yield _turn_of(connection, row)
+                yield _read_turn(connection, row)
             for row in connection.execute(f"SELECT {', '.join(_DELIVERY)} FROM outbox ORDER BY number"):
                 yield _delivery_of(row)
             for row in connection.execute(f"SELECT {', '.join(_USAGE)} FROM usage"):
@@ -77,8 +77,8 @@ class SqliteRecords:
                 yield connection
         except sqlite3.Error as error:
             raise storage_error(error) from error
-        except msgspec.MsgspecError:
-            raise StorageUnavailable("a turn cannot be read: the database is damaged") from None
+        except Unreadable as problem:
+            raise unmovable(problem) from problem
 
 
 def _session_of(row: Sequence[Any]) -> SessionRecord:
@@ -94,6 +94,13 @@ def _session_of(row: Sequence[Any]) -> SessionRecord:
         base_ordinal=base,
         ephemeral=bool(ephemeral),
     )
+
+
+def _read_turn(connection: sqlite3.Connection, row: Sequence[Any]) -> TurnRecord:
+    try:
+        return _turn_of(connection, row)
+    except BROKEN as problem:
+        raise Unreadable(*row[:3]) from problem
 
 
 def _turn_of(connection: sqlite3.Connection, row: Sequence[Any]) -> TurnRecord:
