@@ -21,8 +21,8 @@ async def test_installations_with_the_same_keys_know_the_same_people(tmp_path: P
             shutil.copy2(here.workspace / name, there.workspace / name)
         async with there.started() as second, ClientSession(cookie_jar=CookieJar(unsafe=True)) as browser:
             link = urlsplit((await here.run("link")).out.strip())
-            async with browser.get(f"http://{first.told()['http']}{link.path}?{link.query}") as page:
+            async with browser.get(f"{first.told()['http']}{link.path}?{link.query}") as page:
                 assert (page.status, page.url.query_string) == (200, "")
             for started in (first, second):
-                async with browser.get(f"http://{started.told()['http']}/api/me") as me:
+                async with browser.get(f"{started.told()['http']}/api/me") as me:
                     assert me.status == 200, await me.text()
