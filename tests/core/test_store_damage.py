@@ -8,14 +8,17 @@ from collections.abc import Awaitable, Callable
 from contextlib import closing
 from pathlib import Path
 
+import msgspec
 import pytest
-from kept_turns import keep, key, new
+from kept_turns import ended, keep, key, new, said
 from moltbot_server.errors import Status, StorageDamaged
 from moltbot_server.store import Store
+from moltbot_server.store.outbox import delivery_of
 from moltbot_server.store.redis import RedisStore
 from moltbot_server.store.redis_moving import RedisRecords
 from moltbot_server.store.sqlite import SqliteStore
 from moltbot_server.store.sqlite_moving import SqliteRecords
+from moltbot_server.turns import Completed, Place, TurnInput
 from redis.asyncio import Redis
 
 FIELDS = {"question": "q", "answer": "a", "events": "v", "state": "s"}
@@ -85,6 +88,34 @@ async def test_a_store_with_a_damaged_turn_is_not_moved_and_the_turn_is_named(
     store = await spoiled(column, b"\xc1" if column != "state" else b"odd")
     records = RedisRecords(store) if isinstance(store, RedisStore) else SqliteRecords(tmp_path / "moltbot.db")
     with pytest.raises(StorageDamaged, match="turn 1 of session s in workspace w cannot be read: it is damaged"):
+        _ = [record async for record in records.read()]
+    await store.close()
+
+
+@pytest.mark.parametrize("kind", ["sqlite", "redis"])
+async def test_a_store_with_a_damaged_delivery_is_not_moved_and_the_delivery_is_named(
+    kind: str, request: pytest.FixtureRequest, tmp_path: Path
+) -> None:
+    path, port = tmp_path / "moltbot.db", request.getfixturevalue("redis_port") if kind == "redis" else 0
+    store = SqliteStore(path) if not port else RedisStore(host="127.0.0.1", port=port, prefix=secrets.token_hex(4))
+    await store.open()
+    asked = TurnInput(parts=said("question"), reply_to=Place(channel="slack", address="C1"), request_id="s-1")
+    turn = new(1, rest=asked)
+    assert await store.accept(turn) is None
+    end = ended(turn, "answer")
+    last = end.events[-1].kind
+    assert isinstance(last, Completed)
+    await store.finish(msgspec.structs.replace(end, delivery=delivery_of(turn.key, asked, last)))
+    if isinstance(store, RedisStore):
+        async with Redis(host="127.0.0.1", port=port, protocol=2) as client:
+            (row,) = await client.keys(f"{store.base('w')}d:*")
+            assert await client.hset(row, "v", b"\xc1") == 0
+        records: RedisRecords | SqliteRecords = RedisRecords(store)
+    else:
+        with closing(sqlite3.connect(path)) as connection, connection:
+            connection.execute("UPDATE outbox SET ending = x'c1'")
+        records = SqliteRecords(path)
+    with pytest.raises(StorageDamaged, match=r"delivery .+ in workspace w cannot be read: it is damaged"):
         _ = [record async for record in records.read()]
     await store.close()
 

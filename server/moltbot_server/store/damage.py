@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import logging
+from collections.abc import Iterator
+from contextlib import contextmanager
 
 import msgspec
 
@@ -34,9 +36,24 @@ def damage(problem: Exception) -> StorageDamaged:
     return StorageDamaged("what is stored here is damaged")
 
 
-def unmovable(problem: Unreadable) -> StorageDamaged:
-    """Return why a store cannot be read as a whole."""
-    return StorageDamaged(f"{problem}: it is damaged. Delete its session, or put a backup in place, and try again")
+@contextmanager
+def reading_turn(workspace: str, session: str, ordinal: int) -> Iterator[None]:
+    """Name the turn that keeps a store from being read as a whole."""
+    try:
+        yield
+    except BROKEN as problem:
+        told = Unreadable(workspace, session, ordinal)
+        raise StorageDamaged(f"{told}: it is damaged. Delete its session, or put a backup in place") from problem
+
+
+@contextmanager
+def reading_delivery(workspace: str, id: str) -> Iterator[None]:
+    """Name the delivery that keeps a store from being read as a whole."""
+    try:
+        yield
+    except BROKEN as problem:
+        told = f"delivery {id} in workspace {workspace} cannot be read"
+        raise StorageDamaged(f"{told}: it is damaged. Put a backup in place") from problem
 
 
 def _cause(problem: Unreadable) -> str:

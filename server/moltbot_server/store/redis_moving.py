@@ -7,13 +7,13 @@ from typing import Any
 
 import msgspec
 
-from moltbot_server.store.damage import BROKEN, Unreadable, unmovable
+from moltbot_server.store.damage import reading_delivery, reading_turn
 from moltbot_server.store.moving import NOWHERE, DeliveryRecord, Record, SessionRecord, TurnRecord, UsageRecord
 from moltbot_server.store.redis import RedisStore
 from moltbot_server.store.redis_line import Argument, Command
 from moltbot_server.store.redis_rows import key_of
 from moltbot_server.store.redis_usage import packed, usage_row
-from moltbot_server.turns import Completed, Event, Failed, Part, TurnInput, TurnState, encode
+from moltbot_server.turns import Completed, Event, Failed, Part, TurnInput, TurnKey, TurnState, encode
 
 _STEP = 200
 _SCANNED = 1000
@@ -82,7 +82,10 @@ class RedisRecords:
                 reading: tuple[Command, ...] = (("HMGET", keys[0], *_TURN), ("XRANGE", keys[1], "-", "+"))
                 *_, (fields, entries) = await self._store.ask(("MULTI",), *reading, ("EXEC",))
                 if fields[0] is not None:
-                    yield _read_turn(workspace, name, fields, entries)
+                    key = key_of(workspace, name)
+                    with reading_turn(workspace, key.session.session, key.ordinal):
+                        turn = _turn_of(key, fields, entries)
+                    yield turn
             if len(names) < _STEP:
                 return
             start += _STEP
@@ -96,7 +99,9 @@ class RedisRecords:
             for id in found:
                 (fields,) = await self._store.ask(("HMGET", f"{base}d:{id.decode()}", *_DELIVERY))
                 if fields[0] is not None:
-                    yield _delivery_of(workspace, id, fields)
+                    with reading_delivery(workspace, id.decode()):
+                        delivery = _delivery_of(workspace, id, fields)
+                    yield delivery
 
     async def put(self, records: Sequence[Record]) -> int:
         """Store records that are not there yet."""
@@ -150,20 +155,11 @@ def _session_arguments(record: SessionRecord) -> tuple[Argument, ...]:
     return (*told, int(record.ephemeral))
 
 
-def _read_turn(workspace: str, name: bytes, fields: Sequence[Any], entries: Sequence[Any]) -> TurnRecord:
-    try:
-        return _turn_of(workspace, name, fields, entries)
-    except BROKEN as problem:
-        key = key_of(workspace, name)
-        raise unmovable(Unreadable(workspace, key.session.session, key.ordinal)) from problem
-
-
-def _turn_of(workspace: str, name: bytes, fields: Sequence[Any], entries: Sequence[Any]) -> TurnRecord:
+def _turn_of(key: TurnKey, fields: Sequence[Any], entries: Sequence[Any]) -> TurnRecord:
     request, digest, state, create, end, model, finish, question, answer, events, rest, deadline, epoch = fields
-    key = key_of(workspace, name)
     kept = {event.sequence: event for _, (_, entry) in entries for event in _events.decode(entry)}
     return TurnRecord(
-        workspace=workspace,
+        workspace=key.session.workspace,
         session=key.session.session,
         ordinal=key.ordinal,
         request_id=request.decode(),

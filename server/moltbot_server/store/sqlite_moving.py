@@ -10,7 +10,7 @@ from typing import Any
 
 import msgspec
 
-from moltbot_server.store.damage import BROKEN, Unreadable, unmovable
+from moltbot_server.store.damage import reading_delivery, reading_turn
 from moltbot_server.store.moving import NOWHERE, DeliveryRecord, Record, SessionRecord, TurnRecord, UsageRecord
 from moltbot_server.store.protocol import UsageRow
 from moltbot_server.store.sqlite_rows import MARK
@@ -56,9 +56,13 @@ class SqliteRecords:
             for row in connection.execute(f"SELECT {_SESSION} FROM sessions"):
                 yield _session_of(row)
             for row in connection.execute(f"SELECT {_TURN} FROM turns ORDER BY rowid"):
-                yield _read_turn(connection, row)
+                with reading_turn(*row[:3]):
+                    turn = _turn_of(connection, row)
+                yield turn
             for row in connection.execute(f"SELECT {', '.join(_DELIVERY)} FROM outbox ORDER BY number"):
-                yield _delivery_of(row)
+                with reading_delivery(*row[:2]):
+                    delivery = _delivery_of(row)
+                yield delivery
             for row in connection.execute(f"SELECT {', '.join(_USAGE)} FROM usage"):
                 yield UsageRecord(row=UsageRow(**dict(zip(_USAGE, row, strict=True))))
 
@@ -77,8 +81,6 @@ class SqliteRecords:
                 yield connection
         except sqlite3.Error as error:
             raise storage_error(error) from error
-        except Unreadable as problem:
-            raise unmovable(problem) from problem
 
 
 def _session_of(row: Sequence[Any]) -> SessionRecord:
@@ -94,13 +96,6 @@ def _session_of(row: Sequence[Any]) -> SessionRecord:
         base_ordinal=base,
         ephemeral=bool(ephemeral),
     )
-
-
-def _read_turn(connection: sqlite3.Connection, row: Sequence[Any]) -> TurnRecord:
-    try:
-        return _turn_of(connection, row)
-    except BROKEN as problem:
-        raise Unreadable(*row[:3]) from problem
 
 
 def _turn_of(connection: sqlite3.Connection, row: Sequence[Any]) -> TurnRecord:
