@@ -16,6 +16,8 @@ RUN_ARGS ?=
 TEST_ARGS ?=
 # Each file of tests is run by one of so many processes; 0 runs all in this one.
 TEST_PROCESSES ?= auto
+# A test that fails is tried so many times more: beside others, on a machine that is short of time, a wait may be too short.
+TEST_RERUNS ?= 2
 BENCH_ARGS ?= --json
 LOAD_ARGS ?=
 KILLS ?= 100
@@ -42,7 +44,8 @@ run: $(RUN) ## Starts MoltBot and asks it a first question (RUN_ARGS="--port 300
 
 test: $(DEV) ## Runs every test (TEST_ARGS="-k sessions" for some)
 	@scripts/tools chromium envoy ghz grpcurl nginx redis || echo "Tests that need a missing tool are skipped and say so."
-	@exec $(BIN)/python -m pytest --numprocesses $(TEST_PROCESSES) --dist loadfile $(TEST_ARGS)
+	@exec $(BIN)/python -m pytest --numprocesses $(TEST_PROCESSES) --dist loadfile \
+		--reruns $(TEST_RERUNS) --reruns-delay 2 $(TEST_ARGS)
 
 check: $(DEV) $(GENERATOR) ## Checks style, types, floors, the contract and its generated code
 	$(BIN)/ruff check .

@@ -57,3 +57,28 @@ def test_ctrl_c_before_a_benchmark_has_begun_says_the_same_line() -> None:
 
     assert (ended.returncode, ended.stdout) == (130, "")
     assert ended.stderr.strip() == "moltbot: the benchmark was stopped; what it began is ended and removed."
+
+
+def test_an_interrupt_that_the_interpreter_ignores_is_raised_again() -> None:
+    code = """
+import os, signal, time
+from moltbot_server.bench.stopping import cleaned_up
+
+class Freed:
+    def __del__(self):
+        os.kill(os.getpid(), signal.SIGINT)
+        time.sleep(0.1)
+
+try:
+    with cleaned_up():
+        Freed()
+        print("lost", flush=True)
+        time.sleep(60)
+except KeyboardInterrupt:
+    time.sleep(3)
+    print("heard once")
+"""
+    ended = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False, timeout=30)
+
+    assert (ended.returncode, ended.stdout) == (0, "lost\nheard once\n")
+    assert ended.stderr.strip() == "moltbot: the benchmark was stopped; what it began is ended and removed."

@@ -321,7 +321,7 @@ async def test_what_comes_at_one_moment_is_shared_out_between_the_replicas(endle
         await asyncio.gather(*(ask(engine, conversation("hello"), tokens(20)) for _ in range(16)))
         await until(lambda: engine.running == 0)
     # On a busy machine a replica may begin before the last of them is there.
-    assert 2 <= engine.batches - batches <= 4
+    assert 2 <= engine.batches - batches <= 8
 
 
 async def test_the_tuning_says_how_many_answers_are_written_at_once(endless: Path) -> None:

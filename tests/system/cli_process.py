@@ -81,7 +81,10 @@ class Home:
         finally:
             if started.process.returncode is None:
                 started.process.send_signal(signal.SIGTERM)
-            await started.rest()
+            try:
+                await started.rest()
+            finally:
+                await started.gone()
 
 
 @dataclass(slots=True)
@@ -109,6 +112,14 @@ class Started:
             while line := (await self.process.stdout.readline()).decode():
                 self.seen.append(line)
             return await self.process.wait()
+
+    async def gone(self) -> None:
+        """Make an end of it, however slow the machine is: what runs on would be the fault of a later test."""
+        if self.process.returncode is None:
+            for each in self.processes():
+                with suppress(psutil.NoSuchProcess):
+                    each.kill()
+            await self.process.wait()
 
     @property
     def said(self) -> str:

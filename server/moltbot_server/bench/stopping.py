@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import signal
+import sys
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
@@ -14,6 +15,8 @@ import psutil
 
 STATUS = 130
 _WAIT = 10.0
+_AGAIN = 2.0
+"""Seconds after which an interrupt that nothing came of is raised again."""
 _SIGNALS = (signal.SIGINT, signal.SIGTERM)
 
 
@@ -28,7 +31,10 @@ def cleaned_up() -> Iterator[None]:
     """Let the first signal raise KeyboardInterrupt in the body, and end whatever the body leaves behind.
 
     Signals after the first are not heard. Temporary folders of the body are made in one that is removed with it.
+    Where the interpreter ignores what is raised, as while it frees an object, the interrupt is lost: it is raised again
+    then, until the body has ended.
     """
+    unraisable = sys.unraisablehook
     with tempfile.TemporaryDirectory(prefix="moltbot-bench-", ignore_cleanup_errors=True) as folder:
         before, tempfile.tempdir = tempfile.tempdir, folder
         for number in _SIGNALS:
@@ -36,8 +42,10 @@ def cleaned_up() -> Iterator[None]:
         try:
             yield
         finally:
-            for number in _SIGNALS:
+            for number in (*_SIGNALS, signal.SIGALRM):
                 signal.signal(number, signal.SIG_IGN)
+            signal.setitimer(signal.ITIMER_REAL, 0)
+            sys.unraisablehook = unraisable
             # Between a process' start and whoever ends it in order a signal may have come.
             left = psutil.Process().children(recursive=True)
             for process in left:
@@ -56,7 +64,19 @@ def _clean_up(_number: int, _frame: FrameType | None) -> NoReturn:
     for number in _SIGNALS:
         signal.signal(number, signal.SIG_IGN)
     _say()
+    sys.unraisablehook = _tell_others
+    signal.signal(signal.SIGALRM, _interrupt)
+    signal.setitimer(signal.ITIMER_REAL, _AGAIN, _AGAIN)
     raise KeyboardInterrupt
+
+
+def _interrupt(_number: int, _frame: FrameType | None) -> NoReturn:
+    raise KeyboardInterrupt
+
+
+def _tell_others(unraisable: sys.UnraisableHookArgs) -> None:
+    if not issubclass(unraisable.exc_type, KeyboardInterrupt):
+        sys.__unraisablehook__(unraisable)
 
 
 def _say() -> None:
