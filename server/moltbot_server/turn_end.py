@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from moltbot_server.errors import MoltBotError, StorageFull, StorageUnavailable
+from moltbot_server.errors import InvalidField, MoltBotError, StorageFull, StorageUnavailable
 from moltbot_server.live_turn import LiveTurn
 from moltbot_server.store import EndedTurn
 from moltbot_server.store.outbox import delivery_of
@@ -42,6 +42,19 @@ def end_of(live: LiveTurn, ending: Completed | Failed, model: str) -> EndedTurn:
         finish_reason=ending.finish_reason if isinstance(ending, Completed) else None,
         epoch=live.epoch,
         delivery=delivery_of(live.key, live.input, ending),
+    )
+
+
+def failed(error: MoltBotError, timings: Timings) -> Failed:
+    """Return the event of an answer that an error ended."""
+    return Failed(
+        status=error.status,
+        reason=error.reason,
+        message=error.message,
+        retryable=error.retryable,
+        retry_after=error.retry_after,
+        timings=timings,
+        field=error.field if isinstance(error, InvalidField) else "",
     )
 
 

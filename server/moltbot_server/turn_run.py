@@ -12,7 +12,6 @@ from moltbot_server.errors import (
     ContextLengthExceeded,
     DeadlineExceeded,
     InternalError,
-    InvalidField,
     MoltBotError,
     NotServing,
     TurnInterrupted,
@@ -21,11 +20,12 @@ from moltbot_server.journal import content_error
 from moltbot_server.live_turn import LiveTurn
 from moltbot_server.models.catalog import CatalogEntry
 from moltbot_server.models.context import ContextWindow, Fitted
-from moltbot_server.models.engine import Asker, Finished, Generation
+from moltbot_server.models.engine import Asker, Finished, Generation, Listener
 from moltbot_server.sessions import OURS, OpenSession, title_of
 from moltbot_server.store import Elsewhere, EndedTurn, Moved, NewTurn, StoredTurn, Taken
 from moltbot_server.surroundings import Surroundings
-from moltbot_server.turn_end import end_of, joined, remembered, unkept
+from moltbot_server.turn_anew import MOST, Anew
+from moltbot_server.turn_end import end_of, failed, joined, remembered, unkept
 from moltbot_server.turns import (
     Accepted,
     Attempt,
@@ -45,8 +45,7 @@ from moltbot_server.turns import (
 
 log = logging.getLogger(__name__)
 
-_TRY_AGAIN = 1.0
-"""Seconds from one attempt to store an end to the next."""
+_TRY_AGAIN = 1.0  # seconds from one attempt to store an end to the next
 _NOTHING_READ = Fitted([], 0, 0, 0)
 
 
@@ -60,6 +59,7 @@ class TurnRun:
     __slots__ = (
         "_asker",
         "_attempts",
+        "_broken",
         "_deadline",
         "_delayed",
         "_ending",
@@ -108,7 +108,7 @@ class TurnRun:
         self._attempts: tuple[Attempt, ...] = ()
         self._ending: Completed | Failed | None = None
         self._row: EndedTurn | None = None
-        self._writes = 0
+        self._writes = self._broken = 0
         live.halt = self.stop
 
     # --- accept --------------------------------------------------------------------------------------------------
@@ -267,9 +267,13 @@ class TurnRun:
             live.record(Routed(kind="model", name=engine.id, reason=named))
         try:
             self._fitted = self._pipeline.conversation(turn, self._session, engine)
-            self._generation = self._pipeline.generate(engine, self._fitted.messages, turn, self, self._asker)
+            self._generate(self)
         except Exception as error:
             self.ended(error)
+
+    def _generate(self, listener: Listener) -> None:
+        turn = self._live.input
+        self._generation = self._pipeline.generate(self._engine, self._fitted.messages, turn, listener, self._asker)
 
     def queued(self, position: int) -> None:
         """Tell the place in the queue before the engine; the engine calls this."""
@@ -304,15 +308,20 @@ class TurnRun:
             self._break_off()
 
     def _end(self, end: Finished | Exception) -> None:
-        if isinstance(end, MoltBotError):
+        if isinstance(end, MoltBotError | Finished):
             self._attempts = end.attempts
         if isinstance(end, Finished):
             self._finished = end
-            self._attempts = end.attempts
             self._conclude(self._completed(end.finish_reason))
         elif isinstance(end, ContextLengthExceeded):
             # The engine blames the conversation that it was given; the caller sent its newest message alone.
             self._conclude(self._failed(end.at("turn.parts")))
+        elif isinstance(end, TurnInterrupted) and self._broken < MOST and not self._engine.is_route:
+            self._broken += 1  # a route says by itself what becomes of an answer that broke off
+            try:
+                self._generate(Anew(self))
+            except Exception as error:
+                self._end(error)
         elif isinstance(end, MoltBotError):
             self._conclude(self._failed(end))
         else:
@@ -437,13 +446,12 @@ class TurnRun:
         """Return the event of an answer that ended by itself, or that a caller stopped: its text so far is kept."""
         pieces, ordinal = self._pieces, self._live.key.ordinal
         attachments = self._finished.attachments if self._finished else ()
-        spoke = pieces or reason is not FinishReason.CANCELLED
         return Completed(
             text="".join(pieces),
             finish_reason=reason,
             usage=self._usage(),
             timings=self._timings(),
-            model=self._model() if spoke else "",
+            model=self._model() if pieces or reason is not FinishReason.CANCELLED else "",
             message=f"{ordinal}.1" if pieces or attachments else "",
             attachments=attachments,
             reasoning=self._thoughts,
@@ -458,15 +466,7 @@ class TurnRun:
 
     def _failed(self, error: MoltBotError) -> Failed:
         """Return the event of an answer that an error ended."""
-        return Failed(
-            status=error.status,
-            reason=error.reason,
-            message=error.message,
-            retryable=error.retryable,
-            retry_after=error.retry_after,
-            timings=self._timings(),
-            field=error.field if isinstance(error, InvalidField) else "",
-        )
+        return failed(error, self._timings())
 
     def _usage(self) -> Usage:
         """Return the tokens read and written, as the engine counted them or, before its end, as they came."""

@@ -21,6 +21,7 @@ from moltbot_server.engine_role import EngineRole
 from moltbot_server.errors import ModelUnavailable
 from moltbot_server.models.catalog import Catalog
 from moltbot_server.models.engine import NOBODY, Asker, Generation, Listener
+from moltbot_server.rpc import remote_engine
 from moltbot_server.testing import RunningServer
 from moltbot_server.turns import GenerationOptions, Message
 from moltbot_server.workspace import Workspace
@@ -86,8 +87,8 @@ async def loaded(api: Api, request: model_pb2.LoadModelRequest) -> list[model_pb
     return [step async for step in api.models.LoadModel(request, metadata=api.metadata)]
 
 
-async def until_it_streams(call: Any) -> None:
-    while not (await call.read()).event.HasField("text_delta"):
+async def until_it_streams(call: Any, sign: str = "text_delta") -> None:
+    while not (await call.read()).event.HasField(sign):
         pass
 
 
@@ -256,16 +257,95 @@ async def test_turns_that_have_not_begun_to_stream_do_not_see_that_the_engine_di
 ) -> None:
     engine, api = killable
     waiting = [asyncio.create_task(api.run(turn("#2 wait=0.5", session=f"sessions/{n}"))) for n in range(8)]
-    streaming = api.stream(turn("#1000 pace=0.01"))
-    await until_it_streams(streaming)
+    streaming = api.stream(turn("#30 pace=0.01"))
+    await until_it_streams(streaming)  # the others are there by then
     await engine.kill()
-    cut = await drained(streaming)
     asked_while_away = asyncio.create_task(api.run(turn("hello")))
     await engine.start()
     answers = await asyncio.wait_for(asyncio.gather(*waiting, asked_while_away), 20)
 
     assert [answer.completed.text for answer in answers] == ["one two"] * 8 + ["You said: hello"]
-    assert (cut[-1].failed.reason, cut[-1].failed.retryable) == ("TURN_INTERRUPTED", True)
+
+
+async def test_an_answer_in_which_the_engine_died_is_begun_anew_and_says_so(
+    killable: tuple[EngineProcess, Api],
+) -> None:
+    engine, api = killable
+    streaming = api.stream(turn("#60 pace=0.01", session="sessions/s"))
+    await until_it_streams(streaming)
+    await engine.kill()
+    await engine.start()
+    events = await asyncio.wait_for(drained(streaming), 20)
+
+    told = kinds(events)
+    reset = told.index("reset")
+    written = "".join(event.text_delta.text for event in events[reset:])
+    assert told.count("reset") == 1
+    assert events[reset].reset.text == ""
+    assert "engine" in events[reset].reset.reason
+    assert events[-1].completed.text == written
+    assert written.startswith("one two three")
+    assert len(written.split()) == 60
+    again = await api.events(turn("hello", session="sessions/s"), timeout=20)
+    assert again[-1].completed.text == "You said: hello"
+
+
+async def test_an_engine_that_does_not_come_back_leaves_what_it_had_written(
+    killable: tuple[EngineProcess, Api], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(remote_engine, "PATIENCE", 0.5)
+    engine, api = killable
+    streaming = api.stream(turn("#60 pace=0.01"))
+    await until_it_streams(streaming)
+    await engine.kill()
+    events = await asyncio.wait_for(drained(streaming), 20)
+
+    assert "reset" not in kinds(events)
+    assert (events[-1].failed.reason, events[-1].failed.retryable) == ("MODEL_UNAVAILABLE", True)
+
+
+async def test_an_answer_with_which_engines_die_again_and_again_ends(killable: tuple[EngineProcess, Api]) -> None:
+    engine, api = killable
+    streaming = api.stream(turn("#1000 pace=0.01"))
+    for sign in ("text_delta", "reset", "reset"):
+        async with asyncio.timeout(20):
+            await until_it_streams(streaming, sign)
+        await engine.kill()
+        await engine.start()
+    events = await asyncio.wait_for(drained(streaming), 20)
+
+    assert (events[-1].failed.reason, events[-1].failed.retryable) == ("TURN_INTERRUPTED", True)
+
+
+async def test_a_question_with_which_engines_die_before_a_word_is_given_up(
+    killable: tuple[EngineProcess, Api], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(remote_engine, "MOST_LOSSES", 2)
+    engine, api = killable
+    asked = asyncio.create_task(api.events(turn("#1 wait=60"), timeout=60))
+    for _ in range(8):
+        marker = api.stream(turn("#1000 pace=0.01"))
+        await until_it_streams(marker)  # the other question is there, too, or soon will be
+        await engine.kill()
+        await engine.start()
+        marker.cancel()
+        if (await asyncio.wait({asked}, timeout=0.5))[0]:
+            break
+    events = await asyncio.wait_for(asked, 20)
+
+    assert (events[-1].failed.reason, events[-1].failed.retryable) == ("MODEL_UNAVAILABLE", True)
+
+
+async def test_a_cancelled_answer_is_not_begun_anew(killable: tuple[EngineProcess, Api]) -> None:
+    engine, api = killable
+    streaming = api.stream(turn("#1000 pace=0.01", session="sessions/s"))
+    await until_it_streams(streaming)
+    await engine.kill()
+    assert await api.cancel("sessions/s/turns/1")
+    events = await asyncio.wait_for(drained(streaming), 20)
+    await engine.start()
+
+    assert events[-1].completed.finish_reason == message_pb2.FINISH_REASON_CANCELLED
 
 
 async def test_models_that_were_loaded_are_loaded_again_when_the_engine_comes_back(

@@ -44,6 +44,9 @@ log = logging.getLogger(__name__)
 PATIENCE = 10.0
 """How long an engine may be away before those who wait for it are told, in seconds."""
 
+MOST_LOSSES = 5
+"""How often an answer may lose its engine before anything of it was told: what it asks may be what ends them."""
+
 _FLUSH = 0.02
 _LONGEST_EMBEDDING = 60.0
 _CALM = 1.0  # seconds without a refusal after which a flood is over
@@ -394,7 +397,7 @@ class _RemoteGeneration:
     async def _answer(self) -> Finished:
         """Read one answer to its end; ask again when it was lost before anything of it was told."""
         loop = asyncio.get_running_loop()
-        restored = False
+        restored, losses = False, 0
         while True:
             begun = loop.time()
             try:
@@ -410,6 +413,9 @@ class _RemoteGeneration:
                         raise TurnInterrupted("the engine stopped while it wrote this answer") from None
                     raise error from None
                 if was_lost(problem):
+                    losses += 1
+                    if losses == MOST_LOSSES:
+                        raise error from None
                     until = begun + PATIENCE if self._deadline is None else min(begun + PATIENCE, self._deadline)
                     if not await self._link.ready(until):
                         raise error from None
@@ -427,6 +433,7 @@ class _RemoteGeneration:
                 self._spoke = True
                 listener.wrote(response.text, response.token_count)
             elif response.reasoning:
+                self._spoke = True
                 listener.thought(response.reasoning)
             elif response.queue_position:
                 listener.queued(response.queue_position)
