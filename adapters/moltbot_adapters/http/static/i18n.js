@@ -48,6 +48,7 @@ const SENTENCES = {
   "composer.note": ["MoltBot can be wrong. Check what matters.", "MoltBot 也会出错，重要内容请核实。"],
   "send": ["Send", "发送"],
   "stop": ["Stop (Esc)", "停止（Esc）"],
+  "held": ["The answer is still being written. Your message stays here; Stop (Esc) ends the answer.", "回答还没写完，你的消息先留在这里；“停止”（Esc）可结束回答。"],
   "stopping": ["Stopping…", "正在停止…"],
   "jump": ["Jump to latest", "回到最新"],
   "copy": ["Copy", "复制"],

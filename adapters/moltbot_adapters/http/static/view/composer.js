@@ -19,7 +19,8 @@ export class Composer {
     const mod = /Mac|iPhone|iPad/.test(navigator.platform) ? "⌘" : "Ctrl+";
     this.hint.append(say(h("span", { class: "hint-keys" }), "composer.hint", { vars: { mod } }), say(h("span", { class: "hint-note" }), "composer.note"));
     const form = h("form", { class: "composer" }, this.box, this.sendButton, this.stopButton);
-    this.node = h("div", { class: "composer-dock" }, form, this.hint);
+    this.held = h("p", { class: "held", attrs: { role: "status" } }); // in the page from the start: later ones are not read out
+    this.node = h("div", { class: "composer-dock" }, this.held, form, this.hint);
     form.addEventListener("submit", (event) => {
       event.preventDefault();
       this.#send();
@@ -39,6 +40,7 @@ export class Composer {
   set busy(value) {
     const hadFocus = document.activeElement === this.stopButton || document.activeElement === this.sendButton;
     this.running = value;
+    this.held.replaceChildren();
     this.stopButton.hidden = !value;
     this.stopButton.disabled = false;
     this.sendButton.hidden = value;
@@ -53,6 +55,7 @@ export class Composer {
   stopping() {
     this.stopButton.disabled = true;
     label(this.stopButton, "stopping");
+    if (this.held.firstChild) this.#hold();
   }
 
   /** Gives a text back for editing, unless something else was typed already; answers whether the text is in the box now. */
@@ -85,13 +88,23 @@ export class Composer {
 
   #send() {
     const text = this.box.value.trim();
-    if (text === "" || this.running) return;
+    if (text === "") return;
+    if (this.running) {
+      this.#hold();
+      return;
+    }
     this.fill("");
     this.onSend(text);
   }
 
+  /** Says why a message stays in the box, with a new node each time, so that each Enter is read out. */
+  #hold() {
+    this.held.replaceChildren(say(h("span"), this.stopButton.disabled ? "stopping" : "held"));
+  }
+
   #changed() {
     store.draft = this.box.value;
+    this.held.replaceChildren();
     this.sendButton.disabled = this.box.value.trim() === "";
     this.box.style.height = "auto";
     const height = Math.min(TALLEST, this.box.scrollHeight);
