@@ -12,7 +12,7 @@ import psutil
 import pytest
 from cli_process import Home, Started
 from playwright.async_api import Browser
-from web.browser import Visit, answered, ask, chromium, find_chromium, shown, visiting
+from web.browser import PHONE, Visit, answered, ask, chromium, find_chromium, shown, visiting
 from web.payloads import PAYLOADS
 
 WORDS = " ".join(f"word{n}" for n in range(150))
@@ -82,6 +82,21 @@ async def test_a_used_link_shows_the_sign_in_page_and_the_key_opens_it(
         await second.page.fill("#key", started.home.workspace.joinpath("key").read_text().strip())
         await second.page.keyboard.press("Enter")
         await second.page.wait_for_selector("#message")
+
+
+async def test_an_address_that_leads_nowhere_is_a_page_with_a_way_back(visit: Visit, browser: Browser) -> None:
+    answer = await visit.page.goto(f"{visit.origin}/nothing")
+    assert answer is not None
+    assert answer.status == 404
+    mark = visit.page.locator("img.mark")
+    assert await mark.evaluate("image => image.decode().then(() => image.naturalWidth)") > 0
+    await visit.page.get_by_role("link", name="Open the chat").click()
+    await visit.page.wait_for_selector("#message")
+    assert (visit.problems, visit.strangers) == ([], [])
+    async with visiting(browser, visit.origin, "/nothing", locale="zh-CN", viewport=PHONE) as chinese:
+        await chinese.page.get_by_role("link", name="打开对话").wait_for()
+        assert await chinese.page.evaluate("document.documentElement.scrollWidth <= innerWidth")
+        assert (chinese.problems, chinese.strangers) == ([], [])
 
 
 async def test_a_reload_in_the_middle_of_an_answer_loses_and_repeats_nothing(visit: Visit) -> None:

@@ -11,6 +11,7 @@ from moltbot import MoltBotClientError
 
 from moltbot_adapters.http.context import CONTEXT, RequestContext
 from moltbot_adapters.http.errors import HttpError, from_core
+from moltbot_adapters.http.lost import page_for
 from moltbot_adapters.http.metrics import Metrics
 from moltbot_adapters.http.origin import Origin
 from moltbot_adapters.http.policy import Access, rule_for
@@ -68,7 +69,8 @@ class Guard:
 
     async def prepare(self, request: web.Request, response: web.StreamResponse) -> None:
         """Decorates a response that is about to leave."""
-        page = request.path == "/" or request.path.startswith("/static/")
+        html = response.content_type == "text/html"
+        page = html or request.path == "/" or request.path.startswith("/static/")
         decorate(response, request[CONTEXT].request_id, page=page)
         if self._streams.draining:
             response.force_close()
@@ -116,7 +118,8 @@ class Guard:
             error = from_core(MoltBotClientError(StatusCode.INTERNAL, ""))
             if request.writer.output_size > 0:  # part of an answer is out: all that is left is to break it off
                 raise ConnectionResetError("the answer was broken off") from None
-        return context.fail(error).response()
+        context.fail(error)
+        return page_for(request, error) or error.response()
 
     def _admit(self, request: web.Request, context: RequestContext) -> None:
         self._origin.check_host(request)
