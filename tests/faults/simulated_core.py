@@ -109,7 +109,7 @@ class _Store(sqlite.SqliteStore):
 
     def _prepare(self) -> tuple[sqlite3.Connection, sqlite3.Connection]:
         connection = self._node.disk.connection
-        connection.execute(sqlite._CATCH_UP)
+        connection.execute(sqlite.CATCH_UP)
         return connection, connection
 
 

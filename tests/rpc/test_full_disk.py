@@ -120,3 +120,23 @@ async def test_an_answer_that_finds_no_room_is_waited_for_by_the_client_and_told
         assert answer.turn == accepted.turn
         assert len(answer.text.split()) == 20000
         await api.channel.close()
+
+
+async def test_a_core_whose_database_takes_no_writes_says_so_until_it_does(tmp_path: Path) -> None:
+    async with running_server(tmp_path) as server:
+        api = Api.of(server)
+        assert server.core.health()["store"] == "ok"
+        writing = server.core.store._writing
+        writing.execute(f"PRAGMA max_page_count = {writing.execute('PRAGMA page_count').fetchone()[0]}")
+        error = await refused(api.run(turn("x" * 60_000)))
+        assert reason_of(error) == "STORAGE_FULL"
+        told = server.core.health()
+        assert (told["status"], told["store"]) == ("store away", "away: the disk is full (SQLITE_FULL)")
+        assert told["store_away_s"] >= 0
+        health = await health_pb2_grpc.HealthStub(api.channel).Check(health_pb2.HealthCheckRequest())
+        assert health.status == health_pb2.HealthCheckResponse.SERVING
+
+        writing.execute("PRAGMA max_page_count = 1000000")
+        await until(lambda: server.core.health()["status"] == "ok")
+        assert server.core.health()["store_away_s"] is None
+        await api.channel.close()

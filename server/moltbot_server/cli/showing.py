@@ -59,7 +59,8 @@ class Shown:
             return
         self._told_away = True
         store = self._away()
-        text = f"the core cannot reach its store ({store})" if store else "the core does not answer"
+        reach = "reach" if store.startswith("Redis") else "write to"
+        text = f"the core cannot {reach} its store ({store})" if store else "the core does not answer"
         text += "; waiting for it …"
         if self._screen:
             self._remark(text)

@@ -105,7 +105,7 @@ def ask_cores(running: Running, timeout: float = 2.0) -> Mapping[str, _Health]:
 
 
 def store_away(cores: Mapping[str, _Health]) -> str:
-    """Return where the store is that cores cannot reach, such as `Redis at 127.0.0.1:6379`; empty when they can."""
+    """Return where the store is that cores cannot use, such as `Redis at 127.0.0.1:6379`; empty when they can."""
     store = _store(_speaker(cores.values()))
     return str(store["where"]) if store["healthy"] is False else ""
 
@@ -182,16 +182,20 @@ def _in_words(found: Mapping[str, Any]) -> str:
     if found["stopping"]:
         lines.append("It is stopping: answers under way may end first, and nothing new is taken.")
     elif found["store"]["healthy"] is False:
-        where = found["store"]["where"]
-        lines.append(
-            f"Nothing new is taken before the store is there: start {where}, or correct store.host, store.port and "
-            "store.tls."
-        )
+        lines.append(_until_there(found["store"]["where"]))
     elif engine["where"] and not engine["healthy"] and "engine" not in found["processes"]:
         lines.append("The engine runs elsewhere and cannot be reached: start it there, or correct `engine` here.")
     elif not found["healthy"]:
         lines.append("Not everything serves: the output of `moltbot start` says why; what crashed is started again.")
     return "\n".join(lines)
+
+
+def _until_there(where: str) -> str:
+    """Return what to do about a store that is away."""
+    if where.startswith("Redis"):
+        advice = f"start {where}, or correct store.host, store.port and store.tls."
+        return f"Nothing new is taken before the store is there: {advice}"
+    return "Nothing new is taken before the database takes writes: make room on its disk, or let MoltBot write there."
 
 
 def _store_in_words(store: Mapping[str, Any]) -> Iterator[str]:

@@ -174,7 +174,7 @@ class UsagePage(Value, frozen=True, kw_only=True):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Away:
-    """A store that cannot be reached: where it is, why, and since when (Unix seconds). For whoever runs the core."""
+    """A store that cannot be reached or takes no writes: where, why, since when (Unix seconds). For whoever runs it."""
 
     where: str
     problem: str
@@ -198,7 +198,7 @@ class Store(Protocol):
 
     @property
     def away(self) -> Away | None:
-        """Why the store cannot be reached now; None while it can, or where it is in this process."""
+        """Why the store cannot be reached, or takes no writes, now; None while all is well, as far as is known."""
 
     @property
     def outbox(self) -> Outbox:

@@ -30,16 +30,17 @@ from moltbot_server.store import (
     UsageQuery,
     UsageRow,
 )
-from moltbot_server.store.protocol import JournalEntry, Orphan
+from moltbot_server.store.protocol import Away, JournalEntry, Orphan
 from moltbot_server.store.reader import GroupReader
 from moltbot_server.store.sqlite_journal import append_entries, forget_entries, names_of, take_over
 from moltbot_server.store.sqlite_lock import DatabaseLock
 from moltbot_server.store.sqlite_nodes import Pen, SqliteNodes
 from moltbot_server.store.sqlite_outbox import SqliteOutbox, post_ends, withdraw
+from moltbot_server.store.sqlite_presence import WritePresence
 from moltbot_server.store.sqlite_pruning import prune_sessions
 from moltbot_server.store.sqlite_rows import TURN_COLUMNS, end_columns, read_messages, rest_columns, session_of, turn_of
 from moltbot_server.store.sqlite_schema import SCHEMA, SCHEMA_VERSION, STEPS, unknown_schema
-from moltbot_server.store.sqlite_sessions import Places
+from moltbot_server.store.sqlite_sessions import CATCH_UP, Places
 from moltbot_server.store.sqlite_usage import add_usage, forget_usage, read_usage
 from moltbot_server.store.writer import GroupWriter, Rows, storage_error, unusable
 from moltbot_server.turns import Message, Session, SessionKey, TurnKey, encode
@@ -88,20 +89,10 @@ DELETE FROM journal WHERE (workspace, session, ordinal) IN (
 )
 """
 _TAKEN_OVER = TurnInterrupted("another core has taken this turn over; follow it there")
-# What a crash kept from being written: at most a second of turns, which are the latest.
-_CATCH_UP = """
-UPDATE sessions SET update_time = recent.used FROM (
-    SELECT workspace, session, max(max(create_time, end_time)) AS used
-    FROM (SELECT * FROM turns ORDER BY rowid DESC LIMIT 1000) GROUP BY workspace, session
-) AS recent
-WHERE sessions.workspace = recent.workspace AND sessions.id = recent.session AND sessions.update_time < recent.used
-"""
 
 
 class SqliteStore:
     """A `Store` in one file."""
-
-    away = None
 
     def __init__(self, path: Path, *, address: str = "") -> None:
         """With an `address`, at which others reach this node, several processes share the file."""
@@ -109,6 +100,7 @@ class SqliteStore:
         self.nodes = SqliteNodes(path.parent / "run" / "nodes", address=address)
         self.shared = self.nodes.shared
         self._lock = DatabaseLock(path, alone=not self.shared)
+        self._presence = WritePresence(path)
         self._places = Places(self.nodes.node, shared=self.shared)
         self._pen: Pen | None = None
         self._touched: dict[tuple[str, str], float] = {}
@@ -129,6 +121,7 @@ class SqliteStore:
             is_light=lambda row: isinstance(row, tuple),
             over=self._written,
             pen=self._pen,
+            presence=self._presence,
         )
         self.outbox = SqliteOutbox(self._reader.read, self._writer.submit)
 
@@ -148,6 +141,11 @@ class SqliteStore:
     def node(self) -> str:
         """The name of this node."""
         return self.nodes.node
+
+    @property
+    def away(self) -> Away | None:
+        """Why the file takes no writes now; None while it does, as far as is known."""
+        return self._presence.away
 
     async def address_of(self, node: str) -> str:
         """Return the address at which a node is reached; empty when it is gone."""
@@ -386,7 +384,7 @@ class SqliteStore:
             steps = "".join(STEPS[step] for step in range(version, SCHEMA_VERSION)) if version else SCHEMA
             if steps:
                 connection.executescript(f"BEGIN; {steps} PRAGMA user_version = {SCHEMA_VERSION}; COMMIT;")
-            connection.execute(_CATCH_UP)
+            connection.execute(CATCH_UP)
         except sqlite3.Error as error:
             raise unusable(self._path, error) from error
         return connection, writing

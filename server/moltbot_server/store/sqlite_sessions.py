@@ -26,6 +26,15 @@ DROP INDEX turns_running;
 CREATE INDEX turns_running ON turns (workspace, session) WHERE state = 'running';
 """
 
+CATCH_UP = """
+UPDATE sessions SET update_time = recent.used FROM (
+    SELECT workspace, session, max(max(create_time, end_time)) AS used
+    FROM (SELECT * FROM turns ORDER BY rowid DESC LIMIT 1000) GROUP BY workspace, session
+) AS recent
+WHERE sessions.workspace = recent.workspace AND sessions.id = recent.session AND sessions.update_time < recent.used
+"""
+"""Tells what a crash kept from being written: at most a second of turns, which are the latest."""
+
 _FIND = Rows(
     "SELECT s.workspace, s.id, s.node, s.version FROM (VALUES {rows}) AS asked "
     "CROSS JOIN sessions s ON s.workspace = asked.column1 AND s.id = asked.column2",

@@ -19,6 +19,7 @@ from moltbot_server.errors import MoltBotError, StorageFull, StorageUnavailable
 from moltbot_server.store.damage import Unreadable, damage
 from moltbot_server.store.groups import GroupThread
 from moltbot_server.store.pending import Pending
+from moltbot_server.store.sqlite_presence import PROBE_EVERY, WritePresence, probe
 
 log = logging.getLogger(__name__)
 
@@ -110,19 +111,21 @@ class GroupWriter(GroupThread[_Job]):
         is_light: Callable[[Any], bool] = lambda _: False,
         over: Callable[[bool], None] = lambda _: None,
         pen: AbstractContextManager[None] | None = None,
+        presence: WritePresence,
     ) -> None:
         """Take a connection over, which waits for the disk; it is closed with the writer.
 
         A group of rows that are all light is not waited for: the system has it, and will write it. `over` hears on the
         thread whether a transaction stands, or was undone. The `pen` is held while the database is written: other
-        processes wait for it then.
+        processes wait for it then. `presence` hears when nothing can be written, and when it can again.
         """
         super().__init__(connection, name="moltbot-writer", distance=_DISTANCE)
         self._write_rows = write_rows
         self._is_light = is_light
         self._transaction_over = over
         self._pen = pen or contextlib.nullcontext()
-        self._waits = True
+        self._presence = presence
+        self._waits, self._looks = True, False
 
     def submit(self, write: Write) -> Pending[Any]:
         """Queue a write; it is answered with what it returned once that is on the disk."""
@@ -136,6 +139,18 @@ class GroupWriter(GroupThread[_Job]):
         """Write a group in one transaction."""
         with self._pen:
             return self._write(connection, group)
+
+    def _answer(self, outcomes: Sequence[tuple[_Job, Any]]) -> None:
+        super()._answer(outcomes)
+        if self._presence.away is not None and not self._looks and not self._closed:
+            # Nobody may have anything to write when there is room again.
+            self._looks = True
+            self._loop.call_later(PROBE_EVERY, self._look)
+
+    def _look(self) -> None:
+        """Write a probe: where that succeeds, the database is there again, and else it is looked at once more."""
+        self._looks = False
+        self.submit(probe).then(lambda outcome: None if isinstance(outcome, MoltBotError) else self._presence.found())
 
     def _write(self, connection: sqlite3.Connection, group: list[_Job]) -> list[tuple[_Job, Any]]:
         waits = not all(job.write is None and self._is_light(job.row) for job in group)
@@ -153,7 +168,8 @@ class GroupWriter(GroupThread[_Job]):
             self._transaction_over(False)
             if isinstance(error, sqlite3.Error) and _name(error).startswith(_NOBODYS_FAULT):
                 # Each alone would wait as long, or write after a failed write and take it for done.
-                log.error("the database refused all writes", extra={"error": str(error), "writes": len(group)})
+                if not self._presence.refused(_name(error)):
+                    log.error("the database refused all writes", extra={"error": str(error), "writes": len(group)})
                 return [(job, storage_error(error)) for job in group]
             if len(group) > 1:
                 # One of them is at fault: give each a transaction of its own, so that the others are stored.
@@ -163,7 +179,8 @@ class GroupWriter(GroupThread[_Job]):
             if not isinstance(error, sqlite3.Error):
                 log.exception("a write failed")
                 return [(group[0], StorageUnavailable("the store refused a write; the log says why"))]
-            log.error("the database refused a write", extra={"error": str(error)})
+            if not self._presence.refused(_name(error)):
+                log.error("the database refused a write", extra={"error": str(error)})
             return [(group[0], storage_error(error))]
         self._transaction_over(True)
         return outcomes
