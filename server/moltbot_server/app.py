@@ -74,7 +74,7 @@ class Core:
         self.metrics = Metrics()
         self._worker = worker
         private = Workspace(folder=settings.workspace).core_socket(worker) if worker else None
-        self.store = build_store(settings, address=f"unix:{private}" if private else "")
+        self.store = build_store(settings, address=f"unix:{private}" if private else "", key=key)
         self.ledger = Ledger(self.store, settings.budgets, currency=settings.currency, metrics=self.metrics)
         self.journal = Journal(self.store)
         self.deliveries = Deliveries(lambda: self.store.outbox, settings.outbox, self.metrics)

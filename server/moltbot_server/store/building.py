@@ -14,22 +14,22 @@ if TYPE_CHECKING:
     from moltbot_server.store.redis import RedisStore
 
 
-def build_store(settings: Settings, *, address: str = "") -> Store:
+def build_store(settings: Settings, *, address: str = "", key: str = "") -> Store:
     """Return the store that the settings name, not open yet.
 
-    `address` is where other nodes reach this one; without it a store in a file has one node.
+    `address` is where other nodes reach this one; without it a store in a file has one node. `key` opens this node.
 
     Raises:
         ConfigError: it is Redis, and its client is not installed.
     """
     if settings.store.type == "redis":
-        return build_redis(settings, address=address)
+        return build_redis(settings, address=address, key=key)
     if settings.store.type == "memory":
         return MemoryStore()
     return SqliteStore(Workspace(folder=settings.workspace).database, address=address)
 
 
-def build_redis(settings: Settings, *, address: str = "") -> RedisStore:
+def build_redis(settings: Settings, *, address: str = "", key: str = "") -> RedisStore:
     """Return the store in Redis that the settings name, not open yet.
 
     Raises:
@@ -50,4 +50,5 @@ def build_redis(settings: Settings, *, address: str = "") -> RedisStore:
         prefix=named.prefix,
         tls=named.tls,
         advertised=address,
+        key=key,
     )

@@ -40,6 +40,7 @@ from moltbot_server.store.redis_line import Argument, Call, Command, RedisLine
 from moltbot_server.store.redis_listing import list_sessions
 from moltbot_server.store.redis_nodes import LEASE, NodeLease
 from moltbot_server.store.redis_outbox import RedisOutbox
+from moltbot_server.store.redis_owners import fingerprint
 from moltbot_server.store.redis_presence import Presence
 from moltbot_server.store.redis_rows import (
     SESSION_FIELDS,
@@ -86,16 +87,19 @@ class RedisStore:
         tls: bool = False,
         advertised: str = "",
         lease: float = LEASE,
+        key: str = "",
     ) -> None:
         """`advertised` is where nodes of this machine reach this one, if by a way of their own; `lease` is in seconds.
 
-        Nothing is connected before `open`.
+        `key` opens this node; of others that tell another one's fingerprint a warning tells. Nothing is connected
+        before `open`.
         """
         self.node = ""
         self._advertised = advertised
         self.address = f"{host}:{port}"
         self.prefix = prefix
         self._lease_seconds = lease
+        self._key = key
         self._options: dict[str, Any] = {
             "host": host,
             "port": port,
@@ -141,6 +145,7 @@ class RedisStore:
                 node=self.node,
                 address=self._advertised,
                 seconds=self._lease_seconds,
+                fingerprint=await fingerprint(self.ask, self.prefix, self._key),
             )
             await self._lease.join()
         except BaseException as problem:

@@ -9,6 +9,7 @@ from moltbot_server.store.findings import Finding, dead_letters
 from moltbot_server.store.redis import RedisStore
 from moltbot_server.store.redis_line import Command
 from moltbot_server.store.redis_moving import RedisRecords
+from moltbot_server.store.redis_owners import REMEDY, fingerprints
 from moltbot_server.store.redis_rows import TURN_FIELDS, key_of, messages_from, turn_from
 from moltbot_server.turns import TurnKey
 
@@ -43,6 +44,10 @@ async def _nodes(store: RedisStore) -> AsyncIterator[Finding]:
     there = await nodes_there(store)
     for node, told in there.items():
         yield Finding(text=f"the core {node} is there ({told})", weight="note")
+    keys = len({mark for mark, _ in (await fingerprints(store.ask, store.prefix)).values()})
+    if keys > 1:
+        text = f"its cores have {keys} different keys, and a caller's is good at some of them alone: {REMEDY}"
+        yield Finding(text=text, weight="warning")
     for workspace in await store.workspaces():
         base = store.base(workspace)
         (nodes,) = await store.ask(("SMEMBERS", f"{base}nodes"))

@@ -15,6 +15,7 @@ from typing import Any
 from moltbot_server import tasks
 from moltbot_server.errors import MoltBotError
 from moltbot_server.store.redis_line import Call, Command, RedisLine
+from moltbot_server.store.redis_owners import owner_of, warn_of_others
 
 log = logging.getLogger(__name__)
 
@@ -26,11 +27,23 @@ _RENEWALS = 5  # in the time of a lease
 class NodeLease:
     """The lease of this node, renewed by a task of its own."""
 
-    def __init__(self, line: RedisLine, *, prefix: str, node: str, address: str = "", seconds: float = LEASE) -> None:
-        """`address` is where nodes of this machine reach this one, `unix:PATH`, if there is such a way."""
+    def __init__(
+        self,
+        line: RedisLine,
+        *,
+        prefix: str,
+        node: str,
+        address: str = "",
+        seconds: float = LEASE,
+        fingerprint: str = "",
+    ) -> None:
+        """`address` is where nodes of this machine reach this one, `unix:PATH`, if there is such a way.
+
+        `fingerprint` is of the key that opens this node; others look at it.
+        """
         self._line = line
         self._local, self._public = address, ""
-        self._prefix = prefix
+        self._prefix, self._fingerprint = prefix, fingerprint
         self.node = node
         self._seconds = seconds
         self._calm_until = 0.0
@@ -46,6 +59,7 @@ class NodeLease:
         """
         up = float(self._line.server.get("uptime_in_seconds", "0"))
         await self.renew()
+        await warn_of_others(self._ask, self._prefix, mine=self._fingerprint)
         # Redis was away until now: the others had no chance to renew theirs.
         self._calm(self._seconds - up)
         self._task = asyncio.create_task(self._keep())
@@ -58,7 +72,7 @@ class NodeLease:
         self._task = None
         try:
             left = (("SADD", self._left, self.node), ("SREM", self._nodes, self.node))
-            await self._ask(*left, ("DEL", self._key(self.node)))
+            await self._ask(*left, ("DEL", self._key(self.node), owner_of(self._prefix, self.node)))
         except MoltBotError:
             log.warning("Redis is away; others take this node's turns over when its lease has ended")
 
@@ -69,9 +83,12 @@ class NodeLease:
             StorageUnavailable: Redis does not answer.
         """
         told = " ".join((socket.gethostname(), str(os.getpid()), self._public, self._local)).rstrip()
-        renewal = ("SET", self._key(self.node), told, "PX", int(self._seconds * 1000), "GET")
+        life = int(self._seconds * 1000)
+        renewal = [("SADD", self._nodes, self.node), ("SET", self._key(self.node), told, "PX", life, "GET")]
+        if self._fingerprint:
+            renewal.append(("SET", owner_of(self._prefix, self.node), self._fingerprint, "PX", life))
         try:
-            _, held = await self._ask(("SADD", self._nodes, self.node), renewal)
+            _, held, *_ = await self._ask(*renewal)
         except MoltBotError:
             self._missed = True
             raise
