@@ -5,10 +5,12 @@ from __future__ import annotations
 import argparse
 import asyncio
 import json
+import math
 import sqlite3
 from collections.abc import Awaitable, Callable, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import UTC, date, datetime, timedelta
+from functools import partial
 from typing import Any, TypeVar
 
 import grpc
@@ -213,8 +215,15 @@ def _name(field: str, value: str) -> str:
 
 def _cells(record: Mapping[str, Any]) -> list[str]:
     cost = record["cost"]
-    money = "-" if not cost else f"{cost:,.4f}" if cost >= 0.0001 else "<0.0001"
+    money = in_money(cost, places=4) if cost else "-"
     return [*(f"{record[number]:,}" if record[number] else "-" for number in _NUMBERS), money]
+
+
+def in_money(amount: float, *, places: int) -> str:
+    """Return an amount for people, with so many digits behind the point, or more where it is small; 0 as 0."""
+    if not amount:
+        return "0"
+    return f"{amount:,.{max(places, 1 - math.floor(math.log10(abs(amount))))}f}"
 
 
 def _budget_table(budgets: Sequence[Mapping[str, Any]], currency: str) -> str:
@@ -227,8 +236,8 @@ def _budget_table(budgets: Sequence[Mapping[str, Any]], currency: str) -> str:
             [
                 {"workspace": "the workspace", "user": "each user"}.get(budget["scope"], scope),
                 budget["period"],
-                _share(budget["used_tokens"], budget["max_tokens"], ",d"),
-                _share(budget["used_cost"], budget["max_cost"], ",.2f"),
+                _share(budget["used_tokens"], budget["max_tokens"], "{:,d}".format),
+                _share(budget["used_cost"], budget["max_cost"], partial(in_money, places=2)),
                 "warns" if budget["soft"] else "refuses",
             ]
         )
@@ -236,10 +245,10 @@ def _budget_table(budgets: Sequence[Mapping[str, Any]], currency: str) -> str:
     return _aligned(rows, left=len(rows[0])) + note
 
 
-def _share(used: float, most: float, form: str) -> str:
+def _share(used: float, most: float, form: Callable[[Any], str]) -> str:
     if not most:
         return "-"
-    return f"{format(used, form)} of {format(most, form)} ({used / most:.0%})"
+    return f"{form(used)} of {form(most)} ({used / most:.0%})"
 
 
 def _aligned(rows: Sequence[Sequence[str]], *, left: int) -> str:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable
 from dataclasses import dataclass
 from datetime import UTC, datetime, timedelta
+from decimal import Decimal
 
 from moltbot_server.config_models import Budget, Period
 from moltbot_server.store import UsageRow
@@ -89,7 +90,7 @@ class Limit:
         if budget.max_tokens and spent.tokens >= budget.max_tokens:
             return self._in_words(f"{budget.max_tokens:,} tokens")
         if budget.max_cost and spent.cost >= self._max_cost:
-            return self._in_words(f"{budget.max_cost:,.15g} {currency}")
+            return self._in_words(f"{Decimal(repr(budget.max_cost)).normalize():,f} {currency}")
         return ""
 
     def use(self, workspace: str) -> BudgetUse:
