@@ -93,7 +93,10 @@ async def test_dead_letters_are_listed_retried_and_dropped(home: Home) -> None:
     assert dropped.json == {"dropped": [letters[1].name]}
     assert (unknown.status, unknown.out) == (1, "")
     assert "no such dead letter" in unknown.err
-    assert wrong.status != 0
+    assert (wrong.status, wrong.out) == (2, "")
+    assert "'nonsense' is no name of a dead letter: `" in wrong.err
+    assert "deadletters list` tells them" in wrong.err
+    assert "such as deliveries/1f0c5a90be2d4c7781a03a6e" in wrong.err
     assert (rest.status, rest.out) == (0, "1 dead letter was deleted.\n")
     assert [entry["name"] for entry in left] == [other.name]
     assert last.json == {"retried": [other.name]}

@@ -85,7 +85,12 @@ class TestKeeping:
         assert "withdraw it there" in ended.out
         assert (await home.run("key", "list", "--json")).json["keys"] == []
         again = await home.run("key", "remove", kept["id"], "--json")
-        assert (again.status, "no key of this id" in again.json["error"]["message"]) == (78, True)
+        assert (again.status, again.json["error"]["status"]) == (1, 1)  # as for an unknown model or dead letter
+        assert "no key of this id: it is empty" in again.json["error"]["message"]
+        other = await added(home)
+        wrong = await home.run("key", "remove", "ffffffff")
+        assert (wrong.status, wrong.out) == (1, "")
+        assert f"no key of this id: it has {other['id']} (openai); `moltbot key list`" in wrong.err
 
     async def test_the_master_key_is_replaced_and_the_keys_stay(self, home: Home) -> None:
         kept = await added(home)
@@ -123,7 +128,7 @@ class TestRefusing:
     async def test_a_key_in_the_place_of_a_name_is_not_repeated(self, home: Home, arguments: tuple[str, ...]) -> None:
         await added(home, text=OTHER)
         ended = await home.run("key", *arguments, text="")
-        assert ended.status in (2, 78)
+        assert ended.status in (1, 2)
         assert SECRET not in ended.err + ended.out
 
     @pytest.mark.parametrize(

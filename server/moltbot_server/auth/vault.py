@@ -20,10 +20,11 @@ from moltbot_server.auth.vault_file import VaultError, alone, read_private, writ
 from moltbot_server.auth.vault_master import Master, MasterKey
 from moltbot_server.workspace import Workspace, parse_key
 
-__all__ = ["StoredKey", "Vault", "VaultError", "check_text"]
+__all__ = ["StoredKey", "UnknownKey", "Vault", "VaultError", "check_text"]
 
 _MOST = 1000
 _SHOWN = 4
+_NAMED = 20
 _HIDDEN_WHOLE = 16  # of a shorter key four characters would be too much
 _TEXT = re.compile(r"[\x21-\x7e]{8,4096}")
 _Stamp = tuple[int, int, int, int, int]
@@ -43,6 +44,16 @@ class StoredKey:
     def tail(self) -> str:
         """The last four characters, by which its owner knows it; nothing of a short key."""
         return tail(self.text)
+
+
+class UnknownKey(VaultError):
+    """The vault has no key of an id. The text has those that there are, and not what was given, which may be a key."""
+
+    def __init__(self, known: Sequence[StoredKey]) -> None:
+        ids = [f"{one.id} ({one.provider})" for one in known[:_NAMED]]
+        more = [f"{len(known) - _NAMED} more"] if len(known) > _NAMED else []
+        there = f"it has {', '.join([*ids, *more])}" if known else "it is empty"
+        super().__init__(f"the vault has no key of this id: {there}; `moltbot key list` has all.")
 
 
 def tail(text: str) -> str:
@@ -140,8 +151,10 @@ class Vault:
         """Forget a key by its id and return it.
 
         Raises:
-            VaultError: there is none of this id, or the vault cannot be opened or written.
+            UnknownKey: there is none of this id.
+            VaultError: the vault cannot be opened or written.
         """
+        known: Sequence[StoredKey] = ()
         with alone(self._lock):
             if (document := self._read()) is not None:
                 master, known = self._unlocked(document)
@@ -149,7 +162,7 @@ class Vault:
                     if gone.id == name:
                         self._write(master, tuple(one for one in known if one is not gone))
                         return gone
-        raise VaultError("the vault has no key of this id; `moltbot key list` has all.")
+        raise UnknownKey(known)
 
     def rotate_master(self) -> str:
         """Encrypt everything under a new master key; return the new key's id.

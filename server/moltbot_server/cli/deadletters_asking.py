@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import asyncio
 import json
+import re
 from collections.abc import AsyncIterator, Awaitable, Callable, Mapping, Sequence
 from datetime import UTC, datetime
 from typing import Any, TypeVar
@@ -22,6 +23,7 @@ _Answer = TypeVar("_Answer")
 _PATIENCE = 60.0
 _PAGE = 500
 _WIDEST = 40
+_NAME = re.compile(r"(?:deliveries/)?([0-9a-f]{24})")
 
 
 class _Desk:
@@ -91,8 +93,10 @@ def _change(given: argparse.Namespace, change: Callable[[_Desk, str], Awaitable[
     if given.channel and not given.all:
         raise Failure("--channel goes with --all", Exit.USAGE)
 
+    named = [_named(name, given) for name in given.names]
+
     async def ask(desk: _Desk) -> list[str]:
-        wanted = [_named(name) for name in given.names]
+        wanted = named
         if given.all:
             # All are found before the first is changed: what is retried and dies again is not met twice.
             wanted = [letter.delivery.name async for letter in desk.letters(given.channel, 1 << 30)]
@@ -110,8 +114,17 @@ def _change(given: argparse.Namespace, change: Callable[[_Desk, str], Awaitable[
     return int(Exit.OK)
 
 
-def _named(name: str) -> str:
-    return name if name.startswith("deliveries/") else f"deliveries/{name}"
+def _named(name: str, given: argparse.Namespace) -> str:
+    """Return the name of a delivery, which may have been given without `deliveries/`.
+
+    Raises:
+        Failure: it is none.
+    """
+    if (found := _NAME.fullmatch(name)) is None:
+        names = command("deadletters list", Models.of(given).workspace)
+        text = f"{harmless(name)[:_WIDEST]!r} is no name of a dead letter: `{names}` tells them"
+        raise Failure(f"{text}, such as deliveries/1f0c5a90be2d4c7781a03a6e.", Exit.USAGE)
+    return f"deliveries/{found[1]}"
 
 
 def _core(given: argparse.Namespace) -> Place:

@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from functools import cached_property, wraps
 
 from moltbot_server.auth.provider_keys import HeldKey, HeldKeys, ProviderKeys, variables_of
-from moltbot_server.auth.vault import StoredKey, Vault, VaultError, check_text
+from moltbot_server.auth.vault import StoredKey, UnknownKey, Vault, VaultError, check_text
 from moltbot_server.cli.model_place import told
 from moltbot_server.cli.reloading import Reloaded, reload_routes
 from moltbot_server.cli.terminal import Exit, Failure, command, harmless
@@ -105,6 +105,8 @@ def in_words(body: Callable[[argparse.Namespace], int]) -> Callable[[argparse.Na
     def run(given: argparse.Namespace) -> int:
         try:
             return body(given)
+        except UnknownKey as problem:
+            raise Failure(str(problem)) from None
         except WorkspaceError as problem:
             raise Failure(str(problem), Exit.CONFIG) from None
 
