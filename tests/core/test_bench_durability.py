@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import contextlib
+from collections.abc import Callable
 from typing import Any
 
 import pytest
 from moltbot_server.bench.durability import _summary, bench_durability
 from moltbot_server.bench.durability_command import durability_table
 from moltbot_server.bench.durability_rig import Kept
+from moltbot_server.bench.local_rig import undisturbed
 from redis_process import redis_server
 
 
@@ -49,6 +51,17 @@ def test_rounds_are_compared_one_by_one_and_the_median_counts() -> None:
 
     assert (found["tokens_ratio"], found["first_token_added_ms"], found["first_token_added_alone_ms"]) == (0.95, 2, 1)
     assert found["tokens_ratios"] == {"lowest": 0.5, "highest": 0.96}
+
+
+def test_a_slice_that_others_disturbed_is_repeated_and_the_quietest_counts() -> None:
+    def slices(*others: float) -> Callable[[], dict[str, Any]]:
+        left = [counted(float(number), 1.0) | {"processors": {"others": busy}} for number, busy in enumerate(others)]
+        return lambda: left.pop(0)
+
+    assert undisturbed(slices(0.1), 3)["tokens_per_second"] == 0
+    assert undisturbed(slices(1.5, 0.9, 0.1, 9.0), 3)["tokens_per_second"] == 2
+    assert undisturbed(slices(1.5, 0.9, 1.2), 2)["tokens_per_second"] == 1
+    assert undisturbed(slices(1.5), 0)["tokens_per_second"] == 0
 
 
 def test_stores_in_redis_are_left_out_where_it_is_not_installed(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -13,11 +13,12 @@ import contextlib
 import os
 import statistics
 from collections.abc import Callable, Collection, Mapping, Sequence
+from functools import partial
 from typing import Any
 
 from moltbot_server.bench.core import machine
 from moltbot_server.bench.durability_rig import MEMORY, STORES, Kept
-from moltbot_server.bench.local_rig import Counted
+from moltbot_server.bench.local_rig import Counted, undisturbed
 from moltbot_server.bench.serving_crowd import bar
 
 STREAMS = 16
@@ -26,7 +27,7 @@ MOST_ADDED = 3.0
 LEAST_TOKENS = 0.9
 """The share of its tokens a second that a store leaves."""
 _WAYS = {"streams": STREAMS, "alone": 1}
-_RELATIVE = ("core", "client", "engine", "http", "others")
+_RELATIVE = ("core", "client", "engine", "http", "redis", "others")
 
 Progress = Callable[[str], None]
 
@@ -37,11 +38,13 @@ def bench_durability(
     seconds: float = 6.0,
     redis: str = "",
     stores: Collection[str] = tuple(STORES),
+    patience: int = 0,
     progress: Progress = lambda _: None,
 ) -> dict[str, Any]:
     """Run the benchmark and return its figures: `rounds` rounds of slices of `seconds`.
 
-    `redis` is the path of redis-server; without it, and where none is installed, its stores are left out.
+    `redis` is the path of redis-server; without it, and where none is installed, its stores are left out. A slice that
+    others disturbed is repeated up to `patience` times, see `local_rig.undisturbed`.
 
     Raises:
         RuntimeError: a turn failed, or a process ended early.
@@ -51,6 +54,7 @@ def bench_durability(
         "machine": machine() | {"load_before": load},
         "rounds": rounds,
         "seconds": seconds,
+        "patience": patience,
         "streams": STREAMS,
     }
     with contextlib.ExitStack() as stack:
@@ -61,7 +65,7 @@ def bench_durability(
                 progress(f"{name} is left out: redis-server is not installed")
             else:
                 kept[name] = found
-        done = {way: _rounds(kept, way, count, rounds, seconds, progress) for way, count in _WAYS.items()}
+        done = {way: _rounds(kept, way, count, rounds, seconds, patience, progress) for way, count in _WAYS.items()}
     bars: dict[str, Any] = {}
     for name in kept:
         if name != MEMORY:
@@ -78,7 +82,13 @@ def bench_durability(
 
 
 def _rounds(
-    kept: Mapping[str, Kept], way: str, streams: int, rounds: int, seconds: float, progress: Progress
+    kept: Mapping[str, Kept],
+    way: str,
+    streams: int,
+    rounds: int,
+    seconds: float,
+    patience: int,
+    progress: Progress,
 ) -> list[dict[str, Counted]]:
     done = []
     names = list(kept)
@@ -87,7 +97,7 @@ def _rounds(
     for number in range(rounds):
         progress(f"{way}: round {number + 1} of {rounds}")
         order = names if number % 2 == 0 else names[::-1]
-        done.append({name: kept[name].stream(streams, seconds) for name in order})
+        done.append({name: undisturbed(partial(kept[name].stream, streams, seconds), patience) for name in order})
     return done
 
 

@@ -38,6 +38,8 @@ def add_durability(kinds: Any, machine: Callable[[dict[str, Any]], str]) -> None
     durability.add_argument("--only", action="append", default=[], choices=names, metavar="STORE",
                             help=f"compare this one, may be repeated: {', '.join(names)}")  # fmt: skip
     durability.add_argument("--redis", default="", metavar="PATH", help="redis-server, where it is not in the PATH")
+    durability.add_argument("--patience", type=int, default=0, metavar="N",
+                            help="repeat a slice up to N times while others use the machine too")  # fmt: skip
     durability.add_argument("--json", action="store_true", help="print JSON")
     durability.set_defaults(run=_run, table=lambda report: f"{durability_table(report)}\n{machine(report)}")
 
@@ -48,6 +50,7 @@ def _run(given: argparse.Namespace) -> dict[str, Any]:
         seconds=given.seconds,
         redis=given.redis,
         stores=given.only or tuple(STORES),
+        patience=given.patience,
         progress=lambda text: None if given.json else print(text, file=sys.stderr, flush=True),
     )
 

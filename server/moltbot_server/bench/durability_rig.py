@@ -54,10 +54,12 @@ class Kept:
         if path is None:
             return None
         folder = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="moltbot-bench-redis-")))
-        port = _redis(stack, path, folder, syncs)
-        return cls(
+        port, process = _redis(stack, path, folder, syncs)
+        kept = cls(
             stack, {"MOLTBOT_STORE_TYPE": "redis", "MOLTBOT_STORE_HOST": "127.0.0.1", "MOLTBOT_STORE_PORT": port}
         )
+        kept._processes["redis"] = psutil.Process(process)
+        return kept
 
     def stream(self, streams: int, seconds: float) -> Counted:
         """Count what is streamed to so many at a time, and the processors that each process keeps busy for it."""
@@ -73,8 +75,8 @@ class Kept:
         return load
 
 
-def _redis(stack: contextlib.ExitStack, path: str, folder: Path, syncs: str) -> str:
-    """Run a Redis that writes down all that it is given, and return its port.
+def _redis(stack: contextlib.ExitStack, path: str, folder: Path, syncs: str) -> tuple[str, int]:
+    """Run a Redis that writes down all that it is given, and return its port and its process.
 
     Raises:
         RuntimeError: it does not listen.
@@ -97,5 +99,5 @@ def _redis(stack: contextlib.ExitStack, path: str, folder: Path, syncs: str) -> 
         except OSError:
             time.sleep(0.02)  # it tells nobody when it listens
         else:
-            return port
+            return port, process.pid
     raise RuntimeError(f"{path} does not listen")

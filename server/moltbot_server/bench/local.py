@@ -13,6 +13,7 @@ import contextlib
 import os
 import statistics
 from collections.abc import Callable, Collection, Mapping, Sequence
+from functools import partial
 from typing import Any
 
 import msgspec
@@ -20,7 +21,7 @@ import msgspec
 from moltbot_server.bench.core import machine
 from moltbot_server.bench.local_llama import Llama, LlamaServer
 from moltbot_server.bench.local_prompts import Workload
-from moltbot_server.bench.local_rig import Counted, Rig
+from moltbot_server.bench.local_rig import Counted, Rig, undisturbed
 from moltbot_server.bench.random_model import random_model
 from moltbot_server.demo_model import ARTIFACT
 from moltbot_server.models.tuning import Tuning, tuning_for
@@ -28,8 +29,6 @@ from moltbot_server.turns import Value
 from moltbot_server.workspace import find_workspace
 
 STREAMS, MANY = 16, 64
-QUIET = 0.2
-"""Processors that other programs may keep busy without a slice being taken for disturbed."""
 WORDS = Workload(shortest=128, longest=128, new=64)
 RAGGED = Workload(shortest=16, longest=512, new=64)
 EQUAL = Workload(shortest=264, longest=264, new=64)
@@ -108,7 +107,7 @@ def bench_local(
     """Run the benchmark and return its figures: `rounds` rounds, slices of about `seconds`.
 
     `only` names figures, none for all; those of llama.cpp's server are measured where there is one. `form` is how the
-    models run, see `local_rig.Rig`. A slice during which other programs kept more than `QUIET` processors busy is
+    models run, see `local_rig.Rig`. A slice during which other programs kept more than `local_rig.QUIET` processors busy is
     repeated up to `patience` times, and the quietest one counts.
     """
     wanted = {
@@ -183,15 +182,9 @@ class _Stage:
             for name in list(slices) if number % 2 == 0 else reversed(list(slices)):
                 share = (number + len(counted) / len(slices)) / rounds
                 tell(_SEARCH + (1 - _SEARCH) * share, f"{name}, round {number + 1} of {rounds}")
-                counted[name] = self._undisturbed(slices[name], seconds)
+                counted[name] = undisturbed(partial(slices[name], seconds), self._patience)
             done.append(counted)
         return done
-
-    def _undisturbed(self, slice_: Slice, seconds: float) -> Counted:
-        tries = [slice_(seconds)]
-        while tries[-1]["processors"]["others"] > QUIET and len(tries) <= self._patience:
-            tries.append(slice_(seconds))
-        return min(tries, key=lambda counted: float(counted["processors"]["others"]))
 
     def _slices(self, scene: str, needed: Collection[str], tell: Progress) -> dict[str, Slice]:
         rig, replicas = self._rig, self._replicas
