@@ -107,8 +107,8 @@ def bench_local(
     """Run the benchmark and return its figures: `rounds` rounds, slices of about `seconds`.
 
     `only` names figures, none for all; those of llama.cpp's server are measured where there is one. `form` is how the
-    models run, see `local_rig.Rig`. A slice during which other programs kept more than `local_rig.QUIET` processors busy is
-    repeated up to `patience` times, and the quietest one counts.
+    models run, see `local_rig.Rig`. A slice that others disturbed is repeated up to `patience` times, see
+    `local_rig.undisturbed`.
     """
     wanted = {
         name: figure
