@@ -42,7 +42,7 @@ REACHED = {
     "long_history": 0.80,
     "noisy": 0.89,
     "system_prompt": 0.93,
-    "after_unrelated": 0.88,
+    "after_unrelated": 0.86,
     "nonsense": 0.94,
 }
 
