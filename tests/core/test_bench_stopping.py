@@ -6,6 +6,7 @@ import os
 import signal
 import subprocess
 import sys
+from contextlib import suppress
 from pathlib import Path
 
 import psutil
@@ -40,7 +41,12 @@ def test_ctrl_c_in_a_benchmark_says_one_line_and_leaves_nothing_behind(
     begun = psutil.Process(process.pid).children(recursive=True)
     for _ in range(times):
         os.killpg(process.pid, signal.SIGINT)
-    out, err = process.communicate(timeout=30)
+    try:
+        out, err = process.communicate(timeout=60)
+    finally:
+        for left in (*begun, process):
+            with suppress(psutil.NoSuchProcess):
+                left.kill()
 
     told = [line for line in err.splitlines() if line and not line.startswith("[")]
     assert (process.returncode, out) == (130, "")
