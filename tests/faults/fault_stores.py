@@ -18,7 +18,7 @@ from moltbot_server.store import Store
 from moltbot_server.store.sqlite import SqliteStore
 
 _ALWAYS_THERE = re.compile(
-    r"moltbot:(schema|workspaces|nodes|left|node)|\{moltbot:\w+\}:(accepted|days|used|added|nodes)"
+    r"moltbot:(schema|workspaces|nodes|left|node|salt|owner)|\{moltbot:\w+\}:(accepted|days|used|added|nodes)"
 )
 _TOOLS = Path(__file__).parents[2] / ".tools" / "bin"
 
