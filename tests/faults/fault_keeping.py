@@ -8,6 +8,7 @@ from pathlib import Path
 
 from fault_history import Entry, Kept, KeptEvent, Listed, Told, name_of, ordinal_of
 from moltbot_server.store import Store
+from moltbot_server.store.sqlite_journal_files import folder_of, recorded
 from moltbot_server.turns import Completed, Reset, SessionKey, TextDelta, TurnKey
 
 _WORKSPACE = "default"
@@ -74,10 +75,11 @@ async def _kept(store: Store, turn: str) -> Kept | None:
     return Kept(turn=turn, request=found.request_id, state=found.state.value, events=events)
 
 
-def journal_rows(database: Path) -> int:
-    """Return how many entries of journals a file still has."""
+def journal_entries(database: Path) -> int:
+    """Return how many entries of journals there still are, in a database and in the files beside it."""
     connection = sqlite3.connect(database)
     try:
-        return int(connection.execute("SELECT count(*) FROM journal").fetchone()[0])
+        rows = int(connection.execute("SELECT count(*) FROM journal").fetchone()[0])
     finally:
         connection.close()
+    return rows + sum(1 for _ in recorded(folder_of(database)))

@@ -12,7 +12,7 @@ from collections import Counter
 from pathlib import Path
 from typing import Protocol
 
-from fault_keeping import journal_rows
+from fault_keeping import journal_entries
 from fault_nodes import free_port
 from moltbot_server.store import Store
 from moltbot_server.store.sqlite import SqliteStore
@@ -66,8 +66,8 @@ class FileKeeping:
         return SqliteStore(self._path)
 
     def left(self) -> int:
-        """Return how many entries of journals the file has."""
-        return journal_rows(self._path)
+        """Return how many entries of journals the file and those beside it have."""
+        return journal_entries(self._path)
 
     async def counts(self) -> dict[str, int]:
         """Return the rows of each table."""

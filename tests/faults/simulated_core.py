@@ -17,6 +17,7 @@ from typing import Any
 import moltbot_server.store.groups as groups
 import moltbot_server.store.sqlite as sqlite
 import moltbot_server.store.sqlite_outbox as sqlite_outbox
+import moltbot_server.store.sqlite_use as sqlite_use
 from fault_history import Read
 from moltbot_server import live_turn, pipeline, turn_run
 from moltbot_server.config_models import Delivering
@@ -33,6 +34,7 @@ from moltbot_server.models.engines.scripted import ScriptedEngine
 from moltbot_server.outbox import Deliveries
 from moltbot_server.pipeline import TurnPipeline
 from moltbot_server.sessions import Sessions
+from moltbot_server.store.sqlite_journal_files import JournalFiles
 from moltbot_server.store.sqlite_sessions import Places
 from moltbot_server.turns import Event, FinishReason, GenerationOptions, Message, Principal, TurnInput, TurnKey, Usage
 from simulated_disk import Disk, Orders
@@ -71,6 +73,7 @@ def virtual_time() -> Iterator[Callable[[World], None]]:
         (turn_run, "time", _CLOCK),
         (pipeline, "time", _CLOCK),
         (sqlite_outbox, "time", _CLOCK),
+        (sqlite_use, "time", _CLOCK),
         (groups, "threading", _Threading),
         (groups, "SimpleQueue", Orders),
     ]
@@ -97,6 +100,7 @@ class _Store(sqlite.SqliteStore):
             self.nodes: Any = Nodes(node.name, node.others)
             self.shared = True
             self._places = Places(node.name, shared=True)
+        self._files = JournalFiles(node.disk.folder, self.nodes.node)
 
     async def open(self) -> None:
         """Open the store, and have its threads' work done by the disk."""
@@ -105,6 +109,7 @@ class _Store(sqlite.SqliteStore):
             thread._groups.bound = (self._node.disk, self._node, thread)  # type: ignore[attr-defined]
 
     def _join(self) -> tuple[sqlite3.Connection, sqlite3.Connection]:
+        self._files.open()
         return self._prepare()
 
     def _prepare(self) -> tuple[sqlite3.Connection, sqlite3.Connection]:
@@ -439,6 +444,7 @@ class Node:
             "claims": sum(session.claims for session in self.sessions._open.values()),
             "calls": len(self.calls),
             "noted turns": len(self.journal._noted),
+            "turns in files": len(self.store._files),
             "receivers": len(self.deliveries._receivers),
         }
         return [f"{self.name} has {count} {name} left" for name, count in counts.items() if count]

@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import shutil
 import sqlite3
+import tempfile
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any, Protocol
 
 import moltbot_server.store.sqlite_schema as sqlite_schema
+from moltbot_server.store.writer import GroupWriter
 from simulated_world import SimulatedLoop, World
 
 
@@ -68,6 +72,13 @@ class Disk:
         self._synced: bytes | None = None
         self._keeps_copies = False
         self.refusals = 0.0
+        self.folder = Path(tempfile.mkdtemp(prefix="moltbot-simulation-", dir=_memory()))
+        """Where nodes keep what their turns record: real files."""
+
+    def close(self) -> None:
+        """Be no more."""
+        self.connection.close()
+        shutil.rmtree(self.folder)
 
     def clear(self, *, may_lose_power: bool, refusals: float) -> None:
         """Become empty. `refusals`: how probable it is that a group fails."""
@@ -77,6 +88,8 @@ class Disk:
         self.connection.execute("COMMIT")
         self._keeps_copies, self.refusals = may_lose_power, refusals
         self._synced = self.connection.serialize() if may_lose_power else None
+        for folder in self.folder.iterdir():
+            shutil.rmtree(folder)
 
     def order(self, node: Node, thread: Any, group: list[Any]) -> None:
         """Carry a group out some time soon, and have the outcome told some time later."""
@@ -99,11 +112,23 @@ class Disk:
         if self.refusals and world.random.random() < self.refusals:
             connection = _Refusing(connection, world.random.choice(("SQLITE_FULL", "SQLITE_IOERR_FSYNC")))
         outcomes = thread.carry_out(connection, group)
-        if self._keeps_copies and getattr(thread, "_waits", False):
+        if self._keeps_copies and isinstance(thread, GroupWriter):
             self._synced = self.connection.serialize()
         return outcomes
 
-    def lose_power(self) -> None:
-        """Forget what was not synced."""
+    def lose_power(self, world: World) -> None:
+        """Forget what was not synced: of files that never are, some is there and some is not."""
         assert self._synced is not None
         self.connection.deserialize(self._synced)
+        for path in sorted(self.folder.glob("*/*")):
+            data = path.read_bytes()
+            kept = world.random.randrange(len(data) + 1)
+            path.write_bytes(data[:kept] + b"\0" * world.random.choice((0, len(data) - kept)))
+
+
+def _memory() -> Path | None:
+    """Return a folder that is in memory, if there is one."""
+    return _SHARED if _SHARED.is_dir() else None
+
+
+_SHARED = Path("/dev/shm")

@@ -182,7 +182,7 @@ class Town:
     def _lose_power(self) -> None:
         there = [node for node in self.nodes if not node.is_gone]
         if there:
-            self.disk.lose_power()
+            self.disk.lose_power(self.world)
         for node in there:
             fault(self, "power", node)
             node.lose_power()
@@ -319,6 +319,7 @@ class Player:
 
     def __exit__(self, *failed: object) -> None:
         self._time.__exit__(None, None, None)
+        self._disk.close()
         logging.disable(logging.NOTSET)
 
     def play(self, seed: int, *, plan: Plan | None = None, kill_at: int | None = None) -> tuple[Town, list[Violation]]:

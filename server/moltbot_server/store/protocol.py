@@ -232,8 +232,9 @@ class Store(Protocol):
     def append(self, entries: Sequence[JournalEntry]) -> Pending[Collection[TurnKey]]:
         """Keep what happened in turns that run; what is answered survives the death of the core.
 
-        Entries of turns that the store has not, or that another core has taken over, are left out; the answer names
-        those turns. An entry that begins with the same event as one that was kept takes its place.
+        Entries of turns that the store has not, or that another core has taken over, are left out. The answer names
+        those turns, but perhaps not one whose acceptance was not answered yet, and is refused then. An entry that
+        begins with the same event as one that was kept takes its place.
         """
 
     async def take_over(self) -> Sequence[Orphan]:

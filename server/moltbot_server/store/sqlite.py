@@ -1,7 +1,7 @@
 """The embedded store: one SQLite file in WAL mode, one thread that writes in groups, one that reads.
 
-A turn is one row: its question is written when it is accepted, its answer and events when it has ended. A session's
-time of last use is written at most once a second, since it can be told again from the turns.
+A turn is one row: its question is written when it is accepted, its answer and events when it has ended. What it records
+meanwhile is in files beside the database.
 """
 
 from __future__ import annotations
@@ -9,10 +9,9 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import sqlite3
-import time
 from collections.abc import Collection, Container, Sequence
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 import msgspec
 
@@ -33,6 +32,7 @@ from moltbot_server.store import (
 from moltbot_server.store.protocol import Away, JournalEntry, Orphan
 from moltbot_server.store.reader import GroupReader
 from moltbot_server.store.sqlite_journal import append_entries, forget_entries, names_of, take_over
+from moltbot_server.store.sqlite_journal_files import JournalFiles, folder_of
 from moltbot_server.store.sqlite_lock import DatabaseLock
 from moltbot_server.store.sqlite_nodes import Pen, SqliteNodes
 from moltbot_server.store.sqlite_outbox import SqliteOutbox, post_ends, withdraw
@@ -42,10 +42,9 @@ from moltbot_server.store.sqlite_rows import TURN_COLUMNS, end_columns, read_mes
 from moltbot_server.store.sqlite_schema import SCHEMA, SCHEMA_VERSION, STEPS, unknown_schema
 from moltbot_server.store.sqlite_sessions import CATCH_UP, Places
 from moltbot_server.store.sqlite_usage import add_usage, forget_usage, read_usage
+from moltbot_server.store.sqlite_use import LastUse
 from moltbot_server.store.writer import GroupWriter, Rows, storage_error, unusable
 from moltbot_server.turns import Message, Session, SessionKey, TurnKey, encode
-
-T = TypeVar("T")
 
 _INSERT_TURN = Rows(
     "INSERT INTO turns (workspace, session, ordinal, request_id, digest, create_time, question, "
@@ -64,13 +63,6 @@ SELECT base_ordinal, (SELECT max(ordinal) FROM turns WHERE workspace = ?1 AND se
 FROM sessions WHERE workspace = ?1 AND id = ?2
 """
 _MESSAGE_COLUMNS = "ordinal, question, answer, model, create_time, end_time, finish"
-_TOUCH = Rows(
-    "UPDATE sessions SET update_time = max(update_time, column1) FROM (VALUES {rows}) "
-    "WHERE workspace = column2 AND id = column3",
-    row="(?, ?, ?)",
-)
-_TOLD_LATE = 2.0
-"""Seconds after which others are told when sessions were used, if no later turn has done that."""
 _SESSION_COLUMNS = """s.workspace, s.id, s.title, s.user, s.channel, s.create_time, s.update_time,
 (SELECT count(*) + count(answer) FROM turns t
  WHERE t.workspace = s.workspace AND t.session = s.id AND t.question <> x'90')"""
@@ -103,8 +95,8 @@ class SqliteStore:
         self._presence = WritePresence(path)
         self._places = Places(self.nodes.node, shared=self.shared)
         self._pen: Pen | None = None
-        self._touched: dict[tuple[str, str], float] = {}
-        self._touched_at = 0.0
+        self._files = JournalFiles(folder_of(path), self.nodes.node)
+        self._used = LastUse()
         self._looked = False
         self._journaled: set[TurnKey] = set()
         self._forgotten: list[TurnKey] = []
@@ -118,7 +110,7 @@ class SqliteStore:
         self._writer = GroupWriter(
             self._writing,
             self._write_turns,
-            is_light=lambda row: isinstance(row, tuple),
+            answered=self._answered,
             over=self._written,
             pen=self._pen,
             presence=self._presence,
@@ -129,9 +121,9 @@ class SqliteStore:
         """Write what waits, then close the file."""
         if self._closed:
             return
-        if self._touched:
+        if self._used:
             # A full disk cannot keep the store from closing; the next one to open it tells these times from the turns.
-            await asyncio.gather(self._writer.submit(self._write_touched), return_exceptions=True)
+            await asyncio.gather(self._writer.submit(self._used.write), return_exceptions=True)
         await self._writer.close()
         await self._reader.close()
         self._let_go()
@@ -158,6 +150,7 @@ class SqliteStore:
 
     def accept(self, turn: NewTurn) -> Pending[Taken]:
         """Store a turn; answer None, or the earlier turn of the same request_id, or who has the session."""
+        self._files.begin(turn.key)
         return self._writer.submit_row(turn)
 
     def reaccept(self, turn: NewTurn) -> Pending[Taken]:
@@ -172,25 +165,35 @@ class SqliteStore:
             connection.execute(_SUPERSEDE, names)
             return self._insert(connection, [turn], {})[0]
 
-        return self._writer.submit(write)
+        self._files.begin(turn.key)
+        return self._writer.submit(write, row=turn)
 
     def append(self, entries: Sequence[JournalEntry]) -> Pending[Collection[TurnKey]]:
         """Keep what happened in turns that run, and answer which of them do not, or not here any more."""
-        return self._writer.submit_row(tuple(entries))
+        told = tuple(entry for entry in entries if entry.events)
+        if told and not self._files.append(told):
+            return self._writer.submit_row(told)
+        kept: Pending[Collection[TurnKey]] = Pending()
+        kept.settle(())
+        return kept
 
     async def take_over(self) -> Sequence[Orphan]:
         """Take over the turns that cores which are gone left running."""
         left = self.nodes.left()
         if self._looked and self.shared and not left:
-            if self._touched and time.time() - self._touched_at >= _TOLD_LATE:
-                await self._flush_touched()  # nothing was stored since; the other nodes list sessions too
+            if self._used.is_late:
+                await self._flush_used()  # nothing was stored since; the other nodes list sessions too
             return ()
-        orphans: list[Orphan] = await self._writer.submit(
-            lambda connection: take_over(connection, self.node, self.nodes.gone)
+        found: tuple[list[Orphan], Collection[str]] = await self._writer.submit(
+            lambda connection: take_over(connection, self.node, self.nodes.gone, self._files)
         )
+        orphans, taken = found
         self._looked = True
         self.nodes.strike(left)
-        self._journaled.update(orphan.turn.key for orphan in orphans)
+        self._files.forget(taken)
+        for orphan in orphans:
+            self._files.begin(orphan.turn.key, orphan.epoch)
+            self._journaled.add(orphan.turn.key)
         return orphans
 
     def finish(self, turn: EndedTurn) -> Pending[None]:
@@ -208,7 +211,7 @@ class SqliteStore:
         names = (key.workspace, key.session)
 
         def write(connection: sqlite3.Connection) -> Elsewhere | bool:
-            self._touched.pop(names, None)
+            self._used.forget(names)
             return self._places.delete(connection, names)
 
         answer: Elsewhere | bool = await self._writer.submit(write)
@@ -218,7 +221,7 @@ class SqliteStore:
         """Delete sessions last used before a time: those of stateless callers, or the others."""
 
         def write(connection: sqlite3.Connection) -> int:
-            self._write_touched(connection)
+            self._used.write(connection)
             return prune_sessions(connection, before, ephemeral=ephemeral)
 
         return int(await self._writer.submit(write))
@@ -281,7 +284,7 @@ class SqliteStore:
             if row is None:
                 return None
             session = session_of(*row)
-            used = self._touched.get((key.workspace, key.session), 0.0)
+            used = self._used.of((key.workspace, key.session))
             return msgspec.structs.replace(session, update_time=max(session.update_time, used))
 
         return await self._reader.read(read)
@@ -290,7 +293,7 @@ class SqliteStore:
         self, workspace: str, *, user: str, channel: str, before: tuple[float, str] | None, limit: int
     ) -> Sequence[Session]:
         """Return sessions, last used first."""
-        await self._flush_touched()
+        await self._flush_used()
         where, values = ["workspace = ?", "ephemeral = 0"], [workspace]
         for column, value in (("user", user), ("channel", channel)):
             if value:
@@ -356,9 +359,11 @@ class SqliteStore:
             if self.shared:
                 self.nodes.join()
                 self._pen = Pen(self._path.parent / "run")
+            self._files.open()
         except OSError as error:
             self._let_go()
-            raise StorageUnavailable(f"{self._path.parent / 'run'} cannot be used: {error.strerror}") from error
+            place = error.filename or self._path.parent / "run"
+            raise StorageUnavailable(f"{place} cannot be used: {error.strerror}") from error
         try:
             with self._pen or contextlib.nullcontext():
                 return self._prepare()
@@ -370,6 +375,7 @@ class SqliteStore:
         pen, self._pen = self._pen, None
         if pen is not None:
             pen.close()
+        self._files.close()
         self.nodes.leave()
         self._lock.release()
 
@@ -453,7 +459,7 @@ class SqliteStore:
             self._places.open(connection, turn)
         if names in changing:
             self._places.take(connection, names)
-        self._touch(connection, names, turn.create_time)
+        self._used.note(connection, names, turn.create_time)
 
     def _update(self, connection: sqlite3.Connection, turns: Sequence[EndedTurn]) -> Container[TurnKey]:
         """Store ends; return the turns that were not this core's any more."""
@@ -465,8 +471,17 @@ class SqliteStore:
             forget_entries(connection, map(names_of, kept))
             self._forgotten += kept
         for workspace, session, *_ in rows:
-            self._touch(connection, (workspace, session), turns[0].end_time)
+            self._used.note(connection, (workspace, session), turns[0].end_time)
         return lost
+
+    def _answered(self, row: NewTurn | EndedTurn | tuple[JournalEntry, ...], outcome: Any) -> None:
+        """Let go what a turn recorded that was not stored, or whose end is; runs on the loop's thread."""
+        if outcome is _TAKEN_OVER:
+            self._files.lose()
+        elif isinstance(row, EndedTurn) and outcome is None:
+            self._files.end(row.key)
+        elif isinstance(row, NewTurn) and outcome is not None:
+            self._files.end_soon(row.key)
 
     def _written(self, stands: bool) -> None:
         """Take note that a transaction is over: an end that was undone comes again. Runs on the writer's thread."""
@@ -479,18 +494,6 @@ class SqliteStore:
         found = connection.execute(query, names_of(turn.key)).fetchone()
         return found is not None and found != (turn.epoch, self.node)
 
-    def _touch(self, connection: sqlite3.Connection, names: tuple[str, str], now: float) -> None:
-        """Remember that a session was used; runs on the writer's thread."""
-        self._touched[names] = now
-        if now - self._touched_at >= 1.0:
-            self._touched_at = now
-            self._write_touched(connection)
-
-    def _write_touched(self, connection: sqlite3.Connection) -> None:
-        rows = [(now, *names) for names, now in self._touched.items()]
-        self._touched.clear()
-        _TOUCH.execute(connection, rows)
-
-    async def _flush_touched(self) -> None:
-        if self._touched:
-            await self._writer.submit(self._write_touched)
+    async def _flush_used(self) -> None:
+        if self._used:
+            await self._writer.submit(self._used.write)

@@ -1,8 +1,7 @@
-"""What happens in turns that run, in SQLite: kept before anybody sees it, gone when the turn has ended.
+"""What happened in turns that were taken over, in SQLite: gone when the turn has ended.
 
-Entries are committed without waiting for the disk: the system has them when a core is killed. Only a power failure can
-take the latest away, and readers are told so by a `reset`: whoever takes a turn over numbers its events beyond all that
-could have been seen.
+What a core records by itself is in files beside the database, from which whoever takes its turns over brings it here.
+Without its files, as on a disk that is full for them, a core keeps it here as well.
 """
 
 from __future__ import annotations
@@ -15,6 +14,7 @@ from typing import Any
 import msgspec
 
 from moltbot_server.store.protocol import JournalEntry, Orphan, StoredTurn
+from moltbot_server.store.sqlite_journal_files import JournalFiles
 from moltbot_server.store.writer import Rows
 from moltbot_server.turns import Event, Part, SessionKey, TurnInput, TurnKey, TurnState, encode
 
@@ -73,11 +73,7 @@ def names_of(key: TurnKey) -> Names:
 
 def append_entries(connection: sqlite3.Connection, node: str, entries: Sequence[JournalEntry]) -> Collection[TurnKey]:
     """Keep entries, and return the turns of those left out: they do not run, or another core has taken them over."""
-    rows = [
-        (*names_of(entry.key), entry.events[0].sequence, encode(entry.events), entry.epoch, node)
-        for entry in entries
-        if entry.events
-    ]
+    rows = [_row(entry, node) for entry in entries]
     if _APPEND.execute(connection, rows) == len(rows):
         return ()
     return {
@@ -87,21 +83,27 @@ def append_entries(connection: sqlite3.Connection, node: str, entries: Sequence[
     }
 
 
+def _row(entry: JournalEntry, node: str) -> tuple[Any, ...]:
+    return *names_of(entry.key), entry.events[0].sequence, encode(entry.events), entry.epoch, node
+
+
 def forget_entries(connection: sqlite3.Connection, names: Iterable[Names]) -> None:
     """Delete what was kept of turns that have ended."""
     _FORGET.execute(connection, tuple(names))
 
 
 def take_over(
-    connection: sqlite3.Connection, node: str, gone: Callable[[Collection[str]], Collection[str]]
-) -> list[Orphan]:
-    """Make the turns of other nodes this one's, and return them with what was kept of them.
+    connection: sqlite3.Connection, node: str, gone: Callable[[Collection[str]], Collection[str]], files: JournalFiles
+) -> tuple[list[Orphan], Collection[str]]:
+    """Make the turns of other nodes this one's; return them with what was kept of them, and whose `files` were read.
 
     `gone` tells which of some nodes are.
     """
-    others = {name for (name,) in connection.execute(_NODES)} - {node}
+    others = {name for (name,) in connection.execute(_NODES)}.union(files.others()) - {node}
+    taken = sorted(gone(others))
     found: list[tuple[int, str, str]] = []
-    for name in sorted(gone(others)):
+    for name in taken:
+        _APPEND.execute(connection, [_row(entry, name) for entry in files.take(name)])
         connection.execute(_UNFINISHABLE, (name,))
         found += connection.execute(_ORPHANS, (name,)).fetchall()
     for names in sorted({(workspace, session) for _, workspace, session in found}):
@@ -120,7 +122,7 @@ def take_over(
         "DELETE FROM journal WHERE NOT EXISTS (SELECT 1 FROM turns t WHERE t.workspace = journal.workspace "
         "AND t.session = journal.session AND t.ordinal = journal.ordinal AND t.state = 'running')"
     )
-    return orphans
+    return orphans, taken
 
 
 def _orphan(

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import sqlite3
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncIterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +13,8 @@ import msgspec
 from moltbot_server.store.damage import reading_delivery, reading_turn
 from moltbot_server.store.moving import NOWHERE, DeliveryRecord, Record, SessionRecord, TurnRecord, UsageRecord
 from moltbot_server.store.protocol import UsageRow
+from moltbot_server.store.sqlite_journal import names_of
+from moltbot_server.store.sqlite_journal_files import folder_of, recorded
 from moltbot_server.store.sqlite_rows import MARK
 from moltbot_server.store.writer import storage_error
 from moltbot_server.turns import Completed, Event, Failed, Part, TurnInput, TurnState, encode
@@ -53,11 +55,12 @@ class SqliteRecords:
         """Yield all records as they are at one moment."""
         with self._connected() as connection:
             connection.execute("BEGIN")
+            kept = _recorded(self._path)
             for row in connection.execute(f"SELECT {_SESSION} FROM sessions"):
                 yield _session_of(row)
-            for row in connection.execute(f"SELECT {_TURN} FROM turns ORDER BY rowid"):
+            for row in connection.execute(f"SELECT {_TURN}, node FROM turns ORDER BY rowid"):
                 with reading_turn(*row[:3]):
-                    turn = _turn_of(connection, row)
+                    turn = _turn_of(connection, row, kept)
                 yield turn
             for row in connection.execute(f"SELECT {', '.join(_DELIVERY)} FROM outbox ORDER BY number"):
                 with reading_delivery(*row[:2]):
@@ -98,13 +101,26 @@ def _session_of(row: Sequence[Any]) -> SessionRecord:
     )
 
 
-def _turn_of(connection: sqlite3.Connection, row: Sequence[Any]) -> TurnRecord:
-    workspace, session, ordinal, request, digest, state, create, end, model, finish, *blobs, deadline, epoch = row
+_Recorded = Mapping[tuple[Any, ...], Mapping[int, tuple[Event, ...]]]
+
+
+def _recorded(path: Path) -> _Recorded:
+    """Return what is in files beside the database: events by turn, node and epoch, and by the first one's number."""
+    found: dict[tuple[Any, ...], dict[int, tuple[Event, ...]]] = {}
+    for node, entry in recorded(folder_of(path)):
+        found.setdefault((*names_of(entry.key), entry.epoch, node), {})[entry.events[0].sequence] = entry.events
+    return found
+
+
+def _turn_of(connection: sqlite3.Connection, row: Sequence[Any], recorded: _Recorded) -> TurnRecord:
+    workspace, session, ordinal, request, digest, state, create, end, model, finish, *blobs, deadline, epoch, node = row
     question, answer, events, rest = blobs
-    kept: Sequence[Any] = ()
+    kept: dict[int, tuple[Event, ...]] = {}
     if state == TurnState.RUNNING:
-        query = "SELECT events FROM journal WHERE workspace = ? AND session = ? AND ordinal = ? ORDER BY sequence"
-        kept = connection.execute(query, (workspace, session, ordinal)).fetchall()
+        query = "SELECT sequence, events FROM journal WHERE workspace = ? AND session = ? AND ordinal = ?"
+        names = (workspace, session, ordinal)
+        kept = {first: _events.decode(entry) for first, entry in connection.execute(query, names)}
+        kept |= recorded.get((*names, epoch, node), {})
     return TurnRecord(
         workspace=workspace,
         session=session,
@@ -122,7 +138,7 @@ def _turn_of(connection: sqlite3.Connection, row: Sequence[Any]) -> TurnRecord:
         rest=_rest.decode(rest) if rest else None,
         deadline=deadline,
         epoch=epoch,
-        kept=tuple(event for (entry,) in kept for event in _events.decode(entry)),
+        kept=tuple(event for first in sorted(kept) for event in kept[first]),
     )
 
 

@@ -108,28 +108,28 @@ class GroupWriter(GroupThread[_Job]):
         connection: sqlite3.Connection,
         write_rows: WriteRows,
         *,
-        is_light: Callable[[Any], bool] = lambda _: False,
+        answered: Callable[[Any, Any], None] = lambda row, outcome: None,
         over: Callable[[bool], None] = lambda _: None,
         pen: AbstractContextManager[None] | None = None,
         presence: WritePresence,
     ) -> None:
         """Take a connection over, which waits for the disk; it is closed with the writer.
 
-        A group of rows that are all light is not waited for: the system has it, and will write it. `over` hears on the
-        thread whether a transaction stands, or was undone. The `pen` is held while the database is written: other
-        processes wait for it then. `presence` hears when nothing can be written, and when it can again.
+        `answered` hears of each row with its outcome, on the loop's thread and before whoever waits for it. `over`
+        hears on this thread whether a transaction stands, or was undone. The `pen` is held while the database is
+        written: other processes wait for it then. `presence` hears when nothing can be written, and when it can again.
         """
         super().__init__(connection, name="moltbot-writer", distance=_DISTANCE)
         self._write_rows = write_rows
-        self._is_light = is_light
+        self._row_answered = answered
         self._transaction_over = over
         self._pen = pen or contextlib.nullcontext()
         self._presence = presence
-        self._waits, self._looks = True, False
+        self._looks = False
 
-    def submit(self, write: Write) -> Pending[Any]:
-        """Queue a write; it is answered with what it returned once that is on the disk."""
-        return self.put(_Job(write, None))
+    def submit(self, write: Write, *, row: Any = None) -> Pending[Any]:
+        """Queue a write, of a `row` if it is of one; it is answered with what it returned once that is on the disk."""
+        return self.put(_Job(write, row))
 
     def submit_row(self, row: Any) -> Pending[Any]:
         """Queue a row to be written with others."""
@@ -141,6 +141,9 @@ class GroupWriter(GroupThread[_Job]):
             return self._write(connection, group)
 
     def _answer(self, outcomes: Sequence[tuple[_Job, Any]]) -> None:
+        for job, outcome in outcomes:
+            if job.row is not None:
+                self._row_answered(job.row, outcome)
         super()._answer(outcomes)
         if self._presence.away is not None and not self._looks and not self._closed:
             # Nobody may have anything to write when there is room again.
@@ -153,11 +156,7 @@ class GroupWriter(GroupThread[_Job]):
         self.submit(probe).then(lambda outcome: None if isinstance(outcome, MoltBotError) else self._presence.found())
 
     def _write(self, connection: sqlite3.Connection, group: list[_Job]) -> list[tuple[_Job, Any]]:
-        waits = not all(job.write is None and self._is_light(job.row) for job in group)
         try:
-            if waits is not self._waits:
-                connection.execute(f"PRAGMA synchronous = {'FULL' if waits else 'NORMAL'}")
-                self._waits = waits
             connection.execute("BEGIN IMMEDIATE")
             outcomes = self._write_all(connection, group)
             connection.execute("COMMIT")
