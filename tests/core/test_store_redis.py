@@ -407,6 +407,7 @@ async def test_connections_that_break_all_the_time_lose_nothing_and_store_nothin
     finally:
         await tasks.end(breaking)
     await there_again(store)
+    await there_again(other)
     assert await store.accept(new(session="end")) is None
 
     assert broken > 20

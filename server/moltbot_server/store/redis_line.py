@@ -1,8 +1,8 @@
 """A connection to Redis that carries calls in groups: what the event loop gathered travels together.
 
-Whatever is called while a group is under way goes with the next one. When the connection breaks, what has no answer is
-sent again on the next one, where that can do no harm; what cannot be answered in time is refused, and where Redis may
-have done it all the same, it is undone first of all when Redis is there again.
+Groups follow each other without waiting for answers, which come in the order of the calls. When the connection breaks,
+what has no answer is sent again on the next one, where that can do no harm; what cannot be answered in time is refused,
+and where Redis may have done it all the same, it is undone first of all when Redis is there again.
 """
 
 from __future__ import annotations
@@ -32,6 +32,7 @@ from moltbot_server.errors import MoltBotError, StorageFull, StorageUnavailable
 from moltbot_server.store.damage import Unreadable, damage
 from moltbot_server.store.pending import Pending
 from moltbot_server.store.redis_presence import Presence
+from moltbot_server.store.redis_wire import Wire
 
 log = logging.getLogger(__name__)
 
@@ -40,12 +41,12 @@ Command = tuple[Argument, ...]
 T = TypeVar("T")
 
 QUICK = 2.0
-"""Seconds that Redis may take for a group, and that most calls may take in all."""
+"""Seconds that Redis may take to answer a call, and that most calls may take in all."""
 PATIENT = 8.0
 """Seconds for which calls that end something are kept while Redis is away."""
 
 _RETRY_AFTER = 1.0
-_LARGEST_GROUP = 256
+_MOST_UNDER_WAY = 1024
 _SHORTEST_PAUSE, _LONGEST_PAUSE = 0.02, 0.5
 _REPLICA = "it has become a replica, which takes no writes (READONLY): name the one that it copies in store.host"
 _BROKEN = (NoScriptError, ReadOnlyError)  # what another connection may know or do
@@ -62,7 +63,7 @@ class Call(Pending[T]):
     call reads refusals too.
     """
 
-    __slots__ = ("commands", "patient", "read", "repeatable", "sent", "tolerant", "undo", "until")
+    __slots__ = ("commands", "patient", "read", "repeatable", "sent", "sent_at", "tolerant", "undo", "until")
 
     def __init__(
         self,
@@ -82,6 +83,7 @@ class Call(Pending[T]):
         self.tolerant = tolerant
         self.until = asyncio.get_running_loop().time() + (PATIENT if patient else QUICK)
         self.sent = False
+        self.sent_at = 0.0
 
     def hear_replies(self, replies: list[Any]) -> None:
         """Settle with what the replies say."""
@@ -107,22 +109,27 @@ class RedisLine:
         self._scripts = scripts
         self._on_connect = on_connect
         self._presence = presence
-        self._connection: AbstractConnection | None = None
+        self._wire: Wire | None = None
         self._waiting: deque[Call[Any]] = deque()
+        self._under_way: deque[Call[Any]] = deque()
         self._undo: list[Command] = []
+        self._replies: list[Any] = []
         self._wanted = asyncio.Event()
+        self._sending = False
         self._idle = asyncio.Event()
         self._away = self._closed = False
         self._run_id, self._client_id = "", 0
         self._pause = _SHORTEST_PAUSE
         self._breaks = 0
+        self._problem: Exception | None = None
+        self._watch: asyncio.TimerHandle | None = None
         self._worker: asyncio.Task[None] | None = None
         self.server: dict[str, str] = {}
 
     @property
     def waiting(self) -> int:
-        """How many calls wait."""
-        return len(self._waiting)
+        """How many calls wait to be sent, or to be answered."""
+        return len(self._waiting) + len(self._under_way)
 
     async def open(self, within: float) -> None:
         """Connect; what fails is tried again for so many seconds.
@@ -147,7 +154,10 @@ class RedisLine:
             call.settle(_unavailable())
         else:
             self._waiting.append(call)
-            self._wanted.set()
+            if self._wire is None:
+                self._wanted.set()
+            else:
+                self._send_soon()
         return call
 
     async def close(self) -> None:
@@ -161,22 +171,81 @@ class RedisLine:
                 async with asyncio.timeout(QUICK):
                     await self._idle.wait()
             except TimeoutError:
-                log.error("Redis did not take everything before the end", extra={"calls": len(self._waiting)})
+                log.error("Redis did not take everything before the end", extra={"calls": self.waiting})
             await tasks.end(self._worker)
-        self._refuse(lambda call: True)
+        if self._watch is not None:
+            self._watch.cancel()
         await self._disconnect()
+        self._take_back()
+        self._refuse(lambda call: True)
+
+    # --- calls and replies --------------------------------------------------------------------------------------------
+
+    def _send_soon(self) -> None:
+        """Send what waits once the loop has gone through what it has at hand, which may bring more."""
+        if not self._sending:
+            self._sending = True
+            asyncio.get_running_loop().call_soon(self._send)
+
+    def _send(self) -> None:
+        """Send what waits, as far as there is room for it."""
+        self._sending = False
+        wire, waiting, under_way = self._wire, self._waiting, self._under_way
+        if wire is None or self._problem is not None:
+            return
+        now, chunks = asyncio.get_running_loop().time(), list[bytes]()
+        while waiting and len(under_way) < _MOST_UNDER_WAY and not wire.is_full:
+            call = waiting.popleft()
+            if packed := _packed(call):
+                chunks += packed
+                call.sent, call.sent_at = True, now
+                under_way.append(call)
+        if chunks:
+            wire.write(chunks)
+            if self._watch is None:
+                self._watch_over()
+
+    def _hear(self, reply: Any) -> None:
+        """Tell the call that was sent first what Redis says to it."""
+        if isinstance(reply, _BROKEN):
+            raise reply
+        replies = self._replies
+        replies.append(reply)
+        call = self._under_way[0]
+        if len(replies) == len(call.commands):
+            self._replies = []
+            self._under_way.popleft()
+            self._breaks = 0
+            call.hear_replies(replies)
+            if self._waiting:
+                self._send_soon()
+            elif self._closed:
+                self._wanted.set()
+
+    def _watch_over(self) -> None:
+        """Look whether the call that was sent first was answered in time, and when to look again."""
+        self._watch = None
+        if not self._under_way:
+            return
+        loop = asyncio.get_running_loop()
+        late = self._under_way[0].sent_at + QUICK
+        if loop.time() >= late:
+            self._fail(TimeoutError())
+        else:
+            self._watch = loop.call_at(late, self._watch_over)
 
     # --- the task -----------------------------------------------------------------------------------------------------
 
     async def _work(self) -> None:
+        """See to it that there is a connection while there is something to say, or a Redis to look for."""
         while True:
-            while not self._waiting and (self._closed or not self._away):
+            while self._problem is None and not self._is_missing():
                 self._wanted.clear()
-                if self._closed:
+                if self._closed and not self._waiting and not self._under_way:
                     self._idle.set()
                 await self._wanted.wait()
-            if self._connection is not None:
-                await self._carry_out([self._waiting.popleft() for _ in range(min(len(self._waiting), _LARGEST_GROUP))])
+            if self._problem is not None:
+                await self._broke(self._problem)
             elif (problem := await self._reconnect()) is not None:
                 self._leave_be(problem)
                 await self._rest()
@@ -184,40 +253,36 @@ class RedisLine:
                 self._away = False
                 self._presence.found(self)
 
-    async def _carry_out(self, group: list[Call[Any]]) -> None:
-        """Send a group and tell each call its replies; what has none is sent again, or refused."""
-        connection, done = self._connection, 0
-        assert connection is not None
-        group, chunks = _packed(group)
-        try:
-            async with asyncio.timeout(QUICK):
-                await connection.send_packed_command(chunks, check_health=False)
-                for call in group:
-                    replies = [await _reply(connection) for _ in call.commands]
-                    done += 1
-                    call.hear_replies(replies)
-            self._breaks = 0
-        except Exception as problem:
-            if not isinstance(problem, RedisError | OSError):
-                log.exception("what Redis says is not understood")
-            await self._broke(problem, group[done:])
-        except BaseException:
-            self._waiting.extendleft(reversed(group[done:]))
-            raise
+    def _is_missing(self) -> bool:
+        """Tell whether a connection is wanted that is not there."""
+        return self._wire is None and bool(self._waiting or (self._away and not self._closed))
 
-    async def _broke(self, problem: Exception, group: list[Call[Any]]) -> None:
+    def _fail(self, problem: Exception) -> None:
+        """Have the connection given up, for the first reason that there is."""
+        if self._problem is None:
+            if not isinstance(problem, RedisError | OSError):
+                log.error("what Redis says is not understood", exc_info=problem)
+            self._problem = problem
+            self._wanted.set()
+
+    async def _broke(self, problem: Exception) -> None:
         """Give the connection up. Calls that were under way are sent again if that can do no harm."""
         await self._disconnect()
         self._breaks += 1
+        self._take_back()
         now = asyncio.get_running_loop().time()
-        for call in reversed(group):
-            self._waiting.appendleft(call)
         self._refuse(lambda call: call.sent and (not call.repeatable or now >= call.until))
         if isinstance(problem, TimeoutError | ReadOnlyError):
             # It hangs, and whoever waits has waited long enough; or it has become a replica, and stays one for a while.
             self._leave_be(problem)
         elif self._breaks > 1:
             await self._rest()
+
+    def _take_back(self) -> None:
+        """Let what has no answer wait again, before all that was not sent yet."""
+        self._waiting.extendleft(reversed(self._under_way))
+        self._under_way.clear()
+        self._replies = []
 
     def _leave_be(self, problem: Exception) -> None:
         """Refuse what cannot wait until Redis is there again."""
@@ -249,6 +314,7 @@ class RedisLine:
             async with asyncio.timeout(QUICK / 2 if self._away else QUICK):
                 await connection.connect()  # type: ignore[no-untyped-call]
                 await self._make_ready(connection)
+            self._wire = Wire(connection, hear=self._hear, lost=self._fail, room=self._send_soon)
         except Exception as problem:
             if not isinstance(problem, RedisError | OSError):
                 log.exception("what Redis says is not understood")
@@ -257,8 +323,9 @@ class RedisLine:
         except BaseException:
             await connection.disconnect(nowait=True)
             raise
-        self._connection, self._pause = connection, _SHORTEST_PAUSE
+        self._pause = _SHORTEST_PAUSE
         self._on_connect()
+        self._send_soon()
         return None
 
     async def _make_ready(self, connection: AbstractConnection) -> None:
@@ -282,29 +349,26 @@ class RedisLine:
             raise
 
     async def _disconnect(self) -> None:
-        connection, self._connection = self._connection, None
-        if connection is not None:
-            await connection.disconnect(nowait=True)
+        wire, self._wire = self._wire, None
+        if wire is not None:
+            await wire.close()
+        self._problem = None
 
 
-def _packed(group: list[Call[Any]]) -> tuple[list[Call[Any]], list[bytes]]:
-    """Return the calls that can be sent, and what is sent; a call that makes no sense hurts no other.
+def _packed(call: Call[Any]) -> list[bytes]:
+    """Return what is sent; nothing for a call that has nothing to say, or makes no sense: it is answered here.
 
     The client's own packing for asyncio is written in Python and takes six times as long.
     """
-    chunks: list[bytes] = []
-    good = []
-    for call in group:
-        try:
-            packed = [*map(_pack, call.commands)]
-        except (TypeError, ValueError):
-            log.exception("a call cannot be sent")
-            call.settle(StorageUnavailable("the store refused a write; the log says why"))
-        else:
-            chunks += packed
-            call.sent = True
-            good.append(call)
-    return good, chunks
+    try:
+        packed = [*map(_pack, call.commands)]
+    except (TypeError, ValueError):
+        log.exception("a call cannot be sent")
+        call.settle(StorageUnavailable("the store refused a write; the log says why"))
+        return []
+    if not packed:
+        call.hear_replies([])
+    return packed
 
 
 async def _ask(connection: AbstractConnection, *commands: Command) -> list[Any]:

@@ -336,7 +336,9 @@ class SqliteStore:
     # --- inside --------------------------------------------------------------------------------------------------
 
     def _connect(self) -> sqlite3.Connection:
-        connection = sqlite3.connect(self._path, isolation_level=None, check_same_thread=False, timeout=5.0)
+        connection = sqlite3.connect(
+            self._path, isolation_level=None, check_same_thread=False, timeout=5.0, cached_statements=256
+        )
         version = connection.execute("PRAGMA user_version").fetchone()[0]
         if not 0 <= version <= SCHEMA_VERSION:
             connection.close()
@@ -446,20 +448,14 @@ class SqliteStore:
         answers: list[Taken] = [None] * len(turns)
         if not fresh:
             answers = [self._places.answer(connection, *judged) for judged in zip(turns, verdicts, strict=True)]
-        for turn, answer in zip(turns, answers, strict=True):
-            if answer is None:
-                self._open_session(connection, turn, changing)
+        stored = [turn for turn, answer in zip(turns, answers, strict=True) if answer is None]
+        self._places.open(connection, [turn for turn in stored if turn.opens_session])
+        for turn in stored:
+            names = (turn.key.session.workspace, turn.key.session.session)
+            if names in changing:
+                self._places.take(connection, names)
+            self._used.note(connection, names, turn.create_time)
         return answers
-
-    def _open_session(
-        self, connection: sqlite3.Connection, turn: NewTurn, changing: Container[tuple[str, str]]
-    ) -> None:
-        names = (turn.key.session.workspace, turn.key.session.session)
-        if turn.opens_session:
-            self._places.open(connection, turn)
-        if names in changing:
-            self._places.take(connection, names)
-        self._used.note(connection, names, turn.create_time)
 
     def _update(self, connection: sqlite3.Connection, turns: Sequence[EndedTurn]) -> Container[TurnKey]:
         """Store ends; return the turns that were not this core's any more."""

@@ -11,6 +11,7 @@ from __future__ import annotations
 import secrets
 import sqlite3
 from collections.abc import Sequence
+from typing import Any
 
 from moltbot_server.store.protocol import Elsewhere, Moved, NewTurn, StoredTurn, Taken
 from moltbot_server.store.sqlite_rows import TURN_COLUMNS, turn_of
@@ -40,12 +41,12 @@ _FIND = Rows(
     "CROSS JOIN sessions s ON s.workspace = asked.column1 AND s.id = asked.column2",
     row="(?, ?)",
 )
-_INSERT = """
-INSERT INTO sessions (workspace, id, title, user, channel, create_time, update_time, base_ordinal, ephemeral, node,
-    version)
-VALUES (?, ?, ?, ?, ?, ?, ?, 0, ?, ?, ?)
-ON CONFLICT (workspace, id) DO UPDATE SET title = excluded.title WHERE sessions.title = ''
-"""
+_INSERT = Rows(
+    "INSERT INTO sessions (workspace, id, title, user, channel, create_time, update_time, base_ordinal, ephemeral, "
+    "node, version) VALUES {rows} "
+    "ON CONFLICT (workspace, id) DO UPDATE SET title = excluded.title WHERE sessions.title = ''",
+    row="(?, ?, ?, ?, ?, ?, ?, 0, ?, ?, ?)",
+)
 _LAST = """
 SELECT max(base_ordinal, coalesce((SELECT max(ordinal) FROM turns WHERE workspace = ?1 AND session = ?2), 0))
 FROM sessions WHERE workspace = ?1 AND id = ?2
@@ -144,12 +145,14 @@ class Places:
         query = "UPDATE sessions SET node = ?, version = version + 1 WHERE workspace = ? AND id = ? AND node <> ?"
         connection.execute(query, (self.node, *names, self.node))
 
-    def open(self, connection: sqlite3.Connection, turn: NewTurn) -> None:
-        """Make a session's row, or give it its title."""
+    def open(self, connection: sqlite3.Connection, turns: Sequence[NewTurn]) -> None:
+        """Make the rows of the sessions of turns, or give them their titles."""
+        _INSERT.execute(connection, [self._row(turn) for turn in turns])
+
+    def _row(self, turn: NewTurn) -> tuple[Any, ...]:
         session, now = turn.key.session, turn.create_time
         told = (turn.title, turn.user, turn.channel, now, now, int(turn.ephemeral))
-        version = secrets.randbits(61) + 1
-        connection.execute(_INSERT, (session.workspace, session.session, *told, self.node, version))
+        return session.workspace, session.session, *told, self.node, secrets.randbits(61) + 1
 
     def reset(self, connection: sqlite3.Connection, names: SessionNames) -> Elsewhere | None:
         """Delete a session's turns, unless another node runs some; its ordinals go on."""

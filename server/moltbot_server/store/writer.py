@@ -32,11 +32,11 @@ WriteRows = Callable[[sqlite3.Connection, Sequence[Any]], Sequence[Any]]
 _DISTANCE = 0.001
 """Seconds from one group to the next while many write."""
 _NOBODYS_FAULT = ("SQLITE_BUSY", "SQLITE_LOCKED", "SQLITE_IOERR", "SQLITE_READONLY", "SQLITE_CORRUPT", "SQLITE_NOTADB")
-_COUNTS = (64, 32, 16, 8, 4, 2, 1)
+_COUNTS = (64, 32, 16, 12, 8, 7, 6, 5, 4, 3, 2, 1)
 
 
 class Rows:
-    """A statement over many rows at once, written for 1, 2, 4 … 64 of them: any number takes few executions."""
+    """A statement over many rows at once, written for several numbers of them: up to eight take one execution."""
 
     def __init__(self, statement: str, *, row: str) -> None:
         """`statement` has `{rows}` where the values go; `row` is the place-holder of one row."""
