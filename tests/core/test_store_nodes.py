@@ -158,6 +158,21 @@ async def test_a_turn_that_was_not_taken_ends_no_other_with_its_number(here: Sto
     assert await texts(here) == ["question", "answer"]
 
 
+async def test_the_end_of_a_turn_that_was_not_taken_costs_no_other_its_text(nodes: Nodes) -> None:
+    here, there = await nodes.join(), await nodes.join()
+    await here.accept(new(1, session="mine", rest=ASKED))
+    event = Event(sequence=1, at=1.0, kind=TextDelta(text="seen"))
+    assert list(await here.append([JournalEntry(key=new(1, session="mine").key, events=(event,))])) == []
+    await there.accept(new(1, request_id="theirs", rest=ASKED))
+    assert await here.accept(new(1, request_id="mine", rest=ASKED)) == Elsewhere(node=there.node)
+    with pytest.raises(TurnInterrupted):
+        await here.finish(ended(new(1)))
+    await here.close()
+
+    (orphan,) = await there.take_over()
+    assert orphan.turn.events == (event,)
+
+
 # --- reset and deleted -----------------------------------------------------------------------------------------------
 
 

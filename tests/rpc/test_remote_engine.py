@@ -21,7 +21,8 @@ from moltbot_server.engine_role import EngineRole
 from moltbot_server.errors import ModelUnavailable
 from moltbot_server.models.catalog import Catalog
 from moltbot_server.models.engine import NOBODY, Asker, Generation, Listener
-from moltbot_server.rpc import remote_engine
+from moltbot_server.rpc import remote_engine, remote_generation
+from moltbot_server.rpc.remote_engine import EngineLink
 from moltbot_server.testing import RunningServer
 from moltbot_server.turns import GenerationOptions, Message
 from moltbot_server.workspace import Workspace
@@ -83,6 +84,12 @@ async def api(core: RunningServer) -> AsyncIterator[Api]:
     await api.channel.close()
 
 
+def link_of(core: RunningServer) -> EngineLink:
+    link = core.core._link
+    assert link is not None
+    return link
+
+
 async def loaded(api: Api, request: model_pb2.LoadModelRequest) -> list[model_pb2.LoadModelResponse]:
     return [step async for step in api.models.LoadModel(request, metadata=api.metadata)]
 
@@ -104,6 +111,37 @@ async def test_a_turn_is_answered_over_there_and_says_by_whom(api: Api, engine: 
     first, second = engine.askers
     assert (first.workspace, first.session, first.deadline) == ("default", "s", None)
     assert second == first
+
+
+async def test_answers_travel_on_one_stream_and_without_it_each_by_a_call(api: Api, core: RunningServer) -> None:
+    stream = link_of(core).stream
+    assert stream is not None
+    await asyncio.gather(*(api.run(turn(f"hello {number}")) for number in range(5)))
+    assert stream._number == 5
+
+    # An engine of an earlier release does not know the method.
+    stream._stub.GenerateMany = link_of(core)._channel.stream_stream("/moltbot.v1.InferenceService/Nothing")  # type: ignore[misc]
+    await stream.close()
+    answers = await asyncio.gather(*(api.run(turn(f"hello {number}")) for number in range(5)))
+    assert [answer.completed.text for answer in answers] == [f"You said: hello {number}" for number in range(5)]
+    assert not stream.is_known
+    number = stream._number
+    assert (await api.run(turn("hello"))).completed.text == "You said: hello"
+    assert stream._number == number
+
+
+async def test_an_engine_with_an_idle_stream_leaves_at_once(api: Api, role: EngineRole) -> None:
+    await api.run(turn("hello"))
+    began = asyncio.get_running_loop().time()
+    await role.stop(20.0)
+    assert asyncio.get_running_loop().time() - began < 10
+
+
+async def test_an_engine_that_leaves_ends_what_is_under_way(api: Api, role: EngineRole) -> None:
+    call = api.stream(turn("#30 pace=0.02"))
+    await until_it_streams(call)
+    await role.stop(20.0)
+    assert [event.completed.finish_reason for event in await drained(call)][-1] == message_pb2.FINISH_REASON_STOP
 
 
 async def test_options_and_stop_texts_cross_over(api: Api) -> None:
@@ -193,7 +231,6 @@ async def test_what_cannot_be_loaded_over_there_says_why(api: Api, tmp_path: Pat
 
 
 async def test_without_an_engine_the_core_does_not_start_and_says_what_to_do(tmp_path: Path) -> None:
-    from moltbot_server.rpc.remote_engine import EngineLink
 
     link = EngineLink(f"unix:{tmp_path}/nobody.sock", "key")
     with pytest.raises(ModelUnavailable, match="start it with `moltbot engine`"):
@@ -203,7 +240,6 @@ async def test_without_an_engine_the_core_does_not_start_and_says_what_to_do(tmp
 
 async def test_a_wrong_key_is_told_as_such(tmp_path: Path, role: EngineRole) -> None:
     from moltbot_server.errors import Unauthenticated
-    from moltbot_server.rpc.remote_engine import EngineLink
 
     link = EngineLink(role.server.address, "mb_live_wrong")
     await link.open(5)
@@ -293,7 +329,8 @@ async def test_an_answer_in_which_the_engine_died_is_begun_anew_and_says_so(
 async def test_an_engine_that_does_not_come_back_leaves_what_it_had_written(
     killable: tuple[EngineProcess, Api], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(remote_engine, "PATIENCE", 0.5)
+    for module in (remote_engine, remote_generation):
+        monkeypatch.setattr(module, "PATIENCE", 0.5)
     engine, api = killable
     streaming = api.stream(turn("#60 pace=0.01"))
     await until_it_streams(streaming)
@@ -320,7 +357,7 @@ async def test_an_answer_with_which_engines_die_again_and_again_ends(killable: t
 async def test_a_question_with_which_engines_die_before_a_word_is_given_up(
     killable: tuple[EngineProcess, Api], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(remote_engine, "MOST_LOSSES", 2)
+    monkeypatch.setattr(remote_generation, "MOST_LOSSES", 2)
     engine, api = killable
     asked = asyncio.create_task(api.events(turn("#1 wait=60"), timeout=60))
     for _ in range(8):

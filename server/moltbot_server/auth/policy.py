@@ -37,6 +37,7 @@ POLICY: Mapping[str, frozenset[str] | None] = MappingProxyType(
         "/moltbot.v1.RouteService/ListRoutes": _EVERYBODY,
         "/moltbot.v1.RouteService/ReloadRoutes": _OWNERS,
         "/moltbot.v1.InferenceService/Generate": _EVERYBODY,
+        "/moltbot.v1.InferenceService/GenerateMany": _EVERYBODY,
         "/moltbot.v1.InferenceService/CountTokens": _EVERYBODY,
         "/moltbot.v1.InferenceService/Abort": _EVERYBODY,
         "/moltbot.v1.InferenceService/Embed": _EVERYBODY,

@@ -27,25 +27,18 @@ from moltbot_server.errors import (
     ModelNotLoadable,
     ModelUnavailable,
     MoltBotError,
-    PermissionDenied,
     QueueFull,
-    TurnInterrupted,
-    Unauthenticated,
 )
-from moltbot_server.models.engine import NOBODY, Asker, Embedded, Engine, Finished, Generation, Listener
+from moltbot_server.models.engine import NOBODY, Asker, Embedded, Engine, Generation, Listener
 from moltbot_server.models.limits import check_options
 from moltbot_server.models.manager import ModelSpec, Progress
 from moltbot_server.rpc import remote_convert
-from moltbot_server.rpc.remote_errors import error_of, was_lost
+from moltbot_server.rpc.engine_stream import EngineStream
+from moltbot_server.rpc.remote_errors import error_of
+from moltbot_server.rpc.remote_generation import PATIENCE, RemoteGeneration
 from moltbot_server.turns import GenerationOptions, Message
 
 log = logging.getLogger(__name__)
-
-PATIENCE = 10.0
-"""How long an engine may be away before those who wait for it are told, in seconds."""
-
-MOST_LOSSES = 5
-"""How often an answer may lose its engine before anything of it was told: what it asks may be what ends them."""
 
 _FLUSH = 0.02
 _LONGEST_EMBEDDING = 60.0
@@ -80,6 +73,10 @@ class EngineLink:
         self._metadata = (("authorization", f"Bearer {key}"),)
         self._channel = _channel(address, ca)
         self.inference = inference_pb2_grpc.InferenceServiceStub(self._channel)
+        # A name may stand for several engines, between which gRPC spreads calls.
+        one = address.startswith("unix:") or is_loopback(_host(address))
+        self.stream = EngineStream(self.inference, self._metadata) if one else None
+        """All answers on one stream; None where each has a call of its own."""
         self._models = model_pb2_grpc.ModelServiceStub(self._channel)
         self._watch: asyncio.Task[None] | None = None
         self._lost_at = 0.0
@@ -128,6 +125,8 @@ class EngineLink:
         """Leave; what still waits for an answer is cancelled."""
         if self._watch is not None:
             await tasks.end(self._watch)
+        if self.stream is not None:
+            await self.stream.close()
         await self._channel.close()
 
     async def ready(self, until: float) -> bool:
@@ -343,7 +342,7 @@ class RemoteEngine:
         request.flush_interval.FromNanoseconds(int(_FLUSH * 1e9))
         if options != _NOTHING_ASKED:
             request.options.CopyFrom(remote_convert.options(options))
-        return _RemoteGeneration(self, self._link, request, listener, asker.deadline)
+        return RemoteGeneration(self, self._link, request, listener, asker.deadline)
 
     def left(self) -> None:
         """Take note that an answer is over, for the pace."""
@@ -357,99 +356,17 @@ class RemoteEngine:
         self._last_end = now
 
 
-class _RemoteGeneration:
-    """An answer that another process writes: one task that reads what comes and tells the listener."""
-
-    def __init__(
-        self,
-        engine: RemoteEngine,
-        link: EngineLink,
-        request: inference_pb2.GenerateRequest,
-        listener: Listener,
-        deadline: float | None,
-    ) -> None:
-        self._engine = engine
-        self._link = link
-        self._request = request
-        self._listener = listener
-        self._deadline = deadline
-        self._spoke = False
-        engine.under_way += 1
-        self._task = asyncio.get_running_loop().create_task(self._run())
-        self._task.add_done_callback(self._over)
-
-    def stop(self) -> None:
-        """Have it stopped over there, within one step of the model."""
-        self._task.cancel()
-
-    def _over(self, task: asyncio.Task[None]) -> None:
-        self._engine.left()
-        if not task.cancelled() and (problem := task.exception()) is not None:
-            log.error("a listener failed", exc_info=problem, extra={"model": self._engine.id})
-
-    async def _run(self) -> None:
-        try:
-            end: Finished | Exception = await self._answer()
-        except (MoltBotError, aio.UsageError) as problem:
-            end = problem
-        self._listener.ended(end)
-
-    async def _answer(self) -> Finished:
-        """Read one answer to its end; ask again when it was lost before anything of it was told."""
-        loop = asyncio.get_running_loop()
-        restored, losses = False, 0
-        while True:
-            begun = loop.time()
-            try:
-                return await self._read(None if self._deadline is None else max(0.0, self._deadline - begun))
-            except aio.AioRpcError as problem:
-                error = error_of(problem, "the engine")
-                if isinstance(error, Unauthenticated | PermissionDenied):
-                    error = self._link.wrong_key()  # it is the core that was not let in there, not its caller
-                if isinstance(error, QueueFull):
-                    self._engine.was_refused(self._request.asker.workspace)
-                if self._spoke:
-                    if was_lost(problem):
-                        raise TurnInterrupted("the engine stopped while it wrote this answer") from None
-                    raise error from None
-                if was_lost(problem):
-                    losses += 1
-                    if losses == MOST_LOSSES:
-                        raise error from None
-                    until = begun + PATIENCE if self._deadline is None else min(begun + PATIENCE, self._deadline)
-                    if not await self._link.ready(until):
-                        raise error from None
-                elif isinstance(error, ModelNotFound) and self._engine.spec is not None and not restored:
-                    restored = True
-                    await self._link.restore(self._engine.spec)
-                else:
-                    raise error from None
-
-    async def _read(self, seconds: float | None) -> Finished:
-        call = self._link.inference.Generate(self._request, metadata=self._link.metadata, timeout=seconds)
-        listener = self._listener
-        async for response in call:
-            if response.text:
-                self._spoke = True
-                listener.wrote(response.text, response.token_count)
-            elif response.reasoning:
-                self._spoke = True
-                listener.thought(response.reasoning)
-            elif response.queue_position:
-                listener.queued(response.queue_position)
-            if response.HasField("finished"):
-                return remote_convert.finished(response.finished)
-        raise ModelUnavailable("the engine ended an answer without saying how")
-
-
 def _rounded(seconds: float) -> float:
     """Return a wait in steps that grow with it, from 50 ms to 30 s."""
     return min(math.ldexp(0.05, max(0, math.ceil(math.log2(max(seconds, 0.05) / 0.05)))), 30.0)
 
 
+def _host(address: str) -> str:
+    return address.rpartition("/")[2].rpartition(":")[0]
+
+
 def _channel(address: str, ca: Path | None) -> aio.Channel:
-    host = address.rpartition("/")[2].rpartition(":")[0]
-    if address.startswith("unix:") or (is_loopback(host) and ca is None):
+    if address.startswith("unix:") or (is_loopback(_host(address)) and ca is None):
         return aio.insecure_channel(address, options=_OPTIONS)
     roots = ca.read_bytes() if ca is not None else None
     return aio.secure_channel(address, grpc.ssl_channel_credentials(roots), options=_OPTIONS)

@@ -5,6 +5,7 @@ from __future__ import annotations
 from google.protobuf.message import DecodeError
 from google.rpc import error_details_pb2, status_pb2
 from grpc import StatusCode, aio
+from moltbot.v1 import inference_pb2
 
 from moltbot_server.errors import (
     DeadlineExceeded,
@@ -69,6 +70,20 @@ def _told(problem: aio.AioRpcError) -> MoltBotError | None:
     if kind is None:
         return None
     text = problem.details() or kind.reason
+    return _of(kind, *next(iter(fields.items()), ("request", text)), text, retry_after)
+
+
+def error_in_band(failed: inference_pb2.GenerationFailed, who: str) -> MoltBotError:
+    """Return the error with which `who` ended a generation of a stream of many."""
+    kind = _BY_REASON.get(failed.reason)
+    if kind is None:
+        return InternalError(f"{who} answered {failed.reason or failed.code}")
+    text = failed.message or kind.reason
+    delay = failed.retry_delay.ToNanoseconds() / 1e9 if failed.HasField("retry_delay") else None
+    return _of(kind, failed.field or "request", text, text, delay)
+
+
+def _of(kind: type[MoltBotError], field: str, problem: str, text: str, retry_after: float | None) -> MoltBotError:
     if issubclass(kind, InvalidField):
-        return kind(*next(iter(fields.items()), ("request", text)))
+        return kind(field, problem)
     return kind(text, retry_after=retry_after)

@@ -128,6 +128,7 @@ class GrpcServer:
         self._server = aio.server(options=list({**dict(options), **_shared(sharing)}.items()))
         self._private = aio.server(options=options) if sharing.private is not None else None
         self._closing: asyncio.Task[None] | None = None
+        self._inference: InferenceService | None = None
         self._health = health.aio.HealthServicer()
         self.methods: Sequence[str] = ()
         self.port = 0
@@ -164,6 +165,7 @@ class GrpcServer:
         reader = convert.Reader(max_inline_bytes=max_inline_bytes)
         chat, session = ChatService(pipeline, journal, reader, peers), SessionService(store, sessions, peers)
         model, inference = ModelService(catalog, manager, siblings), InferenceService(catalog, reader)
+        self._inference = inference
         usage, route = UsageService(store, ledger), RouteService(reloading, catalog, siblings)
         cache = CacheService(caches, siblings)
         delivery = DeliveryService(deliveries)
@@ -190,8 +192,8 @@ class GrpcServer:
         # Who calls is a core, which has read all of it within its own limits.
         reader = convert.Reader(max_inline_bytes=1 << 30)
         self._served = tuple(name for name in SERVICES if name.endswith((".InferenceService", ".ModelService")))
-        service = InferenceService(catalog, reader, trusted=True)
-        inference_pb2_grpc.add_InferenceServiceServicer_to_server(service, guarded)
+        self._inference = InferenceService(catalog, reader, trusted=True)
+        inference_pb2_grpc.add_InferenceServiceServicer_to_server(self._inference, guarded)
         model_pb2_grpc.add_ModelServiceServicer_to_server(ModelService(catalog, manager), guarded)
         health_pb2_grpc.add_HealthServicer_to_server(self._health, guarded)
         self._reflect(guarded)
@@ -230,6 +232,8 @@ class GrpcServer:
         `grace` seconds.
         """
         await self._health.enter_graceful_shutdown()
+        if self._inference is not None:
+            self._inference.leave()
         if self._private is not None:
             self._closing = asyncio.create_task(self._server.stop(grace))
 

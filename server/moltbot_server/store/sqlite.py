@@ -473,7 +473,7 @@ class SqliteStore:
     def _answered(self, row: NewTurn | EndedTurn | tuple[JournalEntry, ...], outcome: Any) -> None:
         """Let go what a turn recorded that was not stored, or whose end is; runs on the loop's thread."""
         if outcome is _TAKEN_OVER:
-            self._files.lose()
+            self._files.look()
         elif isinstance(row, EndedTurn) and outcome is None:
             self._files.end(row.key)
         elif isinstance(row, NewTurn) and outcome is not None:

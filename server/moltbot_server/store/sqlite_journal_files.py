@@ -66,17 +66,18 @@ class JournalFiles:
 
     def close(self) -> None:
         """Let the files go, and delete them unless there are turns that the next core is to carry on."""
-        self._usable = False
+        is_whole, self._usable = self._usable, False
         files, self._files = self._files, []
         for file in files:
             file.close()
-        if not self._epochs:
+        if is_whole and not self._epochs:
             shutil.rmtree(self._own, ignore_errors=True)
 
-    def lose(self) -> None:
-        """Take note that others have this node's turns: its files are theirs."""
-        self._usable = False
-        self._epochs.clear()
+    def look(self) -> None:
+        """Look whether others have this node's turns: its files are theirs then, and nothing more is done to them."""
+        if self._usable and not self._own.is_dir():
+            self._usable = False
+            self._epochs.clear()
 
     # --- turns of this node -----------------------------------------------------------------------------------------
 
@@ -122,8 +123,7 @@ class JournalFiles:
             file.path.stat()
         except OSError as problem:
             log.warning("what turns record goes to the database", extra={"problem": problem.strerror or str(problem)})
-            if not self._own.is_dir():
-                self.lose()  # else it is the disk, which may be well again
+            self.look()  # if it is but the disk, that may be well again
             return False
         for entry in entries:
             file.turns.add(entry.key)

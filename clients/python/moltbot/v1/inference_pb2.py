@@ -26,7 +26,7 @@ from google.protobuf import duration_pb2 as google_dot_protobuf_dot_duration__pb
 from moltbot.v1 import message_pb2 as moltbot_dot_v1_dot_message__pb2
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x1amoltbot/v1/inference.proto\x12\nmoltbot.v1\x1a\x1egoogle/protobuf/duration.proto\x1a\x18moltbot/v1/message.proto\"\xdd\x01\n\x0fGenerateRequest\x12\x12\n\nrequest_id\x18\x01 \x01(\t\x12\r\n\x05model\x18\x02 \x01(\t\x12\"\n\x06prompt\x18\x03 \x01(\x0b\x32\x12.moltbot.v1.Prompt\x12.\n\x07options\x18\x04 \x01(\x0b\x32\x1d.moltbot.v1.GenerationOptions\x12\x31\n\x0e\x66lush_interval\x18\x05 \x01(\x0b\x32\x19.google.protobuf.Duration\x12 \n\x05\x61sker\x18\x06 \x01(\x0b\x32\x11.moltbot.v1.Asker\"+\n\x05\x41sker\x12\x11\n\tworkspace\x18\x01 \x01(\t\x12\x0f\n\x07session\x18\x02 \x01(\t\"=\n\x06Prompt\x12%\n\x08messages\x18\x01 \x03(\x0b\x32\x13.moltbot.v1.Message\x12\x0c\n\x04trim\x18\x02 \x01(\x08\"\x90\x01\n\x10GenerateResponse\x12\x0c\n\x04text\x18\x01 \x01(\t\x12\x13\n\x0btoken_count\x18\x02 \x01(\x05\x12.\n\x08\x66inished\x18\x03 \x01(\x0b\x32\x1c.moltbot.v1.GenerateFinished\x12\x16\n\x0equeue_position\x18\x04 \x01(\x05\x12\x11\n\treasoning\x18\x05 \x01(\t\"\xc1\x02\n\x10GenerateFinished\x12/\n\rfinish_reason\x18\x01 \x01(\x0e\x32\x18.moltbot.v1.FinishReason\x12 \n\x05usage\x18\x02 \x01(\x0b\x32\x11.moltbot.v1.Usage\x12\r\n\x05model\x18\x03 \x01(\t\x12(\n\x05queue\x18\x04 \x01(\x0b\x32\x19.google.protobuf.Duration\x12.\n\x0b\x66irst_token\x18\x05 \x01(\x0b\x32\x19.google.protobuf.Duration\x12-\n\ngeneration\x18\x06 \x01(\x0b\x32\x19.google.protobuf.Duration\x12\x18\n\x10trimmed_messages\x18\x07 \x01(\x05\x12(\n\ntool_calls\x18\x08 \x03(\x0b\x32\x14.moltbot.v1.ToolCall\"b\n\x12\x43ountTokensRequest\x12\r\n\x05model\x18\x01 \x01(\t\x12\x0e\n\x04text\x18\x02 \x01(\tH\x00\x12$\n\x06prompt\x18\x03 \x01(\x0b\x32\x12.moltbot.v1.PromptH\x00\x42\x07\n\x05input\"9\n\x13\x43ountTokensResponse\x12\x13\n\x0btoken_count\x18\x01 \x01(\x05\x12\r\n\x05model\x18\x02 \x01(\t\"\"\n\x0c\x41\x62ortRequest\x12\x12\n\nrequest_id\x18\x01 \x01(\t\" \n\rAbortResponse\x12\x0f\n\x07\x61\x62orted\x18\x01 \x01(\x08\",\n\x0c\x45mbedRequest\x12\r\n\x05model\x18\x01 \x01(\t\x12\r\n\x05texts\x18\x02 \x03(\t\"^\n\rEmbedResponse\x12)\n\nembeddings\x18\x01 \x03(\x0b\x32\x15.moltbot.v1.Embedding\x12\r\n\x05model\x18\x02 \x01(\t\x12\x13\n\x0btoken_count\x18\x03 \x01(\x05\".\n\tEmbedding\x12\x0e\n\x06values\x18\x01 \x03(\x02\x12\x11\n\ttruncated\x18\x02 \x01(\x08\x32\xa7\x02\n\x10InferenceService\x12G\n\x08Generate\x12\x1b.moltbot.v1.GenerateRequest\x1a\x1c.moltbot.v1.GenerateResponse0\x01\x12N\n\x0b\x43ountTokens\x12\x1e.moltbot.v1.CountTokensRequest\x1a\x1f.moltbot.v1.CountTokensResponse\x12<\n\x05\x41\x62ort\x12\x18.moltbot.v1.AbortRequest\x1a\x19.moltbot.v1.AbortResponse\x12<\n\x05\x45mbed\x12\x18.moltbot.v1.EmbedRequest\x1a\x19.moltbot.v1.EmbedResponseB;\n\x0e\x64\x65v.moltbot.v1P\x01Z\'moltbot.dev/client/moltbot/v1;moltbotv1b\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x1amoltbot/v1/inference.proto\x12\nmoltbot.v1\x1a\x1egoogle/protobuf/duration.proto\x1a\x18moltbot/v1/message.proto\"\xdd\x01\n\x0fGenerateRequest\x12\x12\n\nrequest_id\x18\x01 \x01(\t\x12\r\n\x05model\x18\x02 \x01(\t\x12\"\n\x06prompt\x18\x03 \x01(\x0b\x32\x12.moltbot.v1.Prompt\x12.\n\x07options\x18\x04 \x01(\x0b\x32\x1d.moltbot.v1.GenerationOptions\x12\x31\n\x0e\x66lush_interval\x18\x05 \x01(\x0b\x32\x19.google.protobuf.Duration\x12 \n\x05\x61sker\x18\x06 \x01(\x0b\x32\x11.moltbot.v1.Asker\"T\n\x13GenerateManyRequest\x12-\n\x05start\x18\x01 \x03(\x0b\x32\x1e.moltbot.v1.NumberedGeneration\x12\x0e\n\x06\x63\x61ncel\x18\x02 \x03(\x03\"~\n\x12NumberedGeneration\x12\x0e\n\x06number\x18\x01 \x01(\x03\x12,\n\x07request\x18\x02 \x01(\x0b\x32\x1b.moltbot.v1.GenerateRequest\x12*\n\x07timeout\x18\x03 \x01(\x0b\x32\x19.google.protobuf.Duration\"A\n\x14GenerateManyResponse\x12)\n\x06pieces\x18\x01 \x03(\x0b\x32\x19.moltbot.v1.NumberedPiece\"\x8a\x01\n\rNumberedPiece\x12\x0e\n\x06number\x18\x01 \x01(\x03\x12\x30\n\x08response\x18\x02 \x01(\x0b\x32\x1c.moltbot.v1.GenerateResponseH\x00\x12.\n\x06\x66\x61iled\x18\x03 \x01(\x0b\x32\x1c.moltbot.v1.GenerationFailedH\x00\x42\x07\n\x05piece\"\x80\x01\n\x10GenerationFailed\x12\x0c\n\x04\x63ode\x18\x01 \x01(\x05\x12\x0e\n\x06reason\x18\x02 \x01(\t\x12\x0f\n\x07message\x18\x03 \x01(\t\x12.\n\x0bretry_delay\x18\x04 \x01(\x0b\x32\x19.google.protobuf.Duration\x12\r\n\x05\x66ield\x18\x05 \x01(\t\"+\n\x05\x41sker\x12\x11\n\tworkspace\x18\x01 \x01(\t\x12\x0f\n\x07session\x18\x02 \x01(\t\"=\n\x06Prompt\x12%\n\x08messages\x18\x01 \x03(\x0b\x32\x13.moltbot.v1.Message\x12\x0c\n\x04trim\x18\x02 \x01(\x08\"\x90\x01\n\x10GenerateResponse\x12\x0c\n\x04text\x18\x01 \x01(\t\x12\x13\n\x0btoken_count\x18\x02 \x01(\x05\x12.\n\x08\x66inished\x18\x03 \x01(\x0b\x32\x1c.moltbot.v1.GenerateFinished\x12\x16\n\x0equeue_position\x18\x04 \x01(\x05\x12\x11\n\treasoning\x18\x05 \x01(\t\"\xc1\x02\n\x10GenerateFinished\x12/\n\rfinish_reason\x18\x01 \x01(\x0e\x32\x18.moltbot.v1.FinishReason\x12 \n\x05usage\x18\x02 \x01(\x0b\x32\x11.moltbot.v1.Usage\x12\r\n\x05model\x18\x03 \x01(\t\x12(\n\x05queue\x18\x04 \x01(\x0b\x32\x19.google.protobuf.Duration\x12.\n\x0b\x66irst_token\x18\x05 \x01(\x0b\x32\x19.google.protobuf.Duration\x12-\n\ngeneration\x18\x06 \x01(\x0b\x32\x19.google.protobuf.Duration\x12\x18\n\x10trimmed_messages\x18\x07 \x01(\x05\x12(\n\ntool_calls\x18\x08 \x03(\x0b\x32\x14.moltbot.v1.ToolCall\"b\n\x12\x43ountTokensRequest\x12\r\n\x05model\x18\x01 \x01(\t\x12\x0e\n\x04text\x18\x02 \x01(\tH\x00\x12$\n\x06prompt\x18\x03 \x01(\x0b\x32\x12.moltbot.v1.PromptH\x00\x42\x07\n\x05input\"9\n\x13\x43ountTokensResponse\x12\x13\n\x0btoken_count\x18\x01 \x01(\x05\x12\r\n\x05model\x18\x02 \x01(\t\"\"\n\x0c\x41\x62ortRequest\x12\x12\n\nrequest_id\x18\x01 \x01(\t\" \n\rAbortResponse\x12\x0f\n\x07\x61\x62orted\x18\x01 \x01(\x08\",\n\x0c\x45mbedRequest\x12\r\n\x05model\x18\x01 \x01(\t\x12\r\n\x05texts\x18\x02 \x03(\t\"^\n\rEmbedResponse\x12)\n\nembeddings\x18\x01 \x03(\x0b\x32\x15.moltbot.v1.Embedding\x12\r\n\x05model\x18\x02 \x01(\t\x12\x13\n\x0btoken_count\x18\x03 \x01(\x05\".\n\tEmbedding\x12\x0e\n\x06values\x18\x01 \x03(\x02\x12\x11\n\ttruncated\x18\x02 \x01(\x08\x32\xfe\x02\n\x10InferenceService\x12G\n\x08Generate\x12\x1b.moltbot.v1.GenerateRequest\x1a\x1c.moltbot.v1.GenerateResponse0\x01\x12U\n\x0cGenerateMany\x12\x1f.moltbot.v1.GenerateManyRequest\x1a .moltbot.v1.GenerateManyResponse(\x01\x30\x01\x12N\n\x0b\x43ountTokens\x12\x1e.moltbot.v1.CountTokensRequest\x1a\x1f.moltbot.v1.CountTokensResponse\x12<\n\x05\x41\x62ort\x12\x18.moltbot.v1.AbortRequest\x1a\x19.moltbot.v1.AbortResponse\x12<\n\x05\x45mbed\x12\x18.moltbot.v1.EmbedRequest\x1a\x19.moltbot.v1.EmbedResponseB;\n\x0e\x64\x65v.moltbot.v1P\x01Z\'moltbot.dev/client/moltbot/v1;moltbotv1b\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
@@ -36,28 +36,38 @@ if not _descriptor._USE_C_DESCRIPTORS:
   _globals['DESCRIPTOR']._serialized_options = b'\n\016dev.moltbot.v1P\001Z\'moltbot.dev/client/moltbot/v1;moltbotv1'
   _globals['_GENERATEREQUEST']._serialized_start=101
   _globals['_GENERATEREQUEST']._serialized_end=322
-  _globals['_ASKER']._serialized_start=324
-  _globals['_ASKER']._serialized_end=367
-  _globals['_PROMPT']._serialized_start=369
-  _globals['_PROMPT']._serialized_end=430
-  _globals['_GENERATERESPONSE']._serialized_start=433
-  _globals['_GENERATERESPONSE']._serialized_end=577
-  _globals['_GENERATEFINISHED']._serialized_start=580
-  _globals['_GENERATEFINISHED']._serialized_end=901
-  _globals['_COUNTTOKENSREQUEST']._serialized_start=903
-  _globals['_COUNTTOKENSREQUEST']._serialized_end=1001
-  _globals['_COUNTTOKENSRESPONSE']._serialized_start=1003
-  _globals['_COUNTTOKENSRESPONSE']._serialized_end=1060
-  _globals['_ABORTREQUEST']._serialized_start=1062
-  _globals['_ABORTREQUEST']._serialized_end=1096
-  _globals['_ABORTRESPONSE']._serialized_start=1098
-  _globals['_ABORTRESPONSE']._serialized_end=1130
-  _globals['_EMBEDREQUEST']._serialized_start=1132
-  _globals['_EMBEDREQUEST']._serialized_end=1176
-  _globals['_EMBEDRESPONSE']._serialized_start=1178
-  _globals['_EMBEDRESPONSE']._serialized_end=1272
-  _globals['_EMBEDDING']._serialized_start=1274
-  _globals['_EMBEDDING']._serialized_end=1320
-  _globals['_INFERENCESERVICE']._serialized_start=1323
-  _globals['_INFERENCESERVICE']._serialized_end=1618
+  _globals['_GENERATEMANYREQUEST']._serialized_start=324
+  _globals['_GENERATEMANYREQUEST']._serialized_end=408
+  _globals['_NUMBEREDGENERATION']._serialized_start=410
+  _globals['_NUMBEREDGENERATION']._serialized_end=536
+  _globals['_GENERATEMANYRESPONSE']._serialized_start=538
+  _globals['_GENERATEMANYRESPONSE']._serialized_end=603
+  _globals['_NUMBEREDPIECE']._serialized_start=606
+  _globals['_NUMBEREDPIECE']._serialized_end=744
+  _globals['_GENERATIONFAILED']._serialized_start=747
+  _globals['_GENERATIONFAILED']._serialized_end=875
+  _globals['_ASKER']._serialized_start=877
+  _globals['_ASKER']._serialized_end=920
+  _globals['_PROMPT']._serialized_start=922
+  _globals['_PROMPT']._serialized_end=983
+  _globals['_GENERATERESPONSE']._serialized_start=986
+  _globals['_GENERATERESPONSE']._serialized_end=1130
+  _globals['_GENERATEFINISHED']._serialized_start=1133
+  _globals['_GENERATEFINISHED']._serialized_end=1454
+  _globals['_COUNTTOKENSREQUEST']._serialized_start=1456
+  _globals['_COUNTTOKENSREQUEST']._serialized_end=1554
+  _globals['_COUNTTOKENSRESPONSE']._serialized_start=1556
+  _globals['_COUNTTOKENSRESPONSE']._serialized_end=1613
+  _globals['_ABORTREQUEST']._serialized_start=1615
+  _globals['_ABORTREQUEST']._serialized_end=1649
+  _globals['_ABORTRESPONSE']._serialized_start=1651
+  _globals['_ABORTRESPONSE']._serialized_end=1683
+  _globals['_EMBEDREQUEST']._serialized_start=1685
+  _globals['_EMBEDREQUEST']._serialized_end=1729
+  _globals['_EMBEDRESPONSE']._serialized_start=1731
+  _globals['_EMBEDRESPONSE']._serialized_end=1825
+  _globals['_EMBEDDING']._serialized_start=1827
+  _globals['_EMBEDDING']._serialized_end=1873
+  _globals['_INFERENCESERVICE']._serialized_start=1876
+  _globals['_INFERENCESERVICE']._serialized_end=2258
 # @@protoc_insertion_point(module_scope)

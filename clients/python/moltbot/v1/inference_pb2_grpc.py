@@ -43,6 +43,11 @@ class InferenceServiceStub(object):
                 request_serializer=moltbot_dot_v1_dot_inference__pb2.GenerateRequest.SerializeToString,
                 response_deserializer=moltbot_dot_v1_dot_inference__pb2.GenerateResponse.FromString,
                 _registered_method=True)
+        self.GenerateMany = channel.stream_stream(
+                '/moltbot.v1.InferenceService/GenerateMany',
+                request_serializer=moltbot_dot_v1_dot_inference__pb2.GenerateManyRequest.SerializeToString,
+                response_deserializer=moltbot_dot_v1_dot_inference__pb2.GenerateManyResponse.FromString,
+                _registered_method=True)
         self.CountTokens = channel.unary_unary(
                 '/moltbot.v1.InferenceService/CountTokens',
                 request_serializer=moltbot_dot_v1_dot_inference__pb2.CountTokensRequest.SerializeToString,
@@ -72,6 +77,17 @@ class InferenceServiceServicer(object):
         NOT_FOUND for a model that is not loaded, INVALID_ARGUMENT for an option
         that it cannot honour, RESOURCE_EXHAUSTED with RetryInfo when the queue is
         full. Ends when the call is cancelled.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def GenerateMany(self, request_iterator, context):
+        """Carries many generations on one stream, for a caller that asks for hundreds
+        a second: what several of them have to say at a moment travels together.
+        Each is refused, ends and fails by itself. Close your side to begin no
+        more; the stream ends when all have ended, or when it is cancelled, which
+        ends them. RESOURCE_EXHAUSTED in `failed` for more than 4096 at a time.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
@@ -108,6 +124,11 @@ def add_InferenceServiceServicer_to_server(servicer, server):
                     servicer.Generate,
                     request_deserializer=moltbot_dot_v1_dot_inference__pb2.GenerateRequest.FromString,
                     response_serializer=moltbot_dot_v1_dot_inference__pb2.GenerateResponse.SerializeToString,
+            ),
+            'GenerateMany': grpc.stream_stream_rpc_method_handler(
+                    servicer.GenerateMany,
+                    request_deserializer=moltbot_dot_v1_dot_inference__pb2.GenerateManyRequest.FromString,
+                    response_serializer=moltbot_dot_v1_dot_inference__pb2.GenerateManyResponse.SerializeToString,
             ),
             'CountTokens': grpc.unary_unary_rpc_method_handler(
                     servicer.CountTokens,
@@ -156,6 +177,33 @@ class InferenceService(object):
             '/moltbot.v1.InferenceService/Generate',
             moltbot_dot_v1_dot_inference__pb2.GenerateRequest.SerializeToString,
             moltbot_dot_v1_dot_inference__pb2.GenerateResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def GenerateMany(request_iterator,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.stream_stream(
+            request_iterator,
+            target,
+            '/moltbot.v1.InferenceService/GenerateMany',
+            moltbot_dot_v1_dot_inference__pb2.GenerateManyRequest.SerializeToString,
+            moltbot_dot_v1_dot_inference__pb2.GenerateManyResponse.FromString,
             options,
             channel_credentials,
             insecure,

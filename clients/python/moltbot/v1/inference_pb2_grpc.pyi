@@ -43,6 +43,13 @@ class InferenceServiceStub:
     that it cannot honour, RESOURCE_EXHAUSTED with RetryInfo when the queue is
     full. Ends when the call is cancelled.
     """
+    GenerateMany: _grpc.StreamStreamMultiCallable[_inference_pb2.GenerateManyRequest, _inference_pb2.GenerateManyResponse]
+    """Carries many generations on one stream, for a caller that asks for hundreds
+    a second: what several of them have to say at a moment travels together.
+    Each is refused, ends and fails by itself. Close your side to begin no
+    more; the stream ends when all have ended, or when it is cancelled, which
+    ends them. RESOURCE_EXHAUSTED in `failed` for more than 4096 at a time.
+    """
     CountTokens: _grpc.UnaryUnaryMultiCallable[_inference_pb2.CountTokensRequest, _inference_pb2.CountTokensResponse]
     """Counts the tokens of texts or of a conversation, as the model reads them.
     Safe to repeat.
@@ -70,6 +77,13 @@ class InferenceServiceAsyncStub(InferenceServiceStub):
     NOT_FOUND for a model that is not loaded, INVALID_ARGUMENT for an option
     that it cannot honour, RESOURCE_EXHAUSTED with RetryInfo when the queue is
     full. Ends when the call is cancelled.
+    """
+    GenerateMany: _aio.StreamStreamMultiCallable[_inference_pb2.GenerateManyRequest, _inference_pb2.GenerateManyResponse]  # type: ignore[assignment]
+    """Carries many generations on one stream, for a caller that asks for hundreds
+    a second: what several of them have to say at a moment travels together.
+    Each is refused, ends and fails by itself. Close your side to begin no
+    more; the stream ends when all have ended, or when it is cancelled, which
+    ends them. RESOURCE_EXHAUSTED in `failed` for more than 4096 at a time.
     """
     CountTokens: _aio.UnaryUnaryMultiCallable[_inference_pb2.CountTokensRequest, _inference_pb2.CountTokensResponse]  # type: ignore[assignment]
     """Counts the tokens of texts or of a conversation, as the model reads them.
@@ -101,6 +115,19 @@ class InferenceServiceServicer(metaclass=_abc_1.ABCMeta):
         NOT_FOUND for a model that is not loaded, INVALID_ARGUMENT for an option
         that it cannot honour, RESOURCE_EXHAUSTED with RetryInfo when the queue is
         full. Ends when the call is cancelled.
+        """
+
+    @_abc_1.abstractmethod
+    def GenerateMany(
+        self,
+        request_iterator: _MaybeAsyncIterator[_inference_pb2.GenerateManyRequest],
+        context: _ServicerContext,
+    ) -> _typing.Union[_abc.Iterator[_inference_pb2.GenerateManyResponse], _abc.AsyncIterator[_inference_pb2.GenerateManyResponse]]:
+        """Carries many generations on one stream, for a caller that asks for hundreds
+        a second: what several of them have to say at a moment travels together.
+        Each is refused, ends and fails by itself. Close your side to begin no
+        more; the stream ends when all have ended, or when it is cancelled, which
+        ends them. RESOURCE_EXHAUSTED in `failed` for more than 4096 at a time.
         """
 
     @_abc_1.abstractmethod
