@@ -12,6 +12,7 @@ import pytest
 from google.protobuf import duration_pb2
 from moltbot.v1 import inference_pb2, message_pb2
 from moltbot_server.rpc import inference_stream
+from moltbot_server.testing import RunningServer
 from rpc_calls import Api, WatchedEngine
 
 
@@ -83,7 +84,7 @@ async def test_each_is_answered_whole_and_those_of_a_moment_travel_together(stre
     assert await stream.call.code() is grpc.StatusCode.OK
 
 
-async def test_one_that_is_refused_or_breaks_hurts_no_other(stream: Stream) -> None:
+async def test_one_that_is_refused_or_breaks_hurts_no_other(stream: Stream, core: RunningServer) -> None:
     await stream.start(
         generation(1, "#9 pace=0.01"),
         generation(2, "#9", model="models/nobody"),
@@ -101,6 +102,9 @@ async def test_one_that_is_refused_or_breaks_hurts_no_other(stream: Stream) -> N
         2: "MODEL_NOT_FOUND", 4: "MODEL_UNAVAILABLE", 5: "INVALID_FIELD", 6: "CONTEXT_LENGTH_EXCEEDED",
     }  # fmt: skip
     assert stream.failed[6].field == "prompt.messages"
+    counted = core.core.metrics.calls
+    assert counted._counts["InferenceService/Generate", "OK"] == 3
+    assert counted._counts["InferenceService/Generate", "NOT_FOUND"] == 1
     assert stream.failed[2].code == grpc.StatusCode.NOT_FOUND.value[0]
     assert stream.texts[7] == "one two three"
 

@@ -114,7 +114,7 @@ class EngineStream:
             try:
                 while self._start or self._cancel:
                     await call.write(self._next_request())
-            except (aio.AioRpcError, asyncio.InvalidStateError):
+            except (aio.AioRpcError, aio.UsageError, asyncio.InvalidStateError):
                 return  # the stream has ended: who reads from it tells why
             self._wanted.clear()
 

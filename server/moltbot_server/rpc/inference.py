@@ -8,6 +8,7 @@ from collections.abc import AsyncIterator, Callable
 from moltbot.v1 import inference_pb2, inference_pb2_grpc
 
 from moltbot_server.errors import ContextLengthExceeded, DeadlineExceeded, InvalidField, NotServing
+from moltbot_server.metrics import Metrics
 from moltbot_server.models.catalog import Catalog
 from moltbot_server.models.engine import Asker
 from moltbot_server.models.limits import check_content
@@ -24,8 +25,9 @@ _MOST_TEXTS = 256
 class InferenceService(inference_pb2_grpc.InferenceServiceServicer):
     """Serves generations."""
 
-    def __init__(self, catalog: Catalog, reader: convert.Reader, *, trusted: bool = False) -> None:
+    def __init__(self, catalog: Catalog, reader: convert.Reader, metrics: Metrics, *, trusted: bool = False) -> None:
         """`trusted`: whoever has a key here is a core, and is believed whom an answer is for."""
+        self._metrics = metrics
         self._catalog = catalog
         self._reader = reader
         self._trusted = trusted
@@ -59,12 +61,20 @@ class InferenceService(inference_pb2_grpc.InferenceServiceServicer):
         """Carry many generations on one stream."""
         if self._leaving:
             raise NotServing("the engine is leaving; ask another one", retry_after=1.0)
-        stream = GenerationStream(call, lambda request, until, wake: self._begin(request, call, until, wake))
+        stream = GenerationStream(
+            call, lambda request, until, wake: self._begin(request, call, until, wake), self._ended
+        )
         self._streams.add(stream)
         try:
             await stream.run(requests)
         finally:
             self._streams.discard(stream)
+
+    def _ended(self, status: str, reason: str, seconds: float) -> None:
+        """Count a generation of a stream as if it had had a call of its own."""
+        if reason:
+            self._metrics.errors.add(reason)
+        self._metrics.call_ended("InferenceService/Generate", status, seconds)
 
     def leave(self) -> None:
         """Let streams of many generations end with those that are under way: nobody else would end them."""

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import logging
 import secrets
+import time
 from collections.abc import AsyncIterator, Callable
 
 from moltbot.v1 import inference_pb2
@@ -27,12 +28,17 @@ Begin = Callable[
 is returned beside it lets it go."""
 
 
+Ended = Callable[[str, str, float], None]
+"""Hears how a generation ended: its status and, of one that failed, its reason, and after how many seconds."""
+
+
 class GenerationStream:
     """One `GenerateMany` call."""
 
-    def __init__(self, call: Call, begin: Begin) -> None:
+    def __init__(self, call: Call, begin: Begin, ended: Ended) -> None:
         self._call = call
         self._begin = begin
+        self._ended = ended
         self._under_way: dict[int, _Numbered] = {}
         self._last = 0
         self._spoke: dict[_Numbered, None] = {}
@@ -48,9 +54,11 @@ class GenerationStream:
             if reading.done():
                 reading.result()
         finally:
-            for numbered in tuple(self._under_way.values()):
-                numbered.let_go()
+            while self._under_way:
+                self._over(self._under_way.popitem()[1], "CANCELLED")
             await tasks.end(reading)
+            if not reading.cancelled():
+                reading.exception()  # it was raised above, or the caller is gone and hears of nothing
 
     def leave(self) -> None:
         """Begin no more, and end when all that is under way has ended."""
@@ -66,13 +74,13 @@ class GenerationStream:
                     self._start(start)
                 for number in request.cancel:
                     if (numbered := self._under_way.pop(number, None)) is not None:
-                        numbered.let_go()
+                        self._over(numbered, "CANCELLED")
                         self._wake.set()  # it may have been the last one
         finally:
             self.leave()
 
     def _start(self, start: inference_pb2.NumberedGeneration) -> None:
-        number = start.number
+        number, arrived = start.number, time.perf_counter()
         try:
             if number <= self._last:
                 raise InvalidField("start.number", "use a number above all before it")
@@ -86,7 +94,9 @@ class GenerationStream:
             numbered = _Numbered(self, number, until)
             numbered.begin(self._begin, start.request)
         except Exception as problem:
-            self._refused.append(_failed(number, problem))
+            error = _understood(problem)
+            self._refused.append(_failed(number, error))
+            self._ended(error.status.name, error.reason, time.perf_counter() - arrived)
             self._wake.set()
         else:
             self._under_way[number] = numbered
@@ -106,12 +116,27 @@ class GenerationStream:
             pieces, self._refused = self._refused, []
             for numbered in spoke:
                 if self._under_way.get(numbered.number) is numbered:
-                    pieces += numbered.take()
-                    if numbered.is_over:
-                        del self._under_way[numbered.number]
-                        numbered.let_go()
+                    self._take(numbered, pieces)
             if pieces:
                 await self._call.context.write(inference_pb2.GenerateManyResponse(pieces=pieces))
+
+    def _take(self, numbered: _Numbered, pieces: list[inference_pb2.NumberedPiece]) -> None:
+        """Add what a generation has to say; when that is its end, it is let go."""
+        number = numbered.number
+        pieces += [inference_pb2.NumberedPiece(number=number, response=response) for response in numbered.take()]
+        if not numbered.is_over:
+            return
+        del self._under_way[number]
+        if numbered.problem is None:
+            self._over(numbered, "OK")
+            return
+        error = _understood(numbered.problem)
+        pieces.append(_failed(number, error))
+        self._over(numbered, error.status.name, error.reason)
+
+    def _over(self, numbered: _Numbered, status: str, reason: str = "") -> None:
+        numbered.let_go()
+        self._ended(status, reason, time.perf_counter() - numbered.arrived)
 
 
 class _Numbered:
@@ -120,6 +145,7 @@ class _Numbered:
     def __init__(self, stream: GenerationStream, number: int, until: float | None) -> None:
         self._stream = stream
         self.number = number
+        self.arrived = time.perf_counter()
         self._until = until
         self._timer: asyncio.TimerHandle | None = None
         self._generation: Generation | None = None
@@ -147,15 +173,14 @@ class _Numbered:
         """True when all was taken."""
         return self._generation is None or self._generation.is_over
 
-    def take(self) -> list[inference_pb2.NumberedPiece]:
+    @property
+    def problem(self) -> Exception | None:
+        """Why it ended without a good end."""
+        return None if self._generation is None else self._generation.problem
+
+    def take(self) -> list[inference_pb2.GenerateResponse]:
         """Return what is to be sent now."""
-        generation = self._generation
-        if generation is None:
-            return []
-        pieces = [inference_pb2.NumberedPiece(number=self.number, response=response) for response in generation.take()]
-        if generation.is_over and generation.problem is not None:
-            pieces.append(_failed(self.number, generation.problem))
-        return pieces
+        return [] if self._generation is None else self._generation.take()
 
     def let_go(self) -> None:
         """Free the engine, whatever it still has to say."""
@@ -166,14 +191,19 @@ class _Numbered:
             release()
 
 
-def _failed(number: int, problem: Exception) -> inference_pb2.NumberedPiece:
-    if not isinstance(problem, MoltBotError):
-        incident = secrets.token_hex(4)
-        log.error("a generation failed", exc_info=problem, extra={"incident": incident})
-        problem = InternalError(f"something went wrong (incident {incident})")
-    field, text = next(iter(problem.fields.items()), ("", problem.message))
-    delay = None if problem.retry_after is None else convert.duration(problem.retry_after)
+def _understood(problem: Exception) -> MoltBotError:
+    """Return an error that can be told; what nobody foresaw is in the log, with a number."""
+    if isinstance(problem, MoltBotError):
+        return problem
+    incident = secrets.token_hex(4)
+    log.error("a generation failed", exc_info=problem, extra={"incident": incident})
+    return InternalError(f"something went wrong (incident {incident})")
+
+
+def _failed(number: int, error: MoltBotError) -> inference_pb2.NumberedPiece:
+    field, text = next(iter(error.fields.items()), ("", error.message))
+    delay = None if error.retry_after is None else convert.duration(error.retry_after)
     failed = inference_pb2.GenerationFailed(
-        code=int(problem.status), reason=problem.reason, message=text, retry_delay=delay, field=field
+        code=int(error.status), reason=error.reason, message=text, retry_delay=delay, field=field
     )
     return inference_pb2.NumberedPiece(number=number, failed=failed)

@@ -164,7 +164,7 @@ class GrpcServer:
         guard = Guard(authenticator, metrics)
         reader = convert.Reader(max_inline_bytes=max_inline_bytes)
         chat, session = ChatService(pipeline, journal, reader, peers), SessionService(store, sessions, peers)
-        model, inference = ModelService(catalog, manager, siblings), InferenceService(catalog, reader)
+        model, inference = ModelService(catalog, manager, siblings), InferenceService(catalog, reader, metrics)
         self._inference = inference
         usage, route = UsageService(store, ledger), RouteService(reloading, catalog, siblings)
         cache = CacheService(caches, siblings)
@@ -192,7 +192,7 @@ class GrpcServer:
         # Who calls is a core, which has read all of it within its own limits.
         reader = convert.Reader(max_inline_bytes=1 << 30)
         self._served = tuple(name for name in SERVICES if name.endswith((".InferenceService", ".ModelService")))
-        self._inference = InferenceService(catalog, reader, trusted=True)
+        self._inference = InferenceService(catalog, reader, metrics, trusted=True)
         inference_pb2_grpc.add_InferenceServiceServicer_to_server(self._inference, guarded)
         model_pb2_grpc.add_ModelServiceServicer_to_server(ModelService(catalog, manager), guarded)
         health_pb2_grpc.add_HealthServicer_to_server(self._health, guarded)
