@@ -8,14 +8,15 @@ import pytest
 from kept_turns import keep, new
 from moltbot_server.errors import MoltBotError, StorageUnavailable
 from moltbot_server.store.redis import RedisStore
-from redis_process import RedisProcess
+from redis_process import RedisProcess, free_port
 
 
 @pytest.mark.parametrize(
     ("options", "text"),
     [
         (("--maxmemory-policy", "allkeys-lru"), "set maxmemory-policy noeviction"),
-        (("--cluster-enabled", "yes"), "a node of a cluster"),
+        # Its nodes speak at a port of their own, which by itself would be any that somebody else may have.
+        (("--cluster-enabled", "yes", "--cluster-port", str(free_port())), "a node of a cluster"),
         (("--requirepass", "secret"), "set store.password"),
         (("--replicaof", "127.0.0.1", "1"), "replica"),
     ],
