@@ -91,8 +91,8 @@ class GenerationStream:
                 raise QueueFull(f"{MOST} generations are under way on this stream already", retry_after=1.0)
             within = convert.seconds(start.timeout, "start.timeout") if start.HasField("timeout") else None
             until = None if within is None else asyncio.get_running_loop().time() + within
-            numbered = _Numbered(self, number, until)
-            numbered.begin(self._begin, start.request)
+            numbered = _Numbered(number, until)
+            numbered.begin(self._begin, start.request, self._speaks)
         except Exception as problem:
             error = _understood(problem)
             self._refused.append(_failed(number, error))
@@ -103,7 +103,7 @@ class GenerationStream:
 
     # --- to the caller -----------------------------------------------------------------------------------------------
 
-    def spoke(self, numbered: _Numbered) -> None:
+    def _speaks(self, numbered: _Numbered) -> None:
         """Have what a generation says sent."""
         self._spoke[numbered] = None
         self._wake.set()
@@ -123,14 +123,15 @@ class GenerationStream:
     def _take(self, numbered: _Numbered, pieces: list[inference_pb2.NumberedPiece]) -> None:
         """Add what a generation has to say; when that is its end, it is let go."""
         number = numbered.number
-        pieces += [inference_pb2.NumberedPiece(number=number, response=response) for response in numbered.take()]
-        if not numbered.is_over:
+        generation = numbered.generation
+        pieces += [inference_pb2.NumberedPiece(number=number, response=response) for response in generation.take()]
+        if not generation.is_over:
             return
         del self._under_way[number]
-        if numbered.problem is None:
+        if generation.problem is None:
             self._over(numbered, "OK")
             return
-        error = _understood(numbered.problem)
+        error = _understood(generation.problem)
         pieces.append(_failed(number, error))
         self._over(numbered, error.status.name, error.reason)
 
@@ -142,53 +143,31 @@ class GenerationStream:
 class _Numbered:
     """One generation of a stream, by its number."""
 
-    def __init__(self, stream: GenerationStream, number: int, until: float | None) -> None:
-        self._stream = stream
+    generation: Generation
+    _release: Callable[[], None]
+
+    def __init__(self, number: int, until: float | None) -> None:
         self.number = number
         self.arrived = time.perf_counter()
         self._until = until
         self._timer: asyncio.TimerHandle | None = None
-        self._generation: Generation | None = None
-        self._release: Callable[[], None] | None = None
 
-    def begin(self, begin: Begin, request: inference_pb2.GenerateRequest) -> None:
-        """Set the engine to work.
+    def begin(self, begin: Begin, request: inference_pb2.GenerateRequest, speaks: Callable[[_Numbered], None]) -> None:
+        """Set the engine to work; `speaks` is called when there is something to take of it.
 
         Raises:
             MoltBotError: it does not begin.
         """
-        self._generation, self._release = begin(request, self._until, self._woken)
+        self.generation, self._release = begin(request, self._until, lambda: speaks(self))
         if self._until is not None:
-            self._timer = asyncio.get_running_loop().call_at(self._until, self._expire)
-
-    def _woken(self) -> None:
-        self._stream.spoke(self)
-
-    def _expire(self) -> None:
-        if self._generation is not None:
-            self._generation.ended(DeadlineExceeded("the deadline passed before the answer was complete"))
-
-    @property
-    def is_over(self) -> bool:
-        """True when all was taken."""
-        return self._generation is None or self._generation.is_over
-
-    @property
-    def problem(self) -> Exception | None:
-        """Why it ended without a good end."""
-        return None if self._generation is None else self._generation.problem
-
-    def take(self) -> list[inference_pb2.GenerateResponse]:
-        """Return what is to be sent now."""
-        return [] if self._generation is None else self._generation.take()
+            late = DeadlineExceeded("the deadline passed before the answer was complete")
+            self._timer = asyncio.get_running_loop().call_at(self._until, self.generation.ended, late)
 
     def let_go(self) -> None:
-        """Free the engine, whatever it still has to say."""
+        """Free the engine, whatever it still has to say; called once."""
         if self._timer is not None:
             self._timer.cancel()
-        release, self._release = self._release, None
-        if release is not None:
-            release()
+        self._release()
 
 
 def _understood(problem: Exception) -> MoltBotError:

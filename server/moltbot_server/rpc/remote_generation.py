@@ -118,6 +118,13 @@ class RemoteGeneration:
 
     def heard(self, response: inference_pb2.GenerateResponse) -> None:
         """Tell the listener what the engine says; the stream calls this."""
+        self._pass_on(response)
+        if response.HasField("finished"):
+            self._leave()
+            self._listener.ended(remote_convert.finished(response.finished))
+
+    def _pass_on(self, response: inference_pb2.GenerateResponse) -> None:
+        """Tell the listener all but the end."""
         if response.text:
             self._spoke = True
             self._listener.wrote(response.text, response.token_count)
@@ -126,9 +133,6 @@ class RemoteGeneration:
             self._listener.thought(response.reasoning)
         elif response.queue_position:
             self._listener.queued(response.queue_position)
-        if response.HasField("finished"):
-            self._leave()
-            self._listener.ended(remote_convert.finished(response.finished))
 
     def failed(self, failed: inference_pb2.GenerationFailed) -> None:
         """Tell the listener that the engine refused or broke off, or ask in another way; the stream calls this."""
@@ -143,6 +147,8 @@ class RemoteGeneration:
 
     def lost(self, problem: aio.AioRpcError | None) -> None:
         """Ask again if nothing was told yet; the stream calls this."""
+        if self._over:
+            return  # another one's loss had it stopped
         if not self._spoke:
             self._losses = int(problem is not None and was_lost(problem))
             self._call()
@@ -205,16 +211,8 @@ class RemoteGeneration:
 
     async def _read(self, seconds: float | None) -> Finished:
         call = self._link.inference.Generate(self._request, metadata=self._link.metadata, timeout=seconds)
-        listener = self._listener
         async for response in call:
-            if response.text:
-                self._spoke = True
-                listener.wrote(response.text, response.token_count)
-            elif response.reasoning:
-                self._spoke = True
-                listener.thought(response.reasoning)
-            elif response.queue_position:
-                listener.queued(response.queue_position)
+            self._pass_on(response)
             if response.HasField("finished"):
                 return remote_convert.finished(response.finished)
         raise ModelUnavailable("the engine ended an answer without saying how")
