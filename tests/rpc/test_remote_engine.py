@@ -23,9 +23,8 @@ from moltbot_server.models.catalog import Catalog
 from moltbot_server.models.engine import NOBODY, Asker, Generation, Listener
 from moltbot_server.rpc import remote_engine, remote_generation
 from moltbot_server.rpc.remote_engine import EngineLink
-from moltbot_server.rpc.remote_generation import RemoteGeneration
 from moltbot_server.testing import RunningServer
-from moltbot_server.turns import GenerationOptions, Message, Role, TextPart
+from moltbot_server.turns import GenerationOptions, Message
 from moltbot_server.workspace import Workspace
 from rpc_calls import Api, WatchedEngine, drained, fields_of, kinds, reason_of, refused, turn
 
@@ -42,28 +41,6 @@ class AskedEngine(WatchedEngine):
     ) -> Generation:
         self.askers.append(asker)
         return super().begin(messages, options, listener, asker)
-
-
-class _Silent:
-    """A listener that remembers that it heard something."""
-
-    def __init__(self) -> None:
-        self.heard: list[object] = []
-
-    def queued(self, position: int) -> None:
-        self.heard.append(position)
-
-    def wrote(self, text: str, tokens: int) -> None:
-        self.heard.append(text)
-
-    def thought(self, text: str) -> None:
-        self.heard.append(text)
-
-    def noted(self, what: object) -> None:
-        self.heard.append(what)
-
-    def ended(self, end: object) -> None:
-        self.heard.append(end)
 
 
 @pytest.fixture
@@ -151,22 +128,6 @@ async def test_answers_travel_on_one_stream_and_without_it_each_by_a_call(api: A
     number = stream._number
     assert (await api.run(turn("hello"))).completed.text == "You said: hello"
     assert stream._number == number
-
-
-async def test_an_answer_that_was_stopped_is_not_asked_for_again_when_its_stream_is_lost(
-    api: Api, core: RunningServer, engine: AskedEngine
-) -> None:
-    remote = core.core.catalog.entries[0].engine
-    listener = _Silent()
-    question = (Message(role=Role.USER, parts=(TextPart(text="#9"),)),)
-    generation = remote.begin(question, GenerationOptions(), listener)
-    assert isinstance(generation, RemoteGeneration)
-    generation.stop()
-    generation.lost(None)  # as when another one's loss has it stopped
-
-    assert generation._task is None
-    assert not listener.heard
-    assert getattr(remote, "under_way") == 0  # noqa: B009 - an engine of this kind alone counts them
 
 
 async def test_an_engine_with_an_idle_stream_leaves_at_once(api: Api, role: EngineRole) -> None:
