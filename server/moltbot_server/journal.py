@@ -131,6 +131,7 @@ class Journal:
         self._live: dict[TurnKey, LiveTurn] = {}
         self._recent: OrderedDict[tuple[str, str], LiveTurn | TurnKey] = OrderedDict()
         self._noted: dict[LiveTurn, None] = {}
+        self._under_way: set[LiveTurn] = set()
         self._keeping = False
         self._elsewhere: OrderedDict[TurnKey, None] = OrderedDict()
 
@@ -151,20 +152,23 @@ class Journal:
 
     def note(self, live: LiveTurn) -> None:
         """Have what a turn recorded kept, with what others record now; its followers see it then."""
-        if live.closing:
+        if live.closing or live.is_guess:
             return
-        if not self._noted and not self._keeping:
+        self._noted[live] = None
+        if not self._keeping and live not in self._under_way:
             self._keeping = True
             asyncio.get_running_loop().call_soon(self._keep)
-        self._noted[live] = None
 
     def _keep(self) -> None:
-        """Write down what was noted, in one go; what is noted meanwhile is written when this one is."""
-        noted, self._noted = self._noted, {}
+        """Write down what was noted, in one go; what a turn of it notes meanwhile is written when this is."""
+        self._keeping = False
+        noted = [live for live in self._noted if live not in self._under_way]
+        for live in noted:
+            del self._noted[live]
         # What ends is kept with its end.
         batch = [(live, len(live.events), live.is_stored) for live in noted if not live.closing]
-        self._keeping = bool(batch)
         if batch:
+            self._under_way.update(live for live, _, _ in batch)
             entries = [
                 JournalEntry(key=live.key, events=tuple(live.events[live.kept : count]), epoch=live.epoch)
                 for live, count, _ in batch
@@ -172,7 +176,7 @@ class Journal:
             self._store.append(entries).then(lambda answer: self._kept(batch, answer))
 
     def _kept(self, batch: list[tuple[LiveTurn, int, bool]], answer: Collection[TurnKey] | MoltBotError) -> None:
-        self._keeping = False
+        self._under_way.difference_update(live for live, _, _ in batch)
         if isinstance(answer, MoltBotError):
             # The store says why. It is tried again with what comes next, and with the end at the latest.
             log.warning("what turns record cannot be kept now", extra={"turns": len(batch), "error": answer.message})
@@ -186,7 +190,7 @@ class Journal:
                 elif live.is_stored:
                     # It was not there yet, because it had to take the place of another one. It is now.
                     self.note(live)
-        if self._noted:
+        if self._noted and not self._keeping:
             self._keep()
 
     def suspend(self, live: LiveTurn) -> None:
@@ -273,7 +277,9 @@ class Journal:
     def _told(self, key: TurnKey) -> LiveTurn | None:
         """Return the turn of which a caller may know: the number of one that is not stored may be another node's."""
         live = self._live.get(key)
-        return live if live is None or live.is_stored or not self._store.shared else None
+        if live is None or live.is_stored:
+            return live
+        return None if self._store.shared or live.is_guess else live
 
     def follow(self, turn: LiveTurn | StoredTurn, after: int = 0) -> Follower:
         """Return the way to read a turn's events after a sequence number, to its end."""

@@ -63,6 +63,7 @@ class LiveTurn:
         "events",
         "halt",
         "input",
+        "is_guess",
         "kept",
         "key",
         "late",
@@ -85,11 +86,13 @@ class LiveTurn:
         interval: float = 0.0,
         journal: Keeper | None = None,
         taken: Orphan | None = None,
+        is_guess: bool = False,
     ) -> None:
         """`arrived` is on `time.perf_counter`; text waits up to `interval` seconds to be recorded together.
 
         What is recorded is seen by followers when the `journal` has had it kept; without one, at once. `taken` is the
-        turn as another core left it: it goes on after the events that were kept.
+        turn as another core left it: it goes on after the events that were kept. What is a guess may have another one's
+        number, until it is accepted: nothing that it records is kept before.
         """
         self.key = key
         self.input = turn
@@ -99,6 +102,7 @@ class LiveTurn:
         self.accepted_after = 0.0
         self.events: list[Event] = list(taken.turn.events) if taken else []
         self.epoch = taken.epoch if taken else 1
+        self.is_guess = is_guess
         self.visible = self.kept = len(self.events)
         self.ended = self.cancelling = self.closing = self.late = self.lost = False
         self.halt: Callable[[], None] = _nobody_to_stop

@@ -17,13 +17,11 @@ import msgspec
 
 from moltbot_server.config_models import Price
 from moltbot_server.errors import (
-    DeadlineExceeded,
     InternalError,
     MoltBotError,
     NotServing,
     QueueFull,
     StorageUnavailable,
-    TurnInterrupted,
 )
 from moltbot_server.floods import Floods
 from moltbot_server.journal import Journal, same_content
@@ -34,9 +32,9 @@ from moltbot_server.models.catalog import Catalog, CatalogEntry
 from moltbot_server.models.context import ContextWindow, Fitted
 from moltbot_server.models.engine import Asker, Engine, Generation, Listener
 from moltbot_server.sessions import OpenSession, Sessions
-from moltbot_server.store import Store, StoredTurn
+from moltbot_server.store import GUESSED, Elsewhere, Moved, Store, StoredTurn, Taken
 from moltbot_server.store.protocol import Orphan
-from moltbot_server.turn_checks import check_for_model, check_turn, digest_of
+from moltbot_server.turn_checks import check_for_model, check_turn, digest_of, unfinishable
 from moltbot_server.turn_run import TurnRun
 from moltbot_server.turns import (
     Message,
@@ -56,14 +54,10 @@ log = logging.getLogger(__name__)
 _MOST_IN_A_SESSION = 128
 _MOST_MOVES = 8
 """How often a turn is begun again because others had its session first."""
-_MOST_CORES = 5
-"""A turn that so many cores did not survive is given up: it may be what ends them."""
 _COME_BACK = 15.0
 """Seconds that a turn which ends with its last follower waits for one after a take-over."""
 _LAST_WRITES = 2.0
 """Seconds beyond its grace that a core which leaves waits for its store."""
-_OLDEST = 3600.0
-"""Seconds after which nobody waits for an answer any more."""
 _TAKEN_WITHIN = 10.0
 """Seconds for which a turn waits for those before it that are being taken over, before its caller is asked back."""
 
@@ -153,8 +147,8 @@ class TurnPipeline:
         self._admit(entry.engine, asker)
         key = SessionKey(workspace=principal.workspace, session=turn.session or secrets.token_hex(12))
         session = self._at_hand(key, turn)
-        waited = session is None
-        if session is None:
+        waited = session is None and not self._may_guess(key, entry.engine)
+        if waited:
             session = await self._open(key)
             entry = self._still_ready(entry, turn)
             self._check_stays()
@@ -169,6 +163,7 @@ class TurnPipeline:
         if waited:
             # Many others may have begun meanwhile.
             self._admit(entry.engine, asker)
+        session = session or self._sessions.guess(key)
         return self._begin(principal, turn, digest, session, entry, deadline, arrived, warning)
 
     def _begin(
@@ -197,6 +192,7 @@ class TurnPipeline:
             arrived=arrived,
             interval=self._flush_interval if turn.flush_interval is None else turn.flush_interval,
             journal=self.journal,
+            is_guess=session.version == GUESSED,
         )
         self.journal.begin(live)
         # The turn ends by its own deadline, which those who attach to it may move; the engine is stopped then.
@@ -262,6 +258,12 @@ class TurnPipeline:
             return
         begun.moves = live.moves + 1
         live.give_way(begun)
+
+    def guessed(self, session: OpenSession[ContextWindow], answer: Taken | MoltBotError) -> None:
+        """Take note of what the store says of a session that was taken for new; a run calls this."""
+        is_known = isinstance(answer, Moved | Elsewhere)
+        session.is_old = answer is not None
+        self._sessions.settle(session, is_new=True if answer is None else False if is_known else None)
 
     def lost(self, session: OpenSession[ContextWindow]) -> None:
         """Take note that another node has a session; a run calls this."""
@@ -341,7 +343,7 @@ class TurnPipeline:
         left = orphan.deadline - time.time() if orphan.deadline else None
         wanted_by = None if left is None else asyncio.get_running_loop().time() + left
         asker = Asker(workspace=key.session.workspace, session=key.session.session, wanted_by=wanted_by)
-        refusal = _unfinishable(orphan, left)
+        refusal = unfinishable(orphan, left, now=time.time())
         try:
             entry = self._catalog.ready(turn.model)
         except MoltBotError as error:
@@ -396,6 +398,10 @@ class TurnPipeline:
             session = self._sessions.ready(key)
             return None if session is None or self._awaits_others(session) else session
         return self._sessions.create(key, keep=turn.transcript is None)
+
+    def _may_guess(self, key: SessionKey, engine: Engine) -> bool:
+        """Tell whether a session that is not at hand is taken for new: an answer that was begun in vain is no loss."""
+        return engine.is_free and self._taking is None and self._sessions.may_be_new(key)
 
     def _still_ready(self, earlier: CatalogEntry, turn: TurnInput) -> CatalogEntry:
         """Return the turn's model again: another one may have been chosen, or this one loaded anew, meanwhile."""
@@ -474,15 +480,6 @@ class TurnPipeline:
             task.cancel()
         if self._moving:
             await asyncio.wait(self._moving)
-
-
-def _unfinishable(orphan: Orphan, left: float | None) -> MoltBotError | None:
-    """Return why a turn is not carried on, if so."""
-    if left is not None and left <= 0:
-        return DeadlineExceeded("the deadline passed while the core was away")
-    if orphan.epoch > _MOST_CORES or time.time() - orphan.turn.create_time > _OLDEST:
-        return TurnInterrupted("the core stopped while the turn ran, again and again or long ago")
-    return None
 
 
 def _system(text: str) -> Sequence[Message]:

@@ -13,7 +13,7 @@ from typing import Any, Generic, Protocol, TypeVar
 from moltbot_server.errors import NotServing, SessionBusy, SessionNotFound
 from moltbot_server.live_turn import LiveTurn
 from moltbot_server.metrics import CacheCounts
-from moltbot_server.store import Elsewhere, Store
+from moltbot_server.store import GUESSED, Elsewhere, Store
 from moltbot_server.turns import Message, Queued, SessionKey, TextPart, TurnInput, WhenBusy
 
 _SESSIONS_AT_HAND = 10_000
@@ -21,6 +21,8 @@ _OVERHEAD = 1_000  # bytes of memory that a session at hand takes beside its mes
 _TURNS_LOADED = 200
 _TOLD_EACH_STEP = 32
 _TITLE_LENGTH = 80
+_GUESSED_FROM = 0.9
+_LATELY = 0.05  # what the latest session counts among those before it
 OURS = -1
 """The version of a session of which this node has accepted a turn: it is known as long as nobody else has it."""
 
@@ -46,8 +48,8 @@ class OpenSession(Generic[H]):
     """A session at hand: its history, its last ordinal, and the turns that wait for their place.
 
     `exists` is False while the session's row may be missing or untitled; `version` is as it was loaded, 0 when it is
-    new. `is_awaited`: the store has turns of it that this node runs, and that may not be at hand yet. `is_old`: others
-    have had it since it was loaded; it may be at hand again as another object.
+    new, `GUESSED` while it is taken for new. `is_awaited`: the store has turns of it that this node runs, and that may
+    not be at hand yet. `is_old`: others have had it since it was loaded; it may be at hand again as another object.
     """
 
     __slots__ = (
@@ -210,11 +212,12 @@ class Sessions(Generic[H]):
         max_bytes: int = 1 << 40,
         ttl: float = float("inf"),
         clock: Callable[[], float] = time.monotonic,
+        guessed_from: float = _GUESSED_FROM,
     ) -> None:
         """`history` makes what a session remembers from the messages that are stored, oldest first.
 
         `size_of` tells what that takes, in bytes. A session is at hand for `ttl` seconds after its last use; `clock`
-        tells seconds that only grow.
+        tells seconds that only grow. A session is taken for new from the share of `guessed_from` on that were, lately.
         """
         self._store = store
         self._history = history
@@ -225,6 +228,7 @@ class Sessions(Generic[H]):
         self._loading: dict[SessionKey, _Loading] = {}
         self._changes: dict[SessionKey, asyncio.Event] = {}
         self._carried: set[asyncio.Task[None]] = set()
+        self._guessed_from, self._new = guessed_from, 0.5
 
     def __len__(self) -> int:
         """How many sessions are at hand."""
@@ -285,6 +289,34 @@ class Sessions(Generic[H]):
         """Return a session that is known to be new; one that will see no second turn need not be kept at hand."""
         session = OpenSession(key, self._history(()))
         return self._keep(session) if keep else session
+
+    def may_be_new(self, key: SessionKey) -> bool:
+        """Tell whether a session that is not at hand is worth being taken for new: nearly all were, lately.
+
+        To be right saves the time to look; to be wrong costs what is done in vain until the store says so.
+        """
+        is_busy = key in self._open or key in self._changes or key in self._loading
+        return self._new >= self._guessed_from and not is_busy
+
+    def guess(self, key: SessionKey) -> OpenSession[H]:
+        """Return a session as a new one; others that want it wait until `settle` says whether it is."""
+        self.counts.misses += 1
+        session = OpenSession(key, self._history(()))
+        session.version = GUESSED
+        self._loading[key] = _Loading()
+        return session
+
+    def settle(self, session: OpenSession[H], *, is_new: bool | None) -> None:
+        """Keep a session that was taken for new if it is; otherwise, or where nobody knows, it is loaded."""
+        if is_new:
+            session.version = 0
+            self._keep(session)
+        if is_new is not None:
+            self._learn(is_new=is_new)
+        self._loading.pop(session.key).over.set()
+
+    def _learn(self, *, is_new: bool) -> None:
+        self._new += _LATELY * (is_new - self._new)
 
     def forget(self, key: SessionKey) -> None:
         """Let a session go that others have had: what its turns here still do with it counts no more."""
@@ -373,6 +405,7 @@ class Sessions(Generic[H]):
         loading = self._loading[key] = _Loading()
         try:
             stored = await self._store.load_session(key, _TURNS_LOADED)
+            self._learn(is_new=stored is None)
             if stored is not None and self._store.shared and stored.running_on not in ("", self._store.node):
                 loading.elsewhere = stored.running_on
                 raise NotServing.elsewhere(stored.running_on)

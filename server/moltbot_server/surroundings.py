@@ -5,13 +5,14 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any, Protocol
 
+from moltbot_server.errors import MoltBotError
 from moltbot_server.journal import Journal
 from moltbot_server.live_turn import LiveTurn
 from moltbot_server.metrics import Metrics
 from moltbot_server.models.context import ContextWindow, Fitted
 from moltbot_server.models.engine import Asker, Engine, Generation, Listener
 from moltbot_server.sessions import OpenSession
-from moltbot_server.store import Store
+from moltbot_server.store import Store, Taken
 from moltbot_server.turns import Message, TurnInput, Usage
 
 
@@ -39,6 +40,9 @@ class Surroundings(Protocol):
 
     def begin_again(self, live: LiveTurn, session: OpenSession[ContextWindow], deadline: float | None) -> None:
         """Start a turn again that was begun on an old session; `deadline` is on the event loop's clock."""
+
+    def guessed(self, session: OpenSession[ContextWindow], answer: Taken | MoltBotError) -> None:
+        """Take note of what the store says of a session that was taken for new."""
 
     def lost(self, session: OpenSession[ContextWindow]) -> None:
         """Take note that another node has a session."""

@@ -1,4 +1,4 @@
-"""What a turn must look like to be begun, and what makes it the same as another one."""
+"""What a turn must look like to be begun or carried on, and what makes it the same as another one."""
 
 from __future__ import annotations
 
@@ -6,13 +6,18 @@ import hashlib
 import re
 from typing import Any
 
-from moltbot_server.errors import EmptyMessage, InvalidField
+from moltbot_server.errors import DeadlineExceeded, EmptyMessage, InvalidField, MoltBotError, TurnInterrupted
 from moltbot_server.models.engine import Engine
 from moltbot_server.models.limits import check_content
+from moltbot_server.store.protocol import Orphan
 from moltbot_server.turns import TextPart, TurnInput, encode
 
 _NAME = re.compile(r"(?!\.+\Z)[A-Za-z0-9._~-]{1,128}\Z")  # dots alone are no name but a way up, in a path or a URL
 _CHANNEL = re.compile(r"[a-z0-9_-]{0,32}\Z")
+_MOST_CORES = 5
+"""A turn that so many cores did not survive is given up: it may be what ends them."""
+_OLDEST = 3600.0
+"""Seconds after which nobody waits for an answer any more."""
 
 # A text says something when anything of it can be seen: not blanks, controls, fillers, joiners, marks of direction,
 # byte order or variation (Unicode's Default_Ignorable_Code_Point, the blank Braille pattern and the format controls).
@@ -85,3 +90,15 @@ def digest_of(turn: TurnInput) -> bytes:
     if turn.channel or turn.reply_to is not None:
         content += (turn.channel, turn.reply_to)
     return hashlib.blake2b(encode(content), digest_size=16).digest()
+
+
+def unfinishable(orphan: Orphan, left: float | None, *, now: float) -> MoltBotError | None:
+    """Return why a turn of a core that is gone is not carried on, if so.
+
+    `left` is how many seconds it has until its deadline, None without one; `now` is a Unix time.
+    """
+    if left is not None and left <= 0:
+        return DeadlineExceeded("the deadline passed while the core was away")
+    if orphan.epoch > _MOST_CORES or now - orphan.turn.create_time > _OLDEST:
+        return TurnInterrupted("the core stopped while the turn ran, again and again or long ago")
+    return None

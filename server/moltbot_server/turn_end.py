@@ -2,11 +2,17 @@
 
 from __future__ import annotations
 
+import time
+from collections.abc import Sequence
+
 from moltbot_server.errors import InvalidField, MoltBotError, StorageFull, StorageUnavailable
 from moltbot_server.live_turn import LiveTurn
+from moltbot_server.models.context import Fitted
+from moltbot_server.models.engine import Finished
 from moltbot_server.store import EndedTurn
 from moltbot_server.store.outbox import delivery_of
 from moltbot_server.turns import (
+    Attempt,
     Completed,
     Failed,
     FinishReason,
@@ -42,6 +48,38 @@ def end_of(live: LiveTurn, ending: Completed | Failed, model: str) -> EndedTurn:
         finish_reason=ending.finish_reason if isinstance(ending, Completed) else None,
         epoch=live.epoch,
         delivery=delivery_of(live.key, live.input, ending),
+    )
+
+
+def timings(
+    live: LiveTurn,
+    started: float,
+    first_text: float,
+    *,
+    fitted: Fitted,
+    end: Finished | None,
+    attempts: Sequence[Attempt],
+) -> Timings:
+    """Return where the time of a turn went, up to now.
+
+    `started` is when its place in the session came, `first_text` when there was something to read; both are on
+    `time.perf_counter`, 0 for not yet. `fitted` is what the model was given, `attempts` are those of a route.
+    """
+    now = time.perf_counter()
+    waited, trimmed = (end.queue, end.trimmed_messages) if end else (0.0, 0)
+    # A model was asked: not before the turn's place came, nor for an answer that was kept.
+    asked = bool(started) and not (end is not None and end.cached)
+    started, first = started or now, first_text or now
+    return Timings(
+        accept=live.accepted_after,
+        queue=started - live.arrived + waited,
+        first_token=max(0.0, first - started - waited),
+        generation=now - first,
+        total=now - live.arrived,
+        trimmed_messages=fitted.trimmed_messages + trimmed,
+        history_messages=fitted.history_messages - trimmed,
+        attempts=len([1 for attempt in attempts if attempt.outcome != "SKIPPED"]) or int(asked),
+        attempt_log=tuple(attempts),
     )
 
 

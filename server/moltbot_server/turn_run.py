@@ -25,7 +25,7 @@ from moltbot_server.sessions import OURS, OpenSession, title_of
 from moltbot_server.store import Elsewhere, EndedTurn, Moved, NewTurn, StoredTurn, Taken
 from moltbot_server.surroundings import Surroundings
 from moltbot_server.turn_anew import MOST, Anew
-from moltbot_server.turn_end import end_of, failed, joined, remembered, unkept
+from moltbot_server.turn_end import end_of, failed, joined, remembered, timings, unkept
 from moltbot_server.turns import (
     Accepted,
     Attempt,
@@ -186,7 +186,10 @@ class TurnRun:
 
     def _accepted(self, earlier: Taken | MoltBotError, *, again: bool = False) -> None:
         """Tell the followers what the store said; a turn that it did not take is dropped."""
-        live = self._live
+        live, guessed = self._live, self._live.is_guess
+        if guessed:
+            live.is_guess = False
+            self._pipeline.guessed(self._session, earlier)
         if self._over:
             return  # broken off meanwhile
         live.accepted_after = time.perf_counter() - live.arrived
@@ -194,10 +197,10 @@ class TurnRun:
             self._session.exists, self._session.version = True, OURS
             live.stored()
             self._interrupt()
-            if again:
-                # What it has recorded came to the store before its row did, and was left out.
+            if again or guessed:
+                # What it has recorded came to the store before its row did, and was left out; of a guess it waits here.
                 self._pipeline.journal.note(live)
-            if again and self._row is not None:
+            if (again or guessed) and self._row is not None:
                 # The first row gave way to an earlier turn's, and its end with it.
                 self._finish(self._row)
         elif isinstance(earlier, MoltBotError):
@@ -370,6 +373,8 @@ class TurnRun:
 
     def _finish(self, row: EndedTurn) -> None:
         self._row = row
+        if self._live.is_guess:
+            return  # stored when it is known whose number it has
         self._writes += 1
         self._pipeline.store.finish(row).then(self._stored)
 
@@ -477,24 +482,5 @@ class TurnRun:
 
     def _timings(self) -> Timings:
         """Return where the time went, up to now."""
-        now = time.perf_counter()
-        finished = self._finished
-        waited, trimmed = (finished.queue, finished.trimmed_messages) if finished else (0.0, 0)
-        started = self._started or now
-        first = self._first_text or now
-        arrived, fitted = self._live.arrived, self._fitted
-        return Timings(
-            accept=self._live.accepted_after,
-            queue=started - arrived + waited,
-            first_token=max(0.0, first - started - waited),
-            generation=now - first,
-            total=now - arrived,
-            trimmed_messages=fitted.trimmed_messages + trimmed,
-            history_messages=fitted.history_messages - trimmed,
-            attempts=len([1 for attempt in self._attempts if attempt.outcome != "SKIPPED"]) or int(self._asked()),
-            attempt_log=self._attempts,
-        )
-
-    def _asked(self) -> bool:
-        """Tell whether a model was asked: not before the turn's place came, nor for an answer that was kept."""
-        return bool(self._started) and not (self._finished is not None and self._finished.cached)
+        fitted, end, attempts = self._fitted, self._finished, self._attempts
+        return timings(self._live, self._started, self._first_text, fitted=fitted, end=end, attempts=attempts)

@@ -97,6 +97,7 @@ class Route(Pen):
     type = "route"
     greedy = False
     is_route = True
+    is_free = False
 
 
 class Desk:

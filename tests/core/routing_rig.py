@@ -133,6 +133,7 @@ class Model:
     type = "scripted"
     memory_bytes = 0
     is_route = False
+    is_free = True
     overhead = 0
     numbers: ClassVar[Mapping[str, float]] = {}
 

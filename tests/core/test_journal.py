@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import itertools
+from collections.abc import Collection, Sequence
 from typing import Any, cast
 
 import pytest
@@ -11,7 +12,8 @@ import uvloop
 from moltbot_server.errors import NotServing, RequestIdReused, TurnNotFound
 from moltbot_server.journal import Follower, Journal, replay
 from moltbot_server.live_turn import LiveTurn
-from moltbot_server.store import SEQUENCE_AFTER_CRASH, NewTurn, Store, StoredTurn
+from moltbot_server.store import SEQUENCE_AFTER_CRASH, NewTurn, Pending, Store, StoredTurn
+from moltbot_server.store.protocol import JournalEntry
 from moltbot_server.ticker import Ticker
 from moltbot_server.turns import (
     Accepted,
@@ -35,10 +37,27 @@ CALLER = Principal(workspace="w", key_id="k", role="owner")
 END = Completed(text="", finish_reason=FinishReason.STOP, usage=Usage(), timings=Timings())
 
 
-def begun(*, interval: float = 0.0, ordinal: int = 1, stored: bool = True, **fields: Any) -> LiveTurn:
+def begun(
+    *,
+    interval: float = 0.0,
+    ordinal: int = 1,
+    stored: bool = True,
+    journal: Journal | None = None,
+    is_guess: bool = False,
+    **fields: Any,
+) -> LiveTurn:
     key = TurnKey(session=SessionKey(workspace="w", session="s"), ordinal=ordinal)
     spoken = TurnInput(parts=(TextPart(text="x"),), **{"request_id": f"r{ordinal}", **fields})
-    live = LiveTurn(key=key, turn=spoken, principal=CALLER, digest=b"d", arrived=0.0, interval=interval)
+    live = LiveTurn(
+        key=key,
+        turn=spoken,
+        principal=CALLER,
+        digest=b"d",
+        arrived=0.0,
+        interval=interval,
+        journal=journal,
+        is_guess=is_guess,
+    )
     live.record(Accepted(session="s", ordinal=ordinal, request_id=spoken.request_id))
     if stored:
         live.stored()
@@ -354,3 +373,51 @@ async def test_a_turn_that_has_its_answer_before_its_deadline_is_set_still_knows
     live.allow_until(deadline + 60)
     assert live.expires_at == deadline + 60
     live.let_go()
+
+
+class SlowStore:
+    """Takes what turns record, and answers when it is told to."""
+
+    shared = False
+
+    def __init__(self) -> None:
+        self.asked: list[tuple[list[int], Pending[Collection[TurnKey]]]] = []
+
+    def append(self, entries: Sequence[JournalEntry]) -> Pending[Collection[TurnKey]]:
+        answer: Pending[Collection[TurnKey]] = Pending()
+        self.asked.append(([entry.key.ordinal for entry in entries], answer))
+        return answer
+
+
+async def test_what_a_turn_records_waits_for_its_own_writes_and_not_for_those_of_others() -> None:
+    store: Any = SlowStore()
+    journal = Journal(store)
+    first, second = (begun(ordinal=number, journal=journal) for number in (1, 2))
+    first.say("a")
+    await asyncio.sleep(0)
+    first.say("b")
+    second.say("c")
+    await asyncio.sleep(0)
+
+    assert [ordinals for ordinals, _ in store.asked] == [[1], [2]]
+    store.asked[1][1].settle(())
+    assert (text(first.events[: first.visible]), text(second.events[: second.visible])) == ("", "c")
+    store.asked[0][1].settle(())
+    assert text(first.events[: first.visible]) == "a"
+    assert [ordinals for ordinals, _ in store.asked] == [[1], [2], [1]]
+    store.asked[2][1].settle(())
+    assert text(first.events[: first.visible]) == "ab"
+
+
+async def test_nothing_of_a_turn_that_is_a_guess_is_written_before_it_is_accepted() -> None:
+    store: Any = SlowStore()
+    journal = Journal(store)
+    live = begun(journal=journal, is_guess=True)
+    live.say("a")
+    await asyncio.sleep(0)
+    assert not store.asked
+
+    live.is_guess = False
+    journal.note(live)
+    await asyncio.sleep(0)
+    assert [ordinals for ordinals, _ in store.asked] == [[1]]

@@ -19,7 +19,7 @@ import moltbot_server.store.sqlite as sqlite
 import moltbot_server.store.sqlite_outbox as sqlite_outbox
 import moltbot_server.store.sqlite_use as sqlite_use
 from fault_history import Read
-from moltbot_server import live_turn, pipeline, turn_run
+from moltbot_server import live_turn, pipeline, turn_end, turn_run
 from moltbot_server.config_models import Delivering
 from moltbot_server.errors import ModelUnavailable, MoltBotError, NotServing
 from moltbot_server.journal import Journal
@@ -71,6 +71,7 @@ def virtual_time() -> Iterator[Callable[[World], None]]:
     places: list[tuple[Any, str, Any]] = [
         (live_turn, "time", _CLOCK),
         (turn_run, "time", _CLOCK),
+        (turn_end, "time", _CLOCK),
         (pipeline, "time", _CLOCK),
         (sqlite_outbox, "time", _CLOCK),
         (sqlite_use, "time", _CLOCK),
@@ -239,8 +240,13 @@ class Node:
         engine = _Engine(self)
         catalog = Catalog()
         catalog.add(engine)
+        dice = self.world.random
         self.sessions = Sessions(
-            self.store, lambda past: ContextWindow.of(past, engine.count, 1 << 30), clock=_CLOCK.monotonic
+            self.store,
+            lambda past: ContextWindow.of(past, engine.count, 1 << 30),
+            clock=_CLOCK.monotonic,
+            ttl=dice.choice((0.05, 60.0)),
+            guessed_from=dice.choice((0.0, 2.0)),
         )
         settings = Delivering(lease=1.0, max_attempts=1000)
         self.deliveries = Deliveries(lambda: self.store.outbox, settings, _METRICS)
@@ -434,6 +440,11 @@ class Node:
         self.calls.clear()
         self.on_gone(self)
 
+    def bury(self) -> None:
+        """Let everything go; of a process that was killed, too, nothing is left open."""
+        self.store._files.close()
+        self.loop.bury()
+
     def litter(self) -> list[str]:
         """Return what is left of turns, when there are none any more."""
         if self.is_gone:
@@ -445,6 +456,7 @@ class Node:
             "calls": len(self.calls),
             "noted turns": len(self.journal._noted),
             "turns in files": len(self.store._files),
+            "sessions taken for new": len(self.sessions._loading),
             "receivers": len(self.deliveries._receivers),
         }
         return [f"{self.name} has {count} {name} left" for name, count in counts.items() if count]

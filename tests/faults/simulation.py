@@ -266,7 +266,7 @@ class Town:
     def bury(self) -> None:
         """Let everything go."""
         for node in self.nodes:
-            node.loop.bury()
+            node.bury()
 
 
 def _kept_event(event: Event) -> KeptEvent:

@@ -73,7 +73,7 @@ def bench_durability(
             bars[f"{name}: first token, ms more"] = bar(report[name]["first_token_added_ms"], "<=", MOST_ADDED)
             bars[f"{name}: tokens/s of memory's"] = bar(report[name]["tokens_ratio"], ">=", LEAST_TOKENS)
     report["bars"] = bars
-    report["slices"] = {way: {name: _typical(name, found) for name in kept} for way, found in done.items()}
+    report["slices"] = {way: {name: _typical(name, found, seconds) for name in kept} for way, found in done.items()}
     report["every_round"] = {
         way: [{name: _brief(counted) for name, counted in each.items()} for each in found]
         for way, found in done.items()
@@ -119,15 +119,15 @@ def _ends(values: Sequence[float]) -> dict[str, float]:
     return {"lowest": round(min(values), 3), "highest": round(max(values), 3)}
 
 
-def _typical(name: str, found: Sequence[Mapping[str, Counted]]) -> dict[str, Any]:
-    """Return the medians of one store's slices, and where the time and the processors went."""
+def _typical(name: str, found: Sequence[Mapping[str, Counted]], seconds: float) -> dict[str, Any]:
+    """Return the medians of one store's slices of so many seconds, and where the time and the processors went."""
     own = [each[name] for each in found]
     used = {part: statistics.median(each["processors"].get(part, 0.0) for each in own) for part in _RELATIVE}
     stages = {stage: statistics.median(each["stages_ms"][stage] for each in own) for stage in own[0]["stages_ms"]}
     return {
         "tokens_per_second": round(statistics.median(each["tokens_per_second"] for each in own), 1),
         "first_token_p50_ms": round(statistics.median(_first(each) for each in own), 2),
-        "turns_per_second": round(statistics.median(each["answers"] for each in own), 1),
+        "turns_per_second": round(statistics.median(each["answers"] for each in own) / seconds, 1),
         "stages_ms": {stage: round(value, 2) for stage, value in stages.items()},
         "processors": {part: round(value, 2) for part, value in used.items()},
     }

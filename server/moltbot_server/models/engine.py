@@ -162,6 +162,10 @@ class Engine(Protocol):
         """Whether it leaves the answer to one of several models and tells its listener which: `Listener.noted`."""
 
     @property
+    def is_free(self) -> bool:
+        """Whether an answer costs nobody money, so that one may be begun that is perhaps not wanted."""
+
+    @property
     def rest(self) -> float:
         """Seconds until it is worth asking again, because whoever serves it said so; 0 for now."""
 

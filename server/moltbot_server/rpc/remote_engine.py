@@ -228,6 +228,7 @@ class RemoteEngine:
     """One model that the engine role serves. Everything is counted and cut to the context over there."""
 
     is_route = False
+    is_free = True
     rest = 0.0
 
     def __init__(

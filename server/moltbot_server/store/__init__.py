@@ -1,6 +1,7 @@
 """Where sessions and turns are kept: one protocol, a file for each store."""
 
 from moltbot_server.store.pending import Pending as Pending
+from moltbot_server.store.protocol import GUESSED as GUESSED
 from moltbot_server.store.protocol import SEQUENCE_AFTER_CRASH as SEQUENCE_AFTER_CRASH
 from moltbot_server.store.protocol import Elsewhere as Elsewhere
 from moltbot_server.store.protocol import EndedTurn as EndedTurn

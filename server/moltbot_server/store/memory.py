@@ -15,6 +15,7 @@ from moltbot_server.errors import StorageUnavailable, TurnInterrupted
 from moltbot_server.store.memory_rows import Conversation, KeptTurn
 from moltbot_server.store.pending import Pending
 from moltbot_server.store.protocol import (
+    GUESSED,
     EndedTurn,
     JournalEntry,
     Moved,
@@ -87,7 +88,8 @@ class MemoryStore:
         request = (turn.key.session.workspace, turn.request_id)
         earlier = self._requests.get(request)
         if earlier is not None:
-            return None if earlier.row.key == turn.key else earlier.stored()
+            same = (earlier.row.key, earlier.row.create_time) == (turn.key, turn.create_time)
+            return None if same else earlier.stored()
         if self._is_old(turn):
             return Moved()
         session = self._sessions.get(turn.key.session)
@@ -102,7 +104,9 @@ class MemoryStore:
     def _is_old(self, turn: NewTurn) -> bool:
         """Tell whether a turn is of a session that is not there any more, or has a number that another turn has."""
         session = self._sessions.get(turn.key.session)
-        return turn.version != 0 if session is None else turn.key.ordinal in session.turns
+        if session is None:
+            return turn.version not in (0, GUESSED)
+        return turn.version == GUESSED or turn.key.ordinal in session.turns
 
     def append(self, entries: Sequence[JournalEntry]) -> Pending[Collection[TurnKey]]:
         """Keep what happened in turns that run, and answer which of them do not, or not here any more."""

@@ -35,13 +35,18 @@ class Moved(Value, frozen=True):
     """What this node remembers of the session is old: load it again."""
 
 
+GUESSED = -2
+"""The version of a session that is taken for new unseen: the store refuses its turn if there is such a session."""
+
+
 class NewTurn(Value, frozen=True, kw_only=True):
     """A turn to be accepted: its row, its user message, and its session if that is new.
 
     `rest` is what else it takes to carry the turn out, without its question; `deadline` is a Unix time, 0 for none.
     `digest` is of the content, so that a reused `request_id` can be told from a repeated call. `ephemeral` sessions are
     not listed. `opens_session` is True when the session's row may be missing or untitled; else `title`, `user` and
-    `channel` are not looked at. `version` is the session's as it was loaded, 0 when there was none.
+    `channel` are not looked at. `version` is the session's as it was loaded, 0 when there was none, or `GUESSED`: then
+    nothing else is told of the turn before it is accepted, for it may have the number of another one.
     """
 
     key: TurnKey

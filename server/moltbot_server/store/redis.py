@@ -240,7 +240,7 @@ class RedisStore:
             groups = zip(by_workspace.values(), replies, strict=True)
             return [group[place].key for group, lost in groups for place in lost]
 
-        return self._writing.put(Call(*commands, read=read, patient=True))
+        return self._writing.put(Call(*commands, read=read, patient=True), gathered=True)
 
     async def take_over(self) -> Sequence[Orphan]:
         """Take over the turns of nodes that are gone."""

@@ -146,8 +146,11 @@ class RedisLine:
             await self._rest()
         self._worker = asyncio.create_task(self._work())
 
-    def put(self, call: Call[T]) -> Call[T]:
-        """Queue a call; while Redis is away, only those that are patient wait for it."""
+    def put(self, call: Call[T], *, gathered: bool = False) -> Call[T]:
+        """Queue a call; while Redis is away, only those that are patient wait for it.
+
+        One that was `gathered` already waits for no others: it goes at once, with all that wait.
+        """
         if self._closed:
             call.settle(StorageUnavailable("the store is closed"))
         elif self._away and not call.patient:
@@ -156,6 +159,8 @@ class RedisLine:
             self._waiting.append(call)
             if self._wire is None:
                 self._wanted.set()
+            elif gathered:
+                self._send()
             else:
                 self._send_soon()
         return call
@@ -185,11 +190,14 @@ class RedisLine:
         """Send what waits once the loop has gone through what it has at hand, which may bring more."""
         if not self._sending:
             self._sending = True
-            asyncio.get_running_loop().call_soon(self._send)
+            asyncio.get_running_loop().call_soon(self._send_gathered)
+
+    def _send_gathered(self) -> None:
+        self._sending = False
+        self._send()
 
     def _send(self) -> None:
         """Send what waits, as far as there is room for it."""
-        self._sending = False
         wire, waiting, under_way = self._wire, self._waiting, self._under_way
         if wire is None or self._problem is not None:
             return

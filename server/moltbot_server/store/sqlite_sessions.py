@@ -13,7 +13,7 @@ import sqlite3
 from collections.abc import Sequence
 from typing import Any
 
-from moltbot_server.store.protocol import Elsewhere, Moved, NewTurn, StoredTurn, Taken
+from moltbot_server.store.protocol import GUESSED, Elsewhere, Moved, NewTurn, StoredTurn, Taken
 from moltbot_server.store.sqlite_rows import TURN_COLUMNS, turn_of
 from moltbot_server.store.writer import Rows
 from moltbot_server.turns import TurnState
@@ -82,9 +82,11 @@ class Places:
         for turn, name in zip(turns, names, strict=True):
             row = known.get(name)
             if row is None:
-                verdict: Elsewhere | Moved | None = Moved() if turn.version else None
+                verdict: Elsewhere | Moved | None = None if turn.version in (0, GUESSED) else Moved()
                 if verdict is None:
                     known[name] = (self.node, 0)
+            elif turn.version == GUESSED:
+                verdict = self.elsewhere(connection, name) or Moved()
             elif row[0] == self.node:
                 verdict = None
             else:
@@ -113,12 +115,13 @@ class Places:
     def _earlier(self, connection: sqlite3.Connection, turn: NewTurn) -> tuple[StoredTurn | None, bool]:
         """Return the turn that holds a request_id, unless it is this one, and whether it is this one.
 
-        One that this node has taken over is not, though it may have this one's number.
+        One that this node has taken over is not, nor one that it had before, though they may have this one's number.
         """
         query = f"SELECT epoch, {TURN_COLUMNS} FROM turns WHERE workspace = ? AND request_id = ?"
         row = connection.execute(query, (turn.key.session.workspace, turn.request_id)).fetchone()
         found = turn_of(row[1:]) if row else None
-        is_this = found is not None and found.key == turn.key and row[0] == 1 and row[-1] == self.node
+        same = found is not None and (found.key, found.create_time) == (turn.key, turn.create_time)
+        is_this = same and row[0] == 1 and row[-1] == self.node
         return (None if is_this else found), is_this
 
     def _judge_stranger(

@@ -16,6 +16,7 @@ class EmbeddingEngine:
     """An encoder's folder as an engine. Whatever would have it write is refused."""
 
     is_route = False
+    is_free = True
     rest = 0.0
 
     def __init__(self, folder: EncoderFolder, *, threads: int = 1) -> None:

@@ -142,6 +142,7 @@ class ScriptedEngine:
     type = "scripted"
     memory_bytes = parallel = overhead = 0
     is_route = False
+    is_free = True
     rest = 0.0
     numbers: ClassVar[Mapping[str, float]] = {}
 

@@ -40,6 +40,7 @@ class ProviderEngine:
 
     memory_bytes = parallel = overhead = 0
     is_route = False
+    is_free = False
 
     def __init__(
         self,

@@ -40,6 +40,7 @@ class RouteEngine:
     type = "route"
     memory_bytes = 0
     is_route = True
+    is_free = False
 
     def __init__(
         self,

@@ -1,5 +1,5 @@
 -- ARGV: node, session, ordinal, request_id, digest, create_time, question, rest, deadline, opens_session, title, user,
--- channel, ephemeral, version. Answers 1 when the turn is stored, 0 when what its node remembers of the session is old,
+-- channel, ephemeral, version, which is 0 for a session that is new and -2 for one that is taken for new. Answers 1 when the turn is stored, 0 when what its node remembers of the session is old,
 -- the node that runs turns of the session, or the turn that has the request_id: its name and fields.
 local node, session, request = ARGV[1], ARGV[2], ARGV[4]
 local name = ARGV[3] .. ':' .. session
@@ -7,13 +7,13 @@ local name = ARGV[3] .. ':' .. session
 local function held_by()
     local held = call('HGET', base .. 'requests', request)
     if not held then return nil end
-    return held, call('HMGET', turn_key(held), 's', 'n', 'q', 'a', 'p')
+    return held, call('HMGET', turn_key(held), 's', 'n', 'q', 'a', 'p', 'c')
 end
 
 -- What was sent twice, because the first answer was lost, is the same turn. What another node sent is not, nor what this
--- one has taken over, though it may have the same number.
+-- one has taken over, or had before, though it may have the same number.
 local function is_this(held, found)
-    return held == name and found[2] == node and found[5] == '1'
+    return held == name and found[2] == node and found[5] == '1' and found[6] == ARGV[6]
 end
 
 local function earlier(held)
@@ -26,10 +26,10 @@ end
 local function judge()
     local found = call('HMGET', session_key(session), 'base', 'node', 'version')
     if not found[1] then
-        if ARGV[15] == '0' then return nil end
+        if ARGV[15] == '0' or ARGV[15] == '-2' then return nil end
         return 0
     end
-    if found[2] == node then return nil end
+    if found[2] == node and ARGV[15] ~= '-2' then return nil end
     local runs = running_on(session)
     if runs and runs ~= node then return runs end
     if ARGV[15] ~= (found[3] or '1') then return 0 end

@@ -60,6 +60,7 @@ class LocalEngine:
     """A model folder that answers. Its replicas share the weights; each writes one batch at a time."""
 
     is_route = False
+    is_free = True
     rest = 0.0
     greedy = True  # without a temperature it takes the likeliest token, so its answers may be kept
 
