@@ -38,7 +38,7 @@ class Orders:
 
 
 class _Refusing:
-    """A connection whose commits fail, as those on a full or broken disk."""
+    """A connection whose commits fail, as those on a full or broken disk; a statement by itself is one."""
 
     def __init__(self, connection: sqlite3.Connection, name: str) -> None:
         self._connection, self._name = connection, name
@@ -50,7 +50,7 @@ class _Refusing:
 
     def execute(self, statement: str, *values: Any) -> sqlite3.Cursor:
         """Run a statement, unless it is a commit."""
-        if statement == "COMMIT":
+        if statement == "COMMIT" or not (self._connection.in_transaction or statement.startswith("BEGIN")):
             error = sqlite3.OperationalError("no")
             error.sqlite_errorname = self._name
             raise error

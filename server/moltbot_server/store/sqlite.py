@@ -31,7 +31,7 @@ from moltbot_server.store import (
 )
 from moltbot_server.store.protocol import Away, JournalEntry, Orphan
 from moltbot_server.store.reader import GroupReader
-from moltbot_server.store.sqlite_journal import append_entries, forget_entries, names_of, take_over
+from moltbot_server.store.sqlite_journal import append_entries, forget_entries, names_of, plain_ends, take_over
 from moltbot_server.store.sqlite_journal_files import JournalFiles, folder_of
 from moltbot_server.store.sqlite_lock import DatabaseLock
 from moltbot_server.store.sqlite_nodes import Pen, SqliteNodes
@@ -112,6 +112,7 @@ class SqliteStore:
             self._write_turns,
             answered=self._answered,
             over=self._written,
+            quick=lambda rows: plain_ends(rows, self._journaled),
             pen=self._pen,
             presence=self._presence,
         )

@@ -33,6 +33,8 @@ _DISTANCE = 0.001
 """Seconds from one group to the next while many write."""
 _NOBODYS_FAULT = ("SQLITE_BUSY", "SQLITE_LOCKED", "SQLITE_IOERR", "SQLITE_READONLY", "SQLITE_CORRUPT", "SQLITE_NOTADB")
 _COUNTS = (64, 32, 16, 12, 8, 7, 6, 5, 4, 3, 2, 1)
+_FEW = 8
+"""Writes that wait: where there are more, it takes less time to write all of them together."""
 
 
 class Rows:
@@ -62,6 +64,11 @@ class Rows:
                 found += connection.execute(self._by_count[count], list(chain.from_iterable(chunk)))
                 start += count
         return found
+
+
+def is_one_statement(rows: int) -> bool:
+    """Tell whether so many rows are written by a single execution of `Rows`."""
+    return rows in _COUNTS
 
 
 class _Job(Pending[Any]):
@@ -110,19 +117,23 @@ class GroupWriter(GroupThread[_Job]):
         *,
         answered: Callable[[Any, Any], None] = lambda row, outcome: None,
         over: Callable[[bool], None] = lambda _: None,
+        quick: Callable[[Sequence[Any]], Sequence[Any]] = lambda rows: (),
         pen: AbstractContextManager[None] | None = None,
         presence: WritePresence,
     ) -> None:
         """Take a connection over, which waits for the disk; it is closed with the writer.
 
         `answered` hears of each row with its outcome, on the loop's thread and before whoever waits for it. `over`
-        hears on this thread whether a transaction stands, or was undone. The `pen` is held while the database is
-        written: other processes wait for it then. `presence` hears when nothing can be written, and when it can again.
+        hears on this thread whether a transaction stands, or was undone. `quick` returns those of some rows that may be
+        written before the others, by a single statement, which needs no transaction around it. The `pen` is held while
+        the database is written: other processes wait for it then. `presence` hears when nothing can be written, and
+        when it can again.
         """
         super().__init__(connection, name="moltbot-writer", distance=_DISTANCE)
         self._write_rows = write_rows
         self._row_answered = answered
         self._transaction_over = over
+        self._quick = quick
         self._pen = pen or contextlib.nullcontext()
         self._presence = presence
         self._looks = False
@@ -134,6 +145,16 @@ class GroupWriter(GroupThread[_Job]):
     def submit_row(self, row: Any) -> Pending[Any]:
         """Queue a row to be written with others."""
         return self.put(_Job(None, row))
+
+    def _next_group(self) -> list[_Job]:
+        waiting = self._waiting
+        if 1 < len(waiting) <= _FEW and all(job.write is None for job in waiting):
+            quick = [*map(id, self._quick([job.row for job in waiting]))]
+            if 0 < len(quick) < len(waiting):
+                group = [job for job in waiting if id(job.row) in quick]
+                self._waiting = [job for job in waiting if id(job.row) not in quick]
+                return group
+        return super()._next_group()
 
     def carry_out(self, connection: sqlite3.Connection, group: list[_Job]) -> list[tuple[_Job, Any]]:
         """Write a group in one transaction."""
@@ -156,10 +177,16 @@ class GroupWriter(GroupThread[_Job]):
         self.submit(probe).then(lambda outcome: None if isinstance(outcome, MoltBotError) else self._presence.found())
 
     def _write(self, connection: sqlite3.Connection, group: list[_Job]) -> list[tuple[_Job, Any]]:
+        rows = [job.row for job in group if job.write is None]
+        # A statement by itself is a transaction. For each one the interpreter's lock is given up and waited for.
+        by_itself = len(rows) == len(group) == len(self._quick(rows)) and is_one_statement(len(rows))
         try:
-            connection.execute("BEGIN IMMEDIATE")
-            outcomes = self._write_all(connection, group)
-            connection.execute("COMMIT")
+            if by_itself:
+                outcomes = self._write_all(connection, group)
+            else:
+                connection.execute("BEGIN IMMEDIATE")
+                outcomes = self._write_all(connection, group)
+                connection.execute("COMMIT")
         except Exception as error:
             if connection.in_transaction:
                 with contextlib.suppress(sqlite3.Error):
