@@ -136,27 +136,31 @@ class Soak:
                 size = result.samples[-1][1] / 1e6
                 print(f"{people.turns} turns, {speed:.0f} a second, {size:.1f} MB", file=sys.stderr, flush=True)
         await people.talk(0)
-        result.after = await self._at_rest()
+        result.after = await self._at_rest(result.before)
         result.turns, result.seconds = people.turns, time.monotonic() - began
 
-    async def _at_rest(self) -> Rest:
-        """Wait until nothing is under way, for some seconds at most, and return what there is."""
+    async def _at_rest(self, before: Rest | None = None) -> Rest:
+        """Wait until nothing is under way, for some seconds at most, and return what there is.
+
+        What is more than `before` is waited for as well: a connection that is being closed is not left over.
+        """
         core = psutil.Process(self.node.process_id)
         until = time.monotonic() + 20.0
         while True:
             found = await self._gauges()
             left = await self.keeping.counts()
-            if time.monotonic() > until or not (found["moltbot_turns_under_way"] or any(left.values())):
-                break
+            rest = Rest(
+                resident=core.memory_info().rss,
+                tasks=int(found["moltbot_tasks"]),
+                files=core.num_fds(),
+                threads=core.num_threads(),
+                under_way=int(found["moltbot_turns_under_way"]),
+                left=left,
+            )
+            more = before is not None and (rest.tasks > before.tasks or rest.files > before.files)
+            if time.monotonic() > until or not (more or rest.under_way or any(left.values())):
+                return rest
             await asyncio.sleep(0.5)  # turns that nobody follows end by themselves
-        return Rest(
-            resident=core.memory_info().rss,
-            tasks=int(found["moltbot_tasks"]),
-            files=core.num_fds(),
-            threads=core.num_threads(),
-            under_way=int(found["moltbot_turns_under_way"]),
-            left=left,
-        )
 
     async def _gauges(self) -> dict[str, float]:
         reader, writer = await asyncio.open_connection(*self.node.told["metrics"].rsplit(":", 1))
