@@ -9,6 +9,7 @@ import random
 import sqlite3
 import stat
 import subprocess
+import threading
 import time
 from collections.abc import AsyncIterator, Iterator
 from pathlib import Path
@@ -17,9 +18,10 @@ import msgspec
 import pytest
 from kept_turns import TIMES, ended, everything, keep, key, new, said, texts
 from moltbot_server.errors import StorageDamaged, StorageFull, StorageUnavailable
+from moltbot_server.store.outbox import delivery_of
 from moltbot_server.store.sqlite import SqliteStore
 from moltbot_server.store.sqlite_schema import SCHEMA_VERSION
-from moltbot_server.turns import FinishReason, Role, TurnInput, TurnState, encode
+from moltbot_server.turns import Completed, FinishReason, Place, Role, TurnInput, TurnState, encode
 
 
 @pytest.fixture
@@ -389,3 +391,109 @@ async def test_a_database_that_forgets_as_much_as_it_is_given_does_not_grow(stor
             continue
         sizes.append(store._writing.execute("PRAGMA page_count").fetchone()[0])
     assert sizes[-1] <= 1.2 * sizes[0], sizes
+
+
+def traced(store: SqliteStore) -> list[str]:
+    """Return where the writer's statements are noted; those that say when sessions were used come once a second."""
+    heard: list[str] = []
+
+    def hear(statement: str) -> None:
+        if not statement.startswith("UPDATE sessions SET update_time"):
+            heard.append(statement.split()[0])
+
+    store._writing.set_trace_callback(hear)
+    return heard
+
+
+async def test_an_end_goes_before_turns_that_are_new_and_is_a_transaction_by_itself(store: SqliteStore) -> None:
+    turns = [new(number) for number in (1, 2, 3)]
+    assert await store.accept(turns[0]) is None
+    heard, told = traced(store), list[str]()
+    gate = threading.Event()
+    blocked = store._writer.submit(lambda _: gate.wait(5))
+    await blocked_is_at_work(store)
+    writes = {"second": store.accept(turns[1]), "end": store.finish(ended(turns[0])), "third": store.accept(turns[2])}
+    for name, write in writes.items():
+        write.then(lambda _, name=name: told.append(name))  # type: ignore[misc]
+    gate.set()
+
+    await blocked
+    assert await store.accept(new(4)) is None
+    assert told == ["end", "second", "third"]
+    assert heard[:5] == ["BEGIN", "COMMIT", "UPDATE", "BEGIN", "SELECT"]
+    assert await texts(store) == ["question", "answer", "question", "question", "question"]
+
+
+async def blocked_is_at_work(store: SqliteStore) -> None:
+    """Let the loop hand over what waits."""
+    while not store._writer._at_work:
+        await store._reader.read(lambda connection: None)
+
+
+async def test_an_end_does_not_go_before_its_own_turn(store: SqliteStore) -> None:
+    turns = [new(number) for number in (1, 2)]
+    writes = [
+        store.accept(turns[0]),
+        store.accept(turns[1]),
+        store.finish(ended(turns[1])),
+        store.finish(ended(turns[0])),
+    ]
+
+    assert [await write for write in writes] == [None] * 4  # type: ignore[misc]
+    assert await texts(store) == ["question", "answer"] * 2
+
+
+async def test_an_end_with_something_to_deliver_is_stored_with_it_or_not_at_all(store: SqliteStore) -> None:
+    place = Place(channel="slack", address="C1")
+    asked = TurnInput(parts=new().question, reply_to=place)
+    turn = new(rest=asked)
+    assert await store.accept(turn) is None
+    end = ended(turn)
+    last = end.events[-1].kind
+    assert isinstance(last, Completed)
+    heard = traced(store)
+    await store.finish(msgspec.structs.replace(end, delivery=delivery_of(turn.key, asked, last)))
+
+    assert (heard[0], heard[-1], heard.count("UPDATE"), heard.count("INSERT")) == ("BEGIN", "COMMIT", 1, 1)
+
+
+async def test_an_end_that_cannot_be_written_is_told_so_and_is_written_when_it_can(
+    store: SqliteStore, path: Path
+) -> None:
+    turn = new()
+    assert await store.accept(turn) is None
+    store._writing.execute("PRAGMA busy_timeout = 50")
+    other = sqlite3.connect(path, isolation_level=None)
+    other.execute("BEGIN IMMEDIATE")
+    with pytest.raises(StorageUnavailable):
+        await store.finish(ended(turn))
+    other.close()
+
+    assert not store._writing.in_transaction
+    await store.finish(ended(turn))
+    found = await store.find_turn(turn.key)
+    assert found is not None
+    assert found.state is TurnState.COMPLETED
+    await keep(store, new(2))
+    assert await texts(store) == ["question", "answer"] * 2
+
+
+async def test_a_new_turn_does_not_wait_for_ever_behind_ends(store: SqliteStore) -> None:
+    turns = [new(number) for number in range(1, 8)]
+    for turn in turns:
+        assert await store.accept(turn) is None
+    gate = threading.Event()
+    blocked = store._writer.submit(lambda _: gate.wait(5))
+    await blocked_is_at_work(store)
+    late = store.accept(new(9))
+    taken = []
+    for turn in turns:
+        store.finish(ended(turn))
+        taken.append(store._writer._next_group())
+        if late in taken[-1]:
+            break
+
+    assert late in taken[-1]
+    assert len(taken) == 5
+    gate.set()
+    await blocked

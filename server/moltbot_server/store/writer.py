@@ -35,6 +35,8 @@ _NOBODYS_FAULT = ("SQLITE_BUSY", "SQLITE_LOCKED", "SQLITE_IOERR", "SQLITE_READON
 _COUNTS = (64, 32, 16, 12, 8, 7, 6, 5, 4, 3, 2, 1)
 _FEW = 8
 """Writes that wait: where there are more, it takes less time to write all of them together."""
+_PASSED = 4
+"""How often in a row others may go before a write that waits."""
 
 
 class Rows:
@@ -134,6 +136,7 @@ class GroupWriter(GroupThread[_Job]):
         self._row_answered = answered
         self._transaction_over = over
         self._quick = quick
+        self._passed = 0
         self._pen = pen or contextlib.nullcontext()
         self._presence = presence
         self._looks = False
@@ -148,12 +151,14 @@ class GroupWriter(GroupThread[_Job]):
 
     def _next_group(self) -> list[_Job]:
         waiting = self._waiting
-        if 1 < len(waiting) <= _FEW and all(job.write is None for job in waiting):
+        if 1 < len(waiting) <= _FEW and self._passed < _PASSED and all(job.write is None for job in waiting):
             quick = [*map(id, self._quick([job.row for job in waiting]))]
             if 0 < len(quick) < len(waiting):
                 group = [job for job in waiting if id(job.row) in quick]
                 self._waiting = [job for job in waiting if id(job.row) not in quick]
+                self._passed += 1
                 return group
+        self._passed = 0
         return super()._next_group()
 
     def carry_out(self, connection: sqlite3.Connection, group: list[_Job]) -> list[tuple[_Job, Any]]:
