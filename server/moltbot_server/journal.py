@@ -88,7 +88,12 @@ class Follower:
                         continue
                     self._seeking = False
                 batch = live.events[start : live.visible]
-                self._after = batch[-1].sequence
+                after, self._after = self._after, batch[-1].sequence
+                if start <= live.same_at < live.visible and after <= live.events[live.same_at - 1].sequence:
+                    # It has all that was kept, or is told it now: nothing is to be taken back.
+                    del batch[live.same_at - start]
+                    if not batch:
+                        continue
                 return _merged(batch) if live._interval > 0 and len(batch) > 2 else batch
             elif live.ended:
                 raise StopAsyncIteration

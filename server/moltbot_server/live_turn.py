@@ -71,6 +71,7 @@ class LiveTurn:
         "moves",
         "principal",
         "refusal",
+        "same_at",
         "successor",
         "visible",
     )
@@ -104,6 +105,7 @@ class LiveTurn:
         self.epoch = taken.epoch if taken else 1
         self.is_guess = is_guess
         self.visible = self.kept = len(self.events)
+        self.same_at = -1
         self.ended = self.cancelling = self.closing = self.late = self.lost = False
         self.halt: Callable[[], None] = _nobody_to_stop
         self.duplicate_of: StoredTurn | None = None
@@ -148,6 +150,11 @@ class LiveTurn:
         if self._held:
             self._flush()
         self._append(kind)
+
+    def go_on_with(self, text: str, reason: str) -> None:
+        """Record that the text so far stays, for whom it is another than what was shown: who saw less is spared it."""
+        self.same_at = len(self.events)
+        self.record(Reset(text=text, reason=reason))
 
     def close(self, kind: Completed | Failed) -> tuple[Event, ...]:
         """Return all events with `kind` as the last one, not yet recorded: it is stored before it is seen."""

@@ -25,6 +25,7 @@ from moltbot_server.sessions import OURS, OpenSession, title_of
 from moltbot_server.store import Elsewhere, EndedTurn, Moved, NewTurn, StoredTurn, Taken
 from moltbot_server.surroundings import Surroundings
 from moltbot_server.turn_anew import MOST, Anew
+from moltbot_server.turn_begun import begun, go_on, with_answer
 from moltbot_server.turn_end import end_of, failed, joined, remembered, timings, unkept
 from moltbot_server.turns import (
     Accepted,
@@ -124,12 +125,15 @@ class TurnRun:
             self._answer()
 
     def carry_on(self, *, interrupted: bool = False) -> None:
-        """Set out on a turn that another core began: it is answered anew; an `interrupted` one keeps what it has."""
+        """Set out on a turn that another core began: it goes on, or anew; an `interrupted` one keeps what it has."""
         live, session = self._live, self._session
-        kept, go = (live.text, self._cut_short) if interrupted else ("", self._answer)
+        kept, go = (live.text, self._cut_short) if interrupted else (begun(live, self._engine), self._answer)
         self._take_up()
-        # Also where nothing was kept: a power failure may have taken what was shown.
-        live.record(Reset(text=kept, reason="the core that was answering is gone: what comes now counts"))
+        if kept and not interrupted:
+            live.go_on_with(kept, "the core that was answering is gone: another one goes on")
+        else:
+            # Also where nothing was kept: a power failure may have taken what was shown.
+            live.record(Reset(text=kept, reason="the core that was answering is gone: what comes now counts"))
         self._pieces = [kept] if kept else []
         if session.enter(live, go):
             go()
@@ -270,13 +274,16 @@ class TurnRun:
             live.record(Routed(kind="model", name=engine.id, reason=named))
         try:
             self._fitted = self._pipeline.conversation(turn, self._session, engine)
-            self._generate(self)
+            if self._pieces:
+                go_on(self._generate, self, self._pieces[0])
+            else:
+                self._generate(self)
         except Exception as error:
             self.ended(error)
 
-    def _generate(self, listener: Listener) -> None:
-        turn = self._live.input
-        self._generation = self._pipeline.generate(self._engine, self._fitted.messages, turn, listener, self._asker)
+    def _generate(self, listener: Listener, begun: str = "") -> None:
+        turn, messages = self._live.input, with_answer(self._fitted.messages, begun)
+        self._generation = self._pipeline.generate(self._engine, messages, turn, listener, self._asker)
 
     def queued(self, position: int) -> None:
         """Tell the place in the queue before the engine; the engine calls this."""
@@ -321,8 +328,12 @@ class TurnRun:
             self._conclude(self._failed(end.at("turn.parts")))
         elif isinstance(end, TurnInterrupted) and self._broken < MOST and not self._engine.is_route:
             self._broken += 1  # a route says by itself what becomes of an answer that broke off
+            text = "" if self._thoughts else "".join(self._pieces)
             try:
-                self._generate(Anew(self))
+                if self._engine.capabilities.continuation and text and not text.isspace():
+                    go_on(self._generate, self, text)
+                else:
+                    self._generate(Anew(self))
             except Exception as error:
                 self._end(error)
         elif isinstance(end, MoltBotError):

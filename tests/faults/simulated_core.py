@@ -21,7 +21,7 @@ import moltbot_server.store.sqlite_use as sqlite_use
 from fault_history import Read
 from moltbot_server import live_turn, pipeline, turn_end, turn_run
 from moltbot_server.config_models import Delivering
-from moltbot_server.errors import ModelUnavailable, MoltBotError, NotServing
+from moltbot_server.errors import MoltBotError, NotServing
 from moltbot_server.journal import Journal
 from moltbot_server.live_turn import LiveTurn
 from moltbot_server.metrics import Metrics
@@ -29,15 +29,20 @@ from moltbot_server.models.caching.answers import AnswerCache
 from moltbot_server.models.caching.backend import MemoryBackend
 from moltbot_server.models.catalog import Catalog
 from moltbot_server.models.context import ContextWindow
-from moltbot_server.models.engine import NOBODY, Asker, Finished, Generation, Listener
-from moltbot_server.models.engines.scripted import ScriptedEngine
 from moltbot_server.outbox import Deliveries
 from moltbot_server.pipeline import TurnPipeline
 from moltbot_server.sessions import Sessions
 from moltbot_server.store.sqlite_journal_files import JournalFiles
 from moltbot_server.store.sqlite_sessions import Places
-from moltbot_server.turns import Event, FinishReason, GenerationOptions, Message, Principal, TurnInput, TurnKey, Usage
+from moltbot_server.turns import (
+    Event,
+    Message,
+    Principal,
+    TurnInput,
+    TurnKey,
+)
 from simulated_disk import Disk, Orders
+from simulated_model import Model
 from simulated_nodes import Nodes, way_to
 from simulated_world import Clock, SimulatedLoop, World
 
@@ -119,79 +124,6 @@ class _Store(sqlite.SqliteStore):
         return connection, connection
 
 
-# --- the model --------------------------------------------------------------------------------------------------------
-
-
-class _Engine(ScriptedEngine):
-    """Says something of its own each time, at a pace of the world's; sometimes it fails."""
-
-    healthy = True
-
-    def __init__(self, node: Node) -> None:
-        super().__init__()
-        self.healthy = True
-        self._node = node
-
-    def begin(
-        self, messages: Sequence[Message], options: GenerationOptions, listener: Listener, asker: Asker = NOBODY
-    ) -> Generation:
-        """Begin an answer."""
-        world = self._node.world
-        dice = world.random
-        if dice.random() < 0.02:
-            raise ModelUnavailable("The model does not answer.")
-        self._node.record_read(messages, pieces := self._node.pieces())
-        recital = _Recital(self._node, listener, pieces, hurries=dice.random() < 0.2)
-        recital.go_on()
-        return recital
-
-
-class _Recital:
-    """An answer on its way."""
-
-    def __init__(self, node: Node, listener: Listener, pieces: list[str], *, hurries: bool) -> None:
-        self._node, self._listener, self._pieces, self._hurries = node, listener, pieces, hurries
-        dice = node.world.random.random()
-        self._fails = len(pieces) * dice * 20 if dice < 0.05 else None
-        self._said = 0
-        self._timer: asyncio.TimerHandle | None = None
-
-    def go_on(self) -> None:
-        """Say the next piece, or all that are left, or the end."""
-        while True:
-            self._timer = None
-            if self._fails is not None and self._said >= self._fails:
-                self._listener.ended(ModelUnavailable("The model broke."))
-                return
-            if self._said == len(self._pieces):
-                usage = Usage(output_tokens=self._said)
-                self._listener.ended(Finished(finish_reason=FinishReason.STOP, usage=usage))
-                return
-            if not self._hurries or self._said:
-                break
-            self._say()
-        if self._hurries:
-            while self._said < len(self._pieces):
-                self._say()
-            self.go_on()
-            return
-        pause = self._node.world.random.random() * 0.1
-        self._timer = asyncio.get_running_loop().call_later(pause, self._next)
-
-    def _next(self) -> None:
-        self._say()
-        self.go_on()
-
-    def _say(self) -> None:
-        self._said += 1
-        self._listener.wrote(self._pieces[self._said - 1], 1)
-
-    def stop(self) -> None:
-        """Fall silent."""
-        if self._timer is not None:
-            self._timer.cancel()
-
-
 # --- the process ------------------------------------------------------------------------------------------------------
 
 
@@ -237,7 +169,7 @@ class Node:
     def _compose(self) -> None:
         self.store = _Store(self)
         self.journal = Journal(self.store)
-        engine = _Engine(self)
+        engine = Model(self)
         catalog = Catalog()
         catalog.add(engine)
         dice = self.world.random

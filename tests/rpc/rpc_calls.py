@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import time
 from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import Any
 
 from google.rpc import error_details_pb2, status_pb2
@@ -14,11 +15,13 @@ from moltbot.v1 import (
     chat_pb2_grpc,
     inference_pb2_grpc,
     message_pb2,
+    model_pb2,
     model_pb2_grpc,
     plugin_pb2_grpc,
     session_pb2,
     session_pb2_grpc,
 )
+from moltbot_server.config import Settings
 from moltbot_server.models.engine import NOBODY, Asker, Finished, Generation, Listener
 from moltbot_server.testing import RunningServer, ScriptedEngine
 from moltbot_server.turns import GenerationOptions, Message
@@ -220,3 +223,19 @@ async def until(condition: Callable[[], object], within: float = 5.0) -> None:
     while not condition():
         assert time.monotonic() < deadline, "it did not come to hold"
         await asyncio.sleep(0.005)
+
+
+def settings(folder: Path, **more: object) -> Settings:
+    """Return the settings of a core or an engine on ports that the system chooses."""
+    return Settings(workspace=folder, grpc_port=0, metrics_port=0, port=0, **more)  # type: ignore[arg-type]
+
+
+async def loaded(api: Api, request: model_pb2.LoadModelRequest) -> list[model_pb2.LoadModelResponse]:
+    """Load a model and return all that is told of it."""
+    return [step async for step in api.models.LoadModel(request, metadata=api.metadata)]
+
+
+async def until_it_streams(call: Any, sign: str = "text_delta") -> None:
+    """Read a stream up to an event of a kind."""
+    while not (await call.read()).event.HasField(sign):
+        pass

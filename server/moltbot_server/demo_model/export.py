@@ -35,6 +35,7 @@ def description(shape: Shape) -> dict[str, object]:
         "name": "MoltBot built-in model",
         "context_length": CONTEXT_LENGTH,
         "repeats": 2,
+        "continuation": False,  # an answer begins with the token of its topic
         "languages": ["en", "zh"],
         "chat_template": {
             "bos": "<s>",

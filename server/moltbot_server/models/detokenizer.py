@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import codecs
 from collections.abc import Iterable, Sequence
+from itertools import takewhile
 from typing import NamedTuple
 
 
@@ -90,3 +91,28 @@ class Detokenizer:
             self._dropped = not surfaces.drops_spaces
             return text[1:]
         return text
+
+
+class Continued(Detokenizer):
+    """Goes on with a text that is begun: no space at the start is the tokenizer's own.
+
+    The model reads the text without the blanks at its end, and may say them itself: they are not told again.
+    """
+
+    __slots__ = ("_owed",)
+
+    def __init__(self, surfaces: Surfaces, blanks: str) -> None:
+        """`blanks` are those that the text ends with."""
+        super().__init__(surfaces)
+        self._started = self._written = True
+        self._owed = blanks
+
+    def feed(self, tokens: Iterable[int]) -> str:
+        """Take more token ids and return the characters that they complete."""
+        text = super().feed(tokens)
+        if not self._owed or not text:
+            return text
+        same = sum(1 for _ in takewhile(lambda pair: pair[0] == pair[1], zip(self._owed, text, strict=False)))
+        # Where it goes on otherwise, or beyond them, they are dealt with.
+        self._owed = self._owed[same:] if same == len(text) else ""
+        return text[same:]

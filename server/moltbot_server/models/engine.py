@@ -25,7 +25,11 @@ from moltbot_server.turns import (
 
 
 class Capabilities(Value, frozen=True, kw_only=True):
-    """What a model can do; never more than was tried. `context_length` counts prompt and answer tokens together."""
+    """What a model can do; never more than was tried. `context_length` counts prompt and answer tokens together.
+
+    `continuation`: it goes on with an answer that is begun. The conversation then ends with what there is of it, in the
+    assistant's role; that counts as the answer's in `max_output_tokens` and in the usage, and is not told again.
+    """
 
     context_length: int
     streaming: bool = True
@@ -40,6 +44,7 @@ class Capabilities(Value, frozen=True, kw_only=True):
     cancellation: bool = False
     generation: bool = True
     embeddings: bool = False
+    continuation: bool = False
 
 
 class Chunk(Value, frozen=True, kw_only=True):
@@ -221,11 +226,12 @@ class Engine(Protocol):
     def begin(
         self, messages: Sequence[Message], options: GenerationOptions, listener: Listener, asker: Asker = NOBODY
     ) -> Generation:
-        """Begin the answer to a conversation that fits the context.
+        """Begin the answer to a conversation that fits the context, or go on with the one that it ends with.
 
         The listener may hear of it, to its end even, before this returns.
 
         Raises:
+            InvalidField: an answer that is begun leaves nothing to add.
             QueueFull: too many generations wait already.
             ModelUnavailable: the model cannot answer now.
         """

@@ -47,6 +47,8 @@ class Description(Value, frozen=True, kw_only=True):
     `chat_template` goes before the template that the model came with. `template_options` are names that such a template
     may read, such as `enable_thinking: false`. `repeats`: how often something may stand in a row in what the model
     reads; what is repeated more is read so often, for small models that lose their thread over it. 0: nothing is cut.
+    `continuation`: whether the model goes on with an answer when it reads the answer's text; not one that begins with
+    something that is no text.
     """
 
     context_length: int
@@ -57,13 +59,14 @@ class Description(Value, frozen=True, kw_only=True):
     name: str = ""
     display_name: str = ""
     repeats: Annotated[int, msgspec.Meta(ge=0)] = 0
+    continuation: bool = True
 
 
 class ModelFolder(Value, frozen=True, kw_only=True):
     """A folder that holds all that is needed: CTranslate2 weights, a tokenizer, a chat template.
 
     `jinja` is the template that the model came with, empty where `template` lays conversations out; `template.stop` and
-    `eos_token` are what ends an answer, either way. `repeats` is that of `Description`.
+    `eos_token` are what ends an answer, either way. `repeats` and `continuation` are those of `Description`.
     """
 
     path: Path
@@ -78,6 +81,7 @@ class ModelFolder(Value, frozen=True, kw_only=True):
     jinja: str = ""
     template_options: Mapping[str, str | int | float | bool] = msgspec.field(default_factory=dict)
     repeats: int = 0
+    continuation: bool = True
 
 
 def families() -> dict[str, Family]:
@@ -118,6 +122,7 @@ def read_folder(path: Path, model_type: str = "", *, model_id: str = "") -> Mode
         jinja=jinja,
         template_options={**declared.specials, **description.template_options},
         repeats=description.repeats,
+        continuation=description.continuation,
     )
 
 

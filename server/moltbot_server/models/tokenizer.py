@@ -12,7 +12,7 @@ from moltbot_server.models.folder import ModelFolder
 from moltbot_server.models.markers import APART, CUT
 from moltbot_server.models.pieces import Pieces
 from moltbot_server.models.repeats import without_repeats
-from moltbot_server.turns import Message, Role
+from moltbot_server.turns import Message, Role, TextPart
 
 _KEPT = 4096
 _KEPT_CHARACTERS = 8192
@@ -63,13 +63,16 @@ class Tokenizer:
         around = self._layout.around[said.role]
         return sum(map(len, self._tokens(around.prefix + said.text + around.suffix)))
 
-    def prompt(self, messages: Sequence[Message]) -> list[str]:
-        """Return the tokens of a conversation, ready for the answer.
+    def prompt(self, messages: Sequence[Message], begun: str = "") -> list[str]:
+        """Return the tokens of a conversation, ready for the answer, or for more of the one that is `begun`.
 
         Raises:
             InvalidField: the model's chat template refuses this order of roles.
         """
         text = self._layout.prompt([self._said(message) for message in messages])
+        if begun:
+            answer = self._said(Message(role=Role.ASSISTANT, parts=(TextPart(text=begun.rstrip()),))).text
+            text += answer if self._layout.around[Role.ASSISTANT].prefix else APART + answer
         return [token for tokens in self._tokens(text) for token in tokens]
 
     def _said(self, message: Message) -> Said:

@@ -19,6 +19,7 @@ from moltbot_server.turns import (
     Message,
     Notice,
     Reset,
+    Role,
     Routed,
     ToolCallPart,
     Usage,
@@ -55,9 +56,14 @@ class Generation:
         """
         self._read = messages
         if trim:
-            window = ContextWindow.of(messages[:-1], self._engine.count, self._engine.capabilities.context_length)
-            fitted = window.fit(messages[-1], options, overhead=self._engine.overhead)
-            self._read, self._tokens, self._trimmed = fitted.messages, fitted.tokens, fitted.trimmed_messages
+            # What there is of the answer has its room in what is kept for the answer.
+            asked = len(messages) - (messages[-1].role is Role.ASSISTANT)
+            window = ContextWindow.of(
+                messages[: asked - 1], self._engine.count, self._engine.capabilities.context_length
+            )
+            fitted = window.fit(messages[asked - 1], options, overhead=self._engine.overhead)
+            self._read = [*fitted.messages, *messages[asked:]]
+            self._tokens, self._trimmed = fitted.tokens, fitted.trimmed_messages
         self._answer = self._engine.begin(self._read, options, self, asker)
 
     def stop(self) -> None:

@@ -96,8 +96,12 @@ class InferenceService(inference_pb2_grpc.InferenceServiceServicer):
         options = self._reader.options(request.options, "options")
         entry.engine.check(options)
         messages = self._reader.messages(request.prompt.messages, "prompt.messages")
-        if not messages or messages[-1].role not in (Role.USER, Role.TOOL):
+        begun = 1 if messages and messages[-1].role is Role.ASSISTANT else 0
+        if len(messages) <= begun or messages[-1 - begun].role not in (Role.USER, Role.TOOL):
             raise InvalidField("prompt.messages", "end with the message that is to be answered")
+        if begun and not entry.engine.capabilities.continuation:
+            text = "end with the message that is to be answered: this model does not go on with an answer"
+            raise InvalidField("prompt.messages", text)
         for index, message in enumerate(messages):
             try:
                 check_content(message.parts, entry.engine.capabilities)

@@ -117,6 +117,7 @@ class ModelService(model_pb2_grpc.ModelServiceServicer):
                 cancellation=can.cancellation,
                 generation=can.generation,
                 embeddings=can.embeddings,
+                continuation=can.continuation,
             ),
             state_message=entry.message,
             load_time=convert.timestamp(entry.load_time) if entry.load_time else None,

@@ -283,6 +283,9 @@ class Prompt(_message.Message):
     def messages(self) -> _containers.RepeatedCompositeFieldContainer[_message_pb2.Message]:
         """The conversation, oldest first, ending with the message to answer. The
         model's own chat template is applied. A system message comes first.
+        For a model with `continuation` what there is of the answer may follow, as
+        a message of the assistant: the model goes on where it ends, and does not
+        repeat it. It counts as the answer's in `max_output_tokens` and in the usage.
         """
 
     def __init__(

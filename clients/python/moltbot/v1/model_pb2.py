@@ -25,7 +25,7 @@ _sym_db = _symbol_database.Default()
 from google.protobuf import timestamp_pb2 as google_dot_protobuf_dot_timestamp__pb2
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x16moltbot/v1/model.proto\x12\nmoltbot.v1\x1a\x1fgoogle/protobuf/timestamp.proto\"\x97\x02\n\x05Model\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\x14\n\x0c\x64isplay_name\x18\x02 \x01(\t\x12%\n\x05state\x18\x03 \x01(\x0e\x32\x16.moltbot.v1.ModelState\x12\x12\n\nis_default\x18\x04 \x01(\x08\x12\x0c\n\x04type\x18\x05 \x01(\t\x12\x33\n\x0c\x63\x61pabilities\x18\x06 \x01(\x0b\x32\x1d.moltbot.v1.ModelCapabilities\x12\x15\n\rstate_message\x18\x07 \x01(\t\x12-\n\tload_time\x18\x08 \x01(\x0b\x32\x1a.google.protobuf.Timestamp\x12\x14\n\x0cmemory_bytes\x18\t \x01(\x03\x12\x10\n\x08parallel\x18\n \x01(\x05\"\x95\x02\n\x11ModelCapabilities\x12\x16\n\x0e\x63ontext_length\x18\x01 \x01(\x05\x12\x11\n\tstreaming\x18\x02 \x01(\x08\x12\x10\n\x08sampling\x18\x03 \x01(\x08\x12\x0c\n\x04stop\x18\x04 \x01(\x08\x12\x0c\n\x04seed\x18\x05 \x01(\x08\x12\x1a\n\x12repetition_penalty\x18\x06 \x01(\x08\x12\x13\n\x0bimage_input\x18\x07 \x01(\x08\x12\x13\n\x0b\x61udio_input\x18\x08 \x01(\x08\x12\r\n\x05tools\x18\t \x01(\x08\x12\x14\n\x0ctoken_counts\x18\n \x01(\x08\x12\x14\n\x0c\x63\x61ncellation\x18\x0b \x01(\x08\x12\x12\n\ngeneration\x18\x0c \x01(\x08\x12\x12\n\nembeddings\x18\r \x01(\x08\"\x1f\n\x0fGetModelRequest\x12\x0c\n\x04name\x18\x01 \x01(\t\"4\n\x10GetModelResponse\x12 \n\x05model\x18\x01 \x01(\x0b\x32\x11.moltbot.v1.Model\":\n\x11ListModelsRequest\x12\x11\n\tpage_size\x18\x01 \x01(\x05\x12\x12\n\npage_token\x18\x02 \x01(\t\"P\n\x12ListModelsResponse\x12!\n\x06models\x18\x01 \x03(\x0b\x32\x11.moltbot.v1.Model\x12\x17\n\x0fnext_page_token\x18\x02 \x01(\t\"T\n\x10LoadModelRequest\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\x0c\n\x04path\x18\x02 \x01(\t\x12\x0c\n\x04type\x18\x03 \x01(\t\x12\x16\n\x0e\x63ontext_length\x18\x04 \x01(\x05\"V\n\x11LoadModelResponse\x12\r\n\x05stage\x18\x01 \x01(\t\x12\x10\n\x08progress\x18\x02 \x01(\x02\x12 \n\x05model\x18\x03 \x01(\x0b\x32\x11.moltbot.v1.Model\"\"\n\x12SwitchModelRequest\x12\x0c\n\x04name\x18\x01 \x01(\t\"I\n\x13SwitchModelResponse\x12 \n\x05model\x18\x01 \x01(\x0b\x32\x11.moltbot.v1.Model\x12\x10\n\x08previous\x18\x02 \x01(\t\"\"\n\x12UnloadModelRequest\x12\x0c\n\x04name\x18\x01 \x01(\t\"\x15\n\x13UnloadModelResponse*\x8b\x01\n\nModelState\x12\x1b\n\x17MODEL_STATE_UNSPECIFIED\x10\x00\x12\x17\n\x13MODEL_STATE_LOADING\x10\x01\x12\x15\n\x11MODEL_STATE_READY\x10\x02\x12\x18\n\x14MODEL_STATE_DRAINING\x10\x03\x12\x16\n\x12MODEL_STATE_FAILED\x10\x04\x32\x8e\x03\n\x0cModelService\x12\x45\n\x08GetModel\x12\x1b.moltbot.v1.GetModelRequest\x1a\x1c.moltbot.v1.GetModelResponse\x12K\n\nListModels\x12\x1d.moltbot.v1.ListModelsRequest\x1a\x1e.moltbot.v1.ListModelsResponse\x12J\n\tLoadModel\x12\x1c.moltbot.v1.LoadModelRequest\x1a\x1d.moltbot.v1.LoadModelResponse0\x01\x12N\n\x0bSwitchModel\x12\x1e.moltbot.v1.SwitchModelRequest\x1a\x1f.moltbot.v1.SwitchModelResponse\x12N\n\x0bUnloadModel\x12\x1e.moltbot.v1.UnloadModelRequest\x1a\x1f.moltbot.v1.UnloadModelResponseB;\n\x0e\x64\x65v.moltbot.v1P\x01Z\'moltbot.dev/client/moltbot/v1;moltbotv1b\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x16moltbot/v1/model.proto\x12\nmoltbot.v1\x1a\x1fgoogle/protobuf/timestamp.proto\"\x97\x02\n\x05Model\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\x14\n\x0c\x64isplay_name\x18\x02 \x01(\t\x12%\n\x05state\x18\x03 \x01(\x0e\x32\x16.moltbot.v1.ModelState\x12\x12\n\nis_default\x18\x04 \x01(\x08\x12\x0c\n\x04type\x18\x05 \x01(\t\x12\x33\n\x0c\x63\x61pabilities\x18\x06 \x01(\x0b\x32\x1d.moltbot.v1.ModelCapabilities\x12\x15\n\rstate_message\x18\x07 \x01(\t\x12-\n\tload_time\x18\x08 \x01(\x0b\x32\x1a.google.protobuf.Timestamp\x12\x14\n\x0cmemory_bytes\x18\t \x01(\x03\x12\x10\n\x08parallel\x18\n \x01(\x05\"\xab\x02\n\x11ModelCapabilities\x12\x16\n\x0e\x63ontext_length\x18\x01 \x01(\x05\x12\x11\n\tstreaming\x18\x02 \x01(\x08\x12\x10\n\x08sampling\x18\x03 \x01(\x08\x12\x0c\n\x04stop\x18\x04 \x01(\x08\x12\x0c\n\x04seed\x18\x05 \x01(\x08\x12\x1a\n\x12repetition_penalty\x18\x06 \x01(\x08\x12\x13\n\x0bimage_input\x18\x07 \x01(\x08\x12\x13\n\x0b\x61udio_input\x18\x08 \x01(\x08\x12\r\n\x05tools\x18\t \x01(\x08\x12\x14\n\x0ctoken_counts\x18\n \x01(\x08\x12\x14\n\x0c\x63\x61ncellation\x18\x0b \x01(\x08\x12\x12\n\ngeneration\x18\x0c \x01(\x08\x12\x12\n\nembeddings\x18\r \x01(\x08\x12\x14\n\x0c\x63ontinuation\x18\x0e \x01(\x08\"\x1f\n\x0fGetModelRequest\x12\x0c\n\x04name\x18\x01 \x01(\t\"4\n\x10GetModelResponse\x12 \n\x05model\x18\x01 \x01(\x0b\x32\x11.moltbot.v1.Model\":\n\x11ListModelsRequest\x12\x11\n\tpage_size\x18\x01 \x01(\x05\x12\x12\n\npage_token\x18\x02 \x01(\t\"P\n\x12ListModelsResponse\x12!\n\x06models\x18\x01 \x03(\x0b\x32\x11.moltbot.v1.Model\x12\x17\n\x0fnext_page_token\x18\x02 \x01(\t\"T\n\x10LoadModelRequest\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\x0c\n\x04path\x18\x02 \x01(\t\x12\x0c\n\x04type\x18\x03 \x01(\t\x12\x16\n\x0e\x63ontext_length\x18\x04 \x01(\x05\"V\n\x11LoadModelResponse\x12\r\n\x05stage\x18\x01 \x01(\t\x12\x10\n\x08progress\x18\x02 \x01(\x02\x12 \n\x05model\x18\x03 \x01(\x0b\x32\x11.moltbot.v1.Model\"\"\n\x12SwitchModelRequest\x12\x0c\n\x04name\x18\x01 \x01(\t\"I\n\x13SwitchModelResponse\x12 \n\x05model\x18\x01 \x01(\x0b\x32\x11.moltbot.v1.Model\x12\x10\n\x08previous\x18\x02 \x01(\t\"\"\n\x12UnloadModelRequest\x12\x0c\n\x04name\x18\x01 \x01(\t\"\x15\n\x13UnloadModelResponse*\x8b\x01\n\nModelState\x12\x1b\n\x17MODEL_STATE_UNSPECIFIED\x10\x00\x12\x17\n\x13MODEL_STATE_LOADING\x10\x01\x12\x15\n\x11MODEL_STATE_READY\x10\x02\x12\x18\n\x14MODEL_STATE_DRAINING\x10\x03\x12\x16\n\x12MODEL_STATE_FAILED\x10\x04\x32\x8e\x03\n\x0cModelService\x12\x45\n\x08GetModel\x12\x1b.moltbot.v1.GetModelRequest\x1a\x1c.moltbot.v1.GetModelResponse\x12K\n\nListModels\x12\x1d.moltbot.v1.ListModelsRequest\x1a\x1e.moltbot.v1.ListModelsResponse\x12J\n\tLoadModel\x12\x1c.moltbot.v1.LoadModelRequest\x1a\x1d.moltbot.v1.LoadModelResponse0\x01\x12N\n\x0bSwitchModel\x12\x1e.moltbot.v1.SwitchModelRequest\x1a\x1f.moltbot.v1.SwitchModelResponse\x12N\n\x0bUnloadModel\x12\x1e.moltbot.v1.UnloadModelRequest\x1a\x1f.moltbot.v1.UnloadModelResponseB;\n\x0e\x64\x65v.moltbot.v1P\x01Z\'moltbot.dev/client/moltbot/v1;moltbotv1b\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
@@ -33,32 +33,32 @@ _builder.BuildTopDescriptorsAndMessages(DESCRIPTOR, 'moltbot.v1.model_pb2', _glo
 if not _descriptor._USE_C_DESCRIPTORS:
   _globals['DESCRIPTOR']._loaded_options = None
   _globals['DESCRIPTOR']._serialized_options = b'\n\016dev.moltbot.v1P\001Z\'moltbot.dev/client/moltbot/v1;moltbotv1'
-  _globals['_MODELSTATE']._serialized_start=1207
-  _globals['_MODELSTATE']._serialized_end=1346
+  _globals['_MODELSTATE']._serialized_start=1229
+  _globals['_MODELSTATE']._serialized_end=1368
   _globals['_MODEL']._serialized_start=72
   _globals['_MODEL']._serialized_end=351
   _globals['_MODELCAPABILITIES']._serialized_start=354
-  _globals['_MODELCAPABILITIES']._serialized_end=631
-  _globals['_GETMODELREQUEST']._serialized_start=633
-  _globals['_GETMODELREQUEST']._serialized_end=664
-  _globals['_GETMODELRESPONSE']._serialized_start=666
-  _globals['_GETMODELRESPONSE']._serialized_end=718
-  _globals['_LISTMODELSREQUEST']._serialized_start=720
-  _globals['_LISTMODELSREQUEST']._serialized_end=778
-  _globals['_LISTMODELSRESPONSE']._serialized_start=780
-  _globals['_LISTMODELSRESPONSE']._serialized_end=860
-  _globals['_LOADMODELREQUEST']._serialized_start=862
-  _globals['_LOADMODELREQUEST']._serialized_end=946
-  _globals['_LOADMODELRESPONSE']._serialized_start=948
-  _globals['_LOADMODELRESPONSE']._serialized_end=1034
-  _globals['_SWITCHMODELREQUEST']._serialized_start=1036
-  _globals['_SWITCHMODELREQUEST']._serialized_end=1070
-  _globals['_SWITCHMODELRESPONSE']._serialized_start=1072
-  _globals['_SWITCHMODELRESPONSE']._serialized_end=1145
-  _globals['_UNLOADMODELREQUEST']._serialized_start=1147
-  _globals['_UNLOADMODELREQUEST']._serialized_end=1181
-  _globals['_UNLOADMODELRESPONSE']._serialized_start=1183
-  _globals['_UNLOADMODELRESPONSE']._serialized_end=1204
-  _globals['_MODELSERVICE']._serialized_start=1349
-  _globals['_MODELSERVICE']._serialized_end=1747
+  _globals['_MODELCAPABILITIES']._serialized_end=653
+  _globals['_GETMODELREQUEST']._serialized_start=655
+  _globals['_GETMODELREQUEST']._serialized_end=686
+  _globals['_GETMODELRESPONSE']._serialized_start=688
+  _globals['_GETMODELRESPONSE']._serialized_end=740
+  _globals['_LISTMODELSREQUEST']._serialized_start=742
+  _globals['_LISTMODELSREQUEST']._serialized_end=800
+  _globals['_LISTMODELSRESPONSE']._serialized_start=802
+  _globals['_LISTMODELSRESPONSE']._serialized_end=882
+  _globals['_LOADMODELREQUEST']._serialized_start=884
+  _globals['_LOADMODELREQUEST']._serialized_end=968
+  _globals['_LOADMODELRESPONSE']._serialized_start=970
+  _globals['_LOADMODELRESPONSE']._serialized_end=1056
+  _globals['_SWITCHMODELREQUEST']._serialized_start=1058
+  _globals['_SWITCHMODELREQUEST']._serialized_end=1092
+  _globals['_SWITCHMODELRESPONSE']._serialized_start=1094
+  _globals['_SWITCHMODELRESPONSE']._serialized_end=1167
+  _globals['_UNLOADMODELREQUEST']._serialized_start=1169
+  _globals['_UNLOADMODELREQUEST']._serialized_end=1203
+  _globals['_UNLOADMODELRESPONSE']._serialized_start=1205
+  _globals['_UNLOADMODELRESPONSE']._serialized_end=1226
+  _globals['_MODELSERVICE']._serialized_start=1371
+  _globals['_MODELSERVICE']._serialized_end=1769
 # @@protoc_insertion_point(module_scope)

@@ -135,6 +135,7 @@ class ModelCapabilities(_message.Message):
     CANCELLATION_FIELD_NUMBER: _builtins.int
     GENERATION_FIELD_NUMBER: _builtins.int
     EMBEDDINGS_FIELD_NUMBER: _builtins.int
+    CONTINUATION_FIELD_NUMBER: _builtins.int
     context_length: _builtins.int
     """Tokens of prompt and answer together."""
     streaming: _builtins.bool
@@ -161,6 +162,10 @@ class ModelCapabilities(_message.Message):
     """Writes answers. False for a model that only embeds."""
     embeddings: _builtins.bool
     """Turns texts into vectors."""
+    continuation: _builtins.bool
+    """Goes on with an answer that is begun: a conversation may end with what there
+    is of it, as a message of the assistant.
+    """
     def __init__(
         self,
         *,
@@ -177,10 +182,11 @@ class ModelCapabilities(_message.Message):
         cancellation: _builtins.bool = ...,
         generation: _builtins.bool = ...,
         embeddings: _builtins.bool = ...,
+        continuation: _builtins.bool = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["audio_input", b"audio_input", "cancellation", b"cancellation", "context_length", b"context_length", "embeddings", b"embeddings", "generation", b"generation", "image_input", b"image_input", "repetition_penalty", b"repetition_penalty", "sampling", b"sampling", "seed", b"seed", "stop", b"stop", "streaming", b"streaming", "token_counts", b"token_counts", "tools", b"tools"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["audio_input", b"audio_input", "cancellation", b"cancellation", "context_length", b"context_length", "continuation", b"continuation", "embeddings", b"embeddings", "generation", b"generation", "image_input", b"image_input", "repetition_penalty", b"repetition_penalty", "sampling", b"sampling", "seed", b"seed", "stop", b"stop", "streaming", b"streaming", "token_counts", b"token_counts", "tools", b"tools"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

@@ -165,8 +165,8 @@ class AnswerCache:
             MoltBotError: what `Engine.begin` raises; where what is kept has to be waited for, the listener hears it.
         """
         options = turn.options
-        # With a deadline of its own an answer may be cut where others want to hear more.
-        if asker.deadline is not None or not self._may_keep(engine, options):
+        # With a deadline of its own an answer may be cut where others want to hear more; one begun belongs to its turn.
+        if asker.deadline is not None or messages[-1].role is Role.ASSISTANT or not self._may_keep(engine, options):
             return engine.begin(messages, options, listener, asker)
         key = self._key(engine, messages, options, workspace)
         if key is None:

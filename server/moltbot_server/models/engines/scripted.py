@@ -104,12 +104,16 @@ class Rule(Value, frozen=True, kw_only=True, forbid_unknown_fields=True):
 
 
 class Script(Value, frozen=True, kw_only=True, forbid_unknown_fields=True):
-    """What a scripted model answers: the first matching rule, else an echo. `context_length` is in tokens."""
+    """What a scripted model answers: the first matching rule, else an echo. `context_length` is in tokens.
+
+    `continuation`: whether it goes on with an answer that is begun.
+    """
 
     rules: tuple[Rule, ...] = ()
     id: str = "scripted"
     display_name: str = "Scripted answers"
     context_length: int = 8192
+    continuation: bool = True
 
 
 def load_script(path: Path) -> Script:
@@ -159,6 +163,7 @@ class ScriptedEngine:
             repetition_penalty=True,
             token_counts=True,
             cancellation=True,
+            continuation=script.continuation,
         )
         self._rules = [(re.compile(rule.match), rule) for rule in (*script.rules, Rule())]
         self._plans: dict[str, _Plan] = {}
@@ -193,13 +198,18 @@ class ScriptedEngine:
     def begin(
         self, messages: Sequence[Message], options: GenerationOptions, listener: Listener, asker: Asker = NOBODY
     ) -> Generation:
-        """Tell the scripted answer to the last user message: at once, or at the pace of the script."""
+        """Tell the scripted answer to the last user message, or what is left of it: at once, or at a pace."""
         if not self.healthy:
             raise ModelUnavailable("The scripted model is not started.")
+        begun = messages[-1].text if messages[-1].role is Role.ASSISTANT else ""
+        if begun:
+            messages = messages[:-1]
         text = messages[-1].text
         plan = self._plans.get(text) or self._plan(text, messages)
         if options.stop or options.max_output_tokens is not None:
             plan = _limited(plan, options)
+        if begun:
+            plan = _rest(plan, begun)
         if plan.pace or plan.first_delay or plan.fail:
             return _Recital(plan, listener)
         began = perf_counter()
@@ -322,6 +332,26 @@ def _limited(plan: _Plan, options: GenerationOptions) -> _Plan:
         usage=plan.usage,
         finish_reason=reason,
     )
+
+
+def _rest(plan: _Plan, begun: str) -> _Plan:
+    """Return what is left of a plan to say, in the time that is left of it.
+
+    Raises:
+        InvalidField: an answer that begins otherwise is none of the script's.
+    """
+    said = 0
+    rest = begun
+    for chunk in plan.chunks:
+        if not rest or not rest.startswith(chunk.text):
+            break
+        rest = rest[len(chunk.text) :]
+        said += 1
+    if rest:
+        raise InvalidField("messages", "the script answers something else than what is begun")
+    fail = plan.fail and msgspec.structs.replace(plan.fail, after=max(plan.fail.after - said, 0))
+    usage = plan.usage or Usage(output_tokens=len(plan.chunks))
+    return msgspec.structs.replace(plan, chunks=plan.chunks[said:], first_delay=plan.pace, fail=fail, usage=usage)
 
 
 async def _paced(plan: _Plan) -> AsyncGenerator[Chunk, None]:

@@ -70,6 +70,11 @@ class AttemptUnderWay:
         self._time = time
         self._straight: Callable[[str, int], None] | None = None
 
+    @property
+    def counts_all(self) -> bool:
+        """Whether the model counts what of an answer was there before it among what it wrote."""
+        return self._entry.engine.capabilities.continuation
+
     # --- what the engine tells -------------------------------------------------------------------------------------
 
     def queued(self, position: int) -> None:

@@ -247,7 +247,7 @@ def _united(each: Sequence[Capabilities]) -> Capabilities:
     able = {
         name: any(getattr(one, name) for one in each)
         for name in Capabilities.__struct_fields__
-        if name not in ("context_length", "embeddings")
+        if name not in ("context_length", "embeddings", "continuation")
     }
     context = max((one.context_length for one in each), default=0)
     return msgspec.structs.replace(Capabilities(context_length=context), **able)

@@ -191,9 +191,11 @@ class RouteRun:
             return  # stopped by who heard of it
         messages, options = pick.messages, self._conversation.options
         if self._holds:
-            said = "".join(self._pieces).rstrip()  # some providers refuse an answer begun that ends with a blank
+            said = "".join(self._pieces)
+            if not attempt.counts_all:
+                said = said.rstrip()  # some providers refuse an answer begun that ends with a blank
             messages = (*messages, Message(role=Role.ASSISTANT, parts=(TextPart(text=said),)))
-            if options.max_output_tokens is not None:
+            if options.max_output_tokens is not None and not attempt.counts_all:
                 options = msgspec.structs.replace(
                     options, max_output_tokens=max(1, options.max_output_tokens - self._tokens)
                 )
@@ -291,7 +293,7 @@ class RouteRun:
     def _answer(self, attempt: AttemptUnderWay, end: Finished) -> None:
         self._leave("")
         usage = end.usage
-        if self._carried:
+        if self._carried and not attempt.counts_all:
             usage = msgspec.structs.replace(usage, output_tokens=usage.output_tokens + self._carried)
         trimmed = end.trimmed_messages + attempt.trimmed
         self._listener.ended(

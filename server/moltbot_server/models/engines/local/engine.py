@@ -13,8 +13,8 @@ from collections import deque
 from collections.abc import Mapping, Sequence
 from time import perf_counter
 
-from moltbot_server.errors import ContextLengthExceeded, ModelUnavailable
-from moltbot_server.models.detokenizer import Detokenizer
+from moltbot_server.errors import ContextLengthExceeded, InvalidField, ModelUnavailable
+from moltbot_server.models.detokenizer import Continued, Detokenizer
 from moltbot_server.models.engine import (
     NOBODY,
     Asker,
@@ -91,6 +91,7 @@ class LocalEngine:
             repetition_penalty=True,
             token_counts=True,
             cancellation=True,
+            continuation=folder.continuation,
         )
         self._weights = self.memory_bytes = (folder.path / "model.bin").stat().st_size
         self.tuning = tuning or tuning_for(None, folder.path)
@@ -242,10 +243,11 @@ class LocalEngine:
         """Begin the answer to a conversation; see `Engine.begin`."""
         if not self.healthy:
             raise ModelUnavailable(self.trouble or _DIED)
-        row = self._row(messages, options, asker)
-        writing = Writing(
-            self, row, Detokenizer(self._tokenizer.surfaces), (*options.stop, *self._stop_texts), listener
-        )
+        answer = messages[-1].text if messages[-1].role is Role.ASSISTANT else ""
+        row, begun = self._row(messages[:-1] if answer else messages, options, asker, answer)
+        surfaces, stops = self._tokenizer.surfaces, (*options.stop, *self._stop_texts)
+        text = Continued(surfaces, answer[len(answer.rstrip()) :]) if answer else Detokenizer(surfaces)
+        writing = Writing(self, row, text, stops, listener, begun=begun)
         self._waiting.put(row)
         self._rows.add(row)
         self._call_replicas()
@@ -278,22 +280,30 @@ class LocalEngine:
             raise ModelUnavailable(self.trouble)
         return self._loaded
 
-    def _row(self, messages: Sequence[Message], options: GenerationOptions, asker: Asker) -> Row:
-        prompt = self._tokenizer.prompt(messages)
+    def _row(
+        self, messages: Sequence[Message], options: GenerationOptions, asker: Asker, answer: str
+    ) -> tuple[Row, int]:
+        """Return the row of a conversation with what there is of its answer, and how many tokens that is."""
+        prompt = self._tokenizer.prompt(messages, answer)
+        begun = len(prompt) - len(self._tokenizer.prompt(messages)) if answer else 0
         room = self.capabilities.context_length - len(prompt)
         if room < 1:
             raise ContextLengthExceeded(
                 "messages", f"takes {len(prompt)} of the model's {self.capabilities.context_length} tokens"
             )
-        return Row(
+        limit = room if options.max_output_tokens is None else options.max_output_tokens - begun
+        if limit < 1:
+            raise InvalidField("messages", f"the answer that is begun has {begun} tokens already")
+        row = Row(
             prompt,
             sampling_of(options, len(self._folder.vocabulary)),
-            min(options.max_output_tokens or room, room),
+            min(limit, room),
             lead=() if self._leads is None else self._leads.of(messages, prompt),
             workspace=asker.workspace,
             session=asker.session,
             deadline=self._until(asker),
         )
+        return row, begun
 
     def _until(self, asker: Asker) -> float | None:
         """Return an asker's deadline on the clock of the replicas' threads."""

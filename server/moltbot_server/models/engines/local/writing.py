@@ -30,9 +30,12 @@ class Home(Protocol):
 class Writing:
     """Reads a row and tells the listener; the `Generation` that the engine hands out."""
 
-    __slots__ = ("_home", "_listener", "_over", "_row", "_silent", "_stops", "_text", "_used", "_watchful")
+    __slots__ = ("_begun", "_home", "_listener", "_over", "_row", "_silent", "_stops", "_text", "_used", "_watchful")
 
-    def __init__(self, home: Home, row: Row, text: Detokenizer, stops: Sequence[str], listener: Listener) -> None:
+    def __init__(
+        self, home: Home, row: Row, text: Detokenizer, stops: Sequence[str], listener: Listener, *, begun: int = 0
+    ) -> None:
+        """`begun`: how many tokens at the end of the row's prompt are the answer's own."""
         self._home = home
         self._row = row
         self._text = text
@@ -40,6 +43,7 @@ class Writing:
         self._watchful = bool(stops)
         self._listener = listener
         self._used = self._silent = 0
+        self._begun = begun
         self._over = False
         row.read = self._read
         row.told = listener.queued
@@ -102,7 +106,11 @@ class Writing:
         first = row.first or perf_counter()
         return Finished(
             finish_reason=reason,
-            usage=Usage(input_tokens=row.asked, output_tokens=self._used, cached_input_tokens=row.cached),
+            usage=Usage(
+                input_tokens=row.asked - self._begun,
+                output_tokens=self._used + self._begun,
+                cached_input_tokens=row.cached,
+            ),
             queue=row.began - row.arrived,
             first_token=first - row.began,
             generation=max(row.last - first, 0.0),
