@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 import asyncio
+from collections.abc import AsyncIterator, Sequence
 from pathlib import Path
+from typing import Any
 
 import pytest
 from cli_process import Home
 from moltbot import Delivery, MoltBot
 from moltbot.v1.chat_pb2 import Place
+from moltbot_server.store.outbox import DeadLetter
+from moltbot_server.testing import RunningServer, running_server
 from moltbot_server.workspace import Workspace
 
 
@@ -17,6 +21,21 @@ def home(tmp_path: Path) -> Home:
     """A home folder in which the scripted model answers."""
     (tmp_path / "home").mkdir()
     return Home(tmp_path / "home")
+
+
+@pytest.fixture
+async def core(home: Home) -> AsyncIterator[RunningServer]:
+    """A core in the workspace of the home folder, which the command is told of."""
+    async with running_server(home.workspace) as server:
+        home.variables["MOLTBOT_ADDRESS"] = server.address
+        yield server
+
+
+@pytest.fixture
+async def bot(core: RunningServer) -> AsyncIterator[MoltBot]:
+    """A client of that core."""
+    async with MoltBot(core.address, core.key) as bot:
+        yield bot
 
 
 async def test_help_teaches_the_commands_by_example(home: Home) -> None:
@@ -100,3 +119,68 @@ async def test_dead_letters_are_listed_retried_and_dropped(home: Home) -> None:
     assert (rest.status, rest.out) == (0, "1 dead letter was deleted.\n")
     assert [entry["name"] for entry in left] == [other.name]
     assert last.json == {"retried": [other.name]}
+
+
+async def answered(bot: MoltBot, *addresses: str) -> list[str]:
+    """Have a turn answered for each place of the channel slack; return what each answer says."""
+    said = []
+    for number, address in enumerate(addresses):
+        outcome = await bot.run_turn(f"say {number}", reply_to=Place(channel="slack", address=address))
+        said.append(outcome.text)
+    return said
+
+
+async def given_out(bot: MoltBot, count: int) -> list[tuple[str, str]]:
+    """Confirm so many deliveries of the channel slack; return where each belongs and what it says, as they came."""
+    came: list[tuple[str, str]] = []
+    async with asyncio.timeout(10):
+        async for delivery in bot.deliveries("slack"):
+            came.append((delivery.address, delivery.text))
+            await delivery.confirm()
+            if len(came) == count:
+                break
+    return came
+
+
+async def test_all_that_are_retried_come_oldest_first_in_each_place(home: Home, bot: MoltBot) -> None:
+    said = await answered(bot, "C0", "C1", "C0", "C1")
+    left = len(said)
+    async for delivery in bot.deliveries("slack"):
+        await delivery.reject("the token was revoked", permanent=True)
+        left -= 1
+        if not left:
+            break
+    assert (await home.run("deadletters", "retry", "--all", "--channel", "slack")).status == 0
+    came = await given_out(bot, 4)
+    assert [text for address, text in came if address == "C0"] == [said[0], said[2]]
+    assert [text for address, text in came if address == "C1"] == [said[1], said[3]]
+
+
+async def test_those_that_died_at_one_moment_are_retried_in_the_order_of_their_answers(
+    home: Home, core: RunningServer, bot: MoltBot
+) -> None:
+    said = await answered(bot, *["C0"] * 6)
+    assert await core.core.store.outbox.prune(keep=0, delivered=60) == 6
+    ended = await home.run("deadletters", "retry", "--all")
+    assert ended.out == "6 dead letters will be delivered again.\n"
+    assert [text for _, text in await given_out(bot, 6)] == said
+
+
+async def test_a_dead_letter_that_somebody_else_took_meanwhile_holds_the_others_up_no_more(
+    home: Home, core: RunningServer, bot: MoltBot, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    said = await answered(bot, *["C0"] * 3)
+    outbox = core.core.store.outbox
+    assert await outbox.prune(keep=0, delivered=60) == 3
+    listed = outbox.list_dead
+
+    async def list_and_drop(*arguments: Any, **options: Any) -> Sequence[DeadLetter]:
+        found = await listed(*arguments, **options)
+        second = next(letter.delivery for letter in found if letter.delivery.ending.text == said[1])  # type: ignore[union-attr]
+        assert await outbox.drop(second.turn.session.workspace, second.id)
+        return found
+
+    monkeypatch.setattr(outbox, "list_dead", list_and_drop)
+    ended = await home.run("deadletters", "retry", "--all")
+    assert (ended.status, ended.out) == (0, "2 dead letters will be delivered again.\n")
+    assert [text for _, text in await given_out(bot, 2)] == [said[0], said[2]]

@@ -40,7 +40,7 @@ def add_deadletters(add: _Add) -> None:
         "retry",
         _retry,
         "Have dead letters delivered after all, behind what waits for their place already.\n"
-        "Each has all its attempts again.",
+        "Each has all its attempts again. With --all, the oldest answer of a place comes first.",
         "moltbot deadletters retry deliveries/1f0c5a90be2d4c7781a03a6e",
         "moltbot deadletters retry --all --channel slack",
     )

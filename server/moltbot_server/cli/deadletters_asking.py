@@ -8,6 +8,7 @@ import json
 import re
 from collections.abc import AsyncIterator, Awaitable, Callable, Mapping, Sequence
 from datetime import UTC, datetime
+from operator import itemgetter
 from typing import Any, TypeVar
 
 import grpc
@@ -47,6 +48,18 @@ class _Desk:
             token = page.next_page_token
             if not token:
                 return
+
+    async def names(self, channel: str) -> list[str]:
+        """Return the names of all dead letters, those of the oldest answers first.
+
+        The list does not tell in which order they stood in their place where many were given up at one moment.
+        """
+        found = [
+            (letter.delivery.create_time.ToNanoseconds(), letter.delivery.name)
+            async for letter in self.letters(channel, 1 << 30)
+        ]
+        found.reverse()
+        return [name for _, name in sorted(found, key=itemgetter(0))]
 
     async def retry(self, name: str) -> None:
         """Have one delivered after all."""
@@ -96,13 +109,18 @@ def _change(given: argparse.Namespace, change: Callable[[_Desk, str], Awaitable[
     named = [_named(name, given) for name in given.names]
 
     async def ask(desk: _Desk) -> list[str]:
-        wanted = named
-        if given.all:
-            # All are found before the first is changed: what is retried and dies again is not met twice.
-            wanted = [letter.delivery.name async for letter in desk.letters(given.channel, 1 << 30)]
+        # All are found before the first is changed: what is retried and dies again is not met twice.
+        wanted = await desk.names(given.channel) if given.all else named
+        changed = []
         for name in wanted:
-            await change(desk, name)
-        return wanted
+            try:
+                await change(desk, name)
+            except grpc.aio.AioRpcError as error:
+                if given.all and error.code() is grpc.StatusCode.NOT_FOUND:
+                    continue  # somebody else has retried or dropped it since it was listed
+                raise
+            changed.append(name)
+        return changed
 
     changed = asyncio.run(_asked(_core(given), ask))
     if given.json:
