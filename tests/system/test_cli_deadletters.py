@@ -184,3 +184,22 @@ async def test_a_dead_letter_that_somebody_else_took_meanwhile_holds_the_others_
     ended = await home.run("deadletters", "retry", "--all")
     assert (ended.status, ended.out) == (0, "2 dead letters will be delivered again.\n")
     assert [text for _, text in await given_out(bot, 2)] == [said[0], said[2]]
+
+
+async def test_a_channel_without_dead_letters_is_said_to_have_none_beside_those_that_have_some(
+    home: Home, core: RunningServer, bot: MoltBot
+) -> None:
+    empty = await home.run("deadletters", "drop", "--all", "--channel", "nosuch")
+    assert (empty.status, empty.out) == (0, "There are no dead letters.\n")
+    assert (await home.run("deadletters", "retry", "--all")).out == "There are no dead letters.\n"
+    for channel in ("slack", "discord", "slack"):
+        await bot.run_turn("say it", reply_to=Place(channel=channel, address="C0"))
+    assert await core.core.store.outbox.prune(keep=0, delivered=60) == 3
+
+    for words in (("drop", "--all"), ("retry", "--all"), ("list",)):
+        ended = await home.run("deadletters", *words, "--channel", "nosuch")
+        assert ended.status == 0
+        assert ended.out == "There are no dead letters of the channel nosuch; there are some of discord, slack.\n"
+    told = await home.run("deadletters", "drop", "--all", "--channel", "nosuch", "--json")
+    assert (told.status, told.json) == (0, {"dropped": [], "channels": ["discord", "slack"]})
+    assert len((await home.run("deadletters", "list", "--json")).json["dead_letters"]) == 3

@@ -61,6 +61,10 @@ class _Desk:
         found.reverse()
         return [name for _, name in sorted(found, key=itemgetter(0))]
 
+    async def channels(self) -> list[str]:
+        """Return the channels of the latest dead letters: so many that nobody has to wait for them."""
+        return sorted({letter.delivery.place.channel async for letter in self.letters("", _PAGE)})
+
     async def retry(self, name: str) -> None:
         """Have one delivered after all."""
         request = delivery_pb2.RetryDeadLetterRequest(name=name)
@@ -76,14 +80,16 @@ class _Desk:
 def list_dead_letters(given: argparse.Namespace) -> int:
     """Print the dead letters; return the exit status."""
 
-    async def ask(desk: _Desk) -> list[delivery_pb2.DeadLetter]:
-        return [letter async for letter in desk.letters(given.channel, given.limit)]
+    async def ask(desk: _Desk) -> tuple[list[delivery_pb2.DeadLetter], list[str]]:
+        letters = [letter async for letter in desk.letters(given.channel, given.limit)]
+        return letters, await desk.channels() if given.channel and not letters else []
 
-    entries = [_entry(letter) for letter in asyncio.run(_asked(_core(given), ask))]
+    letters, others = asyncio.run(_asked(_core(given), ask))
+    entries = [_entry(letter) for letter in letters]
     if given.json:
         print(json.dumps({"dead_letters": entries}, ensure_ascii=False))
     else:
-        print(_table(entries) if entries else "There are no dead letters.")
+        print(_table(entries) if entries else _none(given.channel, others))
     return int(Exit.OK)
 
 
@@ -108,9 +114,11 @@ def _change(given: argparse.Namespace, change: Callable[[_Desk, str], Awaitable[
 
     named = [_named(name, given) for name in given.names]
 
-    async def ask(desk: _Desk) -> list[str]:
+    async def ask(desk: _Desk) -> tuple[list[str], list[str] | None]:
         # All are found before the first is changed: what is retried and dies again is not met twice.
         wanted = await desk.names(given.channel) if given.all else named
+        if not wanted:
+            return [], await desk.channels()
         changed = []
         for name in wanted:
             try:
@@ -120,16 +128,28 @@ def _change(given: argparse.Namespace, change: Callable[[_Desk, str], Awaitable[
                     continue  # somebody else has retried or dropped it since it was listed
                 raise
             changed.append(name)
-        return changed
+        return changed, None
 
-    changed = asyncio.run(_asked(_core(given), ask))
+    changed, others = asyncio.run(_asked(_core(given), ask))
     if given.json:
-        print(json.dumps({word: changed}))
+        print(json.dumps({word: changed} if others is None else {word: changed, "channels": others}))
+    elif others is not None:
+        print(_none(given.channel, others))
     else:
         count = len(changed)
         verb = done if done.startswith("will") else f"{'was' if count == 1 else 'were'} {done}"
         print(f"{count} dead {'letter' if count == 1 else 'letters'} {verb}.")
     return int(Exit.OK)
+
+
+def _none(channel: str, others: Sequence[str]) -> str:
+    """Return that there are no dead letters of a channel, or none at all, and which `others` have some.
+
+    The name may be a slip, and then what was meant is still there.
+    """
+    if not others:
+        return "There are no dead letters."
+    return f"There are no dead letters of the channel {harmless(channel)}; there are some of {', '.join(others)}."
 
 
 def _named(name: str, given: argparse.Namespace) -> str:
