@@ -1,4 +1,4 @@
-"""MoltBot whose Redis is away: it says so everywhere, goes on trying, and is back when Redis is."""
+"""MoltBot whose Redis is away or takes no writes: it says so everywhere, goes on trying, and is back when Redis is."""
 
 from __future__ import annotations
 
@@ -14,6 +14,7 @@ from typing import Any
 import psutil
 import pytest
 from cli_process import Home, Started
+from redis.asyncio import Redis
 from redis_process import RedisProcess
 
 
@@ -130,3 +131,38 @@ async def test_a_core_that_cannot_start_again_without_redis_is_tried_until_it_ca
         await redis.start()
         await until(started, "ok")
         assert (await home.run("chat", "Hi")).out == "You said: Hi\n"
+
+
+async def test_a_redis_without_memory_is_told_as_a_store_that_takes_no_writes_and_once_by_the_log(
+    home: Home, redis: RedisProcess
+) -> None:
+    place = f"Redis at 127.0.0.1:{redis.port}"
+    async with home.started() as started, Redis(host="127.0.0.1", port=redis.port, protocol=2) as client:
+        session = (await home.run("chat", "--json", "Hi")).json["session"]
+        await client.config_set("maxmemory", "1mb")
+        code, found = await until(started, "store away")
+        problem = "its memory is used up, so it takes no writes (OOM): raise its maxmemory, or make room in it"
+        assert (code, found["store"], found["store_address"]) == (503, f"away: {problem}", place)
+        status, refusal = await asyncio.to_thread(complete, started)
+        assert (status, refusal["error"]["code"]) == (507, "storage_full")
+        asked = await home.run("chat", "Hi")
+        assert (asked.status, asked.out) == (1, "")
+        assert "Redis has no memory left: nothing was stored" in asked.err
+        assert "cannot reach" not in asked.err
+
+        ended = await home.run("status", "--json")
+        assert (ended.status, ended.json["healthy"], ended.json["core"]["healthy"]) == (1, False, True)
+        assert (ended.json["store"]["healthy"], ended.json["store"]["problem"]) == (False, problem)
+        told = await home.run("status")
+        assert told.status == 1
+        assert f"AWAY         {place} for " in told.out
+        assert problem in told.out
+        assert "Nothing new is taken before Redis takes writes" in told.out
+        assert "start Redis" not in told.out
+
+        await client.config_set("maxmemory", "0")
+        await until(started, "ok")
+        assert (await home.run("chat", "--session", session, "Hi")).out == "You said: Hi\n"
+        assert (await home.run("status")).status == 0
+    for line in ("Redis takes no writes; turns are refused until it does again", "Redis takes writes again"):
+        assert started.said.count(line) == 1

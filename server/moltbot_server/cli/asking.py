@@ -27,7 +27,7 @@ _PATIENCE = 10.0  # seconds; a person who waits for longer asks what is wrong
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Place:
-    """Where a core is and the key to it. `store_away` tells which store it cannot reach; empty when it is not that."""
+    """Where a core is and the key to it. `store_away` tells what it cannot do with its store; empty when it can all."""
 
     address: str
     key: str

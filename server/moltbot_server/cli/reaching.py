@@ -61,7 +61,7 @@ def find_core(workspace: Workspace, given: str) -> str:
 
 
 def store_away(workspace: Workspace, address: str) -> str:
-    """Return which store a core cannot reach, such as `Redis at 127.0.0.1:6379`; empty when it is not known.
+    """Return what a core cannot do, such as `reach its store (Redis at 127.0.0.1:6379)`; empty when it is not known.
 
     Only the cores of the workspace itself are asked.
     """

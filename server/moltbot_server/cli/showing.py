@@ -21,7 +21,7 @@ class Shown:
     """
 
     def __init__(self, away: Callable[[], str] = lambda: "") -> None:
-        """`away` tells, when an answer does not come, which store the core cannot reach; empty when it is not that."""
+        """`away` tells, when an answer does not come, what the core cannot do with its store; empty when it can all."""
         self._away = away
         self._screen = sys.stdout.isatty()
         self._text = ""
@@ -58,9 +58,8 @@ class Shown:
         if now - self._away_since < _SILENT or self._told_away:
             return
         self._told_away = True
-        store = self._away()
-        reach = "reach" if store.startswith("Redis") else "write to"
-        text = f"the core cannot {reach} its store ({store})" if store else "the core does not answer"
+        problem = self._away()
+        text = f"the core cannot {problem}" if problem else "the core does not answer"
         text += "; waiting for it …"
         if self._screen:
             self._remark(text)

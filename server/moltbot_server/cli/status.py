@@ -105,9 +105,11 @@ def ask_cores(running: Running, timeout: float = 2.0) -> Mapping[str, _Health]:
 
 
 def store_away(cores: Mapping[str, _Health]) -> str:
-    """Return where the store is that cores cannot use, such as `Redis at 127.0.0.1:6379`; empty when they can."""
+    """Return what cores cannot do, such as `reach its store (Redis at 127.0.0.1:6379)`; empty when they can use it."""
     store = _store(_speaker(cores.values()))
-    return str(store["where"]) if store["healthy"] is False else ""
+    if store["healthy"] is not False:
+        return ""
+    return f"{'write to' if _is_read_only(store) else 'reach'} its store ({store['where']})"
 
 
 def _speaker(cores: Iterable[_Health]) -> _Health:
@@ -182,7 +184,7 @@ def _in_words(found: Mapping[str, Any]) -> str:
     if found["stopping"]:
         lines.append("It is stopping: answers under way may end first, and nothing new is taken.")
     elif found["store"]["healthy"] is False:
-        lines.append(_until_there(found["store"]["where"]))
+        lines.append(_until_there(found["store"]))
     elif engine["where"] and not engine["healthy"] and "engine" not in found["processes"]:
         lines.append("The engine runs elsewhere and cannot be reached: start it there, or correct `engine` here.")
     elif not found["healthy"]:
@@ -190,12 +192,22 @@ def _in_words(found: Mapping[str, Any]) -> str:
     return "\n".join(lines)
 
 
-def _until_there(where: str) -> str:
+def _until_there(store: Mapping[str, Any]) -> str:
     """Return what to do about a store that is away."""
-    if where.startswith("Redis"):
-        advice = f"start {where}, or correct store.host, store.port and store.tls."
-        return f"Nothing new is taken before the store is there: {advice}"
-    return "Nothing new is taken before the database takes writes: make room on its disk, or let MoltBot write there."
+    where = store["where"]
+    if not where.startswith("Redis"):
+        return (
+            "Nothing new is taken before the database takes writes: make room on its disk, or let MoltBot write there."
+        )
+    if _is_read_only(store):
+        return "Nothing new is taken before Redis takes writes: the line of the store says what it needs."
+    advice = f"start {where}, or correct store.host, store.port and store.tls."
+    return f"Nothing new is taken before the store is there: {advice}"
+
+
+def _is_read_only(store: Mapping[str, Any]) -> bool:
+    """Tell whether a store that is away can be reached, and takes no writes."""
+    return not store["where"].startswith("Redis") or "takes no writes" in store["problem"]
 
 
 def _store_in_words(store: Mapping[str, Any]) -> Iterator[str]:

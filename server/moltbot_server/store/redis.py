@@ -42,6 +42,7 @@ from moltbot_server.store.redis_nodes import LEASE, NodeLease
 from moltbot_server.store.redis_outbox import RedisOutbox
 from moltbot_server.store.redis_owners import fingerprint
 from moltbot_server.store.redis_presence import Presence
+from moltbot_server.store.redis_probe import WriteProbe
 from moltbot_server.store.redis_rows import (
     SESSION_FIELDS,
     TURN_FIELDS,
@@ -134,6 +135,7 @@ class RedisStore:
             RedisLine(self.connection, scripts=loading(), on_connect=self._known.clear, presence=self._presence)
             for _ in range(2)
         )
+        self._probe = WriteProbe(self._writing, self._presence, self.prefix)
         try:
             await self._writing.open(_START)
             await self._reading.open(_START)
@@ -149,6 +151,7 @@ class RedisStore:
             )
             await self._lease.join()
         except BaseException as problem:
+            self._probe.end()
             await self._reading.close()
             await self._writing.close()
             if isinstance(problem, StorageUnavailable):
@@ -171,7 +174,7 @@ class RedisStore:
 
     @property
     def away(self) -> Away | None:
-        """Why Redis cannot be reached now; None when it can, as far as is known."""
+        """Why Redis cannot be reached, or takes no writes, now; None while all is well, as far as is known."""
         return self._presence.away
 
     async def close(self) -> None:
@@ -179,6 +182,7 @@ class RedisStore:
         if self._closed:
             return
         self._closed = True
+        self._probe.end()
         # What waits is still this node's; after the lease it is anybody's.
         await self._writing.close()
         await self._lease.leave()

@@ -103,7 +103,7 @@ class RedisLine:
     ) -> None:
         """`connect` makes a connection that is not open yet; `on_connect` hears of each that was opened.
 
-        `presence` hears when Redis is away, and when it is there again.
+        `presence` hears when Redis is away, when it is there again, and what it refuses.
         """
         self._connect = connect
         self._scripts = scripts
@@ -215,8 +215,8 @@ class RedisLine:
 
     def _hear(self, reply: Any) -> None:
         """Tell the call that was sent first what Redis says to it."""
-        if isinstance(reply, _BROKEN):
-            raise reply
+        if isinstance(reply, RedisError):
+            self._hear_refusal(reply)
         replies = self._replies
         replies.append(reply)
         call = self._under_way[0]
@@ -229,6 +229,12 @@ class RedisLine:
                 self._send_soon()
             elif self._closed:
                 self._wanted.set()
+
+    def _hear_refusal(self, refusal: RedisError) -> None:
+        """Give the connection up where another one may be told something else, and see whether writes are refused."""
+        if isinstance(refusal, _BROKEN):
+            raise refusal
+        self._presence.refused(refusal)
 
     def _watch_over(self) -> None:
         """Look whether the call that was sent first was answered in time, and when to look again."""
