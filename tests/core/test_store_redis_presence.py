@@ -45,7 +45,7 @@ async def client(redis: RedisProcess) -> AsyncIterator[Redis]:
 
 def said(caplog: pytest.LogCaptureFixture) -> list[tuple[int, str]]:
     """Return what the store has logged since it was opened, but of its lease."""
-    names = ("moltbot_server.store.redis_presence",)
+    names = ("moltbot_server.store.redis_line", "moltbot_server.store.redis_presence")
     return [(record.levelno, record.message) for record in caplog.records if record.name in names]
 
 
@@ -167,7 +167,7 @@ async def test_a_refusal_that_is_a_commands_own_fault_says_nothing_of_redis(
     with pytest.raises(StorageUnavailable):
         await store.write(("SADD", "text", "one"))
     assert store.away is None
-    assert said(caplog) == []
+    assert said(caplog) == [(logging.ERROR, "Redis refused a command")]
 
 
 async def test_a_redis_that_goes_away_while_it_takes_no_writes_is_away_until_it_takes_them(

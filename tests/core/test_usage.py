@@ -122,6 +122,28 @@ async def test_writes_that_fail_are_tried_again_and_nothing_is_lost_or_counted_t
     assert (row.turns, row.input_tokens) == (5, 400)
 
 
+async def test_that_nothing_can_be_written_is_said_once_and_so_is_that_it_can_be_again(
+    failing: FailingStore, caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level("INFO", ledger_module.__name__)
+    async with books(failing) as kept:
+        for _ in range(2):
+            failing.full = True
+            for _ in range(3):
+                kept.use()
+                with pytest.raises(StorageFull):
+                    await kept.ledger.flush()
+            failing.full = False
+            for _ in range(3):
+                kept.use()
+                await kept.ledger.flush()
+
+    assert [record.message for record in caplog.records] == 2 * [
+        "what was used cannot be written now; it is tried until it can be",
+        "what was used is written again",
+    ]
+
+
 async def test_what_is_written_is_not_written_again_when_old_usage_cannot_be_forgotten(failing: FailingStore) -> None:
     async with books(failing) as kept:
         failing.keeps_old = True

@@ -166,3 +166,4 @@ async def test_a_redis_without_memory_is_told_as_a_store_that_takes_no_writes_an
         assert (await home.run("status")).status == 0
     for line in ("Redis takes no writes; turns are refused until it does again", "Redis takes writes again"):
         assert started.said.count(line) == 1
+    assert "Redis refused a command" not in started.said

@@ -31,7 +31,7 @@ from moltbot_server import tasks
 from moltbot_server.errors import MoltBotError, StorageFull, StorageUnavailable
 from moltbot_server.store.damage import Unreadable, damage
 from moltbot_server.store.pending import Pending
-from moltbot_server.store.redis_presence import Presence
+from moltbot_server.store.redis_presence import Presence, why_no_writes
 from moltbot_server.store.redis_wire import Wire
 
 log = logging.getLogger(__name__)
@@ -425,7 +425,8 @@ def _outcome(read: Callable[[list[Any]], T | MoltBotError], replies: list[Any], 
 def refused(refusal: Exception) -> MoltBotError:
     """Return what a refusal of Redis means to a caller; the text holds no content and no address."""
     text = str(refusal)
-    log.error("Redis refused a command", extra={"problem": text[:200]})
+    if not why_no_writes(refusal):  # which is said once, and not of each command
+        log.error("Redis refused a command", extra={"problem": text[:200]})
     if isinstance(refusal, OutOfMemoryError) or text.startswith("OOM") or "maxmemory" in text:
         return StorageFull("Redis has no memory left: nothing was stored", retry_after=5.0)
     if "No space left" in text:

@@ -115,6 +115,7 @@ class Ledger:
         self._timer: asyncio.TimerHandle | None = None
         self._turn_to_write = asyncio.Lock()
         self._writing: set[asyncio.Task[MoltBotError | None]] = set()
+        self._is_behind = False
         self._closed = False
 
     async def open(self) -> None:
@@ -343,8 +344,13 @@ class Ledger:
         async with self._turn_to_write:
             error = await self._write()
         if error is not None:
-            log.warning("what was used cannot be written now; it is tried again", extra={"error": error.message})
+            if not self._is_behind:
+                fields = {"error": error.message}
+                log.warning("what was used cannot be written now; it is tried until it can be", extra=fields)
             self._write_soon()
+        elif self._is_behind:
+            log.info("what was used is written again")
+        self._is_behind = error is not None
         return error
 
     async def _write(self) -> MoltBotError | None:
