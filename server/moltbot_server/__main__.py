@@ -26,9 +26,10 @@ from moltbot_server.workspace import WorkspaceError, find_workspace
 log = logging.getLogger("moltbot_server.core")
 
 _UNAVAILABLE, _BAD_CONFIGURATION = 69, 78  # EX_UNAVAILABLE and EX_CONFIG of sysexits.h
-_OWN = ("role", "workspace", "no_notices", "listen", "worker")
+_OWN = ("role", "workspace", "no_notices", "problems_as_json", "listen", "worker")
 
 Leave = Callable[[], Awaitable[None]]
+Start = Callable[[], Awaitable[tuple[Mapping[str, Any], Leave]]]
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -41,7 +42,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         reread = functools.partial(load_settings, workspace.folder, os.environ, overrides)
         settings = reread()
     except (ConfigError, WorkspaceError) as error:
-        print(f"moltbot: {error}", file=sys.stderr)
+        _tell(error, as_json=flags.problems_as_json)
         return _BAD_CONFIGURATION
     process = f"core-{flags.worker}" if flags.worker else flags.role
     configure_logging(settings.log_level, as_json=settings.log_json, process=process)
@@ -51,11 +52,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
         log.warning("a setting does not suit this machine", extra={"notice": f"{settings.origin('threads')}: {odd}"})
     if flags.role == "engine":
         listen = flags.listen or f"unix:{workspace.engine_socket}"
-        return uvloop.run(_run(lambda: _start_engine(settings, key, listen, flags.metrics_port)))
-    return uvloop.run(_run(lambda: _start_core(settings, key, reread, flags.worker)))
+        starting: Start = functools.partial(_start_engine, settings, key, listen, flags.metrics_port)
+    else:
+        starting = functools.partial(_start_core, settings, key, reread, flags.worker)
+    return uvloop.run(_run(starting, problems_as_json=flags.problems_as_json))
 
 
-async def _run(start: Callable[[], Awaitable[tuple[Mapping[str, Any], Leave]]]) -> int:
+async def _run(start: Start, *, problems_as_json: bool) -> int:
     """Start, tell what is ready, and stay until a signal says to leave."""
     leave = asyncio.Event()
     loop = asyncio.get_running_loop()
@@ -71,7 +74,7 @@ async def _run(start: Callable[[], Awaitable[tuple[Mapping[str, Any], Leave]]]) 
     except asyncio.CancelledError:
         return 0
     except (MoltBotError, ConfigError, OSError) as error:
-        print(f"moltbot: {error}", file=sys.stderr)
+        _tell(error, as_json=problems_as_json)
         return _status_of(error)
     print(json.dumps(ready), flush=True)
     # What is alive now stays so: the collector need not look at it again, and a turn's values are no cycles.
@@ -84,6 +87,14 @@ async def _run(start: Callable[[], Awaitable[tuple[Mapping[str, Any], Leave]]]) 
     await asked
     await stop()
     return 0
+
+
+def _tell(problem: Exception, *, as_json: bool) -> None:
+    """Say why the process cannot start: to people, or to whoever started it and hears the same of several."""
+    if as_json:
+        print(json.dumps({"problem": str(problem)}), flush=True)
+    else:
+        print(f"moltbot: {problem}", file=sys.stderr)
 
 
 def _status_of(error: Exception) -> int:
@@ -165,6 +176,9 @@ def _parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("--log-level", choices=("debug", "info", "warning", "error"))
     parser.add_argument("--no-notices", action="store_true", help="whoever starts it has told what is not used")
+    parser.add_argument(
+        "--problems-as-json", action="store_true", help="say why it cannot start in a line of JSON on standard output"
+    )
     return parser
 
 

@@ -26,7 +26,8 @@ def plans(
     """
     # gRPC's native part writes lines of its own, which a reader of JSON cannot take.
     environ = _FEW_ARENAS | ({"GRPC_VERBOSITY": "NONE"} if settings.log_json else {})
-    server = ["--no-notices", "--workspace", str(workspace.folder), "--log-level", settings.log_level]
+    server = ["--no-notices", "--problems-as-json"]
+    server += ["--workspace", str(workspace.folder), "--log-level", settings.log_level]
     many = settings.workers > 1
     if many:
         # Each has a socket of its own, over which calls are spread evenly, however few the connections.

@@ -70,6 +70,7 @@ class Supervisor:
         self._pulse = pulse.Pulse(self._selector)
         self._look_at = 0.0  # when the cores are asked next how they are
         self._said: dict[str, Mapping[str, Any]] = {}  # by the names of those that told that they serve
+        self._problems: dict[str, str] = {}  # by name: why a process could not start, until it can
         self._ready = False
         self._asked = 0  # how often somebody asked us to stop
         self._wanted_anew = False
@@ -214,10 +215,20 @@ class Supervisor:
         except ValueError:
             said = None
         if isinstance(said, dict) and said.get("ready"):
+            self._problems.pop(child.plan.name, None)
             if child.plan.tells:
                 self._said[child.plan.name] = said
+        elif isinstance(said, dict) and "problem" in said:
+            self._tell_once(child, str(said["problem"]))
         else:
             print(line.decode("utf-8", "replace"), end="", file=sys.stderr, flush=True)
+
+    def _tell_once(self, child: Child, problem: str) -> None:
+        """Say why a process cannot start; several workers, and the next attempts, have the same to say."""
+        known = problem in self._problems.values()
+        self._problems[child.plan.name] = problem
+        if not known:
+            print(f"moltbot: {problem}", file=sys.stderr, flush=True)
 
     def _serve(self) -> None:
         now = time.monotonic()

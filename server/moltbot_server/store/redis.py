@@ -92,8 +92,7 @@ class RedisStore:
     ) -> None:
         """`advertised` is where nodes of this machine reach this one, if by a way of their own; `lease` is in seconds.
 
-        `key` opens this node; of others that tell another one's fingerprint a warning tells. Nothing is connected
-        before `open`.
+        `key` opens this node, which is refused where others know another one. Nothing is connected before `open`.
         """
         self.node = ""
         self._advertised = advertised
@@ -125,7 +124,8 @@ class RedisStore:
         Without `fit`, one that is not set up well is opened too, to be looked at.
 
         Raises:
-            StorageUnavailable: Redis cannot be reached, or is set up so that it would lose what it is given.
+            StorageUnavailable: Redis cannot be reached, is set up so that it would lose what it is given, or has nodes
+                that know another key.
         """
         self.node = secrets.token_hex(8)
         if not self._tls and not is_loopback(self._options["host"]):
@@ -148,6 +148,7 @@ class RedisStore:
                 address=self._advertised,
                 seconds=self._lease_seconds,
                 fingerprint=await fingerprint(self.ask, self.prefix, self._key),
+                redis=self.address,
             )
             await self._lease.join()
         except BaseException as problem:

@@ -15,7 +15,8 @@ from typing import Any
 from moltbot_server import tasks
 from moltbot_server.errors import MoltBotError
 from moltbot_server.store.redis_line import Call, Command, RedisLine
-from moltbot_server.store.redis_owners import owner_of, warn_of_others
+from moltbot_server.store.redis_owners import Stranger, enter, owner_of, warn_of_others
+from moltbot_server.store.redis_scripts import scripts
 
 log = logging.getLogger(__name__)
 
@@ -36,12 +37,15 @@ class NodeLease:
         address: str = "",
         seconds: float = LEASE,
         fingerprint: str = "",
+        redis: str = "",
     ) -> None:
         """`address` is where nodes of this machine reach this one, `unix:PATH`, if there is such a way.
 
-        `fingerprint` is of the key that opens this node; others look at it.
+        `fingerprint` is of the key that opens this node; without one, it is nobody's stranger. `redis` is the address
+        of that, for people.
         """
         self._line = line
+        self._redis = redis
         self._local, self._public = address, ""
         self._prefix, self._fingerprint = prefix, fingerprint
         self.node = node
@@ -55,11 +59,13 @@ class NodeLease:
         """Be among the nodes until `leave`.
 
         Raises:
-            StorageUnavailable: Redis does not answer.
+            StorageUnavailable: nodes that know another key are there, which alone has no `retry_after`; or Redis does
+                not answer.
         """
         up = float(self._line.server.get("uptime_in_seconds", "0"))
+        if self._fingerprint:
+            await enter(self._try_to_join, redis=self._redis, prefix=self._prefix)
         await self.renew()
-        await warn_of_others(self._ask, self._prefix, mine=self._fingerprint)
         # Redis was away until now: the others had no chance to renew theirs.
         self._calm(self._seconds - up)
         self._task = asyncio.create_task(self._keep())
@@ -82,11 +88,10 @@ class NodeLease:
         Raises:
             StorageUnavailable: Redis does not answer.
         """
-        told = " ".join((socket.gethostname(), str(os.getpid()), self._public, self._local)).rstrip()
-        life = int(self._seconds * 1000)
-        renewal = [("SADD", self._nodes, self.node), ("SET", self._key(self.node), told, "PX", life, "GET")]
+        lease = ("SET", self._key(self.node), self._told, "PX", self._life, "GET")
+        renewal: list[Command] = [("SADD", self._nodes, self.node), lease]
         if self._fingerprint:
-            renewal.append(("SET", owner_of(self._prefix, self.node), self._fingerprint, "PX", life))
+            renewal.append(("SET", owner_of(self._prefix, self.node), self._fingerprint, "PX", self._life))
         try:
             _, held, *_ = await self._ask(*renewal)
         except MoltBotError:
@@ -98,7 +103,11 @@ class NodeLease:
         if self._joined and (held is None or self._missed or run != self._run):
             # Redis was perhaps away, for others at a worse moment: they may have had no chance to renew theirs.
             self._calm(self._seconds)
+        lapsed = self._joined and held is None
         self._joined, self._missed, self._run = True, False, run
+        if lapsed:
+            # Whoever started meanwhile could not see this node, which has turns and callers: it stays, and tells.
+            await warn_of_others(self._ask, self._prefix, mine=self._fingerprint)
 
     async def gone(self, nodes: Collection[str]) -> Sequence[str]:
         """Return those of some nodes that are gone.
@@ -156,6 +165,22 @@ class NodeLease:
         """
         if nodes:
             await self._ask(("SREM", self._nodes, *nodes), ("SREM", self._left, *nodes))
+
+    async def _try_to_join(self) -> Sequence[Stranger]:
+        """Join the nodes, or return those with another key that are there."""
+        join = scripts()["join"].on(self._prefix, self.node, self._told, self._life, self._fingerprint)
+        (found,) = await self._ask(join)
+        return [Stranger(node.decode(), ends, lease.decode()) for node, ends, lease in found]
+
+    @property
+    def _told(self) -> str:
+        """What the lease tells: host, process, and where this node is reached."""
+        return " ".join((socket.gethostname(), str(os.getpid()), self._public, self._local)).rstrip()
+
+    @property
+    def _life(self) -> int:
+        """How long a lease lasts, in milliseconds."""
+        return int(self._seconds * 1000)
 
     @property
     def _nodes(self) -> str:

@@ -6,11 +6,14 @@ it, and the same key on another Redis has another one.
 
 from __future__ import annotations
 
+import asyncio
 import hashlib
 import logging
 import secrets
-from collections.abc import Awaitable, Callable, Mapping
-from typing import Any
+from collections.abc import Awaitable, Callable, Iterable, Mapping, Sequence
+from typing import Any, NamedTuple
+
+from moltbot_server.errors import StorageUnavailable
 
 log = logging.getLogger(__name__)
 
@@ -22,6 +25,43 @@ REMEDY = (
     "(docs/nodes.md)"
 )
 """What to do about cores that share a Redis and know different keys."""
+_CHANGED = "if the key was changed, stop all cores that have the old one first"
+
+_LOOK = 0.1
+"""Seconds between two looks at the leases of strangers; one that lives renews its own several times in three."""
+_LATER = 20
+"""Milliseconds by which a lease that was renewed ends later than before at least; Redis rounds both its clocks."""
+
+
+class Stranger(NamedTuple):
+    """A node with another key: its name, when its lease ends (milliseconds, by Redis' clock), what that tells."""
+
+    node: str
+    ends: int
+    lease: str
+
+
+async def enter(join: Callable[[], Awaitable[Sequence[Stranger]]], *, redis: str, prefix: str) -> None:
+    """Call `join` until no strangers keep it from joining: a lease may be all that a core left behind that was killed.
+
+    `redis` and `prefix` are for whoever starts the core.
+
+    Raises:
+        StorageUnavailable: one of them lives, for it has renewed its lease; or Redis does not answer.
+    """
+    ends: dict[str, int] = {}
+    while strangers := await join():
+        if any(each.ends >= ends.get(each.node, each.ends) + _LATER for each in strangers):
+            places = ", ".join(sorted({each.lease.partition(" ")[0] for each in strangers}))
+            raise StorageUnavailable(
+                f"Redis at {redis} has cores of another key under the prefix {prefix} (on {places}), and callers' keys "
+                f"would be good at some cores alone: {REMEDY}; {_CHANGED}"
+            )
+        if not ends:
+            fields = {"prefix": prefix, "others": _told(each.lease for each in strangers)}
+            log.warning("cores of another key were on this Redis just now; waiting whether they are gone", extra=fields)
+        ends = {each.node: each.ends for each in strangers} | ends
+        await asyncio.sleep(_LOOK)
 
 
 async def fingerprint(ask: Ask, prefix: str, key: str) -> str:
@@ -67,14 +107,14 @@ async def warn_of_others(ask: Ask, prefix: str, *, mine: str) -> None:
     if not mine:
         return
     marked = (await fingerprints(ask, prefix)).values()
-    others = [_host_and_process(lease) for mark, lease in marked if mark != mine]
+    others = [lease for mark, lease in marked if mark != mine]
     if others:
         log.warning(
             f"other cores on this Redis have another key, and share its sessions all the same: {REMEDY}",
-            extra={"prefix": prefix, "others": ", ".join(others)},
+            extra={"prefix": prefix, "others": _told(others)},
         )
 
 
-def _host_and_process(lease: str) -> str:
-    """Return what a lease tells for people."""
-    return " ".join(lease.split(" ")[:2])
+def _told(leases: Iterable[str]) -> str:
+    """Return what leases tell for people: hosts and processes."""
+    return ", ".join(sorted(" ".join(lease.split(" ")[:2]) for lease in leases))
