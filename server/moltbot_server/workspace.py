@@ -156,6 +156,10 @@ class Workspace:
         """Where one of several cores listens for the others and for adapters, in the same place; they count from 1."""
         return self._socket(f"core-{worker}.sock")
 
+    def adapter_socket(self, name: str) -> Path:
+        """Where one of the processes that serve HTTP, called by its name, says that it does not stand still."""
+        return self._socket(f"{name}.sock")
+
     def _socket(self, name: str) -> Path:
         path = self.run / name
         if len(os.fsencode(path)) <= _LONGEST_SOCKET:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import selectors
 import socket
 from collections.abc import Iterator
+from pathlib import Path
 
 import pytest
 from moltbot_server.cli.pulse import PATIENCE, Pulse
@@ -63,6 +64,24 @@ def test_who_answers_whatever_it_says_is_never_named(selector: selectors.BaseSel
     finally:
         ill.close()
     assert len(asked) == PATIENCE + 2
+
+
+def test_one_on_a_unix_socket_is_asked_as_well(selector: selectors.BaseSelector, pulse: Pulse, tmp_path: Path) -> None:
+    path = tmp_path / "http-1.sock"
+    places = {"http-1": f"unix:{path}", "http-2": f"unix:{tmp_path / 'nowhere'}"}
+    named = []
+    with socket.socket(socket.AF_UNIX) as listener:
+        listener.bind(str(path))
+        listener.listen()
+        for _ in range(PATIENCE + 1):
+            named.append(pulse.look(places))
+            settle(selector)
+        connection, _ = listener.accept()
+        with connection:
+            assert connection.recv(100).startswith(b"GET /health ")
+    assert named == [*[[]] * PATIENCE, ["http-1"]]
+    assert pulse.look(places) == []  # nobody is there now
+    settle(selector)
 
 
 def test_a_port_that_is_closed_and_an_address_that_is_none_prove_nothing(

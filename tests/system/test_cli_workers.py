@@ -146,6 +146,23 @@ async def test_a_worker_that_answers_no_more_is_started_again_and_its_turns_go_o
         await bot.close()
 
 
+async def test_an_adapter_that_stands_still_is_told_and_another_one_takes_its_place(started: Started) -> None:
+    before = started.told()["processes"]
+    psutil.Process(before["http-1"]).suspend()
+    ended, told = await asyncio.gather(started.home.run("status", "--json"), started.home.run("status"))
+    assert (ended.status, told.status) == (1, 1)
+    assert ended.json["http"] == {**ended.json["http"], "healthy": False, "answering": 1, "processes": 2}
+    assert ended.json["core"]["healthy"]
+    assert re.search(r"HTTP +NOT SERVING +1 of 2 processes", told.out)
+    assert "child=http-1" in await started.line("a process does not answer and is killed")
+    assert "child=http-1" in await started.line("a process was started again")
+    await until_all_serve(started.home)
+    after = started.told()["processes"]
+    assert after["http-1"] != before["http-1"]
+    assert {**after, "http-1": 0} == {**before, "http-1": 0}
+    assert (await started.home.run("status", "--json")).json["http"]["answering"] == 2
+
+
 async def test_workers_are_started_again_one_after_the_other_while_turns_go_on(started: Started) -> None:
     before = started.told()["processes"]
     clients = [client(started) for _ in range(4)]

@@ -8,6 +8,7 @@ import socket
 import sys
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
+from pathlib import Path
 
 import aiohttp
 import pytest
@@ -82,6 +83,38 @@ async def test_a_second_signal_cuts_the_grace_short(settings, core):
         async with asyncio.timeout(2):
             assert (await _end(process))[0] == 0
         answer.close()
+
+
+async def test_it_answers_on_a_socket_of_its_own_while_it_runs_whatever_the_core_does(settings, core, tmp_path):
+    core.script.gate = asyncio.Event()
+    path = tmp_path / "http.sock"
+    async with _process(settings, "--port", "0", "--pulse", str(path)) as process, aiohttp.ClientSession() as session:
+        url = await _ready(process)
+        async with session.post(f"{url}/v1/chat/completions", json=ASK, headers=BEARER) as answer:
+            assert (await _asked(path)).startswith(b"HTTP/1.0 200 OK\r\n")
+            process.send_signal(signal.SIGTERM)
+            while json.loads(await process.stderr.readline())["message"] != "leaving":
+                pass
+            assert (await _asked(path)).endswith(b'{"status": "ok"}\n')  # it leaves, and does not stand still
+            core.script.gate.set()
+            await answer.read()
+        assert (await _end(process))[0] == 0
+    assert not path.exists()
+
+
+async def _asked(path: Path) -> bytes:
+    reader, writer = await asyncio.open_unix_connection(path)
+    writer.write(b"GET /health HTTP/1.0\r\n\r\n")
+    said = await asyncio.wait_for(reader.read(), 5)
+    writer.close()
+    return said
+
+
+async def test_a_place_for_its_socket_that_cannot_be_used_is_told_with_status_78(settings, tmp_path):
+    async with _process(settings, "--port", "0", "--pulse", str(tmp_path / "nowhere" / "http.sock")) as process:
+        status, said = await _end(process)
+    assert status == 78
+    assert said.startswith(f"moltbot http: the socket {tmp_path}/nowhere/http.sock cannot be made")
 
 
 async def test_a_port_in_use_is_one_clear_line_and_status_1(settings):

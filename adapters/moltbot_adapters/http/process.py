@@ -15,6 +15,7 @@ import uvloop
 from aiohttp import web
 
 from moltbot_adapters import logs
+from moltbot_adapters.http import pulse
 from moltbot_adapters.http.app import build_app
 from moltbot_adapters.http.metrics import forget_process
 from moltbot_adapters.http.server import Runner
@@ -28,8 +29,8 @@ log = logging.getLogger("moltbot.http")
 def main(arguments: Sequence[str]) -> int:
     """Runs the adapter until it is told to leave.
 
-    Returns 0 after a signal, 1 when it cannot listen, 78 when the settings, the key file or the state folder are not
-    usable.
+    Returns 0 after a signal, 1 when it cannot listen, 78 when the settings, the key file, the state folder or the place
+    of its own socket are not usable.
     """
     try:
         settings = parse(arguments)
@@ -54,6 +55,7 @@ async def serve(settings: Settings) -> int:
         loop.add_signal_handler(number, told)
     try:
         runner = Runner(build_app(settings), settings)
+        end_pulse = await pulse.listen(settings.pulse) if settings.pulse else None
     except (OSError, ValueError) as error:
         print(f"moltbot http: {error}", file=sys.stderr)
         return os.EX_CONFIG
@@ -69,12 +71,15 @@ async def serve(settings: Settings) -> int:
         gc.collect()
         gc.freeze()  # what the start made stays; no collection has to walk it again
         log.info("listening", extra=fields(host=settings.host, port=port, core=settings.core, pid=os.getpid()))
-        print(json.dumps({"ready": True, "port": port}), flush=True)  # for whoever has started this process
+        own = f"unix:{settings.pulse}" if settings.pulse else ""
+        print(json.dumps({"ready": True, "port": port, "pulse": own}), flush=True)  # for whoever started this process
         await leave.wait()
         log.info("leaving", extra=fields(grace_s=settings.drain_s))
         return 0
     finally:
         await _clean_up(runner, at_once)
+        if end_pulse is not None:
+            end_pulse()
         forget_process()
 
 

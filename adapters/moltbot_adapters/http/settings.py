@@ -34,6 +34,7 @@ class Settings:
     core: str
     key_file: Path
     state: Path
+    pulse: Path | None = None
     log_level: str = "info"
     log_json: bool = False
     reuse_port: bool = False
@@ -69,6 +70,9 @@ def parse(arguments: Sequence[str]) -> Settings:
     parser.add_argument("--core", default="127.0.0.1:50051", help="the core's gRPC address")
     parser.add_argument("--key-file", type=Path, required=True, help="file with the workspace key")
     parser.add_argument("--state", type=Path, required=True, help="folder for sign-in links and the cookie key")
+    parser.add_argument(
+        "--pulse", type=Path, help="Unix socket on which this process says that it does not stand still"
+    )
     parser.add_argument("--log-level", choices=sorted(LEVELS), default="info")
     parser.add_argument("--log-json", action="store_true", help="write logs as JSON lines")
     parser.add_argument("--reuse-port", action="store_true", help="let several workers share the port")
@@ -89,6 +93,7 @@ def parse(arguments: Sequence[str]) -> Settings:
         core=given.core,
         key_file=given.key_file,
         state=given.state,
+        pulse=given.pulse,
         log_level=given.log_level,
         log_json=given.log_json,
         reuse_port=given.reuse_port,

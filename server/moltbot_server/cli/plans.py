@@ -8,6 +8,8 @@ from moltbot_server.cli.children import Plan
 from moltbot_server.config import Settings
 from moltbot_server.workspace import Workspace
 
+ADAPTERS = "moltbot_adapters"
+"""The module of the processes that serve HTTP."""
 _FIRST_PAUSE = 0.1  # seconds; what dies for the first time is back as soon as can be, for callers wait for it
 _LONGEST_PAUSE = 2.0  # streams, pages and turns wait for what died, however often that was
 # What glibc's malloc reads when a process begins. By default it keeps up to eight arenas for each processor, and what
@@ -60,8 +62,8 @@ def plans(
         *(
             Plan(
                 name=name,
-                module="moltbot_adapters",
-                arguments=tuple(http),
+                module=ADAPTERS,
+                arguments=(*http, "--pulse", str(workspace.adapter_socket(name))),
                 pause=_FIRST_PAUSE,
                 longest_pause=_LONGEST_PAUSE,
                 environ=environ | {"MOLTBOT_PROCESS": name},

@@ -28,8 +28,8 @@ class Pulse:
     def look(self, addresses: Mapping[str, str]) -> Sequence[str]:
         """Return the names of those that owe an answer for too long, and ask all that owe none.
 
-        `addresses` are those of their ports for operators, such as `127.0.0.1:9464`. One that is named is forgotten, so
-        that whoever comes in its place is asked as if it were the first.
+        `addresses` are those of their ports for operators, such as `127.0.0.1:9464`, or `unix:PATH`. One that is named
+        is forgotten, so that whoever comes in its place is asked as if it were the first.
         """
         for name in self._asked.keys() - addresses.keys():
             self._forget(name)
@@ -49,11 +49,13 @@ class Pulse:
             self._forget(name)
 
     def _ask(self, name: str, address: str) -> None:
+        path = address.removeprefix("unix:") if address.startswith("unix:") else ""
         host, _, port = address.rpartition(":")
-        asked = socket.socket(socket.AF_INET6 if ":" in host else socket.AF_INET, socket.SOCK_STREAM)
+        family = socket.AF_UNIX if path else socket.AF_INET6 if ":" in host else socket.AF_INET
+        asked = socket.socket(family, socket.SOCK_STREAM)
         asked.setblocking(False)
         try:
-            asked.connect_ex((host.strip("[]"), int(port)))
+            asked.connect_ex(path or (host.strip("[]"), int(port)))
         except (OSError, ValueError):
             asked.close()
             return  # no address that can be asked; it proves nothing

@@ -27,6 +27,8 @@ class Running:
 
     `cores`: where each of several cores tells how it does, by the name of its process; `metrics` is the first of them.
 
+    `adapters`: the Unix socket on which each process that serves HTTP says that it does not stand still, by its name.
+
     `stopping`: somebody has asked it to leave, and answers under way may still end. `engine_metrics`: where the engine
     that it runs tells how it does; empty where the models run elsewhere. `notices` are what is odd with its settings.
     """
@@ -40,6 +42,7 @@ class Running:
     model: str
     processes: Mapping[str, int]
     cores: Mapping[str, str] = field(default_factory=dict)
+    adapters: Mapping[str, str] = field(default_factory=dict)
     stopping: bool = False
     engine_metrics: str = ""
     notices: tuple[str, ...] = ()

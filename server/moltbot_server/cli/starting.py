@@ -20,7 +20,7 @@ from typing import Any
 
 from moltbot_server.cli.children import Child, Plan
 from moltbot_server.cli.model_check import model_problems
-from moltbot_server.cli.plans import plans
+from moltbot_server.cli.plans import ADAPTERS, plans
 from moltbot_server.cli.ports import Wanted, kept_port, near_port, spare_ports, take_ports
 from moltbot_server.cli.running import Running, joined, only_one, reachable
 from moltbot_server.cli.supervisor import Supervisor, log
@@ -210,6 +210,10 @@ class _Site:
         told = {name: f"http://{joined(host, port)}" for name, port in zip(names, self._ports.cores, strict=True)}
         return told if len(told) > 1 else {}
 
+    def _adapters(self) -> list[str]:
+        """Return the names of the processes that serve HTTP."""
+        return [child.plan.name for child in self.children if child.plan.module == ADAPTERS]
+
     def renew(self) -> bool:
         """Read the settings again and plan by them, on the ports as they are; False when something is wrong there."""
         was = self._settings
@@ -275,6 +279,7 @@ class _Site:
             model=self._model,
             processes={child.plan.name: child.pid for child in self.children},
             cores=self._core_metrics(),
+            adapters={name: f"unix:{self._workspace.adapter_socket(name)}" for name in self._adapters()},
             stopping=self._stopping,
             notices=self._notices,
             engine_metrics=self.engine_metrics and f"http://{self.engine_metrics}",
@@ -323,6 +328,8 @@ class _Site:
             self._workspace.engine_socket.unlink(missing_ok=True)
         for number in range(1, self._settings.workers + 1):
             self._workspace.core_socket(number).unlink(missing_ok=True)
+        for name in self._adapters():
+            self._workspace.adapter_socket(name).unlink(missing_ok=True)
         if self._asking is not None:
             if self._asking.stdin:
                 self._asking.stdin.close()

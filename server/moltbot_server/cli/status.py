@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-import http.client
 import json
+import socket
 import sys
 import time
 from collections.abc import Collection, Iterable, Iterator, Mapping
+from http.client import HTTPConnection, HTTPException
 from typing import Any, NamedTuple
 from urllib.parse import urlsplit
 
@@ -42,13 +43,16 @@ def status(workspace: Workspace, *, as_json: bool) -> int:
 def state(workspace: Workspace, running: Running) -> dict[str, Any]:
     """Return the state as the JSON object of `moltbot status --json`. Memory is proportional set size, in bytes."""
     adapter, cores = _health(running.http), ask_cores(running)
+    adapters = [_health(place) for place in running.adapters.values()]
+    http = adapter.healthy and all(each.healthy for each in adapters)
     core = _speaker(cores.values())
     serving = sum(each.serves for each in cores.values())
     pids = {"supervisor": running.pid, **running.processes}
     processes = {name: {"pid": pid, "memory": _memory(pid, set(pids.values()))} for name, pid in pids.items() if pid}
     return {
         "running": True,
-        "healthy": all(each.healthy for each in (adapter, *cores.values()))
+        "healthy": http
+        and all(each.healthy for each in cores.values())
         and core.said.get("engine") != "away"
         and all(item["memory"] is not None for item in processes.values())
         and not running.stopping,
@@ -76,7 +80,12 @@ def state(workspace: Workspace, running: Running) -> dict[str, Any]:
             "where": core.said.get("engine_address", ""),
             "metrics": running.engine_metrics,
         },
-        "http": {"healthy": adapter.healthy, "address": running.http},
+        "http": {
+            "healthy": http,
+            "address": running.http,
+            "answering": sum(each.healthy for each in adapters),
+            "processes": len(adapters),
+        },
         "processes": processes,
         "memory": sum(item["memory"] or 0 for item in processes.values()),
     }
@@ -129,17 +138,35 @@ def _store(core: _Health) -> dict[str, Any]:
 
 
 def _health(address: str, timeout: float = 2.0) -> _Health:
-    parts = urlsplit(address)
-    connection = http.client.HTTPConnection(parts.hostname or "", parts.port, timeout=timeout)
+    connection: HTTPConnection
+    if address.startswith("unix:"):
+        connection = _UnixConnection(address.removeprefix("unix:"), timeout)
+    else:
+        parts = urlsplit(address)
+        connection = HTTPConnection(parts.hostname or "", parts.port, timeout=timeout)
     try:
         connection.request("GET", "/health")
         answer = connection.getresponse()
         said = json.loads(answer.read())
-    except (OSError, http.client.HTTPException, ValueError):
+    except (OSError, HTTPException, ValueError):
         return _Health(False, {})
     finally:
         connection.close()
     return _Health(answer.status == 200, said if isinstance(said, dict) else {})
+
+
+class _UnixConnection(HTTPConnection):
+    """HTTP over a Unix socket."""
+
+    def __init__(self, path: str, timeout: float) -> None:
+        super().__init__("localhost", timeout=timeout)
+        self._path = path
+
+    def connect(self) -> None:
+        """Connect to the socket instead of a port."""
+        self.sock = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
+        self.sock.settimeout(self.timeout)
+        self.sock.connect(self._path)
 
 
 def _memory(pid: int, named: Collection[int]) -> int | None:
@@ -164,6 +191,8 @@ def _in_words(found: Mapping[str, Any]) -> str:
     told = f"   {engine['metrics']}/metrics" if engine["metrics"] else ""
     problem = f"   {found['model_problem']}" if found["model_problem"] else ""
     share = f"{core['serving']} of {core['workers']} workers   " if core["workers"] > 1 else ""
+    http = found["http"]
+    answering = f"{http['answering']} of {http['processes']} processes   " if http["processes"] > 1 else ""
     lines = [
         f"MoltBot {found['version']} runs in {found['workspace']} for {lasting(found['uptime_s'])}.",
         f"  Core    {word(core['healthy']):12} {share}gRPC {core['grpc']}   {core['metrics']}/metrics",
@@ -173,7 +202,7 @@ def _in_words(found: Mapping[str, Any]) -> str:
         ),
         f"  Engine  {word(engine['healthy']):12} {engine['where']}{told}",
         *_store_in_words(found["store"]),
-        f"  HTTP    {word(found['http']['healthy']):12} {found['http']['address']}",
+        f"  HTTP    {word(http['healthy']):12} {answering}{http['address']}",
         f"  Model   {found['model']}{problem}",
         f"  Memory  {memory:.0f} MB (proportional set size)",
     ]

@@ -1,6 +1,6 @@
 """Keeps the processes of `moltbot start` alive, and takes them down in order.
 
-One thread, woken by events, and now and then to see whether the cores still answer.
+One thread, woken by events, and now and then to see whether cores and adapters still answer.
 """
 
 from __future__ import annotations
@@ -68,7 +68,7 @@ class Supervisor:
         self._watcher = watcher
         self._selector = selectors.DefaultSelector()
         self._pulse = pulse.Pulse(self._selector)
-        self._look_at = 0.0  # when the cores are asked next how they are
+        self._look_at = 0.0  # when cores and adapters are asked next how they are
         self._said: dict[str, Mapping[str, Any]] = {}  # by the names of those that told that they serve
         self._problems: dict[str, str] = {}  # by name: why a process could not start, until it can
         self._ready = False
@@ -263,9 +263,10 @@ class Supervisor:
                 self._start_all_again()
 
     def _end_silent(self) -> None:
-        """Kill cores that stand still: others can have their turns only when they are gone."""
+        """Kill what stands still: others have the turns of a core, and the callers of an adapter, when it is gone."""
         running = {child.plan.name: child for child in self._children if child.process}
-        told = {name: str(said["metrics"]) for name, said in self._said.items() if said.get("metrics")}
+        places = {name: said.get("metrics") or said.get("pulse") for name, said in self._said.items()}
+        told = {name: str(place) for name, place in places.items() if place}
         for name in self._pulse.look({name: address for name, address in told.items() if name in running}):
             fields = {"child": name, "child_pid": running[name].pid, "seconds": pulse.EVERY * pulse.PATIENCE}
             log.warning("a process does not answer and is killed", extra=fields)
