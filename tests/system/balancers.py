@@ -26,6 +26,8 @@ from redis_process import RedisProcess, free_port
 ROOT = Path(__file__).parents[2]
 WORDS = [f"word{number}" for number in range(40)]
 TEXT = " ".join(WORDS)
+TEMPORARY = ("client_body", "proxy", "fastcgi", "uwsgi", "scgi")
+"""What nginx has temporary folders for."""
 SILENCE = 31.0
 """Seconds for which the model says nothing."""
 SCRIPT = f"""
@@ -142,8 +144,7 @@ def _nginx(folder: Path, ports: tuple[int, int, int]) -> str:
     text = text.replace("/etc/nginx/tls", str(folder / "tls")).replace("/var/log/nginx", str(folder))
     for shipped, own in zip(("50443", "50080", "443"), ports, strict=True):
         text = re.sub(rf"listen {shipped}\b", f"listen 127.0.0.1:{own}", text)
-    kinds = ("client_body", "proxy", "fastcgi", "uwsgi", "scgi")
-    return text.replace("http {", "http {" + "".join(f"{kind}_temp_path {folder}/{kind};" for kind in kinds), 1)
+    return text.replace("http {", "http {" + "".join(f"{kind}_temp_path {folder}/{kind};" for kind in TEMPORARY), 1)
 
 
 def _envoy(folder: Path, ports: tuple[int, int, int]) -> str:

@@ -6,9 +6,10 @@ import asyncio
 import json
 import os
 import random
+import re
 import signal
 import sys
-from asyncio.subprocess import DEVNULL, PIPE, Process
+from asyncio.subprocess import DEVNULL, PIPE, STDOUT, Process
 from collections.abc import AsyncIterator, Awaitable
 from pathlib import Path
 from typing import Any
@@ -17,7 +18,7 @@ import aiohttp
 import grpc
 import openai
 import pytest
-from balancers import SILENCE, TEXT, Place, balanced
+from balancers import ROOT, SILENCE, TEMPORARY, TEXT, Place, balanced, certify, program
 from moltbot import Answer, MoltBot
 from moltbot.v1 import chat_pb2, chat_pb2_grpc, message_pb2, session_pb2, session_pb2_grpc
 
@@ -31,6 +32,25 @@ async def place(request: pytest.FixtureRequest, tmp_path: Path) -> AsyncIterator
     """Everything, with one of the balancers in front."""
     async with balanced(request.param, tmp_path) as place:
         yield place
+
+
+@pytest.mark.parametrize("name", ["nginx", "envoy"])
+async def test_a_copy_with_names_of_ones_own_is_checked_as_the_readme_says(name: str, tmp_path: Path) -> None:
+    path = program(name)
+    certify(tmp_path / "tls")
+    typed = (ROOT / "docker" / "README.md").read_text()
+    (block,) = (block for block in re.findall(r"```sh\n(.*?)```", typed, re.DOTALL) if f"my-{name}" in block)
+    block = block.replace("/etc/ssl/moltbot", str(tmp_path / "tls")).replace("docker/", f"{ROOT}/docker/")
+    if name == "nginx":  # the one of the tests lacks the folders of an installed one
+        kinds = "".join(f" {kind}_temp_path {tmp_path}/{kind};" for kind in TEMPORARY)
+        block = block.replace(f"' {ROOT}", f"' -e 's#/var/log/nginx#{tmp_path}#; s#^http {{#&{kinds}#' {ROOT}")
+        block = block.replace("nginx -t", f"nginx -e stderr -g 'pid {tmp_path}/nginx.pid;' -t")
+    environ = {**os.environ, "PATH": f"{Path(path).parent}{os.pathsep}{os.environ['PATH']}"}
+    shell = await asyncio.create_subprocess_exec(
+        *("sh", "-e", "-c", block), cwd=tmp_path, env=environ, stdin=DEVNULL, stdout=PIPE, stderr=STDOUT
+    )
+    said, _ = await asyncio.wait_for(shell.communicate(), 30)
+    assert shell.returncode == 0, said.decode()
 
 
 def secure(place: Place) -> MoltBot:
