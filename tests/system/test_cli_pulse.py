@@ -8,7 +8,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from moltbot_server.cli.pulse import PATIENCE, Pulse
+from moltbot_server.cli.pulse import OVERDUE, PATIENCE, Pulse
 from moltbot_server.ops import OpsServer
 
 
@@ -50,6 +50,18 @@ def test_who_owes_an_answer_at_look_after_look_is_named_once(
         named.append(pulse.look({"core": silent}))
         settle(selector)
     assert named == [*[[]] * PATIENCE, ["core"], []]
+
+
+def test_who_should_have_left_is_named_sooner_and_the_others_are_not(
+    selector: selectors.BaseSelector, pulse: Pulse, silent: str
+) -> None:
+    for _ in range(OVERDUE + 1):
+        pulse.look({"core-1": silent, "core-2": silent})
+        settle(selector)
+    assert pulse.silent(["core-1", "http"], OVERDUE) == ["core-1"]
+    assert pulse.silent(["core-1", "core-2"], OVERDUE + 1) == []
+    pulse.look({"core-2": silent})
+    assert pulse.silent(["core-1", "core-2"], OVERDUE + 1) == ["core-2"]
 
 
 def test_who_answers_whatever_it_says_is_never_named(selector: selectors.BaseSelector, pulse: Pulse) -> None:

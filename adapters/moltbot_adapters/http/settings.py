@@ -85,6 +85,13 @@ def parse(arguments: Sequence[str]) -> Settings:
         metavar="CIDR",
         help="proxies whose X-Forwarded-* headers are believed",
     )
+    parser.add_argument(
+        "--drain-grace",
+        type=float,
+        default=10.0,
+        metavar="SECONDS",
+        help="how long answers under way may take to end when it leaves (default: %(default)g)",
+    )
     parser.add_argument("--public-metrics", action="store_true", help="answer /metrics to callers on other machines")
     given = parser.parse_args(arguments)
     return Settings(
@@ -99,6 +106,7 @@ def parse(arguments: Sequence[str]) -> Settings:
         reuse_port=given.reuse_port,
         trusted_proxies=tuple(given.trusted_proxy),
         public_metrics=given.public_metrics,
+        drain_s=given.drain_grace,
     )
 
 

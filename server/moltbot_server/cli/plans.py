@@ -90,7 +90,7 @@ def _engine(server: list[str], address: str, metrics: int, environ: dict[str, st
 def _http(settings: Settings, workspace: Workspace, core: str, *, shares_port: bool) -> list[str]:
     words = ["http", "--host", settings.host, "--port", str(settings.port), "--core", core]
     words += ["--key-file", str(workspace.key_file), "--state", str(workspace.http_state)]
-    words += ["--log-level", settings.log_level]
+    words += ["--log-level", settings.log_level, "--drain-grace", str(settings.drain_grace)]
     words += ["--log-json"] if settings.log_json else []
     words += ["--reuse-port"] if shares_port else []
     words += ["--trusted-proxy", *settings.trusted_proxies] if settings.trusted_proxies else []

@@ -5,12 +5,14 @@ from __future__ import annotations
 import contextlib
 import selectors
 import socket
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 
 EVERY = 2.0
 """Seconds between two looks."""
 PATIENCE = 5
 """Looks at which a process may owe an answer. Looks and no seconds: when all of us stood still, nobody is to blame."""
+OVERDUE = 2
+"""Looks at which a process may owe an answer when it should have left by now."""
 
 _MOST = 65536
 _QUESTION = b"GET /health HTTP/1.0\r\n\r\n"
@@ -38,10 +40,14 @@ class Pulse:
                 self._looks[name] += 1
             else:
                 self._ask(name, address)
-        silent = [name for name, looks in self._looks.items() if looks >= PATIENCE]
-        for name in silent:
+        return self.silent(addresses, PATIENCE)
+
+    def silent(self, names: Iterable[str], looks: int) -> Sequence[str]:
+        """Return which of those named have owed an answer for so many looks. They are forgotten, as at `look`."""
+        found = [name for name in names if self._looks.get(name, -1) >= looks]
+        for name in found:
             self._forget(name)
-        return silent
+        return found
 
     def close(self) -> None:
         """Ask nobody any more."""

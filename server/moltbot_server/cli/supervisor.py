@@ -77,6 +77,7 @@ class Supervisor:
         self._turn: list[Child] = []  # which are to be started again, one after the other
         self._leaves_by = 0.0  # until when the first of them has to have left; 0 before it was told to
         self._stage: int | None = None  # which children are being stopped
+        self._grace_ends = 0.0  # when they need not be waited for any more, if they stand still
         self._deadline = 0.0
         self._status = int(Exit.OK)
 
@@ -144,7 +145,9 @@ class Supervisor:
             times.append(now + _LOOK if self._all_said else self._deadline)
         if self._stage is not None:
             times.append(self._deadline)
-        elif self._ready:
+            if now < self._grace_ends:
+                times.append(self._grace_ends)
+        if self._stage is not None or self._ready:
             times.append(self._look_at)
         if self._watcher:
             times.append(now + EVERY)
@@ -216,8 +219,7 @@ class Supervisor:
             said = None
         if isinstance(said, dict) and said.get("ready"):
             self._problems.pop(child.plan.name, None)
-            if child.plan.tells:
-                self._said[child.plan.name] = said
+            self._said[child.plan.name] = said
         elif isinstance(said, dict) and "problem" in said:
             self._tell_once(child, str(said["problem"]))
         else:
@@ -247,9 +249,8 @@ class Supervisor:
                 log.error("MoltBot did not become ready in time", extra={"seconds": _LONGEST_START})
                 self._status = int(Exit.FAILED)
                 self._begin_to_stop()
-        if self._ready and now >= self._look_at:
-            self._look_at = now + pulse.EVERY
-            self._end_silent()
+        if self._ready:
+            self._look(now)
         if self._wanted_anew and self._ready:
             self._wanted_anew = False
             if not self._turn and self._renew():
@@ -262,9 +263,19 @@ class Supervisor:
             if self._renew():
                 self._start_all_again()
 
-    def _end_silent(self) -> None:
-        """Kill what stands still: others have the turns of a core, and the callers of an adapter, when it is gone."""
-        running = {child.plan.name: child for child in self._children if child.process}
+    def _look(self, now: float) -> None:
+        """Kill what stands still: others have the turns of a core, and the callers of an adapter, when it is gone.
+
+        An engine is looked at when all of it stops, and no sooner: its native code may keep it from answering for long.
+        """
+        if now < self._look_at:
+            return
+        self._look_at = now + pulse.EVERY
+        running = {
+            child.plan.name: child
+            for child in self._children
+            if child.process and (child.plan.tells or self._stage is not None)
+        }
         places = {name: said.get("metrics") or said.get("pulse") for name, said in self._said.items()}
         told = {name: str(place) for name, place in places.items() if place}
         for name in self._pulse.look({name: address for name, address in told.items() if name in running}):
@@ -326,21 +337,32 @@ class Supervisor:
         self._stop_next()
 
     def _stop_next(self) -> None:
-        """Stop the children of the next stage when those of the last one are gone; kill those over their time."""
+        """Stop the children of the next stage when those of the last one are gone; kill those over their time.
+
+        One that answers has a moment more than the grace, to put away what it has.
+        """
         now = time.monotonic()
+        self._look(now)
         running = [child for child in self._children if child.process]
         current = [child for child in running if child.plan.stage == self._stage]
         if current and now >= self._deadline:
-            for child in current:
-                log.warning("a process did not leave in time and is killed", extra={"child": child.plan.name})
-                child.send(signal.SIGKILL)
+            self._kill_late(current)
             self._deadline = now + 60
+        elif current and now >= self._grace_ends:
+            still = self._pulse.silent([child.plan.name for child in current], pulse.OVERDUE)
+            self._kill_late([child for child in current if child.plan.name in still])
         elif not current and running:
             self._stage = min(child.plan.stage for child in running)
-            self._deadline = now + self._grace + _AFTER_GRACE
+            self._grace_ends = now + self._grace
+            self._deadline = self._grace_ends + _AFTER_GRACE
             for child in running:
                 if child.plan.stage == self._stage:
                     child.send(signal.SIGTERM)
+
+    def _kill_late(self, late: Sequence[Child]) -> None:
+        for child in late:
+            log.warning("a process did not leave in time and is killed", extra={"child": child.plan.name})
+            child.send(signal.SIGKILL)
 
     def _leave_at_once(self) -> None:
         if self._status == Exit.OK:

@@ -1,0 +1,47 @@
+"""`moltbot start` that is asked to stop: it takes as long as the configuration says, whatever stands still."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import signal
+import time
+from pathlib import Path
+from urllib.request import Request, urlopen
+
+import psutil
+import pytest
+from cli_process import Home
+
+
+@pytest.fixture
+def home(tmp_path: Path) -> Home:
+    """An empty home folder."""
+    return Home(tmp_path)
+
+
+@pytest.mark.parametrize("name", ["http", "core", "engine"])
+async def test_a_stop_waits_for_what_stands_still_no_longer_than_for_answers(home: Home, name: str) -> None:
+    home.variables["MOLTBOT_DRAIN_GRACE"] = "4"
+    async with home.started() as started:
+        psutil.Process(started.told()["processes"][name]).suspend()
+        began = time.monotonic()
+        started.process.send_signal(signal.SIGTERM)
+        assert f"child={name}" in await started.line("did not leave in time and is killed")
+        assert time.monotonic() - began < 4 + 4.5  # it was killed after the grace and five seconds
+        assert await started.rest() == 0
+
+
+async def test_streams_over_http_have_as_long_as_the_configuration_says_at_a_stop(home: Home) -> None:
+    home.variables["MOLTBOT_DRAIN_GRACE"] = "1"
+    async with home.started() as started:
+        key = (home.workspace / "key").read_text().strip()
+        said = {"model": "scripted", "stream": True, "messages": [{"role": "user", "content": "#1000 pace=0.1"}]}
+        headers = {"Authorization": f"Bearer {key}", "Content-Type": "application/json"}
+        request = Request(f"{started.told()['http']}/v1/chat/completions", json.dumps(said).encode(), headers)
+        with await asyncio.to_thread(urlopen, request, timeout=20) as answer:
+            assert await asyncio.to_thread(answer.readline)
+            started.process.send_signal(signal.SIGTERM)
+            assert await started.rest() == 0
+    assert "grace_s=1.0" in started.said
+    assert "did not leave in time" not in started.said
