@@ -12,7 +12,7 @@ import fault_run
 import pytest
 from fault_stores import redis_program
 
-KILLS = int(os.environ.get("KILLS", "60"))
+KILLS = int(os.environ.get("KILLS", "100"))
 
 
 def ended(tmp_path: Path, *arguments: str) -> str:
