@@ -13,7 +13,7 @@ from google.rpc import error_details_pb2
 from moltbot.v1 import message_pb2
 from moltbot_server.errors import InvalidField, MoltBotError, every_error
 from moltbot_server.models.engine import NOBODY, Asker, Capabilities, Finished, Generation, Listener
-from moltbot_server.testing import ScriptedEngine, running_server
+from moltbot_server.testing import Script, ScriptedEngine, running_server
 from moltbot_server.turns import GenerationOptions, Message
 from rpc_calls import Api, WatchedEngine, details_of, info_of, reason_of, refused, turn
 
@@ -58,7 +58,7 @@ class Deaf:
 @pytest.fixture
 def engine() -> WatchedEngine:
     """The engine that fails."""
-    return BrokenEngine()  # type: ignore[return-value]
+    return BrokenEngine(Script(continuation=False))  # type: ignore[return-value]
 
 
 @pytest.mark.parametrize("error", list(every_error()), ids=lambda error: error.reason)
