@@ -17,6 +17,8 @@ FENCE = re.compile(r"^```(\w+)\n(.*?)^```$", re.MULTILINE | re.DOTALL)
 QUESTIONS = ("你能做什么\uff1f", "What can you do?")
 """The question of the examples: each README asks in its own language."""
 DOCUMENTS = [path for path in tracked_files() if path.suffix == ".md"]
+BY_NAME = re.compile(r"\b(?:pip[3x]?|uv) +(?:pip +)?(?:install|add)\b[^\n`]*?[ '\"]moltbot(?![\w./-])")
+"""How somebody would fetch a package of our name from the index, where it is a stranger's."""
 
 
 @pytest.mark.parametrize("document", DOCUMENTS, ids=lambda path: path.relative_to(ROOT).as_posix())
@@ -25,6 +27,17 @@ def test_every_link_inside_the_repository_leads_to_a_file(document: Path) -> Non
     inside = [target for target in targets if target and not re.match(r"[a-z]+:", target)]
 
     assert [target for target in inside if not (document.parent / target).exists()] == []
+
+
+def test_nobody_is_told_to_install_a_strangers_package_of_our_name() -> None:
+    for wrong in ("pip install moltbot", "python -m pip install 'moltbot[redis]'", "pip3 install -U moltbot==1"):
+        assert BY_NAME.search(wrong), wrong
+    for right in ("pip install --editable '.[redis]'", "pip install ./moltbot", "pip install openai"):
+        assert not BY_NAME.search(right), right
+    # What people ask the built-in model, and what this test looks for, tells nobody to do so.
+    quoted = {path for path in tracked_files() if path.name.startswith("phrasings_")} | {Path(__file__)}
+    texts = {path: path.read_text("utf-8", "replace") for path in set(tracked_files()) - quoted}
+    assert [path.relative_to(ROOT).as_posix() for path, text in texts.items() if BY_NAME.search(text)] == []
 
 
 def test_the_page_of_errors_is_that_of_the_tree() -> None:

@@ -39,7 +39,10 @@ def build_redis(settings: Settings, *, address: str = "", key: str = "") -> Redi
     try:
         from moltbot_server.store.redis import RedisStore
     except ModuleNotFoundError:
-        text = "store.type is redis, and its client is not installed: pip install 'moltbot[redis]'"
+        text = (
+            "store.type is redis, and its client is not installed: "
+            "type  .venv/bin/python -m pip install --editable '.[redis]'  in MoltBot's folder and start again"
+        )
         raise ConfigError(Problem(where=settings.origin("store.type"), text=text)) from None
     named = settings.store
     return RedisStore(

@@ -58,7 +58,10 @@ def _redis(settings: Settings) -> Backend:
     try:
         from moltbot_server.models.caching.redis_backend import RedisBackend
     except ModuleNotFoundError:
-        text = "cache.type is redis, and its client is not installed: pip install 'moltbot[redis]'"
+        text = (
+            "cache.type is redis, and its client is not installed: "
+            "type  .venv/bin/python -m pip install --editable '.[redis]'  in MoltBot's folder and start again"
+        )
         raise ConfigError(Problem(where=settings.origin("cache.type"), text=text)) from None
     cache = settings.cache
     place = Workspace(folder=settings.workspace)
