@@ -69,12 +69,21 @@ def import_store(given: argparse.Namespace) -> int:
         raise Failure(f"there is no file {shown(path)}.", Exit.USAGE) from None
     except OSError as error:
         raise Failure(f"{shown(path)} cannot be read: {error.strerror}.") from None
+    left = _left_behind(models)
     if given.json:
-        print(json.dumps({"file": str(path), "records": read, "new": new}))
+        print(json.dumps({"file": str(path), "records": read, "new": new, "left_behind": left and str(left)}))
     else:
         there = f", {read - new} were there already" if read > new else ""
         print(f"{new} of {read} records were imported{there}.")
+        if left is not None:
+            print(f"{shown(left)} stays behind: it is not used any more, gets old, and may be moved away.")
     return int(Exit.OK)
+
+
+def _left_behind(models: Models) -> Path | None:
+    """Return the database that a workspace has and does not use, because its store is elsewhere; None without one."""
+    database = models.workspace.database
+    return database if models.settings.store.type != "sqlite" and database.exists() else None
 
 
 async def _import(models: Models, path: Path, progress: Callable[[int], None], *, merge: bool) -> tuple[int, int]:
