@@ -168,6 +168,24 @@ class TestRoutes:
         assert now["model"] == "models/well-model"
         assert again["needs_restart"] == ["system_prompt"]
 
+    async def test_a_provider_that_is_gone_is_named_by_the_log_once(self, home: Home) -> None:
+        configure(
+            home,
+            "providers: {gone: {base_url: 'http://127.0.0.1:9/v1', models: [anything]}}\n"
+            "models: {primary: gone/anything}\n",
+        )
+        home.variables["GONE_API_KEY"] = "a-key-0123456789"
+        async with home.started() as started:
+            ended = [(await home.run("chat", "Hello you")) for _ in range(2)]
+        assert [(each.status != 0, "cannot be reached" in each.err) for each in ended] == [(True, True)] * 2
+        (line,) = (line for line in started.seen if "a model fails" in line)
+        assert " warning " in line
+        assert all(
+            part in line for part in ("model=anything", "provider=gone", "it cannot be reached (Connection refused)")
+        )
+        assert "a-key" not in started.said
+        assert "Hello you" not in started.said
+
     async def test_without_a_core_it_says_how_to_start_one(self, home: Home) -> None:
         for name in ("list", "reload"):
             ended = await home.run("route", name)

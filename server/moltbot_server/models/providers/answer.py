@@ -69,6 +69,12 @@ class Asked(Protocol):
     def keyless(self) -> ModelCredential:
         """Return the refusal of a provider that was given no key and wants one."""
 
+    def worked(self, key: ProviderKey) -> None:
+        """Take note that the model speaks to whoever has this key."""
+
+    def failed(self, error: MoltBotError, problem: str) -> None:
+        """Take note of the error that an answer ended with; `problem` is what the log may have of it."""
+
     def over(self, answer: ProviderAnswer) -> None:
         """Let an answer go."""
 
@@ -134,13 +140,17 @@ class ProviderAnswer:
             if self._connection is not None:
                 self._connection.abort()
 
-    def fail(self, error: MoltBotError) -> None:
-        """End with an error; the connection is closed, because nobody knows what is still to come on it."""
+    def fail(self, error: MoltBotError, *, quotes: bool = False) -> None:
+        """End with an error; the connection is closed, because nobody knows what is still to come on it.
+
+        One that `quotes` has words of the provider behind its colon, which may repeat what it was asked.
+        """
         if self._over:
             return
         self._ear.let_go()
         if not self._over:
             self.stop()
+            self._model.failed(error, error.message.partition(": ")[0] if quotes else error.message)
             self._listener.ended(error)
 
     # --- ask ---------------------------------------------------------------------------------------------------------
@@ -263,7 +273,7 @@ class ProviderAnswer:
         finally:
             if not self._first and reading.draft.spoke:
                 self._first = perf_counter()
-                self._model.cooldowns.worked(self._model.place(self._key))
+                self._model.worked(self._key)
 
     # --- end ---------------------------------------------------------------------------------------------------------
 
@@ -299,7 +309,7 @@ class ProviderAnswer:
         now = perf_counter()
         first = self._first or now
         if not self._first:
-            self._model.cooldowns.worked(self._model.place(self._key))
+            self._model.worked(self._key)
         self._leave()
         if self._connection is not None:
             self._connection.leave()
@@ -350,7 +360,7 @@ class ProviderAnswer:
             error = model.keyless()
         if isinstance(error, QueueFull):
             error.retry_after = model.rest or error.retry_after
-        self.fail(error)
+        self.fail(error, quotes=True)
 
     def _go_on(self, key: ProviderKey) -> None:
         """Ask again with another key."""

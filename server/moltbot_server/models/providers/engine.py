@@ -6,7 +6,14 @@ from collections.abc import Mapping, Sequence
 from urllib.parse import urlsplit
 
 from moltbot_server.config_models import Price, Provider, ProviderModel
-from moltbot_server.errors import InvalidField, ModelCredential, ModelUnavailable, QueueFull, UnsupportedOption
+from moltbot_server.errors import (
+    InvalidField,
+    ModelCredential,
+    ModelUnavailable,
+    MoltBotError,
+    QueueFull,
+    UnsupportedOption,
+)
 from moltbot_server.models.engine import (
     NOBODY,
     Asker,
@@ -26,6 +33,7 @@ from moltbot_server.models.providers.keys import KeyRing, NoKeys, ProviderKey
 from moltbot_server.models.providers.pool import Origin, Pool
 from moltbot_server.models.providers.pools import Pools
 from moltbot_server.models.providers.presets import Terms, terms
+from moltbot_server.models.providers.wellness import Wellness
 from moltbot_server.turns import GenerationOptions, Message, ToolMode
 
 _KEYLESS = (ProviderKey(id="", text=""),)
@@ -71,6 +79,7 @@ class ProviderEngine:
         self._turn = 0
         self.whole = Place(self.terms.provider, self.terms.id)
         self._answers: set[ProviderAnswer] = set()
+        self._wellness = Wellness(provider=provider.name, model=model.name)
         self._heads = Heads(self.terms)
 
     @property
@@ -222,6 +231,17 @@ class ProviderEngine:
     def secrets(self) -> list[str]:
         """Return everything that must not be told."""
         return [*self.keys(), *(value for _, value in self.terms.headers)]
+
+    def worked(self, key: ProviderKey) -> None:
+        """Take note that the model speaks to whoever has this key."""
+        self.cooldowns.worked(self.place(key))
+        self._wellness.worked()
+
+    def failed(self, error: MoltBotError, problem: str) -> None:
+        """Take note of the error that an answer ended with; `problem` is what the log may have of it."""
+        # One of the caller's own says nothing of the model, and one that is taken away is not ill.
+        if self._pool is not None and isinstance(error, ModelUnavailable | ModelCredential):
+            self._wellness.failed(problem)
 
     def over(self, answer: ProviderAnswer) -> None:
         """Let an answer go."""
