@@ -121,6 +121,7 @@ async def _start_core(
         "grpc": core.server.address,
         "metrics": core.ops.address if core.ops else "",
         "model": core.catalog.default,
+        "route": core.route,
         "problem": core.catalog.entry("").message,
     }
     return ready, lambda: core.stop(settings.drain_grace)

@@ -25,6 +25,7 @@ from moltbot_server.models.context import ContextWindow
 from moltbot_server.models.lineup import Lineup
 from moltbot_server.models.manager import Loader, ModelManager
 from moltbot_server.models.providers import ProviderKey
+from moltbot_server.models.routing import RouteEngine
 from moltbot_server.ops import OpsServer
 from moltbot_server.outbox import Deliveries
 from moltbot_server.pipeline import TurnPipeline
@@ -262,6 +263,12 @@ class Core:
         except MoltBotError as error:
             log.error("what was changed while this core started may be missing", extra={"problem": error.message})
 
+    @property
+    def route(self) -> Sequence[str]:
+        """The models that answer turns which name none, where a route decides that; empty where one model answers."""
+        engine = self.catalog.entries[0].engine
+        return engine.names if isinstance(engine, RouteEngine) else ()
+
     def health(self) -> Mapping[str, Any]:
         """Return how the core is, for `/health`."""
         entry, away = self.catalog.entries[0], self.store.away
@@ -274,6 +281,7 @@ class Core:
         return {
             "status": status,
             "model": entry.engine.id,
+            "route": self.route,
             "model_state": str(entry.state),
             "model_problem": entry.message,
             "engine": "away" if self._link is not None and self._link.lost_for else "serving",

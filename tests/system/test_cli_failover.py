@@ -168,7 +168,7 @@ class TestRoutes:
         assert now["model"] == "models/well-model"
         assert again["needs_restart"] == ["system_prompt"]
 
-    async def test_a_provider_that_is_gone_is_named_by_the_log_once(self, home: Home) -> None:
+    async def test_a_route_is_named_as_one_and_a_provider_that_is_gone_by_the_log_once(self, home: Home) -> None:
         configure(
             home,
             "providers: {gone: {base_url: 'http://127.0.0.1:9/v1', models: [anything]}}\n"
@@ -176,7 +176,11 @@ class TestRoutes:
         )
         home.variables["GONE_API_KEY"] = "a-key-0123456789"
         async with home.started() as started:
+            status, found = (await home.run("status")).out, (await home.run("status", "--json")).json
             ended = [(await home.run("chat", "Hello you")) for _ in range(2)]
+        assert ". Route: default (gone/anything)." in started.said
+        assert "\n  Route   default (gone/anything)\n" in status
+        assert (found["model"], found["route"]) == ("default", ["gone/anything"])
         assert [(each.status != 0, "cannot be reached" in each.err) for each in ended] == [(True, True)] * 2
         (line,) = (line for line in started.seen if "a model fails" in line)
         assert " warning " in line

@@ -31,6 +31,7 @@ class Running:
 
     `stopping`: somebody has asked it to leave, and answers under way may still end. `engine_metrics`: where the engine
     that it runs tells how it does; empty where the models run elsewhere. `notices` are what is odd with its settings.
+    `route`: the models that answer where `model` is a route.
     """
 
     pid: int
@@ -46,6 +47,7 @@ class Running:
     stopping: bool = False
     engine_metrics: str = ""
     notices: tuple[str, ...] = ()
+    route: tuple[str, ...] = ()
 
     @classmethod
     def read(cls, workspace: Workspace) -> Self | None:

@@ -24,7 +24,7 @@ from moltbot_server.cli.plans import ADAPTERS, plans
 from moltbot_server.cli.ports import Wanted, kept_port, near_port, spare_ports, take_ports
 from moltbot_server.cli.running import Running, joined, only_one, reachable
 from moltbot_server.cli.supervisor import Supervisor, log
-from moltbot_server.cli.terminal import Exit, Failure, command, shown
+from moltbot_server.cli.terminal import Exit, Failure, answering, command, shown
 from moltbot_server.cli.watcher import Watcher
 from moltbot_server.config import INLINE, ConfigError, Settings, load_settings, misspelled, overlooked
 from moltbot_server.logs import configure_logging
@@ -184,7 +184,7 @@ class _Site:
         self._settings = settings
         self._began = began
         self._started = time.time()
-        self._model = ""
+        self._model, self._route = "", tuple[str, ...]()
         self._asking: subprocess.Popen[bytes] | None = None
         self._measuring: subprocess.Popen[bytes] | None = None
         self._stopping = False
@@ -240,14 +240,15 @@ class _Site:
 
     def ready(self, core_said: Mapping[str, Any]) -> None:
         """Tell other commands and the person at the terminal."""
-        self._model = str(core_said.get("model", ""))
+        self._model, self._route = str(core_said.get("model", "")), tuple(core_said.get("route", ()))
+        what, name = answering(self._model, self._route)
         self.write()
         code = self._workspace.mint_link(time.time())
         took = time.monotonic() - self._began
         key = shown(self._workspace.key_file)
         link, chat = command("link", self._workspace), command("chat", self._workspace)
         lines = [
-            f"MoltBot is ready ({took:.1f} s). Model: {self._model or 'unknown'}.",
+            f"MoltBot is ready ({took:.1f} s). {what}: {name or 'unknown'}.",
             *([f"It cannot answer yet: {problem}"] if (problem := str(core_said.get("problem", ""))) else []),
             "",
             f"  Web chat    http://{self.http}/login?code={code}",
@@ -277,6 +278,7 @@ class _Site:
             grpc=self.grpc,
             metrics=f"http://{self.metrics}",
             model=self._model,
+            route=self._route,
             processes={child.plan.name: child.pid for child in self.children},
             cores=self._core_metrics(),
             adapters={name: f"unix:{self._workspace.adapter_socket(name)}" for name in self._adapters()},

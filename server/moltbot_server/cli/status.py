@@ -14,7 +14,7 @@ from urllib.parse import urlsplit
 import psutil
 
 from moltbot_server.cli.running import Running, is_held
-from moltbot_server.cli.terminal import Exit, command, lasting, shown
+from moltbot_server.cli.terminal import Exit, answering, command, lasting, shown
 from moltbot_server.workspace import Workspace
 
 
@@ -61,6 +61,7 @@ def state(workspace: Workspace, running: Running) -> dict[str, Any]:
         "workspace": str(workspace.folder),
         "version": running.version,
         "model": core.said.get("model") or running.model,
+        "route": list(core.said.get("route", running.route)),
         "model_problem": core.said.get("model_problem", ""),
         "uptime_s": round(time.time() - running.started, 1),
         "core": {
@@ -190,9 +191,10 @@ def _in_words(found: Mapping[str, Any]) -> str:
     memory, core, engine = found["memory"] / 1e6, found["core"], found["engine"]
     told = f"   {engine['metrics']}/metrics" if engine["metrics"] else ""
     problem = f"   {found['model_problem']}" if found["model_problem"] else ""
+    what, name = answering(found["model"], found["route"])
     share = f"{core['serving']} of {core['workers']} workers   " if core["workers"] > 1 else ""
     http = found["http"]
-    answering = f"{http['answering']} of {http['processes']} processes   " if http["processes"] > 1 else ""
+    several = f"{http['answering']} of {http['processes']} processes   " if http["processes"] > 1 else ""
     lines = [
         f"MoltBot {found['version']} runs in {found['workspace']} for {lasting(found['uptime_s'])}.",
         f"  Core    {word(core['healthy']):12} {share}gRPC {core['grpc']}   {core['metrics']}/metrics",
@@ -202,8 +204,8 @@ def _in_words(found: Mapping[str, Any]) -> str:
         ),
         f"  Engine  {word(engine['healthy']):12} {engine['where']}{told}",
         *_store_in_words(found["store"]),
-        f"  HTTP    {word(http['healthy']):12} {answering}{http['address']}",
-        f"  Model   {found['model']}{problem}",
+        f"  HTTP    {word(http['healthy']):12} {several}{http['address']}",
+        f"  {what}   {name}{problem}",
         f"  Memory  {memory:.0f} MB (proportional set size)",
     ]
     for name, process in found["processes"].items():

@@ -6,6 +6,7 @@ import os
 import re
 import shlex
 import sys
+from collections.abc import Sequence
 from enum import IntEnum
 from pathlib import Path
 
@@ -74,6 +75,14 @@ def shown(path: Path) -> str:
     """Return a path as people write it, with `~` for their home."""
     home = Path.home()
     return f"~/{path.relative_to(home)}" if path.is_relative_to(home) and path != home else str(path)
+
+
+def answering(model: str, route: Sequence[str]) -> tuple[str, str]:
+    """Return what answers when nobody names a model, `Model` or `Route`, and what to call it.
+
+    A route is told with its models: its own name is often `default`.
+    """
+    return ("Route", f"{model} ({', '.join(route)})") if route else ("Model", model)
 
 
 def lasting(seconds: float) -> str:

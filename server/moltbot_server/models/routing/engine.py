@@ -94,6 +94,11 @@ class RouteEngine:
         return min((engine.rest for engine in self._look().engines), default=0.0)
 
     @property
+    def names(self) -> tuple[str, ...]:
+        """What the configuration calls its models, first choice first."""
+        return tuple(candidate.name for candidate in self._candidates)
+
+    @property
     def models(self) -> tuple[ModelOfRoute, ...]:
         """Its models as they are now, first choice first."""
         now = self._now()
