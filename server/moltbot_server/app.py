@@ -303,8 +303,8 @@ class Core:
         except Unauthenticated:
             key_file = Workspace(folder=self.settings.workspace).key_file
             raise ModelUnavailable(
-                f"The engine at {self._link.address} does not know this workspace's key: start it again if the key is "
-                f"newer than it; an engine elsewhere needs {key_file} in its workspace."
+                f"The engine at {self._link.address} does not know this workspace's key: start all of MoltBot again if "
+                f"the key was changed while it ran; an engine elsewhere needs {key_file} in its workspace."
             ) from None
         self._engine_default = _default_of(models)
         for model in models:

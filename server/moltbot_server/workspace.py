@@ -246,6 +246,11 @@ class Workspace:
                 mode = stat.S_IMODE(os.fstat(descriptor).st_mode)
                 text = file.read(256).decode("ascii", "replace").strip()
         except FileNotFoundError:
+            if self.config_file.exists() or self.database.exists():
+                raise WorkspaceError(
+                    f"the workspace {self.folder} is there and its key is missing: put {self.key_file} back from a "
+                    "backup; or, for a new key, stop MoltBot if it runs there, run `moltbot init`, and start it again."
+                ) from None
             raise WorkspaceError(
                 f"there is no workspace in {self.folder}: make one with `moltbot init`, or name one with --workspace."
             ) from None

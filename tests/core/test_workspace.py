@@ -71,6 +71,16 @@ def test_a_folder_that_others_can_open_is_made_private(workspace: Workspace) -> 
     assert mode(workspace.folder) == mode(workspace.links) == 0o700
 
 
+def test_a_key_that_is_missing_is_told_apart_from_a_workspace_that_is(workspace: Workspace, tmp_path: Path) -> None:
+    workspace.key_file.unlink()
+    with pytest.raises(WorkspaceError, match=r"the workspace .* is there and its key is missing") as missing:
+        workspace.read_key()
+    assert "moltbot init" in str(missing.value)
+    assert "stop MoltBot" in str(missing.value)
+    with pytest.raises(WorkspaceError, match="there is no workspace in"):
+        Workspace(folder=tmp_path / "nowhere").read_key()
+
+
 def test_a_key_or_folder_that_is_a_link_is_refused(workspace: Workspace, tmp_path: Path) -> None:
     elsewhere = tmp_path / "elsewhere"
     workspace.key_file.rename(elsewhere)
@@ -87,7 +97,7 @@ def test_a_damaged_key_is_told_from_a_missing_one(workspace: Workspace) -> None:
     with pytest.raises(WorkspaceError, match="does not hold a key"):
         workspace.read_key()
     workspace.key_file.unlink()
-    with pytest.raises(WorkspaceError, match="make one with `moltbot init`"):
+    with pytest.raises(WorkspaceError, match="its key is missing"):
         workspace.read_key()
 
 

@@ -256,7 +256,7 @@ async def test_an_engine_of_another_workspace_is_told_with_the_way_out(tmp_path:
     other = Workspace(folder=tmp_path / "other")
     other.create()
     core = Core(settings(other.folder, engine=role.server.address), key=other.read_key())
-    with pytest.raises(ModelUnavailable, match=r"does not know this workspace's key: .* needs .*/other/key in its"):
+    with pytest.raises(ModelUnavailable, match=r"start all of MoltBot again .* needs .*/other/key in its"):
         await core.start()
 
 
@@ -271,6 +271,7 @@ async def test_an_engine_that_comes_back_with_another_key_is_not_blamed_on_the_c
     await other.stop(0.0)
     assert (error.code(), reason_of(error)) == (grpc.StatusCode.UNAVAILABLE, "MODEL_UNAVAILABLE")
     assert "does not know this core's key" in (error.details() or "")
+    assert "start all of MoltBot again" in (error.details() or "")
 
 
 @pytest.mark.parametrize(

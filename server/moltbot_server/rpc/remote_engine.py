@@ -118,7 +118,8 @@ class EngineLink:
     def wrong_key(self) -> ModelUnavailable:
         """Return what is told when the engine does not let this core in."""
         return ModelUnavailable(
-            f"The engine at {self.address} does not know this core's key: copy the core's key file into its workspace."
+            f"The engine at {self.address} does not know this core's key: start all of MoltBot again if the key was "
+            "changed while it ran; an engine elsewhere needs the core's key file in its workspace."
         )
 
     async def close(self) -> None:
