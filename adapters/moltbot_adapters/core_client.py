@@ -155,13 +155,13 @@ class CoreClient:
         request = model_pb2.GetModelRequest(name=name)
         return (await self._call(lambda link: link.models.GetModel, request, caller)).model
 
-    async def health(self) -> str:
-        """Returns what the core's health service says, such as `SERVING`, or `UNREACHABLE`."""
+    async def health(self, service: str = "") -> str:
+        """Returns what the core's health service says of itself or a service, such as `SERVING`, or `UNREACHABLE`."""
         stub = health_pb2_grpc.HealthStub(self._ways.pick().channel)
         try:
-            answer = await stub.Check(health_pb2.HealthCheckRequest(), timeout=2.0)
-        except grpc.aio.AioRpcError:
-            return "UNREACHABLE"
+            answer = await stub.Check(health_pb2.HealthCheckRequest(service=service), timeout=2.0)
+        except grpc.aio.AioRpcError as error:
+            return "SERVICE_UNKNOWN" if error.code() is grpc.StatusCode.NOT_FOUND else "UNREACHABLE"
         status: str = health_pb2.HealthCheckResponse.ServingStatus.Name(answer.status)
         return status
 

@@ -51,6 +51,7 @@ _LOOK_EVERY = {"redis": 0.3, "sqlite": 0.1}  # seconds, which come on top of the
 _AFTER_GRACE = 1.0
 _ENGINE_START = 60.0
 _SHORTEST_AT_HAND = 60.0
+_STORE_TOLD_EVERY = 0.5
 
 
 class Core:
@@ -197,6 +198,7 @@ class Core:
             await self.store.advertise(reached_at)
             undo.pop_all()
         self._serving = True
+        self._duties.append(asyncio.create_task(self._tell_of_store()))
         if self._worker <= 1:  # of several, one does it
             self._duties.append(asyncio.create_task(self._prune()))
         if self._worker:
@@ -329,6 +331,15 @@ class Core:
     async def _take_over(self) -> None:
         if taken := await self.pipeline.take_over():
             log.info("turns of a core that is gone go on", extra={"turns": taken})
+
+    async def _tell_of_store(self) -> None:
+        """Let health checkers know whether the store is away; whoever finds that out does not wait for them."""
+        told: bool | None = None
+        while True:
+            if told != (away := self.store.away is not None):
+                told = away
+                await self.server.tell_store(away=away)
+            await asyncio.sleep(_STORE_TOLD_EVERY)
 
     async def _look_after_others(self) -> None:
         """Carry on what other cores left unfinished, soon after they are gone."""

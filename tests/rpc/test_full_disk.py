@@ -133,10 +133,16 @@ async def test_a_core_whose_database_takes_no_writes_says_so_until_it_does(tmp_p
         told = server.core.health()
         assert (told["status"], told["store"]) == ("store away", "away: the disk is full (SQLITE_FULL)")
         assert told["store_away_s"] >= 0
-        health = await health_pb2_grpc.HealthStub(api.channel).Check(health_pb2.HealthCheckRequest())
-        assert health.status == health_pb2.HealthCheckResponse.SERVING
+        stub, known = health_pb2_grpc.HealthStub(api.channel), health_pb2.HealthCheckResponse
+        assert (await stub.Check(health_pb2.HealthCheckRequest())).status == known.SERVING
+        told_so = stub.Watch(health_pb2.HealthCheckRequest(service="moltbot.store"))
+        async with asyncio.timeout(10):
+            while (await told_so.read()).status != known.NOT_SERVING:
+                pass
 
         writing.execute("PRAGMA max_page_count = 1000000")
         await until(lambda: server.core.health()["status"] == "ok")
         assert server.core.health()["store_away_s"] is None
+        async with asyncio.timeout(10):
+            assert (await told_so.read()).status == known.SERVING
         await api.channel.close()

@@ -94,6 +94,11 @@ async def test_a_store_that_is_away_is_told_and_costs_a_question_ten_seconds(hom
         await redis.kill()
         code, found = await until(started, "store away")
         assert (code, found["store"], found["store_address"]) == (503, "away: connection refused", place)
+        said: Any = {"status": "ok"}
+        async with asyncio.timeout(10):
+            while said["status"] == "ok":
+                code, said = await asyncio.to_thread(answer_of, f"{started.told()['http']}/health")
+        assert (code, said["status"], said["store"]) == (200, "store away", "away")
 
         ended = await home.run("status", "--json")
         assert (ended.status, ended.json["healthy"], ended.json["core"]["healthy"]) == (1, False, True)

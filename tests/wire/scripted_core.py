@@ -215,6 +215,11 @@ class ScriptedCore(
         """Says NOT_SERVING from now on."""
         await self._health.set("", health_pb2.HealthCheckResponse.NOT_SERVING)
 
+    async def tell_store(self, *, away: bool) -> None:
+        """Says of its store that it is away, or there."""
+        known = health_pb2.HealthCheckResponse
+        await self._health.set("moltbot.store", known.NOT_SERVING if away else known.SERVING)
+
     def names(self) -> list[str]:
         """Returns the methods that were called, in order."""
         return [name for name, _ in self.calls]

@@ -158,3 +158,18 @@ async def test_health_follows_the_core(http, core, settings):
     async with RunningAdapter(settings) as fresh, http.get(f"{fresh.url}/health") as answer:
         assert answer.status == 503
         assert (await answer.json())["core"] == {"status": "NOT_SERVING"}
+
+
+async def test_a_store_that_is_away_is_told_by_health_and_to_the_page_and_keeps_no_balancer_away(http, browser, core):
+    async with http.get("/health") as answer:
+        assert (await answer.json())["store"] == "unknown"  # a core that does not say
+    for away, status, store in ((True, "store away", "away"), (False, "ok", "ok")):
+        await core.tell_store(away=away)
+        told = {}
+        async with asyncio.timeout(10):
+            while told.get("store") != store:
+                async with http.get("/health") as answer:
+                    code, told = answer.status, await answer.json()
+        assert (code, told["status"]) == (200, status)
+        async with browser.get("/api/me") as answer:
+            assert (await answer.json())["store_away"] is away

@@ -236,7 +236,7 @@ async def test_who_is_signed_in(browser):
         me = await answer.json()
     assert me.pop("version")
     demo = {"id": "demo", "display_name": "MoltBot demo"}
-    assert me == {"user": "owner", "default_model": demo, "models": [demo]}
+    assert me == {"user": "owner", "default_model": demo, "models": [demo], "store_away": False}
 
 
 async def test_chats_are_listed_page_by_page(browser, core):

@@ -13,6 +13,7 @@ from moltbot_adapters.http.metrics import Metrics
 from moltbot_adapters.http.openai_api import OpenAiApi
 from moltbot_adapters.http.origin import Origin
 from moltbot_adapters.http.pages import Assets, Pages
+from moltbot_adapters.http.core_watch import CoreWatch
 from moltbot_adapters.http.settings import Settings
 from moltbot_adapters.http.signin import KeyFile, SignIn
 from moltbot_adapters.http.sse import Streams
@@ -31,6 +32,7 @@ def build_app(settings: Settings) -> web.Application:
     signin = SignIn(settings.state, key_file)
     streams = Streams(settings, metrics.stream)
     core = CoreClient(settings.core, on_retry=metrics.retry)
+    watch = CoreWatch(core)
     guard = Guard(signin, key_file, origin, metrics, streams, settings)
     release = version("moltbot")
 
@@ -39,9 +41,9 @@ def build_app(settings: Settings) -> web.Application:
     _route(
         app,
         Pages(Assets(), signin, key_file, origin, settings),
-        WebApi(core, streams, metrics, settings, release),
+        WebApi(core, watch, streams, metrics, settings, release),
         OpenAiApi(core, streams, metrics, settings),
-        Status(core, metrics, streams, origin, release),
+        Status(watch, metrics, streams, origin, release),
     )
 
     async def running(app: web.Application) -> AsyncIterator[None]:

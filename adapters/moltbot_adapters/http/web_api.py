@@ -14,6 +14,7 @@ from moltbot_adapters.http.body import MODEL, NAME, read_json, text_field
 from moltbot_adapters.http.context import CONTEXT
 from moltbot_adapters.http.errors import HttpError, from_core
 from moltbot_adapters.http.metrics import Metrics
+from moltbot_adapters.http.core_watch import CoreWatch
 from moltbot_adapters.http.settings import Settings
 from moltbot_adapters.http.sse import Streams
 
@@ -25,21 +26,31 @@ _PROMPT_S = 0.2  # a refusal to resume comes sooner than that; after it, silence
 class WebApi:
     """Handles `/api` for a signed-in browser. Turns go on when the browser leaves."""
 
-    def __init__(self, core: CoreClient, streams: Streams, metrics: Metrics, settings: Settings, version: str) -> None:
+    def __init__(
+        self, core: CoreClient, watch: CoreWatch, streams: Streams, metrics: Metrics, settings: Settings, version: str
+    ) -> None:
         self._core = core
+        self._watch = watch
         self._streams = streams
         self._metrics = metrics
         self._settings = settings
         self._version = version
 
     async def me(self, request: web.Request) -> web.Response:
-        """`GET /api/me`: who is signed in, and which models answer."""
+        """`GET /api/me`: who is signed in, which models answer, and whether the store that they need is away."""
         context = request[CONTEXT]
         models = await self._core.list_models(context.caller)
         shown = [_model(model) for model in models if model.state == model_pb2.MODEL_STATE_READY]
         default = next((_model(model) for model in models if model.is_default), {"id": "", "display_name": ""})
+        await self._watch.look()
         return web.json_response(
-            {"user": context.user, "version": self._version, "default_model": default, "models": shown}
+            {
+                "user": context.user,
+                "version": self._version,
+                "default_model": default,
+                "models": shown,
+                "store_away": self._watch.store == "away",
+            }
         )
 
     async def list_sessions(self, request: web.Request) -> web.Response:

@@ -101,6 +101,8 @@ class Sharing:
 
 
 _ALONE = Sharing()
+STORE_SERVICE = "moltbot.store"
+"""What stands for the store of a core in its health service."""
 
 
 class GrpcServer:
@@ -224,6 +226,14 @@ class GrpcServer:
         await self._server.start()
         for service in ("", *self._served):
             await self._health.set(service, health_pb2.HealthCheckResponse.SERVING)
+
+    async def tell_store(self, *, away: bool) -> None:
+        """Tell health checkers whether the store can be used, under the name of a service of its own.
+
+        The core itself serves while its store is away: turns under way can be followed, others hear why not and when.
+        """
+        known = health_pb2.HealthCheckResponse
+        await self._health.set(STORE_SERVICE, known.NOT_SERVING if away else known.SERVING)
 
     async def retire(self, grace: float = 0.0) -> None:
         """Tell health checkers that no new work is wanted here.
