@@ -138,6 +138,8 @@ async def _events(stream: int, answer: aiohttp.ClientResponse) -> AsyncIterator[
         if name:
             frame[name] = value
         elif "data" in frame:
+            if "id" not in frame:  # why the stream ends: no event of the turn, which goes on after the last of them
+                return
             yield _told(stream, frame["event"], json.loads(frame["data"]))
             frame = {}
 

@@ -89,7 +89,7 @@ async def events(place: Place, http: aiohttp.ClientSession, question: str, sessi
                     if name:
                         frame[name] = value
                     elif "data" in frame:
-                        last, told = int(frame["id"]), json.loads(frame["data"])
+                        last, told = int(frame.get("id", last)), json.loads(frame["data"])
                         if frame["event"] in ("text_delta", "reset"):
                             shown = told["text"] if frame["event"] == "reset" else shown + told["text"]
                         elif frame["event"] == "completed":

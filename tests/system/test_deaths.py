@@ -123,6 +123,8 @@ async def events(session: aiohttp.ClientSession, request: dict[str, Any]) -> Asy
                     if name:
                         frame[name] = value
                     elif "data" in frame:  # a frame counts when it is whole
+                        if frame["event"] == "refused":  # why the stream ends; the turn goes on
+                            raise aiohttp.ClientError(frame["data"])
                         last = int(frame["id"])
                         yield last, frame["event"], frame["data"]
                         if frame["event"] in ("completed", "failed"):

@@ -4,18 +4,21 @@ from __future__ import annotations
 
 import asyncio
 import json
+import re
 import time
 import urllib.error
 import urllib.request
 from collections.abc import AsyncIterator
 from pathlib import Path
 from typing import Any
+from urllib.parse import urlsplit
 
 import psutil
 import pytest
 from cli_process import Home, Started
 from redis.asyncio import Redis
 from redis_process import RedisProcess
+from web.browser import answered, ask, chromium, find_chromium, visiting
 
 
 @pytest.fixture
@@ -122,6 +125,35 @@ async def test_a_store_that_is_away_is_told_and_costs_a_question_ten_seconds(hom
         assert (await home.run("chat", "Hi")).out == "You said: Hi\n"
         assert (await home.run("status")).status == 0
     assert started.said.count("Redis is away; turns are refused") == 1
+
+
+async def test_the_page_says_that_the_store_is_away_and_goes_on_by_itself(home: Home, redis: RedisProcess) -> None:
+    if find_chromium() is None:
+        pytest.skip("no Chromium on this machine: apt-get install chromium")
+    away = "The server cannot reach its store. Trying again…"
+    async with home.started() as started, chromium() as browser:
+        link = urlsplit(next(link for link in re.findall(r"http://\S+", started.said) if "/login?code=" in link))
+        async with visiting(browser, f"{link.scheme}://{link.netloc}", f"{link.path}?{link.query}") as visit:
+            await ask(visit, "first words")
+            await answered(visit)
+            await redis.kill()
+            await until(started, "store away")
+            await visit.page.reload()
+            banner = visit.page.locator(".away")
+            await banner.get_by_text(away).wait_for()
+            assert await visit.page.locator(".thread").inner_text() != ""
+            await visit.page.get_by_role("button", name="New chat").first.click()
+            await ask(visit, "second words")
+            status = visit.page.locator(".answer .status")
+            await status.get_by_text(away).wait_for(timeout=30_000)
+            async with visit.page.expect_request("**/api/turns"):
+                pass
+            assert away in await status.inner_text()
+            await redis.start()
+            assert await answered(visit) == "You said: second words"
+            await visit.page.get_by_role("link", name="first words").wait_for()
+            await banner.get_by_text(away).wait_for(state="detached")
+            assert visit.problems == []
 
 
 async def test_a_core_that_cannot_start_again_without_redis_is_tried_until_it_can(

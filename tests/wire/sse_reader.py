@@ -10,7 +10,7 @@ import aiohttp
 
 @dataclass(frozen=True)
 class Frame:
-    """One event."""
+    """One event; its id is 0 where it has none, as what is no event of a turn."""
 
     id: int
     event: str
@@ -24,7 +24,7 @@ async def frames(answer: aiohttp.ClientResponse) -> AsyncIterator[Frame]:
         line = raw.decode().rstrip("\n")
         if not line:
             if fields:
-                yield Frame(int(fields["id"]), fields["event"], json.loads(fields["data"]))
+                yield Frame(int(fields.get("id", 0)), fields["event"], json.loads(fields["data"]))
             fields = {}
         elif not line.startswith(":"):
             name, _, value = line.partition(": ")

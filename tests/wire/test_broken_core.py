@@ -173,3 +173,16 @@ async def test_a_store_that_is_away_is_told_by_health_and_to_the_page_and_keeps_
         assert (code, told["status"]) == (200, status)
         async with browser.get("/api/me") as answer:
             assert (await answer.json())["store_away"] is away
+
+
+@pytest.mark.parametrize("way", ["start", "resume"])
+async def test_a_stream_that_was_opened_while_the_store_was_waited_for_says_why_it_ends(browser, core, way):
+    away = Refusal(code=grpc.StatusCode.UNAVAILABLE, reason="STORAGE_UNAVAILABLE", message="no store now")
+    core.script.refusals = core.script.resume_refusals = [away] * 1000
+    resume = "/api/sessions/s1/turns/t1/events?after=3"
+    async with browser.post("/api/turns", json=SAY) if way == "start" else browser.get(resume) as answer:
+        assert answer.status == 200  # it had to say something while it waited
+        (frame,) = await all_frames(answer)
+    assert (frame.event, frame.id, frame.data["status"]) == ("refused", 0, 503)
+    assert frame.data["error"]["code"] == "storage_unavailable"
+    assert frame.data["error"]["message"] == "no store now"

@@ -154,10 +154,14 @@ class WebApi:
                         await out.write(head + frame)
                         head = b""
             except MoltBotClientError as error:
-                context.fail(from_core(error))
+                refusal = from_core(error)
+                context.fail(refusal)
                 if not out.opened:
                     raise
-                # The page resumes after the last event it saw; a lasting fault is told by that call's status.
+                # The page resumes after the last event it saw; a lasting fault is told by that call's status. What may
+                # pass is waited for in that call too, and its status has left by then: it is told here, if anywhere.
+                if refusal.status >= 500:
+                    await out.write(web_events.refused(refusal.status, refusal.body()))
             if after and not out.opened:
                 return web.Response(status=204)
             return await out.end()

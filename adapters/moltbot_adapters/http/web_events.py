@@ -28,6 +28,14 @@ def frame(event: chat_pb2.Event) -> bytes:
     return f"id: {sequence}\nevent: {kind}\ndata: {body}\n\n".encode()
 
 
+def refused(status: int, body: bytes) -> bytes:
+    """Returns the SSE frame of a refusal that comes when the status of the answer has left; `body` is that of an error.
+
+    It has no number: it is no event of the turn, and who comes back does so after the last one.
+    """
+    return b'event: refused\ndata: {"status":%d,%b\n\n' % (status, body.removeprefix(b"{"))
+
+
 def ends(event: chat_pb2.Event) -> bool:
     """Tells whether an event is the last one of its turn."""
     return event.HasField("completed") or event.HasField("failed")

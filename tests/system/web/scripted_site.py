@@ -20,6 +20,7 @@ CSP = (
 )
 COOKIE = "moltbot_session"
 BUILT_IN = "moltbot-demo"
+NO_STORE = "The core cannot reach its store."
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -113,6 +114,8 @@ class ScriptedSite:
         self.refusals: list[web.Response | None] = []  # for the next starts of a turn; None breaks the line
         self.down = False
         self.core_away = False  # the page's server is there, the core behind it is not
+        self.store_away = False  # the core is there, and refuses once its answer has begun
+        self.slow_list = False  # the list of chats waits for the gate "list"
         self.slow_accept = False  # a turn says that it is accepted only when the gate "accept" is set
         self.overlap = 0  # events that a resumed stream tells again
         self.shred = 0  # bytes per write, to cut frames and characters in the middle
@@ -225,9 +228,14 @@ class ScriptedSite:
             return error(503, "The core is not there.", "core_unavailable")
         named = {BUILT_IN: "MoltBot built-in model"}
         models = [{"id": name, "display_name": named.get(name, name.capitalize())} for name in self.models]
-        return web.json_response({"user": self.user, "version": "0.1.0", "default_model": models[0], "models": models})
+        told = {"user": self.user, "version": "0.1.0", "default_model": models[0], "models": models}
+        return web.json_response({**told, "store_away": self.store_away})
 
     async def _list(self, request: web.Request) -> web.StreamResponse:
+        if self.slow_list:
+            await self.gate("list").wait()
+        if self.store_away:
+            return error(503, NO_STORE, "storage_unavailable")
         chats = sorted(self.sessions.values(), key=lambda chat: chat.update_time, reverse=True)
         start = int(request.query.get("page_token") or 0)
         end = start + self.page_size
@@ -246,6 +254,8 @@ class ScriptedSite:
         }
 
     async def _messages(self, request: web.Request) -> web.StreamResponse:
+        if self.store_away:
+            return error(503, NO_STORE, "storage_unavailable")
         chat = self.sessions.get(request.match_info["sid"])
         if chat is None:
             return error(404, "No such session.", "not_found")
@@ -267,6 +277,8 @@ class ScriptedSite:
             assert request.transport is not None
             request.transport.abort()
             return web.Response()
+        if self.store_away:
+            return await self._refuse_late(request)
         turn = self.by_request.get(body["request_id"]) or self._begin(body)
         return await self._stream(request, turn, 0)
 
@@ -335,12 +347,22 @@ class ScriptedSite:
         }
 
     async def _events(self, request: web.Request) -> web.StreamResponse:
+        if self.store_away:
+            return await self._refuse_late(request)
         chat = self.sessions.get(request.match_info["sid"])
         turn = chat.turns.get(request.match_info["tid"]) if chat else None
         if turn is None:
             return error(404, "No such turn.", "not_found")
         after = request.query.get("after") or request.headers.get("Last-Event-ID") or 0
         return await self._stream(request, turn, max(0, int(after) - self.overlap))
+
+    async def _refuse_late(self, request: web.Request) -> web.StreamResponse:
+        response = web.StreamResponse(headers={"Content-Type": "text/event-stream", "Cache-Control": "no-store"})
+        await response.prepare(request)
+        await response.write(b": ping\n\n")
+        told = {"status": 503, "error": {"message": NO_STORE, "type": "server_error", "code": "storage_unavailable"}}
+        await response.write(f"event: refused\ndata: {json.dumps(told)}\n\n".encode())
+        return response
 
     async def _stream(self, request: web.Request, turn: ScriptedTurn, after: int) -> web.StreamResponse:
         response = web.StreamResponse(headers={"Content-Type": "text/event-stream", "Cache-Control": "no-store"})

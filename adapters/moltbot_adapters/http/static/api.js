@@ -1,6 +1,7 @@
 // The HTTP calls of the page, one function each. Every failure is an ApiError or the browser's own network TypeError.
 
-const AWAY = new Set(["core_unavailable", "not_serving", "shutting_down", "storage_unavailable"]);
+export const STORE_AWAY = "storage_unavailable";
+const AWAY = new Set(["core_unavailable", "not_serving", "shutting_down", STORE_AWAY]);
 const PAUSES_MS = [250, 500, 1_000, 2_000, 4_000]; // what is started again is back within them
 
 /** A refusal by the server, in the four-key form of its errors. */
@@ -37,17 +38,17 @@ async function call(method, path, { body, headers = {}, signal } = {}) {
   throw new ApiError(response.status, answer?.error ?? {}, wait > 0 ? wait * 1000 : null);
 }
 
-/** The outcome of a call that is safe to repeat, made again while the server is away. */
+/** The outcome of a call that is safe to repeat, made again while the server is away, and for as long as its store is. */
 async function patiently(made) {
-  for (const pause of PAUSES_MS) {
+  for (let tries = 0; ; tries += 1) {
     try {
       return await made();
     } catch (error) {
-      if (error instanceof ApiError && !error.away) throw error;
+      if (error.code !== STORE_AWAY && (tries === PAUSES_MS.length || (error instanceof ApiError && !error.away))) throw error;
     }
-    await new Promise((resolve) => setTimeout(resolve, pause));
+    dispatchEvent(new Event("moltbot:away"));
+    await new Promise((resolve) => setTimeout(resolve, PAUSES_MS[tries] ?? 4_000));
   }
-  return made();
 }
 
 const json = async (...request) => (await call(...request)).json();

@@ -53,6 +53,8 @@ function themeSwitch() {
   return button;
 }
 
+const lacking = ({ store_away: away }) => (away ? "waiting.store" : "");
+
 /** The page of someone who is signed in. */
 class Shell {
   constructor(person) {
@@ -68,19 +70,23 @@ class Shell {
       hooks: { onSession: (sid) => this.#opened(sid), onChange: () => this.#listChanged(), onSignedOut: () => showSignIn("signin.ended") },
     });
     this.#build();
-    for (const moment of ["focus", "online", "offline"]) addEventListener(moment, () => this.#check());
+    for (const moment of ["focus", "online", "offline", "moltbot:away"]) addEventListener(moment, () => this.#check());
     document.addEventListener("visibilitychange", () => this.#check());
   }
 
-  /** Says above the message box that the server is away, before a message is lost on it, until it is back. */
+  /** Says above the message box that the server or its store is away. */
   async #check() {
     if (document.hidden || this.checking || !this.node.isConnected) return;
     clearTimeout(this.timer);
     this.checking = true;
-    const up = await me().then(() => true, ({ status }) => status < 500); // a network error has no status
+    const away = await me().then(lacking, ({ status }) => (status < 500 ? "" : "boot.down")); // a network error has no status
     this.checking = false;
-    this.away.replaceChildren(...(up ? [] : [icon("alert"), say(h("span"), "boot.down")]));
-    if (!up) this.timer = setTimeout(() => this.#check(), CHECK_MS);
+    this.#warn(away);
+  }
+
+  #warn(key) {
+    this.away.replaceChildren(...(key ? [icon("alert"), say(h("span"), key)] : []));
+    if (key) this.timer = setTimeout(() => this.#check(), CHECK_MS);
   }
 
   #build() {
@@ -136,7 +142,10 @@ class Shell {
     root.replaceChildren(this.node);
     this.#arrange(!PHONE.matches && !store.sidebarHidden);
     this.composer.settle();
-    await this.sidebar.refresh();
+    this.#warn(lacking(this.person));
+    this.thread.note("chat.loading");
+    const listed = this.#listChanged();
+    if (!this.person.store_away) await listed;
     const { pending } = store;
     if (pending) await this.chat.sendPending(pending);
     else this.route(true);
@@ -146,7 +155,7 @@ class Shell {
   route(first = false) {
     const named = /^#\/c\/(.+)$/.exec(location.hash);
     let sid = named ? decodeURIComponent(named[1]) : "";
-    if (first && !location.hash && this.sidebar.find(store.lastSession)) sid = store.lastSession;
+    if (first && !location.hash && (this.person.store_away || this.sidebar.find(store.lastSession))) sid = store.lastSession;
     if (!first && sid === this.chat.session) return;
     if (PHONE.matches) this.toggleSidebar(false);
     if (sid) this.chat.open(sid, this.sidebar.find(sid)?.active_turn);

@@ -1,6 +1,6 @@
 // The conversation that is open: sends, follows the answer, stops it, and comes back to it after a reload or a broken line.
 
-import { ApiError, listMessages } from "./api.js";
+import { ApiError, listMessages, STORE_AWAY } from "./api.js";
 import { duration } from "./i18n.js";
 import { store } from "./store.js";
 import { ConnectionLost, TurnFollower } from "./turn.js";
@@ -8,7 +8,7 @@ import { ConnectionLost, TurnFollower } from "./turn.js";
 /** Sentences by the core's reason, by its status, and by the HTTP code or status of a refusal: the most telling one is looked up first. */
 const WORDS = {
   CONTEXT_LENGTH_EXCEEDED: "error.context", CONTENT_TOO_LARGE: "error.toolarge", EMPTY_MESSAGE: "error.blank", QUEUE_FULL: "error.busy",
-  MODEL_UNAVAILABLE: "error.model.away", STORAGE_FULL: "error.storage", NOT_SERVING: "error.serving", CORE_UNAVAILABLE: "error.serving",
+  MODEL_UNAVAILABLE: "error.model.away", STORAGE_FULL: "error.storage", STORAGE_UNAVAILABLE: "error.store", NOT_SERVING: "error.serving", CORE_UNAVAILABLE: "error.serving",
   UNAUTHENTICATED: "error.key", INVALID_API_KEY: "error.key", WORKSPACE_KEY_REFUSED: "error.key", DEADLINE_EXCEEDED: "error.slow",
   BUDGET_EXCEEDED: "error.budget", INSUFFICIENT_QUOTA: "error.budget", MODEL_CREDENTIAL: "error.credential",
   RESOURCE_EXHAUSTED: "error.busy", UNAVAILABLE: "error.model", PERMISSION_DENIED: "error.forbidden", NOT_FOUND: "error.gone",
@@ -100,7 +100,7 @@ export class Chat {
     const view = this.thread.answer(start.request ? "thinking" : "resuming");
     const follower = new TurnFollower(start, {
       onEvent: (kind, data) => this.#tell(view, kind, data, start),
-      onLink: (up, was, code) => (!up ? view.say(code === "storage_unavailable" ? "waiting.store" : "reconnecting") : view.text ? view.quiet() : was || view.say("thinking")),
+      onLink: (up, was, code) => (!up ? view.say(code === STORE_AWAY ? "waiting.store" : "reconnecting") : view.text ? view.quiet() : was || view.say("thinking")),
     });
     await this.#run(follower, view, start);
   }

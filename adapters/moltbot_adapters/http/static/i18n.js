@@ -106,6 +106,7 @@ const SENTENCES = {
   "error.toolarge": ["The message is too long. Shorten it and send it again.", "消息太长了，请缩短后再发送。"],
   "error.blank": ["The message is empty. Write something and send it again.", "消息是空的，请写点内容再发送。"],
   "error.storage": ["The server’s disk is full. Free some space there, then try again.", "服务器的磁盘已满，请先清理出空间再重试。"],
+  "error.store": ["The server cannot reach its store. Try again in a moment.", "服务器暂时无法访问其存储，请稍后重试。"],
   "error.slow": ["The answer took too long. Try again, or ask for less at once.", "回答用时过长，请重试，或一次少问一些。"],
   "error.key": ["MoltBot did not accept the access key. Sign out and in again; if that does not help, restart MoltBot.", "MoltBot 不接受访问密钥，请退出后重新登录；仍不行请重启 MoltBot。"],
   "error.forbidden": ["You may not do this.", "没有权限执行这个操作。"],

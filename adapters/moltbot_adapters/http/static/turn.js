@@ -1,6 +1,6 @@
 // Follows one turn to its end through broken connections: no event is lost, none is told twice.
 
-import { ApiError, cancelTurn, startTurn, turnEvents } from "./api.js";
+import { ApiError, cancelTurn, startTurn, STORE_AWAY, turnEvents } from "./api.js";
 import { readEvents } from "./sse.js";
 
 const SILENCE_MS = 45_000; // three missed pings: the connection is dead though nobody said so
@@ -27,6 +27,7 @@ export class TurnFollower {
     this.onLink = onLink;
     this.abort = new AbortController();
     this.linked = true; // until it is known better
+    this.code = ""; // of what refused last
   }
 
   get accepted() {
@@ -49,7 +50,7 @@ export class TurnFollower {
       }
       if (this.detached) return this.stopping ? "stopped" : "detached";
       attempt = this.last > before ? 1 : attempt + 1;
-      if (attempt > ATTEMPTS) throw new ConnectionLost();
+      if (attempt > ATTEMPTS && code !== STORE_AWAY) throw new ConnectionLost();
       this.#link(false, code);
       await this.#pause(Math.min(LONGEST_PAUSE_MS, 125 * 2 ** attempt) * (0.75 + Math.random() / 2));
       if (this.detached) return this.stopping ? "stopped" : "detached";
@@ -96,9 +97,14 @@ export class TurnFollower {
       const response = this.accepted
         ? await turnEvents(this.session, this.turn, this.last, link.signal)
         : await startTurn(this.request, link.signal);
-      this.#link(true);
+      if (!this.code) this.#link(true); // one that lacks its store answers too
       if (response.status === 204) return "completed"; // nothing comes any more
       for await (const frame of readEvents(response.body, alive)) {
+        if (frame.event === "refused") {
+          const { status, error } = JSON.parse(frame.data);
+          throw new ApiError(status, error);
+        }
+        if (!this.linked) this.#link(true);
         const kind = this.#take(frame);
         if (LAST_KINDS.has(kind)) return kind;
       }
@@ -112,6 +118,7 @@ export class TurnFollower {
   #link(up, code = "") {
     const was = this.linked;
     this.linked = up;
+    this.code = code;
     this.onLink(up, was, code);
   }
 
