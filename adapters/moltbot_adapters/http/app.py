@@ -8,12 +8,12 @@ from importlib.metadata import version
 from aiohttp import web
 
 from moltbot_adapters.core_client import CoreClient
+from moltbot_adapters.http.core_watch import CoreWatch
 from moltbot_adapters.http.guard import Guard
 from moltbot_adapters.http.metrics import Metrics
 from moltbot_adapters.http.openai_api import OpenAiApi
 from moltbot_adapters.http.origin import Origin
 from moltbot_adapters.http.pages import Assets, Pages
-from moltbot_adapters.http.core_watch import CoreWatch
 from moltbot_adapters.http.settings import Settings
 from moltbot_adapters.http.signin import KeyFile, SignIn
 from moltbot_adapters.http.sse import Streams

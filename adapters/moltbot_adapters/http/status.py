@@ -4,9 +4,9 @@ from typing import Any
 
 from aiohttp import web
 
+from moltbot_adapters.http.core_watch import CoreWatch
 from moltbot_adapters.http.metrics import CONTENT_TYPE, Metrics
 from moltbot_adapters.http.origin import Origin
-from moltbot_adapters.http.core_watch import CoreWatch
 from moltbot_adapters.http.sse import Streams
 
 

@@ -12,9 +12,9 @@ from moltbot_adapters.core_client import CoreClient
 from moltbot_adapters.http import web_events
 from moltbot_adapters.http.body import MODEL, NAME, read_json, text_field
 from moltbot_adapters.http.context import CONTEXT
+from moltbot_adapters.http.core_watch import CoreWatch
 from moltbot_adapters.http.errors import HttpError, from_core
 from moltbot_adapters.http.metrics import Metrics
-from moltbot_adapters.http.core_watch import CoreWatch
 from moltbot_adapters.http.settings import Settings
 from moltbot_adapters.http.sse import Streams
 
