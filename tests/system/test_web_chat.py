@@ -155,8 +155,7 @@ async def test_a_page_goes_on_by_itself_when_a_process_dies_in_the_middle(
     psutil.Process(started.told()["processes"][name]).kill()
     assert await answered(visit) == WORDS
     assert await visit.page.locator(".problem").count() == 0
-    anew = visit.page.get_by_text("The answer was started again")
-    assert await anew.count() == (0 if name == "http" else 1)
+    assert await visit.page.get_by_text("The answer was started again").count() == 0
     await visit.page.reload()
     await shown(visit, "word149")
     assert await visit.page.locator(".question").count() == 1
@@ -167,10 +166,8 @@ async def test_an_answer_with_which_every_engine_dies_leaves_a_page_that_can_go_
     visit: Visit, started: Started
 ) -> None:
     await ask(visit, "endless please")
-    for begun_anew in range(3):
-        if begun_anew:
-            await visit.page.get_by_text("The answer was started again").nth(begun_anew - 1).wait_for(timeout=60_000)
-        await shown(visit, "word10")
+    for word in ("word10", "word40", "word70"):
+        await shown(visit, word)
         psutil.Process(started.told()["processes"]["engine"]).kill()
     await visit.page.wait_for_selector(".answer:last-child:not([aria-busy])", state="attached", timeout=60_000)
     assert "The answer broke off" in await visit.page.locator(".problem").inner_text()
