@@ -159,7 +159,8 @@ class Town:
         Only one core at a time accepts turns for this store: what the first one has not accepted yet is waited for.
         """
         node = self._some_node()
-        accepted = all(live.is_stored for live in node.journal.under_way())
+        # One that begins again, for its session was not new after all, is on its way too.
+        accepted = not node.pipeline._moving and all(live.is_stored for live in node.journal.under_way())
         unready = not accepted or not all(stream.begun for stream in node.calls)
         if not node.serving or (unready and self.plan.nodes == 1):
             if self.world.now < 3.0:
