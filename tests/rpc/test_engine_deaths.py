@@ -11,7 +11,7 @@ from pathlib import Path
 
 import grpc
 import pytest
-from moltbot.v1 import message_pb2, model_pb2
+from moltbot.v1 import chat_pb2, message_pb2, model_pb2
 from moltbot_server.app import Core
 from moltbot_server.demo_model import ARTIFACT
 from moltbot_server.rpc import remote_engine, remote_generation
@@ -72,6 +72,15 @@ async def killable(tmp_path: Path, script: str) -> AsyncIterator[tuple[EnginePro
         await engine.kill(signal.SIGTERM)
 
 
+async def killed_in_the_midst(engine: EngineProcess, api: Api) -> list[chat_pb2.Event]:
+    """Ask for an answer of sixty words, kill the engine that writes it, and return what comes from then on."""
+    streaming = api.stream(turn("#60 pace=0.01", session="sessions/s"))
+    await until_it_streams(streaming)
+    await engine.kill()
+    await engine.start()
+    return await asyncio.wait_for(drained(streaming), 20)
+
+
 async def test_turns_that_have_not_begun_to_stream_do_not_see_that_the_engine_died(
     killable: tuple[EngineProcess, Api],
 ) -> None:
@@ -89,11 +98,7 @@ async def test_turns_that_have_not_begun_to_stream_do_not_see_that_the_engine_di
 
 async def test_an_answer_in_which_the_engine_died_goes_on(killable: tuple[EngineProcess, Api]) -> None:
     engine, api = killable
-    streaming = api.stream(turn("#60 pace=0.01", session="sessions/s"))
-    await until_it_streams(streaming)
-    await engine.kill()
-    await engine.start()
-    events = await asyncio.wait_for(drained(streaming), 20)
+    events = await killed_in_the_midst(engine, api)
 
     assert "reset" not in kinds(events)
     completed = events[-1].completed
@@ -106,11 +111,7 @@ async def test_an_answer_in_which_the_engine_died_is_begun_anew_and_says_so(
     killable: tuple[EngineProcess, Api],
 ) -> None:
     engine, api = killable
-    streaming = api.stream(turn("#60 pace=0.01", session="sessions/s"))
-    await until_it_streams(streaming)
-    await engine.kill()
-    await engine.start()
-    events = await asyncio.wait_for(drained(streaming), 20)
+    events = await killed_in_the_midst(engine, api)
 
     told = kinds(events)
     reset = told.index("reset")
