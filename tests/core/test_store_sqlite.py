@@ -9,7 +9,6 @@ import random
 import sqlite3
 import stat
 import subprocess
-import threading
 import time
 from collections.abc import AsyncIterator, Iterator
 from pathlib import Path
@@ -405,31 +404,6 @@ def traced(store: SqliteStore) -> list[str]:
     return heard
 
 
-async def test_an_end_goes_before_turns_that_are_new_and_is_a_transaction_by_itself(store: SqliteStore) -> None:
-    turns = [new(number) for number in (1, 2, 3)]
-    assert await store.accept(turns[0]) is None
-    heard, told = traced(store), list[str]()
-    gate = threading.Event()
-    blocked = store._writer.submit(lambda _: gate.wait(5))
-    await blocked_is_at_work(store)
-    writes = {"second": store.accept(turns[1]), "end": store.finish(ended(turns[0])), "third": store.accept(turns[2])}
-    for name, write in writes.items():
-        write.then(lambda _, name=name: told.append(name))  # type: ignore[misc]
-    gate.set()
-
-    await blocked
-    assert await store.accept(new(4)) is None
-    assert told == ["end", "second", "third"]
-    assert heard[:5] == ["BEGIN", "COMMIT", "UPDATE", "BEGIN", "SELECT"]
-    assert await texts(store) == ["question", "answer", "question", "question", "question"]
-
-
-async def blocked_is_at_work(store: SqliteStore) -> None:
-    """Let the loop hand over what waits."""
-    while not store._writer._at_work:
-        await store._reader.read(lambda connection: None)
-
-
 async def test_an_end_does_not_go_before_its_own_turn(store: SqliteStore) -> None:
     turns = [new(number) for number in (1, 2)]
     writes = [
@@ -476,24 +450,3 @@ async def test_an_end_that_cannot_be_written_is_told_so_and_is_written_when_it_c
     assert found.state is TurnState.COMPLETED
     await keep(store, new(2))
     assert await texts(store) == ["question", "answer"] * 2
-
-
-async def test_a_new_turn_does_not_wait_for_ever_behind_ends(store: SqliteStore) -> None:
-    turns = [new(number) for number in range(1, 8)]
-    for turn in turns:
-        assert await store.accept(turn) is None
-    gate = threading.Event()
-    blocked = store._writer.submit(lambda _: gate.wait(5))
-    await blocked_is_at_work(store)
-    late = store.accept(new(9))
-    taken = []
-    for turn in turns:
-        store.finish(ended(turn))
-        taken.append(store._writer._next_group())
-        if late in taken[-1]:
-            break
-
-    assert late in taken[-1]
-    assert len(taken) == 5
-    gate.set()
-    await blocked

@@ -6,11 +6,12 @@ import asyncio
 import json
 import subprocess
 import sys
-import time
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from pathlib import Path
+from types import SimpleNamespace
 
+import moltbot_server.store.sqlite_use as sqlite_use
 import pytest
 from kept_turns import keep, key, new, said, texts
 from moltbot_server.errors import StorageUnavailable
@@ -76,20 +77,27 @@ async def test_what_one_has_written_the_others_read_at_once(tmp_path: Path) -> N
                 assert await texts(other, f"s{number}") == ["question", "answer"]
 
 
-async def test_others_hear_when_a_session_was_used_last_although_nothing_more_is_stored(tmp_path: Path) -> None:
+async def test_others_hear_when_a_session_was_used_last_although_nothing_more_is_stored(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    clock = SimpleNamespace(time=lambda: now)
+    monkeypatch.setattr(sqlite_use, "time", clock)
+    now = 1_000.0
     async with opened(tmp_path / "moltbot.db", 2) as (one, other):
-        began = time.time() - 10.0
 
         async def used() -> float:
             found = await other.list_sessions("w", user="", channel="", before=None, limit=10)
             return found[0].update_time
 
         await one.take_over()
-        for number in (1, 2):
-            assert await one.accept(new(number, create_time=began + number / 10, opens_session=True)) is None
-        assert await used() == began + 0.1, "it is not written with each turn"
+        for number, at in ((1, 1.0), (2, 2.0), (3, 3.0)):
+            assert await one.accept(new(number, create_time=at, opens_session=True)) is None
+        assert await used() == 2.0, "it is not written with each turn"
         await one.take_over()  # which is asked ten times a second
-        assert await used() == began + 0.2
+        assert await used() == 2.0
+        now += 2.0
+        await one.take_over()
+        assert await used() == 3.0
 
 
 async def test_who_writes_all_the_time_lets_others_write_as_well(tmp_path: Path) -> None:

@@ -32,6 +32,7 @@ from moltbot_server.models.context import ContextWindow
 from moltbot_server.outbox import Deliveries
 from moltbot_server.pipeline import TurnPipeline
 from moltbot_server.sessions import Sessions
+from moltbot_server.store.sqlite_at_once import set_up
 from moltbot_server.store.sqlite_journal_files import JournalFiles
 from moltbot_server.store.sqlite_sessions import Places
 from moltbot_server.turns import (
@@ -121,6 +122,7 @@ class _Store(sqlite.SqliteStore):
     def _prepare(self) -> tuple[sqlite3.Connection, sqlite3.Connection]:
         connection = self._node.disk.connection
         connection.execute(sqlite.CATCH_UP)
+        set_up(connection)
         return connection, connection
 
 

@@ -9,13 +9,13 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import sqlite3
-from collections.abc import Collection, Container, Sequence
+from collections.abc import Collection, Sequence
 from pathlib import Path
 from typing import Any
 
 import msgspec
 
-from moltbot_server.errors import StorageUnavailable, TurnInterrupted
+from moltbot_server.errors import StorageUnavailable
 from moltbot_server.store import (
     Elsewhere,
     EndedTurn,
@@ -31,33 +31,23 @@ from moltbot_server.store import (
 )
 from moltbot_server.store.protocol import Away, JournalEntry, Orphan
 from moltbot_server.store.reader import GroupReader
-from moltbot_server.store.sqlite_journal import append_entries, forget_entries, names_of, plain_ends, take_over
+from moltbot_server.store.sqlite_at_once import Row, set_up
+from moltbot_server.store.sqlite_journal import take_over
 from moltbot_server.store.sqlite_journal_files import JournalFiles, folder_of
 from moltbot_server.store.sqlite_lock import DatabaseLock
 from moltbot_server.store.sqlite_nodes import Pen, SqliteNodes
-from moltbot_server.store.sqlite_outbox import SqliteOutbox, post_ends, withdraw
+from moltbot_server.store.sqlite_outbox import SqliteOutbox
 from moltbot_server.store.sqlite_presence import WritePresence
 from moltbot_server.store.sqlite_pruning import prune_sessions
-from moltbot_server.store.sqlite_rows import TURN_COLUMNS, end_columns, read_messages, rest_columns, session_of, turn_of
+from moltbot_server.store.sqlite_rows import TURN_COLUMNS, read_messages, session_of, turn_of
 from moltbot_server.store.sqlite_schema import SCHEMA, SCHEMA_VERSION, STEPS, unknown_schema
 from moltbot_server.store.sqlite_sessions import CATCH_UP, Places
+from moltbot_server.store.sqlite_turns import TAKEN_OVER, TurnWriter
 from moltbot_server.store.sqlite_usage import add_usage, forget_usage, read_usage
 from moltbot_server.store.sqlite_use import LastUse
-from moltbot_server.store.writer import GroupWriter, Rows, storage_error, unusable
-from moltbot_server.turns import Message, Session, SessionKey, TurnKey, encode
+from moltbot_server.store.writer import GroupWriter, storage_error, unusable
+from moltbot_server.turns import Message, Session, SessionKey, TurnKey
 
-_INSERT_TURN = Rows(
-    "INSERT INTO turns (workspace, session, ordinal, request_id, digest, create_time, question, "
-    "node, rest, deadline, state, end_time, model, answer, events, finish) VALUES {rows} "
-    "ON CONFLICT DO NOTHING",
-    row="(?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?)",
-)
-_FINISH_TURN = Rows(
-    "UPDATE turns SET state = column4, end_time = column5, model = column6, answer = column7, events = column8, "
-    "finish = column9, rest = NULL FROM (VALUES {rows}) WHERE workspace = column1 AND session = column2 "
-    "AND ordinal = column3 AND epoch = column10 AND node = column11",
-    row="(?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?)",
-)
 _LOAD = """
 SELECT base_ordinal, (SELECT max(ordinal) FROM turns WHERE workspace = ?1 AND session = ?2), version
 FROM sessions WHERE workspace = ?1 AND id = ?2
@@ -66,21 +56,6 @@ _MESSAGE_COLUMNS = "ordinal, question, answer, model, create_time, end_time, fin
 _SESSION_COLUMNS = """s.workspace, s.id, s.title, s.user, s.channel, s.create_time, s.update_time,
 (SELECT count(*) + count(answer) FROM turns t
  WHERE t.workspace = s.workspace AND t.session = s.id AND t.question <> x'90')"""
-
-# A turn whose request_id another turn took over: that one says its question now. The mark cannot be in a request_id.
-_SUPERSEDE = """
-UPDATE turns SET request_id = request_id || char(31) || rowid, question = x'90', rest = NULL,
-    state = iif(state = 'running', 'failed', state)
-WHERE workspace = ? AND request_id = ? AND state <> 'completed' AND state <> 'cancelled'
-"""
-# What was kept of one whose end could not be stored.
-_FORGET_SUPERSEDED = """
-DELETE FROM journal WHERE (workspace, session, ordinal) IN (
-    SELECT workspace, session, ordinal FROM turns
-    WHERE workspace = ? AND request_id = ? AND state <> 'completed' AND state <> 'cancelled'
-)
-"""
-_TAKEN_OVER = TurnInterrupted("another core has taken this turn over; follow it there")
 
 
 class SqliteStore:
@@ -98,8 +73,6 @@ class SqliteStore:
         self._files = JournalFiles(folder_of(path), self.nodes.node)
         self._used = LastUse()
         self._looked = False
-        self._journaled: set[TurnKey] = set()
-        self._forgotten: list[TurnKey] = []
         self._closed = False
 
     async def open(self) -> None:
@@ -107,12 +80,13 @@ class SqliteStore:
         self._path.parent.mkdir(parents=True, exist_ok=True)
         reading, self._writing = await asyncio.to_thread(self._join)
         self._reader = GroupReader(reading)
+        self._turns = TurnWriter(self.node, self._places, self._used)
         self._writer = GroupWriter(
             self._writing,
-            self._write_turns,
+            self._turns.write,
             answered=self._answered,
-            over=self._written,
-            quick=lambda rows: plain_ends(rows, self._journaled),
+            over=self._turns.over,
+            at_once=self._turns.at_once,
             pen=self._pen,
             presence=self._presence,
         )
@@ -156,18 +130,8 @@ class SqliteStore:
 
     def reaccept(self, turn: NewTurn) -> Pending[Taken]:
         """Store a turn in the place of a failed one with its request_id; one that another node runs stays."""
-
-        def write(connection: sqlite3.Connection) -> Taken:
-            if (refusal := self._places.keeps(connection, turn)) is not None:
-                return refusal
-            names = turn.key.session.workspace, turn.request_id
-            withdraw(connection, *names, turn.create_time)
-            connection.execute(_FORGET_SUPERSEDED, names)
-            connection.execute(_SUPERSEDE, names)
-            return self._insert(connection, [turn], {})[0]
-
         self._files.begin(turn.key)
-        return self._writer.submit(write, row=turn)
+        return self._writer.submit(lambda connection: self._turns.rewrite(connection, turn), row=turn)
 
     def append(self, entries: Sequence[JournalEntry]) -> Pending[Collection[TurnKey]]:
         """Keep what happened in turns that run, and answer which of them do not, or not here any more."""
@@ -194,7 +158,7 @@ class SqliteStore:
         self._files.forget(taken)
         for orphan in orphans:
             self._files.begin(orphan.turn.key, orphan.epoch)
-            self._journaled.add(orphan.turn.key)
+            self._turns.kept_in_table(orphan.turn.key)
         return orphans
 
     def finish(self, turn: EndedTurn) -> Pending[None]:
@@ -394,102 +358,19 @@ class SqliteStore:
             if steps:
                 connection.executescript(f"BEGIN; {steps} PRAGMA user_version = {SCHEMA_VERSION}; COMMIT;")
             connection.execute(CATCH_UP)
+            set_up(writing)
         except sqlite3.Error as error:
             raise unusable(self._path, error) from error
         return connection, writing
 
-    def _write_turns(
-        self, connection: sqlite3.Connection, turns: Sequence[NewTurn | EndedTurn | tuple[JournalEntry, ...]]
-    ) -> list[Any]:
-        """Store turns and ends; a turn that ended before it was stored is one row. Runs on the writer's thread."""
-        new = [turn for turn in turns if isinstance(turn, NewTurn)]
-        ended = {turn.key: turn for turn in turns if isinstance(turn, EndedTurn)}
-        entries = [entry for turn in turns if isinstance(turn, tuple) for entry in turn if entry.key not in ended]
-        earlier = iter(self._insert(connection, new, ended) if new else ())
-        left_out: Collection[TurnKey] = ()
-        if entries:
-            left_out = append_entries(connection, self.node, entries)
-            self._journaled.update(entry.key for entry in entries)
-        lost = self._update(connection, list(ended.values())) if ended else ()
-        post_ends(connection, turns, self.node)
-
-        def answer(turn: NewTurn | EndedTurn | tuple[JournalEntry, ...]) -> Any:
-            if isinstance(turn, NewTurn):
-                return next(earlier)
-            if isinstance(turn, EndedTurn):
-                return _TAKEN_OVER if turn.key in lost else None
-            return [entry.key for entry in turn if entry.key in left_out]
-
-        return [answer(turn) for turn in turns]
-
-    def _insert(
-        self, connection: sqlite3.Connection, turns: Sequence[NewTurn], ended: dict[TurnKey, EndedTurn]
-    ) -> list[Taken]:
-        """Store new turns, taking from `ended` those that have ended; answer for each what became of it."""
-        verdicts, changing = self._places.judge(connection, turns)
-        # An end of a turn that is not stored must not be taken for that of another one with its number.
-        ends = {turn.key: ended.pop(turn.key) for turn in turns if turn.key in ended}
-        rows = [
-            (
-                turn.key.session.workspace,
-                turn.key.session.session,
-                turn.key.ordinal,
-                turn.request_id,
-                turn.digest,
-                turn.create_time,
-                encode(turn.question),
-                self.node,
-                *rest_columns(turn, ends),
-                *end_columns(ends.get(turn.key)),
-            )
-            for turn, verdict in zip(turns, verdicts, strict=True)
-            if verdict is None
-        ]
-        fresh = _INSERT_TURN.execute(connection, rows) == len(turns)
-        answers: list[Taken] = [None] * len(turns)
-        if not fresh:
-            answers = [self._places.answer(connection, *judged) for judged in zip(turns, verdicts, strict=True)]
-        stored = [turn for turn, answer in zip(turns, answers, strict=True) if answer is None]
-        self._places.open(connection, [turn for turn in stored if turn.opens_session])
-        for turn in stored:
-            names = (turn.key.session.workspace, turn.key.session.session)
-            if names in changing:
-                self._places.take(connection, names)
-            self._used.note(connection, names, turn.create_time)
-        return answers
-
-    def _update(self, connection: sqlite3.Connection, turns: Sequence[EndedTurn]) -> Container[TurnKey]:
-        """Store ends; return the turns that were not this core's any more."""
-        rows = [(*names_of(turn.key), *end_columns(turn), turn.epoch, self.node) for turn in turns]
-        whole = _FINISH_TURN.execute(connection, rows) == len(rows)
-        lost = () if whole else {turn.key for turn in turns if self._was_taken(connection, turn)}
-        kept = [turn.key for turn in turns if turn.key in self._journaled and turn.key not in lost]
-        if kept:
-            forget_entries(connection, map(names_of, kept))
-            self._forgotten += kept
-        for workspace, session, *_ in rows:
-            self._used.note(connection, (workspace, session), turns[0].end_time)
-        return lost
-
-    def _answered(self, row: NewTurn | EndedTurn | tuple[JournalEntry, ...], outcome: Any) -> None:
+    def _answered(self, row: Row, outcome: Any) -> None:
         """Let go what a turn recorded that was not stored, or whose end is; runs on the loop's thread."""
-        if outcome is _TAKEN_OVER:
+        if outcome is TAKEN_OVER:
             self._files.look()
         elif isinstance(row, EndedTurn) and outcome is None:
             self._files.end(row.key)
         elif isinstance(row, NewTurn) and outcome is not None:
             self._files.end_soon(row.key)
-
-    def _written(self, stands: bool) -> None:
-        """Take note that a transaction is over: an end that was undone comes again. Runs on the writer's thread."""
-        if stands:
-            self._journaled.difference_update(self._forgotten)
-        self._forgotten.clear()
-
-    def _was_taken(self, connection: sqlite3.Connection, turn: EndedTurn) -> bool:
-        query = "SELECT epoch, node FROM turns WHERE workspace = ? AND session = ? AND ordinal = ?"
-        found = connection.execute(query, names_of(turn.key)).fetchone()
-        return found is not None and found != (turn.epoch, self.node)
 
     async def _flush_used(self) -> None:
         if self._used:

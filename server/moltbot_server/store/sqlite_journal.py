@@ -8,13 +8,14 @@ from __future__ import annotations
 
 import logging
 import sqlite3
-from collections.abc import Callable, Collection, Container, Iterable, Sequence
+from collections.abc import Callable, Collection, Iterable, Sequence
 from typing import Any
 
 import msgspec
 
-from moltbot_server.store.protocol import EndedTurn, JournalEntry, NewTurn, Orphan, StoredTurn
+from moltbot_server.store.protocol import JournalEntry, Orphan, StoredTurn
 from moltbot_server.store.sqlite_journal_files import JournalFiles
+from moltbot_server.store.sqlite_rows import Names, names_of
 from moltbot_server.store.writer import Rows
 from moltbot_server.turns import Event, Part, SessionKey, TurnInput, TurnKey, TurnState, encode
 
@@ -62,26 +63,6 @@ FROM turns WHERE rowid = ?
 _events = msgspec.msgpack.Decoder(tuple[Event, ...])
 _parts = msgspec.msgpack.Decoder(tuple[Part, ...])
 _rest = msgspec.msgpack.Decoder(TurnInput)
-
-Names = tuple[str, str, int]
-
-
-def names_of(key: TurnKey) -> Names:
-    """Return a turn's name as rows have it."""
-    return key.session.workspace, key.session.session, key.ordinal
-
-
-def plain_ends(
-    rows: Sequence[NewTurn | EndedTurn | tuple[JournalEntry, ...]], journaled: Container[TurnKey]
-) -> Sequence[EndedTurn]:
-    """Return the ends among rows that an update of their turns alone writes, if all ends are such.
-
-    Their turns were accepted before, nothing is to be delivered, and nothing of them is in the journal's table.
-    """
-    new = {row.key for row in rows if isinstance(row, NewTurn)}
-    ends = [row for row in rows if isinstance(row, EndedTurn) and row.key not in new]
-    is_plain = not any(isinstance(row, tuple) for row in rows)
-    return ends if is_plain and all(end.delivery is None and end.key not in journaled for end in ends) else ()
 
 
 def append_entries(connection: sqlite3.Connection, node: str, entries: Sequence[JournalEntry]) -> Collection[TurnKey]:

@@ -13,9 +13,8 @@ import msgspec
 from moltbot_server.store.damage import reading_delivery, reading_turn
 from moltbot_server.store.moving import NOWHERE, DeliveryRecord, Record, SessionRecord, TurnRecord, UsageRecord
 from moltbot_server.store.protocol import UsageRow
-from moltbot_server.store.sqlite_journal import names_of
 from moltbot_server.store.sqlite_journal_files import folder_of, recorded
-from moltbot_server.store.sqlite_rows import MARK
+from moltbot_server.store.sqlite_rows import MARK, names_of
 from moltbot_server.store.writer import storage_error
 from moltbot_server.turns import Completed, Event, Failed, Part, TurnInput, TurnState, encode
 

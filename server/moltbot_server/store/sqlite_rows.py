@@ -33,6 +33,14 @@ _parts = msgspec.msgpack.Decoder(tuple[Part, ...])
 _events = msgspec.msgpack.Decoder(tuple[Event, ...])
 
 
+Names = tuple[str, str, int]
+
+
+def names_of(key: TurnKey) -> Names:
+    """Return a turn's name as rows have it."""
+    return key.session.workspace, key.session.session, key.ordinal
+
+
 def session_of(
     workspace: str,
     session: str,

@@ -42,15 +42,18 @@ class LastUse:
         """Let a session go that is deleted."""
         self._used.pop(names, None)
 
-    def note(self, connection: sqlite3.Connection, names: SessionNames, now: float) -> None:
-        """Take note that a session is used, and write what there is if it is time."""
+    @property
+    def is_due(self) -> bool:
+        """Whether there are some and it is time to write them."""
+        return bool(self._used) and time.time() - self._written_at >= _EVERY
+
+    def note(self, names: SessionNames, now: float) -> None:
+        """Take note that a session is used."""
         self._used[names] = now
-        if now - self._written_at >= _EVERY:
-            self._written_at = now
-            self.write(connection)
 
     def write(self, connection: sqlite3.Connection) -> None:
         """Write what there is."""
+        self._written_at = time.time()
         rows = [(now, *names) for names, now in self._used.items()]
         self._used.clear()
         _UPDATE.execute(connection, rows)

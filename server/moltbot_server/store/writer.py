@@ -33,10 +33,6 @@ _DISTANCE = 0.001
 """Seconds from one group to the next while many write."""
 _NOBODYS_FAULT = ("SQLITE_BUSY", "SQLITE_LOCKED", "SQLITE_IOERR", "SQLITE_READONLY", "SQLITE_CORRUPT", "SQLITE_NOTADB")
 _COUNTS = (64, 32, 16, 12, 8, 7, 6, 5, 4, 3, 2, 1)
-_FEW = 8
-"""Writes that wait: where there are more, it takes less time to write all of them together."""
-_PASSED = 4
-"""How often in a row others may go before a write that waits."""
 
 
 class Rows:
@@ -66,11 +62,6 @@ class Rows:
                 found += connection.execute(self._by_count[count], list(chain.from_iterable(chunk)))
                 start += count
         return found
-
-
-def is_one_statement(rows: int) -> bool:
-    """Tell whether so many rows are written by a single execution of `Rows`."""
-    return rows in _COUNTS
 
 
 class _Job(Pending[Any]):
@@ -119,24 +110,23 @@ class GroupWriter(GroupThread[_Job]):
         *,
         answered: Callable[[Any, Any], None] = lambda row, outcome: None,
         over: Callable[[bool], None] = lambda _: None,
-        quick: Callable[[Sequence[Any]], Sequence[Any]] = lambda rows: (),
+        at_once: Callable[[sqlite3.Connection, Sequence[Any]], bool] = lambda connection, rows: False,
         pen: AbstractContextManager[None] | None = None,
         presence: WritePresence,
     ) -> None:
         """Take a connection over, which waits for the disk; it is closed with the writer.
 
         `answered` hears of each row with its outcome, on the loop's thread and before whoever waits for it. `over`
-        hears on this thread whether a transaction stands, or was undone. `quick` returns those of some rows that may be
-        written before the others, by a single statement, which needs no transaction around it. The `pen` is held while
-        the database is written: other processes wait for it then. `presence` hears when nothing can be written, and
-        when it can again.
+        hears on this thread whether a transaction stands, or was undone. `at_once` writes rows by a single statement,
+        which needs no transaction around it, and answers whether it did; what it leaves is written as any other. The
+        `pen` is held while the database is written: other processes wait for it then. `presence` hears when nothing can
+        be written, and when it can again.
         """
         super().__init__(connection, name="moltbot-writer", distance=_DISTANCE)
         self._write_rows = write_rows
         self._row_answered = answered
         self._transaction_over = over
-        self._quick = quick
-        self._passed = 0
+        self._at_once = at_once
         self._pen = pen or contextlib.nullcontext()
         self._presence = presence
         self._looks = False
@@ -148,18 +138,6 @@ class GroupWriter(GroupThread[_Job]):
     def submit_row(self, row: Any) -> Pending[Any]:
         """Queue a row to be written with others."""
         return self.put(_Job(None, row))
-
-    def _next_group(self) -> list[_Job]:
-        waiting = self._waiting
-        if 1 < len(waiting) <= _FEW and self._passed < _PASSED and all(job.write is None for job in waiting):
-            quick = [*map(id, self._quick([job.row for job in waiting]))]
-            if 0 < len(quick) < len(waiting):
-                group = [job for job in waiting if id(job.row) in quick]
-                self._waiting = [job for job in waiting if id(job.row) not in quick]
-                self._passed += 1
-                return group
-        self._passed = 0
-        return super()._next_group()
 
     def carry_out(self, connection: sqlite3.Connection, group: list[_Job]) -> list[tuple[_Job, Any]]:
         """Write a group in one transaction."""
@@ -183,11 +161,9 @@ class GroupWriter(GroupThread[_Job]):
 
     def _write(self, connection: sqlite3.Connection, group: list[_Job]) -> list[tuple[_Job, Any]]:
         rows = [job.row for job in group if job.write is None]
-        # A statement by itself is a transaction. For each one the interpreter's lock is given up and waited for.
-        by_itself = len(rows) == len(group) == len(self._quick(rows)) and is_one_statement(len(rows))
         try:
-            if by_itself:
-                outcomes = self._write_all(connection, group)
+            if len(rows) == len(group) and self._at_once(connection, rows):
+                outcomes: list[tuple[_Job, Any]] = [(job, None) for job in group]
             else:
                 connection.execute("BEGIN IMMEDIATE")
                 outcomes = self._write_all(connection, group)
