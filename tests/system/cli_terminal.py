@@ -1,4 +1,4 @@
-"""A terminal for tests, with `moltbot chat` in it."""
+"""A terminal for tests, with a command in it."""
 
 import asyncio
 import fcntl
@@ -18,7 +18,7 @@ _TAKE = "import fcntl, os, sys, termios; fcntl.ioctl(0, termios.TIOCSCTTY, 0); o
 
 
 class Terminal:
-    """A terminal with a `moltbot chat` in it."""
+    """A terminal with a command in it."""
 
     def __init__(self, process: Process, descriptor: int) -> None:
         self.process = process
@@ -52,14 +52,14 @@ class Terminal:
 
 
 @asynccontextmanager
-async def terminal(home: Home, *arguments: str) -> AsyncIterator[Terminal]:
-    """Run `moltbot chat` at a terminal of 100 columns."""
+async def terminal(home: Home, *arguments: str, command: str = "chat") -> AsyncIterator[Terminal]:
+    """Run `moltbot chat`, or another command, at a terminal of 100 columns."""
     ours, theirs = pty.openpty()
     fcntl.ioctl(theirs, termios.TIOCSWINSZ, struct.pack("HHHH", 40, 100, 0, 0))
     home.variables["TERM"] = "xterm"
 
     process = await asyncio.create_subprocess_exec(
-        *(sys.executable, "-c", _TAKE, *COMMAND, "chat", *arguments),
+        *(sys.executable, "-c", _TAKE, *COMMAND, command, *arguments),
         cwd=home.folder,
         env=home.environ,
         stdin=theirs,

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import argparse
 from collections.abc import Callable
-from pathlib import Path
+
+from moltbot_server.cli.under import add_under, overview
 
 _OVERVIEW = """\
 Look at what the core keeps for another time, and clear it.
@@ -22,11 +23,11 @@ _Add = Callable[..., argparse.ArgumentParser]
 
 def add_cache(add: _Add) -> None:
     """Add the command with the commands under it."""
-    cache = add("cache", _overview, _OVERVIEW)
+    cache = add("cache", overview, _OVERVIEW)
     cache.epilog = _EXAMPLES
     cache.set_defaults(parser=cache)
     under = cache.add_subparsers(metavar="COMMAND", title="commands")
-    _sub(
+    add_under(
         under,
         "list",
         _list,
@@ -34,7 +35,7 @@ def add_cache(add: _Add) -> None:
         "moltbot cache list",
         "moltbot cache list --json",
     )
-    clear = _sub(
+    clear = add_under(
         under,
         "clear",
         _clear,
@@ -43,36 +44,6 @@ def add_cache(add: _Add) -> None:
         "moltbot cache clear answers",
     )
     clear.add_argument("name", nargs="?", metavar="NAME", default="", help="answers, sessions, … (default: all)")
-
-
-def _sub(
-    under: argparse._SubParsersAction[argparse.ArgumentParser],
-    name: str,
-    run: Callable[[argparse.Namespace], int],
-    what: str,
-    *examples: str,
-) -> argparse.ArgumentParser:
-    lines = "\n".join(f"  {example}" for example in examples)
-    added = under.add_parser(
-        name,
-        help=(what[0].lower() + what[1:]).partition(".")[0],
-        description=what,
-        epilog=f"examples:\n{lines}",
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-        allow_abbrev=False,
-    )
-    added.set_defaults(run=run)
-    # The same as ahead of the command's name; not given, it leaves alone what was given there.
-    added.add_argument(
-        "-w", "--workspace", type=Path, metavar="DIR", default=argparse.SUPPRESS, help="the workspace folder"
-    )
-    added.add_argument("--json", action="store_true", help="print one JSON object, for scripts")
-    return added
-
-
-def _overview(given: argparse.Namespace) -> int:
-    given.parser.print_help()
-    return 0
 
 
 def _list(given: argparse.Namespace) -> int:

@@ -15,6 +15,7 @@ from moltbot.v1 import cache_pb2, cache_pb2_grpc
 
 from moltbot_server.cli.asking import Place
 from moltbot_server.cli.model_place import Models, told
+from moltbot_server.cli.tables import table
 from moltbot_server.cli.terminal import Exit, Failure, command
 from moltbot_server.models.sizes import readable
 
@@ -99,6 +100,4 @@ def _table(caches: Sequence[Mapping[str, Any]]) -> str:
                 *(str(cache[count]) for count in ("hits", "misses", "joined")),
             )
         )
-    widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
-    lines = ("  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)) for row in rows)
-    return "\n".join(line.rstrip() for line in lines)
+    return table(rows)

@@ -25,6 +25,7 @@ from moltbot_server.cli.mock_provider import add_mock_provider
 from moltbot_server.cli.model import add_model
 from moltbot_server.cli.route import add_route
 from moltbot_server.cli.running import Running, is_held, joined, reachable
+from moltbot_server.cli.session import add_session
 from moltbot_server.cli.store import add_store
 from moltbot_server.cli.terminal import Exit, Failure, command, shown
 from moltbot_server.cli.usage import add_usage
@@ -123,6 +124,7 @@ def _parser() -> tuple[argparse.ArgumentParser, Collection[str]]:
     _add_engine(add)
     add_model(add)
     add_key(add)
+    add_session(add)
     add_usage(add)
     add_store(add)
     add_cache(add)

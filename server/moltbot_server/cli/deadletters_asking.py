@@ -7,7 +7,6 @@ import asyncio
 import json
 import re
 from collections.abc import AsyncIterator, Awaitable, Callable, Mapping, Sequence
-from datetime import UTC, datetime
 from operator import itemgetter
 from typing import Any, TypeVar
 
@@ -18,6 +17,7 @@ from moltbot.v1 import delivery_pb2, delivery_pb2_grpc
 
 from moltbot_server.cli.asking import Place
 from moltbot_server.cli.model_place import Models, told
+from moltbot_server.cli.tables import moment, short, table
 from moltbot_server.cli.terminal import Exit, Failure, command, harmless
 
 _Answer = TypeVar("_Answer")
@@ -196,15 +196,11 @@ def _entry(letter: delivery_pb2.DeadLetter) -> dict[str, Any]:
         "request_id": delivery.request_id,
         "attempts": delivery.attempt,
         "reason": letter.reason,
-        "time": _moment(letter.dead_time),
-        "created": _moment(delivery.create_time),
+        "time": moment(letter.dead_time),
+        "created": moment(delivery.create_time),
         "failed": delivery.failed.reason if failed else "",
         "text": delivery.failed.message if failed else delivery.completed.text,
     }
-
-
-def _moment(at: Any) -> str:
-    return datetime.fromtimestamp(at.ToNanoseconds() / 1e9, UTC).isoformat(timespec="seconds").replace("+00:00", "Z")
 
 
 def _table(entries: Sequence[Mapping[str, Any]]) -> str:
@@ -212,12 +208,5 @@ def _table(entries: Sequence[Mapping[str, Any]]) -> str:
     for entry in entries:
         place = f"{entry['channel']} {entry['address']}"
         told = (entry["name"], entry["time"], str(entry["attempts"]), place, entry["reason"], entry["text"])
-        rows.append((told[0], told[1], told[2], *(_short(cell) for cell in told[3:])))
-    widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
-    lines = ("  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)) for row in rows)
-    return "\n".join(line.rstrip() for line in lines)
-
-
-def _short(text: str) -> str:
-    line = " ".join(harmless(text).split())
-    return line if len(line) <= _WIDEST else line[: _WIDEST - 1] + "…"
+        rows.append((told[0], told[1], told[2], *(short(cell) for cell in told[3:])))
+    return table(rows)

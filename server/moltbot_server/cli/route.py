@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import argparse
 from collections.abc import Callable
-from pathlib import Path
+
+from moltbot_server.cli.under import add_under, overview
 
 _OVERVIEW = """\
 Look at the routes of the running core, and let it read its configuration again.
@@ -21,11 +22,11 @@ _Add = Callable[..., argparse.ArgumentParser]
 
 def add_route(add: _Add) -> None:
     """Add the command with the commands under it."""
-    route = add("route", _overview, _OVERVIEW)
+    route = add("route", overview, _OVERVIEW)
     route.epilog = _EXAMPLES
     route.set_defaults(parser=route)
     under = route.add_subparsers(metavar="COMMAND", title="commands")
-    _sub(
+    add_under(
         under,
         "list",
         _list,
@@ -33,7 +34,7 @@ def add_route(add: _Add) -> None:
         "moltbot route list",
         "moltbot route list --json",
     )
-    _sub(
+    add_under(
         under,
         "reload",
         _reload,
@@ -42,35 +43,6 @@ def add_route(add: _Add) -> None:
         "moltbot route reload",
         "moltbot route reload --json",
     )
-
-
-def _sub(
-    under: argparse._SubParsersAction[argparse.ArgumentParser],
-    name: str,
-    run: Callable[[argparse.Namespace], int],
-    what: str,
-    *examples: str,
-) -> None:
-    lines = "\n".join(f"  {example}" for example in examples)
-    added = under.add_parser(
-        name,
-        help=(what[0].lower() + what[1:]).partition(".")[0],
-        description=what,
-        epilog=f"examples:\n{lines}",
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-        allow_abbrev=False,
-    )
-    added.set_defaults(run=run)
-    # The same as ahead of the command's name; not given, it leaves alone what was given there.
-    added.add_argument(
-        "-w", "--workspace", type=Path, metavar="DIR", default=argparse.SUPPRESS, help="the workspace folder"
-    )
-    added.add_argument("--json", action="store_true", help="print one JSON object, for scripts")
-
-
-def _overview(given: argparse.Namespace) -> int:
-    given.parser.print_help()
-    return 0
 
 
 def _list(given: argparse.Namespace) -> int:

@@ -17,6 +17,7 @@ from moltbot.v1 import route_pb2, route_pb2_grpc
 
 from moltbot_server.cli.asking import Place
 from moltbot_server.cli.model_place import Models, told
+from moltbot_server.cli.tables import table
 from moltbot_server.cli.terminal import Exit, Failure, command, harmless
 
 _Answer = TypeVar("_Answer")
@@ -130,9 +131,7 @@ def _ms(span: Duration) -> float:
 
 def _table(routes: Sequence[Mapping[str, Any]]) -> str:
     rows = [("ROUTE", "MODEL", "STATE", "FAILED", "OF", "FIRST TOKEN", "RESTS", "WHY"), *_rows(routes)]
-    widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
-    lines = ("  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)) for row in rows)
-    return "\n".join(line.rstrip() for line in lines)
+    return table(rows)
 
 
 def _rows(routes: Sequence[Mapping[str, Any]]) -> Iterator[tuple[str, ...]]:

@@ -6,6 +6,8 @@ import argparse
 from collections.abc import Callable
 from pathlib import Path
 
+from moltbot_server.cli.under import add_under, overview
+
 _OVERVIEW = """\
 Look after the place where conversations are kept: check it, and move what is in it.
 It is a file of the workspace, or a Redis that several cores share."""
@@ -23,11 +25,11 @@ _Run = Callable[[argparse.Namespace], int]
 
 def add_store(add: _Add) -> None:
     """Add the command with the commands under it."""
-    store = add("store", _overview, _OVERVIEW)
+    store = add("store", overview, _OVERVIEW)
     store.epilog = _EXAMPLES
     store.set_defaults(parser=store)
     under = store.add_subparsers(metavar="COMMAND", title="commands")
-    _sub(
+    add_under(
         under,
         "check",
         _check,
@@ -36,7 +38,7 @@ def add_store(add: _Add) -> None:
         "moltbot store check",
         "moltbot store check --json",
     )
-    export = _sub(
+    export = add_under(
         under,
         "export",
         _export,
@@ -45,7 +47,7 @@ def add_store(add: _Add) -> None:
         "moltbot store export conversations.jsonl",
     )
     export.add_argument("file", type=Path, metavar="FILE", help="where to; there must be no such file yet")
-    take_in = _sub(
+    take_in = add_under(
         under,
         "import",
         _import,
@@ -57,32 +59,6 @@ def add_store(add: _Add) -> None:
     take_in.add_argument("file", type=Path, metavar="FILE", help="what `moltbot store export` wrote")
     text = "into a store that is not empty: what is there stays as it is, and what is missing is added"
     take_in.add_argument("--merge", action="store_true", help=text)
-
-
-def _sub(
-    under: argparse._SubParsersAction[argparse.ArgumentParser], name: str, run: _Run, what: str, *examples: str
-) -> argparse.ArgumentParser:
-    lines = "\n".join(f"  {example}" for example in examples)
-    added = under.add_parser(
-        name,
-        help=(what[0].lower() + what[1:]).partition(".")[0].partition(";")[0],
-        description=what,
-        epilog=f"examples:\n{lines}",
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-        allow_abbrev=False,
-    )
-    added.set_defaults(run=run)
-    # The same as ahead of the command's name; not given, it leaves alone what was given there.
-    added.add_argument(
-        "-w", "--workspace", type=Path, metavar="DIR", default=argparse.SUPPRESS, help="the workspace folder"
-    )
-    added.add_argument("--json", action="store_true", help="print one JSON object, for scripts")
-    return added
-
-
-def _overview(given: argparse.Namespace) -> int:
-    given.parser.print_help()
-    return 0
 
 
 def _check(given: argparse.Namespace) -> int:

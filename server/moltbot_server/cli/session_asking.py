@@ -1,0 +1,191 @@
+"""What `moltbot session` does: asks the core that runs, and prints text or JSON."""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import json
+import sys
+from collections.abc import Awaitable, Callable, Sequence
+from typing import Any, TypeVar
+
+from google.protobuf.json_format import MessageToDict
+from moltbot import MoltBot, MoltBotClientError
+from moltbot.v1 import message_pb2, session_pb2
+
+from moltbot_server.cli.asking import Place
+from moltbot_server.cli.model_place import Models, told
+from moltbot_server.cli.tables import moment, short, table
+from moltbot_server.cli.terminal import Exit, Failure, command, dim, harmless
+
+_Answer = TypeVar("_Answer")
+_NOT_THERE = "SESSION_NOT_FOUND"
+
+
+@told
+def list_sessions(given: argparse.Namespace) -> int:
+    """Print the sessions; return the exit status."""
+
+    async def ask(bot: MoltBot) -> list[session_pb2.Session]:
+        return await _found(bot, given, given.limit + 1)
+
+    found = asyncio.run(_asked(given, ask))
+    entries = [_entry(session) for session in found[: given.limit]]
+    if given.json:
+        print(json.dumps({"sessions": entries, "more": len(found) > given.limit}, ensure_ascii=False))
+    elif not entries:
+        print(f"There are no sessions{_chosen(given)}.")
+    else:
+        rows = [("NAME", "LAST USED", "MESSAGES", "USER", "CHANNEL", "TITLE")]
+        for each in entries:
+            rows.append((each["name"], each["used"], str(each["messages"]), *map(short, _told(each))))
+        print(table(rows))
+        if len(found) > given.limit:
+            print(f"There are more; --limit {given.limit * 10} lists up to so many.", file=sys.stderr)
+    return int(Exit.OK)
+
+
+@told
+def show_session(given: argparse.Namespace) -> int:
+    """Print a session's messages; return the exit status."""
+
+    async def ask(bot: MoltBot) -> tuple[session_pb2.Session, list[message_pb2.Message]]:
+        session = await bot.get_session(given.name)
+        return session, [message async for message in bot.messages(given.name)]
+
+    session, messages = asyncio.run(_asked(given, ask))
+    if given.json:
+        spoken = [MessageToDict(message, preserving_proto_field_name=True) for message in messages]
+        print(json.dumps({"session": _entry(session), "messages": spoken}, ensure_ascii=False))
+        return int(Exit.OK)
+    entry = _entry(session)
+    about = (text for text in (entry["title"], entry["user"], entry["channel"], f"last used {entry['used']}") if text)
+    print(f"{entry['name']}: {harmless(', '.join(about))}")
+    for message in messages:
+        asked = message.role == message_pb2.ROLE_USER
+        who = (entry["user"] or "user") if asked else message.model.removeprefix("models/") or "assistant"
+        head = f"{harmless(who)}, {moment(message.create_time)}:"
+        print(f"\n{dim(head) if sys.stdout.isatty() else head}\n{harmless(_text(message))}")
+    return int(Exit.OK)
+
+
+@told
+def reset_sessions(given: argparse.Namespace) -> int:
+    """Delete what was said in sessions; return the exit status."""
+
+    async def reset(bot: MoltBot, name: str) -> None:
+        await bot.reset_session(name)
+
+    return _change(given, reset, "reset")
+
+
+@told
+def delete_sessions(given: argparse.Namespace) -> int:
+    """Delete sessions; return the exit status."""
+
+    async def delete(bot: MoltBot, name: str) -> None:
+        await bot.delete_session(name)
+
+    return _change(given, delete, "deleted")
+
+
+def _change(given: argparse.Namespace, change: Callable[[MoltBot, str], Awaitable[None]], done: str) -> int:
+    if bool(given.names) == given.all:
+        names = command("session list", Models.of(given).workspace)
+        raise Failure(f"name the sessions, as `{names}` tells them, or say --all", Exit.USAGE)
+    if (given.user or given.channel) and not given.all:
+        raise Failure("--user and --channel go with --all", Exit.USAGE)
+
+    async def find(bot: MoltBot) -> list[str]:
+        # All are found before the first is changed: what is reset is used by that, and would come first.
+        return [session.name for session in await _found(bot, given, None)]
+
+    async def work(bot: MoltBot) -> list[str]:
+        changed = []
+        for name in wanted:
+            try:
+                await change(bot, name)
+            except MoltBotClientError as error:
+                if given.all and error.reason == _NOT_THERE:
+                    continue  # somebody else has deleted it since it was listed
+                raise
+            changed.append(name)
+        return changed
+
+    wanted = asyncio.run(_asked(given, find)) if given.all else given.names
+    if given.all and wanted:
+        _confirm(given, len(wanted), done)
+    changed = asyncio.run(_asked(given, work)) if wanted else []
+    if given.json:
+        print(json.dumps({done: changed}, ensure_ascii=False))
+    elif not wanted:
+        print(f"There are no sessions{_chosen(given)}.")
+    else:
+        print(f"{len(changed)} {'session was' if len(changed) == 1 else 'sessions were'} {done}.")
+    return int(Exit.OK)
+
+
+def _confirm(given: argparse.Namespace, count: int, done: str) -> None:
+    """Make sure that all sessions are meant.
+
+    Raises:
+        Failure: they are not, or nobody is there to say so.
+    """
+    if given.yes:
+        return
+    what = f"{count} {'session' if count == 1 else 'sessions'}{_chosen(given)} would be {done} for good"
+    if given.json or not sys.stdin.isatty():
+        raise Failure(f"{what}: say --yes if that is meant", Exit.USAGE)
+    if input(f"{what}. Go on? [y/N] ").strip().lower() not in ("y", "yes"):
+        raise Failure(f"nothing was {done}")
+
+
+async def _found(bot: MoltBot, given: argparse.Namespace, limit: int | None) -> list[session_pb2.Session]:
+    found: list[session_pb2.Session] = []
+    async for session in bot.sessions(user=given.user, channel=given.channel):
+        if limit is not None and len(found) == limit:
+            break
+        found.append(session)
+    return found
+
+
+async def _asked(given: argparse.Namespace, ask: Callable[[MoltBot], Awaitable[_Answer]]) -> _Answer:
+    async with _core(given).connect() as bot:
+        return await ask(bot)
+
+
+def _core(given: argparse.Namespace) -> Place:
+    models = Models.of(given)
+    place = models.core()
+    if place is None:
+        start = command("start", models.workspace)
+        text = f"MoltBot is not running, and it keeps the sessions: start it with `{start}`."
+        raise Failure(f"{text} A core that was started by itself is named by MOLTBOT_ADDRESS.", Exit.UNAVAILABLE)
+    return place
+
+
+def _chosen(given: argparse.Namespace) -> str:
+    """Return which sessions a command is about, in words behind `sessions`."""
+    user = f" of the user {harmless(given.user)}" if given.user else ""
+    return f"{user} of the channel {harmless(given.channel)}" if given.channel else user
+
+
+def _told(entry: dict[str, Any]) -> Sequence[str]:
+    return [entry[key] or "-" for key in ("user", "channel", "title")]
+
+
+def _entry(session: session_pb2.Session) -> dict[str, Any]:
+    return {
+        "name": session.name,
+        "title": session.title,
+        "user": session.user,
+        "channel": session.channel,
+        "messages": session.message_count,
+        "created": moment(session.create_time),
+        "used": moment(session.update_time),
+    }
+
+
+def _text(message: message_pb2.Message) -> str:
+    """Return what a message says; what is no text is named."""
+    return "\n".join(part.text or f"[{part.WhichOneof('content') or 'nothing'}]" for part in message.parts)
