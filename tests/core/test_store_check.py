@@ -54,6 +54,27 @@ def changed(path: Path, *statements: str) -> None:
         connection.executescript(";".join(statements))
 
 
+async def test_files_of_turns_that_were_cut_are_told(path: Path) -> None:
+    store = SqliteStore(path)
+    await store.open()
+    (orphan,) = await store.take_over()
+    said_more = tuple(Event(sequence=number, at=1.0, kind=TextDelta(text="more")) for number in (1, 2))
+    for event in said_more:
+        assert not await store.append([JournalEntry(key=orphan.turn.key, events=(event,), epoch=orphan.epoch)])
+    await store.close()
+    (file,) = path.parent.glob("moltbot.db-turns/*/*")
+    waits = ("note", "1 turns wait to be carried on by the next start")
+    assert checked(path) == [waits]
+
+    file.write_bytes(file.read_bytes()[:-3] + bytes(13))
+    weight, text = checked(path)[0]
+    assert weight == "warning"
+    assert str(file.relative_to(path.parent)) in text
+    assert checked(path)[1:] == [waits]
+    assert checked(path, in_use=True) == []
+    assert file.exists()
+
+
 async def test_a_database_that_is_whole_has_nothing_but_turns_that_wait(path: Path) -> None:
     assert checked(path) == [("note", "1 turns wait to be carried on by the next start")]
     assert checked(path, in_use=True) == []

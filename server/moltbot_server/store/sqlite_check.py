@@ -10,6 +10,7 @@ from typing import Any
 
 from moltbot_server.store.damage import Unreadable
 from moltbot_server.store.findings import Finding, dead_letters
+from moltbot_server.store.sqlite_journal_files import broken, folder_of
 from moltbot_server.store.sqlite_rows import TURN_COLUMNS, read_messages, turn_of
 from moltbot_server.store.sqlite_schema import SCHEMA_VERSION, unknown_schema
 
@@ -60,8 +61,17 @@ def check_database(path: Path, *, in_use: bool, progress: Callable[[float, str],
         for question, text in _QUESTIONS:
             if number := connection.execute(question).fetchone()[0]:
                 yield Finding(text=text.format(number), weight="warning")
+        if not in_use:  # what is being written is not there yet, and needs no word
+            yield from _broken_files(path)
         yield from _unreadable(connection, progress)
         yield from _notes(connection, in_use)
+
+
+def _broken_files(path: Path) -> Iterator[Finding]:
+    """Yield the files beside the database of which something cannot be read."""
+    for file, count in broken(folder_of(path)):
+        text = f"{count} bytes at the end of {file.relative_to(path.parent)} cannot be read, as after a power failure"
+        yield Finding(text=f"{text}: what they said of turns is told anew, by the next start", weight="warning")
 
 
 def _unreadable(connection: sqlite3.Connection, progress: Callable[[float, str], None]) -> Iterator[Finding]:

@@ -176,6 +176,15 @@ def recorded(folder: Path) -> Iterator[tuple[str, JournalEntry]]:
                 yield node, entry
 
 
+def broken(folder: Path) -> Iterator[tuple[Path, int]]:
+    """Yield files of which the end cannot be read, and how many bytes that is; nothing is changed."""
+    for node in _nodes(folder):
+        for place in (folder / f"{node}{_TAKEN}", folder / node):
+            for path, data in _contents(place):
+                if left := len(data) - sum(_HEAD.size + len(body) for body in _bodies(data)):
+                    yield path, left
+
+
 class _File:
     """A file that is appended to: whole, or not at all."""
 
@@ -217,7 +226,7 @@ def _nodes(folder: Path) -> Collection[str]:
 def _read(place: Path) -> Iterator[JournalEntry]:
     """Yield the entries of one node, of each turn those alone that count: an empty one makes void what came before."""
     kept: dict[tuple[TurnKey, int], dict[int, JournalEntry]] = {}
-    for data in _contents(place):
+    for _, data in _contents(place):
         for body in _bodies(data):
             try:
                 entries = _entries.decode(body)
@@ -235,14 +244,15 @@ def _read(place: Path) -> Iterator[JournalEntry]:
         yield from found.values()
 
 
-def _contents(place: Path) -> Iterator[bytes]:
+def _contents(place: Path) -> Iterator[tuple[Path, bytes]]:
     try:
         names = os.listdir(place)
     except FileNotFoundError:
         return
     for name in sorted(names, key=int):
         with contextlib.suppress(FileNotFoundError):  # its node runs, and needs it no more
-            yield (place / name).read_bytes()
+            path = place / name
+            yield path, path.read_bytes()
 
 
 def _bodies(data: bytes) -> Iterator[bytes]:
