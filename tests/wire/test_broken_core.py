@@ -1,10 +1,12 @@
 """What a user sees of a core that breaks off, restarts or is gone: as little as possible."""
 
 import asyncio
+import time
 
 import grpc
 import openai
 import pytest
+from moltbot_adapters.core_client import PATIENCE_S
 from running_adapter import RunningAdapter
 from scripted_core import KEY, Refusal
 from sse_reader import all_frames
@@ -173,6 +175,22 @@ async def test_a_store_that_is_away_is_told_by_health_and_to_the_page_and_keeps_
         assert (code, told["status"]) == (200, status)
         async with browser.get("/api/me") as answer:
             assert (await answer.json())["store_away"] is away
+
+
+async def test_a_turn_of_the_page_is_refused_early_when_the_store_is_away(browser, core):
+    away = Refusal(code=grpc.StatusCode.UNAVAILABLE, reason="STORAGE_UNAVAILABLE", message="no store now")
+    core.script.refusals = [away] * 1000
+    await core.tell_store(away=True)
+    began = time.monotonic()
+    async with browser.post("/api/turns", json=SAY) as answer:
+        assert (answer.status, answer.headers["retry-after"]) == (503, "1")
+        assert (await answer.json())["error"]["code"] == "storage_unavailable"
+    assert time.monotonic() - began < PATIENCE_S, "it was told before the core had been asked for that long"
+
+    core.script.refusals = []
+    await core.tell_store(away=False)
+    async with browser.post("/api/turns", json=SAY) as answer:
+        assert (answer.status, (await all_frames(answer))[-1].event) == (200, "completed")
 
 
 @pytest.mark.parametrize("way", ["start", "resume"])

@@ -1,9 +1,11 @@
 """The browser's API: sign-in, past chats, and turns as event streams that can be resumed."""
 
+import asyncio
 import uuid
 from collections.abc import AsyncGenerator
 from contextlib import aclosing
 
+import grpc
 from aiohttp import web
 from moltbot import MoltBotClientError
 from moltbot.v1 import chat_pb2, message_pb2, model_pb2
@@ -20,6 +22,7 @@ from moltbot_adapters.http.sse import Streams
 
 CHANNEL = "web"
 _COME_BACK = b"retry: 500\n"  # milliseconds after which an EventSource does; without a word it may wait for seconds
+_SILENT_S = 2.0  # longer than a core needs to accept a turn
 _PROMPT_S = 0.2  # a refusal to resume comes sooner than that; after it, silence means that the turn has no news yet
 
 
@@ -111,7 +114,7 @@ class WebApi:
             name = await self._core.accepted(turn, context.caller, limit_s)
             events = self._core.resume_turn(name, after, context.caller, limit_s)
         else:
-            events = self._core.stream_turn(turn, context.caller, limit_s)
+            events = self._heard(self._core.stream_turn(turn, context.caller, limit_s))
         return await self._send(request, events, after)
 
     async def turn_events(self, request: web.Request) -> web.StreamResponse:
@@ -128,6 +131,26 @@ class WebApi:
         """`POST /api/sessions/{session}/turns/{turn}/cancel`."""
         cancelled = await self._core.cancel_turn(_turn(request), request[CONTEXT].caller)
         return web.json_response({"cancelled": cancelled})
+
+    async def _heard(self, events: AsyncGenerator[chat_pb2.Event, None]) -> AsyncGenerator[chat_pb2.Event, None]:
+        """Yields events of a turn. Who waits for the first one while the store is away is told so, and comes back.
+
+        The core is asked again for longer than that, which from outside looks like a model that thinks.
+        """
+        async with aclosing(events):
+            first = asyncio.ensure_future(anext(events, None))
+            try:
+                while not (await asyncio.wait((first,), timeout=_SILENT_S))[0]:
+                    await self._watch.look()
+                    if self._watch.store == "away":
+                        raise _store_away()
+                if event := await first:
+                    yield event
+            finally:
+                first.cancel()
+                await asyncio.wait((first,))
+            async for event in events:
+                yield event
 
     async def _send(
         self,
@@ -165,6 +188,16 @@ class WebApi:
             if after and not out.opened:
                 return web.Response(status=204)
             return await out.end()
+
+
+def _store_away() -> MoltBotClientError:
+    return MoltBotClientError(
+        grpc.StatusCode.UNAVAILABLE,
+        "the core cannot reach its store now",
+        reason="STORAGE_UNAVAILABLE",
+        retryable=True,
+        retry_after=1.0,
+    )
 
 
 def _model(model: model_pb2.Model) -> dict[str, str]:
