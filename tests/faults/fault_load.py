@@ -239,24 +239,36 @@ def reason_of(error: aio.AioRpcError) -> str:
     return ""
 
 
-def pauses(history: Sequence[Entry], what: Callable[[str], bool]) -> list[float]:
+def pauses(history: Sequence[Entry], what: Callable[[str], bool]) -> tuple[list[float], list[float]]:
     """Return how long each stream that a fault broke was without a word: from the fault to the next event.
 
-    Those whose new core was ended too before it said anything count from the last fault.
+    Those whose new core was ended too before it said anything count from the last fault. Those during which a core
+    stood still, which others cannot know, come apart, as the second list.
     """
     from fault_history import Fault
 
     fault, owner = 0.0, dict[int, str]()
     waiting: dict[str, float] = {}
-    found: list[float] = []
+    still, beside = set[str](), set[str]()
+    found: tuple[list[float], list[float]] = [], []
     for entry in history:
-        if isinstance(entry, Fault) and what(entry.what):
+        if isinstance(entry, Fault) and entry.what == "stop":
+            still.add(entry.node)
+            beside |= waiting.keys()
+        elif isinstance(entry, Fault) and entry.what == "go_on":
+            still.discard(entry.node)
+        elif isinstance(entry, Fault) and what(entry.what):
             fault = entry.at
+            still.discard(entry.node)
             waiting = dict.fromkeys(waiting, fault)
+            beside = set(waiting) if still else set()
         elif isinstance(entry, Opened):
             owner[entry.stream] = entry.follower
         elif isinstance(entry, Closed) and entry.code and fault:
             waiting.setdefault(owner[entry.stream], fault)
+            if still:
+                beside.add(owner[entry.stream])
         elif isinstance(entry, Told) and (since := waiting.pop(owner[entry.stream], None)) is not None:
-            found.append(entry.at - since)
+            found[owner[entry.stream] in beside].append(entry.at - since)
+            beside.discard(owner[entry.stream])
     return found

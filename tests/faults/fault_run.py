@@ -63,6 +63,8 @@ class Findings:
     broken_streams: int = 0
     seconds: float = 0.0
     pauses: list[float] = field(default_factory=list)
+    beside_still: list[float] = field(default_factory=list)
+    """Pauses during which a core stood still."""
     violations: list[Violation] = field(default_factory=list)
     codes: dict[str, int] = field(default_factory=dict)
     """How often cores ended with each exit code; -9 is SIGKILL."""
@@ -72,6 +74,7 @@ class Findings:
         for name in ("kills", "stops", "turns", "failed", "broken_streams"):
             setattr(self, name, getattr(self, name) + getattr(other, name))
         self.pauses += other.pauses
+        self.beside_still += other.beside_still
         self.violations += other.violations
         self.codes = dict(Counter(self.codes) + Counter(other.codes))
 
@@ -97,7 +100,8 @@ class Findings:
         p50, p95, p99 = (self.pause(share) for share in (0.5, 0.95, 0.99))
         return (
             f"resumed p50={p50:.2f}s p95={p95:.2f}s p99={p99:.2f}s longest={self.pause(1.0):.2f}s "
-            f"of {len(self.pauses)} broken streams; failed={self.failed} stops={self.stops} "
+            f"of {len(self.pauses)} broken streams, {max(self.beside_still, default=0.0):.2f}s "
+            f"of {len(self.beside_still)} beside a core that stood still; failed={self.failed} stops={self.stops} "
             f"late={self.counts[LATE]} broken={self.counts['broken']} seconds={self.seconds:.0f}"
         )
 
@@ -213,8 +217,8 @@ class Leg:
             findings.violations.append(
                 Violation(kind="broken", subject="store", problem=f"{left} journal entries left")
             )
-        findings.pauses = pauses(history, lambda what: what in _ENDS)
-        findings.broken_streams = len(findings.pauses)
+        findings.pauses, findings.beside_still = pauses(history, lambda what: what in _ENDS)
+        findings.broken_streams = len(findings.pauses) + len(findings.beside_still)
         findings.codes = dict(Counter(str(code) for node in self.nodes for code in node.codes))
 
 
@@ -249,6 +253,10 @@ def _report(findings: Findings, orders: Orders, seed: int, rigs: int) -> dict[st
             "streams": len(findings.pauses),
             **{f"p{share}": round(findings.pause(share / 100), 3) for share in (50, 90, 95, 99)},
             "longest": round(findings.pause(1.0), 3),
+            "beside_a_core_that_stood_still": {
+                "streams": len(findings.beside_still),
+                "longest": round(max(findings.beside_still, default=0.0), 3),
+            },
         },
         "exit_codes": findings.codes,
         "seconds": round(findings.seconds),
