@@ -14,7 +14,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 from moltbot_server.config_models import Delivering
-from moltbot_server.errors import MoltBotError, NotServing
+from moltbot_server.errors import MoltBotError, NotServing, StorageUnavailable
 from moltbot_server.metrics import Metrics
 from moltbot_server.store.outbox import Channel, DeadLetter, Delivery, Held, Outbox
 from moltbot_server.turns import Place
@@ -265,6 +265,8 @@ class Deliveries:
                     prune_at = now + _PRUNE_EVERY
                     while await self._outbox().prune(keep=self._settings.keep, delivered=_KEEP_DELIVERED):
                         continue
+            except StorageUnavailable as error:
+                log.debug("cannot look after deliveries now", extra={"error": error.message})  # the store has told it
             except MoltBotError as error:
                 log.warning("cannot look after deliveries now; it is tried again", extra={"error": error.message})
             await asyncio.sleep(_COUNT_EVERY)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import errno
 import os
 import random
 import sqlite3
@@ -19,6 +20,7 @@ from kept_turns import TIMES, ended, everything, keep, key, new, said, texts
 from moltbot_server.errors import StorageDamaged, StorageFull, StorageUnavailable
 from moltbot_server.store.outbox import delivery_of
 from moltbot_server.store.sqlite import SqliteStore
+from moltbot_server.store.sqlite_journal_files import JournalFiles
 from moltbot_server.store.sqlite_schema import SCHEMA_VERSION
 from moltbot_server.turns import Completed, FinishReason, Place, Role, TurnInput, TurnState, encode
 
@@ -45,6 +47,29 @@ async def test_what_is_answered_is_synced_and_only_its_owner_reads_it(store: Sql
     assert (mode, level) == ("wal", 2)
     for file in path.parent.iterdir():
         assert stat.S_IMODE(file.stat().st_mode) & 0o077 == 0, file.name
+
+
+async def test_a_disk_that_is_full_at_the_start_may_have_room_later(
+    path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(_: object) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device", str(path))
+
+    monkeypatch.setattr(JournalFiles, "open", full)
+    with pytest.raises(StorageFull, match="the disk is full") as told:
+        await SqliteStore(path).open()
+    assert told.value.retry_after
+    monkeypatch.undo()
+
+    def full_database(_: object) -> None:
+        error = sqlite3.OperationalError("database or disk is full")
+        error.sqlite_errorname = "SQLITE_FULL"
+        raise error
+
+    monkeypatch.setattr(SqliteStore, "_connect", full_database)
+    with pytest.raises(StorageFull, match="the disk is full") as told:
+        await SqliteStore(path).open()
+    assert told.value.retry_after
 
 
 async def test_a_bad_write_hurts_no_other_of_its_group(store: SqliteStore) -> None:

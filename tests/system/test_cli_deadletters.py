@@ -48,6 +48,12 @@ async def test_help_teaches_the_commands_by_example(home: Home) -> None:
         assert "--json" in told
 
 
+async def test_an_empty_channel_is_none_and_not_all(home: Home) -> None:
+    ended = await home.run("deadletters", "drop", "--all", "--channel", "")
+    assert ended.status == 2
+    assert "it is empty, which names nobody" in ended.err
+
+
 async def test_without_a_core_it_says_how_to_start_one(home: Home) -> None:
     await home.run("init")
     for words in (("list",), ("retry", "--all"), ("drop", "--all")):

@@ -83,7 +83,8 @@ async def test_no_sessions_are_told_in_words(home: Home, bot: MoltBot) -> None:
     ended = await home.run("session", "list", "--user", "eve\x1b[2J", "--channel", "slack")
     assert (ended.status, ended.out) == (0, "There are no sessions of the user eve[2J of the channel slack.\n")
     ended = await home.run("session", "delete", "--all", "--user", "eve")
-    assert (ended.status, ended.out) == (0, "There are no sessions of the user eve.\n")
+    assert ended.status == 0
+    assert ended.out.startswith("There are no sessions of the user eve. Those of stateless callers are not listed")
 
 
 async def test_what_was_said_is_shown(home: Home, bot: MoltBot) -> None:
@@ -106,11 +107,21 @@ async def test_a_session_that_is_not_there_is_told(home: Home, bot: MoltBot) -> 
         assert "SESSION_NOT_FOUND" in ended.err
 
 
+async def test_one_that_is_not_there_keeps_no_other_from_being_deleted(home: Home, bot: MoltBot) -> None:
+    ended = await home.run("session", "delete", "one", "none", "two", "nobody")
+    assert (ended.status, ended.out) == (1, "2 sessions were deleted.\n")
+    assert ended.err == "moltbot: there is no session none, nobody in this workspace (SESSION_NOT_FOUND)\n"
+    assert [session.name async for session in bot.sessions()] == ["sessions/three"]
+    ended = await home.run("session", "reset", "three", "none", "--json")
+    assert (ended.status, ended.json) == (1, {"reset": ["three"], "missing": ["none"]})
+
+
 async def test_sessions_are_reset_and_deleted_by_name(home: Home, bot: MoltBot) -> None:
     assert (await home.run("session", "reset", "one")).out == "1 session was reset.\n"
     assert [message async for message in bot.messages("one")] == []
     assert (await home.run("session", "delete", "sessions/one", "two", "--json")).json == {
-        "deleted": ["sessions/one", "two"]
+        "deleted": ["sessions/one", "two"],
+        "missing": [],
     }
     assert [session.name async for session in bot.sessions()] == ["sessions/three"]
     with pytest.raises(MoltBotClientError):
@@ -133,6 +144,9 @@ async def test_all_of_one_person_are_deleted_and_nobody_elses(home: Home, bot: M
         (("delete",), "name the sessions, as `"),
         (("reset", "one", "--all"), "name the sessions, as `"),
         (("delete", "one", "--user", "ada"), "--user and --channel go with --all"),
+        (("delete", "--all", "--yes", "--user", ""), "it is empty, which names nobody"),
+        (("reset", "--all", "--yes", "--channel", " "), "it is empty, which names nobody"),
+        (("list", "--user", ""), "it is empty, which names nobody"),
         (("list", "--limit", "0"), "'0' is no number from 1 to 100000"),
     ],
 )
@@ -147,7 +161,7 @@ async def test_what_makes_no_sense_is_wrong_usage(
 async def test_at_a_terminal_it_asks_whether_all_are_meant(home: Home, bot: MoltBot) -> None:
     for answer, left in (("n", 3), ("y", 0)):
         async with terminal(home, "delete", "--all", command="session") as screen:
-            await screen.until("3 sessions would be deleted for good. Go on? [y/N] ")
+            await screen.until("3 sessions, which is all that the workspace has, would be deleted for good. Go")
             screen.type(f"{answer}\n")
             async with asyncio.timeout(20):
                 assert await screen.process.wait() == (0 if answer == "y" else 1)

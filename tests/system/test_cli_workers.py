@@ -197,3 +197,41 @@ async def test_another_program_on_the_shared_port_is_told_as_ever(home: Home, st
     ended = await other.run("start", "--port", "0", "--grpc-port", port, "--metrics-port", "0")
     assert ended.status == 69
     assert f"port {port} (gRPC) is in use" in ended.err
+
+
+async def test_a_worker_that_is_killed_while_it_starts_is_started_again(home: Home) -> None:
+    home.variables |= {"WORKERS": "2", "MOLTBOT_DRAIN_GRACE": "1"}
+
+    async def kill_the_second() -> None:
+        while True:
+            for process in psutil.process_iter(["cmdline"]):
+                words = process.info["cmdline"] or []
+                if str(home.workspace) in words and "--worker 2" in " ".join(words):
+                    process.kill()
+                    return
+            await asyncio.sleep(0.01)
+
+    killing = asyncio.create_task(kill_the_second())
+    try:
+        async with home.started() as started:
+            assert killing.done()
+            assert "a process ended and is started again" in started.said
+            assert len(started.told()["cores"]) == 2
+            await until_all_serve(home)
+    finally:
+        killing.cancel()
+
+
+async def test_what_runs_goes_on_when_it_cannot_be_written_down(started: Started, home: Home) -> None:
+    adapter = next(pid for name, pid in started.told()["processes"].items() if name.startswith("http"))
+    (home.workspace / "run" / ".start.json").mkdir()  # as on a full disk, nothing can be written there
+    psutil.Process(adapter).kill()
+    told = await started.line("cannot write ")
+    assert "MoltBot goes on" in told
+    started.process.send_signal(signal.SIGUSR1)
+    await started.line("cannot write ")
+    async with client(started) as bot:
+        assert (await bot.run_turn("Hello")).text == "You said: Hello"
+    started.process.send_signal(signal.SIGTERM)
+    await started.rest()
+    assert started.process.returncode == 0

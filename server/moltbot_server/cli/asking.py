@@ -125,7 +125,7 @@ async def ask(place: Place, text: str, *, session: str, model: str, form: str) -
                     elif event.HasField("failed"):
                         raise from_event(event.failed)
             shown.end()
-            if form == "text" and completed is not None and (what := remark(completed)):
+            if form == "text" and completed is not None and (what := remark(completed, cancelled=pressed.is_set())):
                 print(f"moltbot: {what}", file=sys.stderr, flush=True)
         except MoltBotClientError as error:
             shown.end()
@@ -136,7 +136,10 @@ async def ask(place: Place, text: str, *, session: str, model: str, form: str) -
             return int(failure(error).status)
         if form == "json" and completed is not None:
             print(json.dumps(outcome(turn[0], completed, notices), ensure_ascii=False), flush=True)
-    return int(Exit.INTERRUPTED if pressed.is_set() else Exit.OK)
+    if pressed.is_set():
+        return int(Exit.INTERRUPTED)
+    broken_off = completed is not None and completed.finish_reason == message_pb2.FINISH_REASON_CANCELLED
+    return int(Exit.FAILED if broken_off else Exit.OK)
 
 
 def _print_event(event: chat_pb2.Event) -> None:
@@ -144,10 +147,13 @@ def _print_event(event: chat_pb2.Event) -> None:
     print(json.dumps(shape, ensure_ascii=False), flush=True)
 
 
-def remark(completed: chat_pb2.Completed) -> str:
-    """Return what a person should know of an answer that is not whole or has no text; empty when all is well."""
+def remark(completed: chat_pb2.Completed, *, cancelled: bool) -> str:
+    """Return what a person should know of an answer that is not whole or has no text; empty when all is well.
+
+    `cancelled`: by that person, who knows.
+    """
     if completed.finish_reason == message_pb2.FINISH_REASON_CANCELLED:
-        return ""
+        return "" if cancelled else "somebody else cancelled the answer: it is not whole"
     if completed.finish_reason == message_pb2.FINISH_REASON_LENGTH:
         return "the answer was cut at the limit of its length"
     return "" if completed.text.strip() or completed.attachments else "the answer is empty"

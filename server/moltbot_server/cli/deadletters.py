@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 from collections.abc import Callable
 
-from moltbot_server.cli.under import add_under, count, overview
+from moltbot_server.cli.under import add_under, count, named, overview
 
 _OVERVIEW = """\
 Look after answers that could not be delivered to their place on a platform.
@@ -57,7 +57,9 @@ def add_deadletters(add: _Add) -> None:
         each.add_argument("names", nargs="*", metavar="NAME", help="as `moltbot deadletters list` tells it")
         each.add_argument("--all", action="store_true", help="all of them, or all of the channel")
     for each in (listing, retry, drop):
-        each.add_argument("--channel", metavar="CHANNEL", default="", help="only those of this channel, such as slack")
+        each.add_argument(
+            "--channel", type=named, metavar="CHANNEL", help="only those of this channel, such as slack"
+        )
 
 
 def _list(given: argparse.Namespace) -> int:

@@ -81,7 +81,7 @@ def list_dead_letters(given: argparse.Namespace) -> int:
     """Print the dead letters; return the exit status."""
 
     async def ask(desk: _Desk) -> tuple[list[delivery_pb2.DeadLetter], list[str]]:
-        letters = [letter async for letter in desk.letters(given.channel, given.limit)]
+        letters = [letter async for letter in desk.letters(given.channel or "", given.limit)]
         return letters, await desk.channels() if given.channel and not letters else []
 
     letters, others = asyncio.run(_asked(_core(given), ask))
@@ -89,7 +89,7 @@ def list_dead_letters(given: argparse.Namespace) -> int:
     if given.json:
         print(json.dumps({"dead_letters": entries}, ensure_ascii=False))
     else:
-        print(_table(entries) if entries else _none(given.channel, others))
+        print(_table(entries) if entries else _none(given.channel or "", others))
     return int(Exit.OK)
 
 
@@ -116,7 +116,7 @@ def _change(given: argparse.Namespace, change: Callable[[_Desk, str], Awaitable[
 
     async def ask(desk: _Desk) -> tuple[list[str], list[str] | None]:
         # All are found before the first is changed: what is retried and dies again is not met twice.
-        wanted = await desk.names(given.channel) if given.all else named
+        wanted = await desk.names(given.channel or "") if given.all else named
         if not wanted:
             return [], await desk.channels()
         changed = []
@@ -134,7 +134,7 @@ def _change(given: argparse.Namespace, change: Callable[[_Desk, str], Awaitable[
     if given.json:
         print(json.dumps({word: changed} if others is None else {word: changed, "channels": others}))
     elif others is not None:
-        print(_none(given.channel, others))
+        print(_none(given.channel or "", others))
     else:
         count = len(changed)
         verb = done if done.startswith("will") else f"{'was' if count == 1 else 'were'} {done}"

@@ -5,10 +5,11 @@ from __future__ import annotations
 import argparse
 from collections.abc import Callable
 
-from moltbot_server.cli.under import add_under, count, overview
+from moltbot_server.cli.under import add_under, count, named, overview
 
 _OVERVIEW = """\
 Look at the conversations of the workspace, and delete those that have to go: all of one person, say.
+Whose they are is what the caller said: `owner` on the chat page, nobody where `user` was not given, as in the terminal.
 Those of stateless callers (the OpenAI-compatible API) are not listed; they go by themselves after a day."""
 _EXAMPLES = """\
 examples:
@@ -53,7 +54,8 @@ def add_session(add: Callable[..., argparse.ArgumentParser]) -> None:
         under,
         "delete",
         _delete,
-        "Delete sessions with all that was said in them, for good.",
+        "Delete sessions with all that was said in them, for good. An answer under way in one is cancelled.\n"
+        "docs/store.md says where else words of a conversation may be: backups, dead letters, files of a database.",
         "moltbot session delete sessions/cli-5d1f",
         "moltbot session delete --all --user ada",
     )
@@ -63,8 +65,10 @@ def add_session(add: Callable[..., argparse.ArgumentParser]) -> None:
         each.add_argument("--all", action="store_true", help="all of them, or all of the user or the channel")
         each.add_argument("--yes", action="store_true", help="do not ask whether all are meant")
     for each in (listing, reset, delete):
-        each.add_argument("--user", metavar="USER", default="", help="only those of this user")
-        each.add_argument("--channel", metavar="CHANNEL", default="", help="only those of this channel, such as slack")
+        each.add_argument("--user", type=named, metavar="USER", help="only those of this user")
+        each.add_argument(
+            "--channel", type=named, metavar="CHANNEL", help="only those of this channel, such as slack"
+        )
 
 
 def _list(given: argparse.Namespace) -> int:

@@ -100,29 +100,41 @@ def _change(given: argparse.Namespace, change: Callable[[MoltBot, str], Awaitabl
         # All are found before the first is changed: what is reset is used by that, and would come first.
         return [session.name for session in await _found(bot, given, None)]
 
-    async def work(bot: MoltBot) -> list[str]:
-        changed = []
+    async def work(bot: MoltBot) -> None:
         for name in wanted:
             try:
                 await change(bot, name)
             except MoltBotClientError as error:
-                if given.all and error.reason == _NOT_THERE:
-                    continue  # somebody else has deleted it since it was listed
+                if error.reason == _NOT_THERE:
+                    missing.append(name)  # or somebody else has deleted it since it was listed
+                    continue
+                if changed:
+                    print(_counted(len(changed), done), file=sys.stderr)
                 raise
             changed.append(name)
-        return changed
 
     wanted = asyncio.run(_asked(given, find)) if given.all else given.names
     if given.all and wanted:
         _confirm(given, len(wanted), done)
-    changed = asyncio.run(_asked(given, work)) if wanted else []
+    changed, missing = list[str](), list[str]()
+    if wanted:
+        asyncio.run(_asked(given, work))
     if given.json:
-        print(json.dumps({done: changed}, ensure_ascii=False))
+        print(json.dumps({done: changed, "missing": [] if given.all else missing}, ensure_ascii=False))
     elif not wanted:
-        print(f"There are no sessions{_chosen(given)}.")
+        print(f"There are no sessions{_chosen(given)}. Those of stateless callers are not listed, and go after a day.")
     else:
-        print(f"{len(changed)} {'session was' if len(changed) == 1 else 'sessions were'} {done}.")
-    return int(Exit.OK)
+        print(_counted(len(changed), done))
+    if given.all or not missing:
+        return int(Exit.OK)
+    if not given.json:
+        names = ", ".join(map(harmless, missing))
+        print(f"moltbot: there is no session {names} in this workspace (SESSION_NOT_FOUND)", file=sys.stderr)
+    return int(Exit.FAILED)
+
+
+def _counted(count: int, done: str) -> str:
+    return f"{count} {'session was' if count == 1 else 'sessions were'} {done}."
 
 
 def _confirm(given: argparse.Namespace, count: int, done: str) -> None:
@@ -133,7 +145,8 @@ def _confirm(given: argparse.Namespace, count: int, done: str) -> None:
     """
     if given.yes:
         return
-    what = f"{count} {'session' if count == 1 else 'sessions'}{_chosen(given)} would be {done} for good"
+    whole = "" if given.user or given.channel else ", which is all that the workspace has,"
+    what = f"{count} {'session' if count == 1 else 'sessions'}{_chosen(given)}{whole} would be {done} for good"
     if given.json or not sys.stdin.isatty():
         raise Failure(f"{what}: say --yes if that is meant", Exit.USAGE)
     if input(f"{what}. Go on? [y/N] ").strip().lower() not in ("y", "yes"):
@@ -142,7 +155,7 @@ def _confirm(given: argparse.Namespace, count: int, done: str) -> None:
 
 async def _found(bot: MoltBot, given: argparse.Namespace, limit: int | None) -> list[session_pb2.Session]:
     found: list[session_pb2.Session] = []
-    async for session in bot.sessions(user=given.user, channel=given.channel):
+    async for session in bot.sessions(user=given.user or "", channel=given.channel or ""):
         if limit is not None and len(found) == limit:
             break
         found.append(session)

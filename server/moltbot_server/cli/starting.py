@@ -269,8 +269,8 @@ class _Site:
                 pipe.write(json.dumps({"address": self.grpc}).encode() + b"\n")
 
     def write(self) -> None:
-        """Write down what runs, for `moltbot status` and the others."""
-        Running(
+        """Write down what runs, for `moltbot status` and the others. A full disk ends nothing that runs."""
+        running = Running(
             pid=os.getpid(),
             started=self._started,
             version=metadata.version("moltbot"),
@@ -285,7 +285,17 @@ class _Site:
             stopping=self._stopping,
             notices=self._notices,
             engine_metrics=self.engine_metrics and f"http://{self.engine_metrics}",
-        ).write(self._workspace)
+        )
+        try:
+            running.write(self._workspace)
+        except OSError as problem:
+            place = shown(self._workspace.run / "start.json")
+            print(
+                f"moltbot: cannot write {place} ({problem.strerror}): MoltBot goes on, and `moltbot status` tells of "
+                "processes as they were before",
+                file=sys.stderr,
+                flush=True,
+            )
 
     def stops(self) -> None:
         """Let other commands know that this MoltBot takes nothing new."""

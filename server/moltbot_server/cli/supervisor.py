@@ -13,6 +13,7 @@ import socket
 import subprocess
 import sys
 import time
+from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from types import FrameType
@@ -29,6 +30,7 @@ _LOOK = 0.02  # how often an adapter is asked whether it serves, until all do
 _LONGEST_START = 60.0
 _AFTER_GRACE = 5.0
 _RELOAD_GRACE = 2.0
+_KILLED_AT_START = 3  # times that a process may be ended by a signal before it has served
 _ENGINE_STAGE = 2  # what is stopped as late as engines is not started again in turn: all answers come from there
 
 
@@ -80,6 +82,7 @@ class Supervisor:
         self._grace_ends = 0.0  # when they need not be waited for any more, if they stand still
         self._deadline = 0.0
         self._status = int(Exit.OK)
+        self._killed = Counter[str]()
 
     def run(self) -> int:
         """Start the children and stay until they are gone; return the exit status."""
@@ -181,7 +184,7 @@ class Supervisor:
         elif self._turn and child is self._turn[0] and self._leaves_by:
             del self._turn[0]
             self._leaves_by, child.due, child.pause = 0.0, now, 0.0
-        elif not self._ready:
+        elif not self._ready and not self._was_killed(child, status):
             # A child that never served will not serve the next time either; its own message says why.
             log.error("a process could not start, so everything stops", extra=fields)
             self._status = status if status > 0 else int(Exit.FAILED)
@@ -194,6 +197,11 @@ class Supervisor:
                 log.error("a process cannot start as things are; it is tried again", extra=fields)
             else:
                 log.warning("a process ended and is started again", extra=fields)
+
+    def _was_killed(self, child: Child, status: int) -> bool:
+        """Return whether a signal ended a process that was starting, and not so often that it looks like a bug."""
+        self._killed[child.plan.name] += status < 0
+        return status < 0 and self._killed[child.plan.name] <= _KILLED_AT_START
 
     # --- serving ---------------------------------------------------------------------------------------------------
 

@@ -172,7 +172,7 @@ def _show(shown: Shown, event: chat_pb2.Event) -> None:
     if event.HasField("completed"):
         stopped = event.completed.finish_reason == message_pb2.FINISH_REASON_CANCELLED
         print(" [stopped]" if stopped else "", flush=True)
-        if what := remark(event.completed):
+        if what := remark(event.completed, cancelled=True):
             print(f"! {what}", file=sys.stderr, flush=True)
     elif event.HasField("failed"):
         print(flush=True)

@@ -46,6 +46,13 @@ def count(text: str) -> int:
     return int(text)
 
 
+def named(text: str) -> str:
+    """Read a name that something is chosen by: an empty one, as of a variable that is not set, chooses nothing."""
+    if not text.strip():
+        raise argparse.ArgumentTypeError("it is empty, which names nobody and nothing; leave it out if all are meant")
+    return text
+
+
 def overview(given: argparse.Namespace) -> int:
     """Print the help of a command that takes others, if it was given none."""
     given.parser.print_help()

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import errno
 import sqlite3
 from collections.abc import Collection, Sequence
 from pathlib import Path
@@ -15,7 +16,7 @@ from typing import Any
 
 import msgspec
 
-from moltbot_server.errors import StorageUnavailable
+from moltbot_server.errors import StorageFull, StorageUnavailable
 from moltbot_server.store import (
     Elsewhere,
     EndedTurn,
@@ -330,6 +331,8 @@ class SqliteStore:
         except OSError as error:
             self._let_go()
             place = error.filename or self._path.parent / "run"
+            if error.errno in (errno.ENOSPC, errno.EDQUOT):
+                raise StorageFull(f"{place} cannot be used: the disk is full", retry_after=5.0) from error
             raise StorageUnavailable(f"{place} cannot be used: {error.strerror}") from error
         try:
             with self._pen or contextlib.nullcontext():

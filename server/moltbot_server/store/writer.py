@@ -32,6 +32,7 @@ WriteRows = Callable[[sqlite3.Connection, Sequence[Any]], Sequence[Any]]
 _DISTANCE = 0.001
 """Seconds from one group to the next while many write."""
 _NOBODYS_FAULT = ("SQLITE_BUSY", "SQLITE_LOCKED", "SQLITE_IOERR", "SQLITE_READONLY", "SQLITE_CORRUPT", "SQLITE_NOTADB")
+_FULL = ("SQLITE_FULL", "SQLITE_IOERR_WRITE")
 _COUNTS = (64, 32, 16, 12, 8, 7, 6, 5, 4, 3, 2, 1)
 
 
@@ -78,7 +79,7 @@ class _Job(Pending[Any]):
 def storage_error(error: sqlite3.Error) -> MoltBotError:
     """Return what a fault of the database means to a caller; the text holds no content and no path."""
     name = _name(error)
-    if name.startswith(("SQLITE_FULL", "SQLITE_IOERR_WRITE")):
+    if name.startswith(_FULL):
         return StorageFull("the disk is full: nothing was stored", retry_after=5.0)
     return StorageUnavailable(f"the database cannot be used now ({name})", retry_after=1.0)
 
@@ -86,6 +87,8 @@ def storage_error(error: sqlite3.Error) -> MoltBotError:
 def unusable(path: Path, error: sqlite3.Error) -> MoltBotError:
     """Return why the store cannot be opened, for whoever starts the core: with the file and what to do about it."""
     name = _name(error)
+    if name.startswith(_FULL):
+        return StorageFull(f"the disk is full: {path} cannot be opened", retry_after=5.0)
     if name in ("SQLITE_NOTADB", "SQLITE_CORRUPT"):
         advice = "put a backup in its place, or move it away to begin with an empty one"
         return StorageUnavailable(f"{path} is damaged, or no database ({name}): {advice}")

@@ -77,7 +77,7 @@ async def _serve(script: Script, options: Mapping[str, Any]) -> int:
 def _ready(provider: MockProvider) -> str:
     keys = [key for key in provider.script.keys if key not in provider.script.out_of_quota]
     # A key that was given is not said again on a screen.
-    header = '"Authorization: Bearer $KEY"' if keys else "'Authorization: Bearer any-key'"
+    header = '"Authorization: Bearer $KEY"' if keys else "'Authorization: Bearer any-key-at-all'"
     body = '{"model": "mock-model", "stream": true, "messages": [{"role": "user", "content": "Hello"}]}'
     return (
         f"The mock provider is ready on {provider.address}. Ctrl-C ends it. Try:\n"
