@@ -124,7 +124,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Run as a program; return 1 when a bug was not caught."""
     parser = argparse.ArgumentParser(description="Show that the simulation catches every seeded bug.")
     parser.add_argument("names", nargs="*", help="the bugs to try (default: all)")
-    parser.add_argument("--schedules", type=int, default=8_000, help="worlds to play at most, for each bug")
+    parser.add_argument("--schedules", type=int, default=16_000, help="worlds to play at most, for each bug")
     parser.add_argument("--together", type=int, default=os.cpu_count() or 1)
     flags = parser.parse_args(arguments)
     chosen = flags.names or names()

@@ -156,6 +156,29 @@ async def test_the_page_says_that_the_store_is_away_and_goes_on_by_itself(home: 
             assert visit.problems == []
 
 
+async def test_an_answer_that_stands_still_because_of_the_store_says_so_and_goes_on(
+    home: Home, redis: RedisProcess
+) -> None:
+    async with home.started() as started:
+        process = await home.spawn("chat", "#100 pace=0.05")
+        assert process.stdout is not None
+        assert process.stderr is not None
+        begun = await process.stdout.read(20)
+        await redis.kill()
+        async with asyncio.timeout(30):
+            told = (await process.stderr.readline()).decode()
+        assert told == (
+            f"moltbot: the core cannot reach its store (Redis at 127.0.0.1:{redis.port}); "
+            "the answer goes on when it can …\n"
+        )
+        await redis.start()
+        async with asyncio.timeout(60):
+            rest, complaints = await process.communicate()
+        assert (process.returncode, complaints.decode()) == (0, "")
+        assert len((begun + rest).decode().split()) == 100
+        await until(started, "ok")
+
+
 async def test_a_core_that_cannot_start_again_without_redis_is_tried_until_it_can(
     home: Home, redis: RedisProcess
 ) -> None:

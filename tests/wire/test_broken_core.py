@@ -193,6 +193,18 @@ async def test_a_turn_of_the_page_is_refused_early_when_the_store_is_away(browse
         assert (answer.status, (await all_frames(answer))[-1].event) == (200, "completed")
 
 
+async def test_a_resume_while_the_store_is_away_is_refused_at_once_and_not_opened(browser, core):
+    await core.tell_store(away=True)
+    resume = "/api/sessions/s1/turns/t1/events?after=3"
+    async with asyncio.timeout(5):
+        status = 0
+        while status != 503:  # the adapter hears of it within a second
+            async with browser.get(resume) as answer:
+                status = answer.status
+    async with browser.get(resume) as answer:
+        assert (answer.status, (await answer.json())["error"]["code"]) == (503, "storage_unavailable")
+
+
 @pytest.mark.parametrize("way", ["start", "resume"])
 async def test_a_stream_that_was_opened_while_the_store_was_waited_for_says_why_it_ends(browser, core, way):
     away = Refusal(code=grpc.StatusCode.UNAVAILABLE, reason="STORAGE_UNAVAILABLE", message="no store now")

@@ -32,8 +32,10 @@ async def listen(path: Path) -> Callable[[], None]:
 
 async def _answer(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
     """Answers a request, whatever it asks for: what counts is that anybody answers."""
-    # Who leaves, or does not ask, wants no answer.
-    with contextlib.suppress(OSError, TimeoutError, asyncio.IncompleteReadError, asyncio.LimitOverrunError):
+    # Who leaves, or does not ask, wants no answer. That this process leaves is no fault either, of which asyncio's
+    # streams would tell at length.
+    nothing = (OSError, TimeoutError, asyncio.IncompleteReadError, asyncio.LimitOverrunError, asyncio.CancelledError)
+    with contextlib.suppress(*nothing):
         async with asyncio.timeout(_WITHIN_S):
             await reader.readuntil(b"\r\n\r\n")
             writer.write(_HEAD + _BODY)

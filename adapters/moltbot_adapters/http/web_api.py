@@ -22,7 +22,7 @@ from moltbot_adapters.http.sse import Streams
 
 CHANNEL = "web"
 _COME_BACK = b"retry: 500\n"  # milliseconds after which an EventSource does; without a word it may wait for seconds
-_SILENT_S = 2.0  # longer than a core needs to accept a turn
+_SILENT_S = 2.0  # longer than a core needs to accept a turn, or most models for a word
 _PROMPT_S = 0.2  # a refusal to resume comes sooner than that; after it, silence means that the turn has no news yet
 
 
@@ -114,7 +114,7 @@ class WebApi:
             name = await self._core.accepted(turn, context.caller, limit_s)
             events = self._core.resume_turn(name, after, context.caller, limit_s)
         else:
-            events = self._heard(self._core.stream_turn(turn, context.caller, limit_s))
+            events = self._core.stream_turn(turn, context.caller, limit_s)
         return await self._send(request, events, after)
 
     async def turn_events(self, request: web.Request) -> web.StreamResponse:
@@ -124,6 +124,7 @@ class WebApi:
         """
         after = max(_sequence(request.query.get("after")), _sequence(request.headers.get("Last-Event-ID")))
         caller = request[CONTEXT].caller
+        await self._look_for_store()  # else the page would take the stream, which tells nothing yet, for a good sign
         events = self._core.resume_turn(_turn(request), after, caller, self._settings.turn_limit_s)
         return await self._send(request, events, after, open_after_s=_PROMPT_S)
 
@@ -133,24 +134,35 @@ class WebApi:
         return web.json_response({"cancelled": cancelled})
 
     async def _heard(self, events: AsyncGenerator[chat_pb2.Event, None]) -> AsyncGenerator[chat_pb2.Event, None]:
-        """Yields events of a turn. Who waits for the first one while the store is away is told so, and comes back.
+        """Yields events of a turn. Who waits for one while the store is away is told so, and comes back.
 
-        The core is asked again for longer than that, which from outside looks like a model that thinks.
+        From outside it looks like a model that thinks: the core is asked again and again, or holds back what it cannot
+        keep.
         """
         async with aclosing(events):
-            first = asyncio.ensure_future(anext(events, None))
-            try:
-                while not (await asyncio.wait((first,), timeout=_SILENT_S))[0]:
-                    await self._watch.look()
-                    if self._watch.store == "away":
-                        raise _store_away()
-                if event := await first:
-                    yield event
-            finally:
-                first.cancel()
-                await asyncio.wait((first,))
-            async for event in events:
+            while True:
+                coming = asyncio.ensure_future(anext(events, None))
+                try:
+                    while not (await asyncio.wait((coming,), timeout=_SILENT_S))[0]:
+                        await self._look_for_store()
+                finally:
+                    if not coming.done():
+                        coming.cancel()
+                        await asyncio.wait((coming,))
+                if (event := coming.result()) is None:
+                    return
                 yield event
+
+    async def _look_for_store(self) -> None:
+        await self._watch.look()
+        if self._watch.store == "away":
+            raise MoltBotClientError(
+                grpc.StatusCode.UNAVAILABLE,
+                "the core cannot reach its store now",
+                reason="STORAGE_UNAVAILABLE",
+                retryable=True,
+                retry_after=1.0,
+            )
 
     async def _send(
         self,
@@ -162,9 +174,10 @@ class WebApi:
     ) -> web.StreamResponse:
         context = request[CONTEXT]
         waiting, head = True, _COME_BACK
-        async with self._streams.stream(request, open_after_s=open_after_s) as out, aclosing(events):
+        streams = self._streams.stream(request, open_after_s=open_after_s)
+        async with streams as out, aclosing(self._heard(events)) as heard:
             try:
-                async for event in events:
+                async for event in heard:
                     if waiting and (event.HasField("text_delta") or event.HasField("reasoning_delta")):
                         waiting = False
                         self._metrics.first_token(context.route, context.seconds())
@@ -188,16 +201,6 @@ class WebApi:
             if after and not out.opened:
                 return web.Response(status=204)
             return await out.end()
-
-
-def _store_away() -> MoltBotClientError:
-    return MoltBotClientError(
-        grpc.StatusCode.UNAVAILABLE,
-        "the core cannot reach its store now",
-        reason="STORAGE_UNAVAILABLE",
-        retryable=True,
-        retry_after=1.0,
-    )
 
 
 def _model(model: model_pb2.Model) -> dict[str, str]:

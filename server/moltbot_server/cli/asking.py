@@ -18,7 +18,7 @@ from moltbot import MoltBot, MoltBotClientError
 from moltbot.errors import from_event
 from moltbot.v1 import chat_pb2, message_pb2
 
-from moltbot_server.cli.showing import Shown
+from moltbot_server.cli.showing import Shown, attended
 from moltbot_server.cli.terminal import Exit, Failure, harmless, lasting
 
 CHANNEL = "cli"
@@ -32,6 +32,21 @@ class Place:
     address: str
     key: str
     store_away: Callable[[], str] = lambda: ""
+
+    start: str = "moltbot start"
+    """What starts that core, and what shows a session's messages."""
+    show: str = "moltbot session show"
+
+    def failure(self, error: MoltBotClientError, turn: str) -> Failure:
+        """Return a client's error as the end of a command, which has heard of a turn or not (empty)."""
+        found = failure(error)
+        message = found.message.replace("`moltbot start`", f"`{self.start}`")
+        if turn and found.status is Exit.UNAVAILABLE:
+            session = turn.partition("/turns/")[0]
+            message += (
+                f"\nThe question was taken, and its answer is kept: `{self.show} {session}` has it once it is there."
+            )
+        return Failure(message, found.status)
 
     def connect(self, on_repeat: Callable[[str], None] | None = None) -> MoltBot:
         """Return a client; `on_repeat` hears when something is asked for again, because the core was away."""
@@ -111,7 +126,7 @@ async def ask(place: Place, text: str, *, session: str, model: str, form: str) -
         try:
             stream = bot.stream_turn(text, session=session, model=_model(model), channel=CHANNEL)
             async with aclosing(stream) as events, cancelling(bot, turn, pressed):
-                async for event in events:
+                async for event in attended(events, shown) if form == "text" else events:
                     if event.HasField("accepted"):
                         turn.append(event.accepted.turn)
                         if pressed.is_set():
@@ -130,7 +145,7 @@ async def ask(place: Place, text: str, *, session: str, model: str, form: str) -
         except MoltBotClientError as error:
             shown.end()
             if form == "text":
-                raise failure(error) from None
+                raise place.failure(error, turn[0] if turn else "") from None
             if form == "json" or not turn:
                 print(json.dumps({"error": _as_json(error)}, ensure_ascii=False), flush=True)
             return int(failure(error).status)

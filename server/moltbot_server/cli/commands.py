@@ -270,13 +270,19 @@ def _talk_or_ask(given: argparse.Namespace) -> int:
 
     from moltbot import MoltBotClientError
 
-    from moltbot_server.cli.asking import Place, ask, failure
+    from moltbot_server.cli.asking import Place, ask
     from moltbot_server.cli.reaching import find_core, store_away
 
     workspace = find_workspace(os.environ, given.workspace)
     key = os.environ.get("MOLTBOT_KEY", "").strip() or workspace.read_key()
     address = find_core(workspace, given.address)
-    place = Place(address=address, key=key, store_away=lambda: store_away(workspace, address))
+    place = Place(
+        address=address,
+        key=key,
+        store_away=lambda: store_away(workspace, address),
+        start=command("start", workspace),
+        show=command("session show", workspace),
+    )
     form = "events" if given.events else "json" if given.json else "text"
     text: str | None = given.text
     if text is None and sys.stdin.isatty() and form == "text":
@@ -285,7 +291,7 @@ def _talk_or_ask(given: argparse.Namespace) -> int:
         try:
             return asyncio.run(talk(place, workspace, session=given.session, model=given.model))
         except MoltBotClientError as error:
-            raise failure(error) from None
+            raise place.failure(error, "") from None
     if text is None or text == "-":
         text = sys.stdin.buffer.read().decode("utf-8", "replace")
     if not text.strip():

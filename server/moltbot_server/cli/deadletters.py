@@ -57,9 +57,7 @@ def add_deadletters(add: _Add) -> None:
         each.add_argument("names", nargs="*", metavar="NAME", help="as `moltbot deadletters list` tells it")
         each.add_argument("--all", action="store_true", help="all of them, or all of the channel")
     for each in (listing, retry, drop):
-        each.add_argument(
-            "--channel", type=named, metavar="CHANNEL", help="only those of this channel, such as slack"
-        )
+        each.add_argument("--channel", type=named, metavar="CHANNEL", help="only those of this channel, such as slack")
 
 
 def _list(given: argparse.Namespace) -> int:

@@ -66,9 +66,7 @@ def add_session(add: Callable[..., argparse.ArgumentParser]) -> None:
         each.add_argument("--yes", action="store_true", help="do not ask whether all are meant")
     for each in (listing, reset, delete):
         each.add_argument("--user", type=named, metavar="USER", help="only those of this user")
-        each.add_argument(
-            "--channel", type=named, metavar="CHANNEL", help="only those of this channel, such as slack"
-        )
+        each.add_argument("--channel", type=named, metavar="CHANNEL", help="only those of this channel, such as slack")
 
 
 def _list(given: argparse.Namespace) -> int:

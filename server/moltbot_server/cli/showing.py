@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+import asyncio
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import AsyncGenerator, Callable
 
 from moltbot.v1 import chat_pb2
 
 from moltbot_server.cli.terminal import dim, harmless
 
 _SILENT = 2.0  # seconds; a core that was killed is most often there again before anybody wonders
+
+_ATTENTION = 3.0  # seconds without an event after which it is asked why
 
 
 class Shown:
@@ -31,10 +34,11 @@ class Shown:
         self._thinks = False
         self._away_since: float | None = None
         self._told_away = False
+        self._begun = False
 
     def show(self, event: chat_pb2.Event) -> None:
         """Write what an event adds."""
-        self._away_since, self._told_away = None, False
+        self._away_since, self._told_away, self._begun = None, False, True
         match event.WhichOneof("kind"):
             case "text_delta":
                 self._say(event.text_delta.text)
@@ -65,6 +69,18 @@ class Shown:
             self._remark(text)
         else:
             print(f"moltbot: {text}", file=sys.stderr, flush=True)
+
+    def silent(self) -> None:
+        """Say, once, that the core cannot use its store, if that is why no event comes. May run on another thread."""
+        if not self._told_away and (problem := self._away()):
+            self._told_away = True
+            text = (
+                f"the core cannot {problem}; {'the answer goes on when it can' if self._begun else 'waiting for it'} …"
+            )
+            if self._screen:
+                self._remark(text)
+            else:
+                print(f"moltbot: {text}", file=sys.stderr, flush=True)
 
     def end(self) -> None:
         """End the last line."""
@@ -125,6 +141,22 @@ class Shown:
         if text:
             print(text, end="", flush=True)
             self._ends_line = text.endswith("\n") if ends_line is None else ends_line
+
+
+async def attended(events: AsyncGenerator[chat_pb2.Event, None], shown: Shown) -> AsyncGenerator[chat_pb2.Event, None]:
+    """Yield events; where none comes for a while, what is wrong with the core's store is told meanwhile."""
+    while True:
+        coming = asyncio.ensure_future(anext(events, None))
+        try:
+            while not (await asyncio.wait((coming,), timeout=_ATTENTION))[0]:
+                await asyncio.to_thread(shown.silent)
+        finally:
+            if not coming.done():
+                coming.cancel()
+                await asyncio.wait((coming,))
+        if (event := coming.result()) is None:
+            return
+        yield event
 
 
 def notice_text(notice: chat_pb2.Notice) -> str:

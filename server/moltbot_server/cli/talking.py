@@ -16,7 +16,7 @@ from prompt_toolkit.formatted_text import HTML
 from prompt_toolkit.history import FileHistory, History, InMemoryHistory
 
 from moltbot_server.cli.asking import CHANNEL, Place, cancelling, failure, interrupts, remark
-from moltbot_server.cli.showing import Shown
+from moltbot_server.cli.showing import Shown, attended
 from moltbot_server.cli.terminal import Exit, harmless
 from moltbot_server.workspace import Workspace
 
@@ -95,7 +95,7 @@ class Talk:
         async with interrupts() as pressed:
             stream = self.bot.stream_turn(text, session=self._session, model=self._model, channel=CHANNEL)
             async with aclosing(stream) as events, cancelling(self.bot, turn, pressed):
-                async for event in events:
+                async for event in attended(events, shown):
                     if event.HasField("accepted"):
                         turn.append(event.accepted.turn)
                         self._session = event.accepted.session

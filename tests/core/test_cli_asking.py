@@ -1,0 +1,34 @@
+"""What the command says of an answer that it could not get whole."""
+
+from __future__ import annotations
+
+import grpc
+import pytest
+from moltbot import MoltBotClientError
+from moltbot.v1 import chat_pb2, message_pb2
+from moltbot_server.cli.asking import Place, remark
+from moltbot_server.cli.terminal import Exit
+
+PLACE = Place(address="a:1", key="k", start="moltbot start --workspace w", show="moltbot session --workspace w show")
+AWAY = MoltBotClientError(grpc.StatusCode.UNAVAILABLE, "nobody answers at a:1: start MoltBot with `moltbot start`")
+
+
+def test_the_command_that_starts_the_core_is_that_of_its_workspace() -> None:
+    failure = PLACE.failure(AWAY, "")
+    assert failure.status is Exit.UNAVAILABLE
+    assert "start MoltBot with `moltbot start --workspace w`" in failure.message
+    assert "\n" not in failure.message
+
+
+def test_an_answer_that_was_cut_is_told_where_it_will_be() -> None:
+    failure = PLACE.failure(AWAY, "sessions/s/turns/1")
+    assert "`moltbot session --workspace w show sessions/s` has it once it is there" in failure.message
+    refused = MoltBotClientError(grpc.StatusCode.FAILED_PRECONDITION, "no")
+    assert "session" not in PLACE.failure(refused, "sessions/s/turns/1").message
+
+
+@pytest.mark.parametrize(("cancelled", "said"), [(False, "somebody else cancelled the answer"), (True, "")])
+def test_who_did_not_cancel_an_answer_is_told_that_somebody_did(cancelled: bool, said: str) -> None:
+    completed = chat_pb2.Completed(text="half", finish_reason=message_pb2.FINISH_REASON_CANCELLED)
+    assert remark(completed, cancelled=cancelled).startswith(said)
+    assert bool(remark(completed, cancelled=cancelled)) is not cancelled
