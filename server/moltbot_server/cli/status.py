@@ -75,7 +75,7 @@ def state(workspace: Workspace, running: Running) -> dict[str, Any]:
             name: {"healthy": cores[name].serves, "leaving": cores[name].leaves, "metrics": where}
             for name, where in running.cores.items()
         },
-        "store": _store(core),
+        "store": _store(_troubled(cores.values())),
         "engine": {
             "healthy": core.said.get("engine") == "serving",
             "where": core.said.get("engine_address", ""),
@@ -116,7 +116,7 @@ def ask_cores(running: Running, timeout: float = 2.0) -> Mapping[str, _Health]:
 
 def store_away(cores: Mapping[str, _Health]) -> str:
     """Return what cores cannot do, such as `reach its store (Redis at 127.0.0.1:6379)`; empty when they can use it."""
-    store = _store(_speaker(cores.values()))
+    store = _store(_troubled(cores.values()))
     if store["healthy"] is not False:
         return ""
     return f"{'write to' if _is_read_only(store) else 'reach'} its store ({store['where']})"
@@ -125,6 +125,15 @@ def store_away(cores: Mapping[str, _Health]) -> str:
 def _speaker(cores: Iterable[_Health]) -> _Health:
     """Return the core that speaks for all: one that is well, else one that says anything."""
     return max(cores, key=lambda core: (core.healthy, core.serves, bool(core.said)))
+
+
+def _troubled(cores: Collection[_Health]) -> _Health:
+    """Return a core that is without its store, else the one that speaks for all.
+
+    Of several that share a database, only those that have tried to write know of a full disk.
+    """
+    without = (core for core in cores if str(core.said.get("store", "")).startswith("away"))
+    return next(without, None) or _speaker(cores)
 
 
 def _store(core: _Health) -> dict[str, Any]:
