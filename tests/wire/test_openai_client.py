@@ -360,6 +360,11 @@ async def test_a_named_request_outlives_its_connection_and_is_answered_once(clie
     answer = await client.chat.completions.create(model="moltbot", messages=HELLO, extra_headers=named)
     assert answer.choices[0].message.content == "Hello, world!"
     assert [turn.input.request_id for turn in core.turns] == ["order-1"]
+    again = await client.chat.completions.create(model="moltbot", messages=HELLO, extra_headers=named)
+    stream = await client.chat.completions.create(model="moltbot", messages=HELLO, extra_headers=named, stream=True)
+    assert {answer.id, again.id, *[chunk.id async for chunk in stream]} == {answer.id}
+    other = await client.chat.completions.create(model="moltbot", messages=HELLO)
+    assert other.id != answer.id
 
 
 async def test_models_that_can_answer_are_listed(client):

@@ -21,7 +21,7 @@ def heard(data: bytes) -> tuple[str, str]:
 def test_an_answer_that_says_the_same_once_more_is_told_once(size: int) -> None:
     whole = "The quick brown fox jumps over the lazy dog."
     for cut in range(len(whole)):
-        progress = Progress("m", with_usage=False)
+        progress = Progress("m", id="chatcmpl-1", with_usage=False)
         data = progress.add(whole[:cut]) or b""
         data += progress.replace("") or b""
         for start in range(0, len(whole), size):
@@ -40,7 +40,7 @@ def test_an_answer_that_says_something_else_contradicts_as_soon_as_it_does() -> 
 
 def test_an_answer_that_ends_before_it_has_said_what_the_reader_has_contradicts() -> None:
     for text in ("Half", "", "Other words, and more of them"):
-        progress = Progress("m", with_usage=False)
+        progress = Progress("m", id="chatcmpl-1", with_usage=False)
         progress.add("Half an")
         assert progress.replace("") == b""
         assert progress.end(chat_pb2.Completed(text=text, finish_reason=STOP), []) is None
@@ -60,7 +60,7 @@ def test_a_text_that_comes_with_the_end_alone_is_told_in_full() -> None:
 
 
 def test_thoughts_are_not_repeated_and_new_ones_of_a_new_answer_are_left_out() -> None:
-    progress = Progress("m", with_usage=False)
+    progress = Progress("m", id="chatcmpl-1", with_usage=False)
     data = progress.think("Hm, well") + (progress.replace("") or b"")
     data += progress.think("Hm") + progress.think(", well then.") + (progress.replace("") or b"")
     data += progress.think("No") + (progress.add("Yes") or b"")

@@ -20,7 +20,7 @@ from moltbot_adapters.http.body import MODEL, NAME, read_json, text_field, wrong
 from moltbot_adapters.http.context import CONTEXT, RequestContext
 from moltbot_adapters.http.errors import HttpError, from_core
 from moltbot_adapters.http.metrics import Metrics
-from moltbot_adapters.http.openai_chunks import whole_answer
+from moltbot_adapters.http.openai_chunks import id_of, whole_answer
 from moltbot_adapters.http.openai_messages import conversation_of
 from moltbot_adapters.http.openai_options import flag, options_of
 from moltbot_adapters.http.openai_progress import Progress
@@ -72,13 +72,15 @@ class OpenAiApi:
         if answer.finish_reason == message_pb2.FINISH_REASON_CANCELLED:
             raise _cancelled()
         self._count(answer)
-        body = whole_answer(answer, ask.model, calls_of(answer.attachments, one=ask.one_call))
+        body = whole_answer(
+            answer, ask.model, calls_of(answer.attachments, one=ask.one_call), id=id_of(ask.turn.request_id)
+        )
         cached = {"X-MoltBot-Cached": "true"} if answer.cached else {}
         return web.json_response(body, headers=ask.headers | cached)
 
     async def _stream(self, request: web.Request, context: RequestContext, ask: Ask) -> web.StreamResponse:
         events = self._core.stream_turn(ask.turn, context.caller, ask.limit_s)
-        progress = Progress(ask.model, with_usage=ask.with_usage)
+        progress = Progress(ask.model, id=id_of(ask.turn.request_id), with_usage=ask.with_usage)
         async with self._streams.stream(request, ask.headers) as out, aclosing(events):
             try:
                 return await self._answer(out, events, context, ask, progress)

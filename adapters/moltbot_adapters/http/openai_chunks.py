@@ -1,7 +1,7 @@
 """The pieces of a Chat Completions answer: chunks of a stream, and the whole."""
 
+import hashlib
 import json
-import secrets
 import time
 from collections.abc import Sequence
 from json.encoder import encode_basestring_ascii as quoted
@@ -26,9 +26,9 @@ Calls = Sequence[dict[str, Any]]
 """Tools to be called, as the API has them."""
 
 
-def new_id() -> str:
-    """Returns an id for an answer."""
-    return f"chatcmpl-{secrets.token_hex(12)}"
+def id_of(request_id: str) -> str:
+    """Returns the id of the answer to a request, which is the same when that is repeated with its key."""
+    return f"chatcmpl-{hashlib.sha256(request_id.encode()).hexdigest()[:24]}"
 
 
 def usage(value: message_pb2.Usage) -> dict[str, Any]:
@@ -41,7 +41,7 @@ def usage(value: message_pb2.Usage) -> dict[str, Any]:
     }
 
 
-def whole_answer(answer: chat_pb2.Completed, model: str, calls: Calls) -> dict[str, Any]:
+def whole_answer(answer: chat_pb2.Completed, model: str, calls: Calls, *, id: str) -> dict[str, Any]:
     """Returns the body of an answer that is not streamed."""
     message: dict[str, Any] = {"role": "assistant", "content": answer.text, "refusal": None}
     if answer.reasoning:
@@ -49,7 +49,7 @@ def whole_answer(answer: chat_pb2.Completed, model: str, calls: Calls) -> dict[s
     if calls:
         message |= {"content": answer.text or None, "tool_calls": calls}
     return {
-        "id": new_id(),
+        "id": id,
         "object": "chat.completion",
         "created": int(time.time()),
         "model": web_events.model_id(answer.model) or model,
@@ -68,9 +68,9 @@ def _finish(answer: chat_pb2.Completed, calls: Calls) -> str:
 class Chunks:
     """Writes the chunks of one stream. What is the same in all of them is serialised once."""
 
-    def __init__(self, model: str, *, with_usage: bool) -> None:
+    def __init__(self, model: str, *, id: str, with_usage: bool) -> None:
         self._with_usage = with_usage
-        self._start = f'data: {{"id":"{new_id()}","object":"chat.completion.chunk","created":{int(time.time())},'
+        self._start = f'data: {{"id":"{id}","object":"chat.completion.chunk","created":{int(time.time())},'
         self._tail = ',"usage":null}\n\n' if with_usage else "}\n\n"
         self._after = f'}},"logprobs":null,"finish_reason":null}}]{self._tail}'
         self.rename(model)

@@ -53,8 +53,9 @@ class Said:
 class Progress:
     """What the reader of one stream has been shown."""
 
-    def __init__(self, model: str, *, with_usage: bool) -> None:
+    def __init__(self, model: str, *, id: str, with_usage: bool) -> None:
         self._model = model
+        self._id = id
         self._with_usage = with_usage
         self._chunks: Chunks | None = None
         self._text = Said()
@@ -116,5 +117,5 @@ class Progress:
         """Returns what has to come before the next chunk, and who writes it."""
         if self._chunks is not None:
             return b"", self._chunks
-        self._chunks = Chunks(self._model, with_usage=self._with_usage)
+        self._chunks = Chunks(self._model, id=self._id, with_usage=self._with_usage)
         return self._chunks.role(), self._chunks
