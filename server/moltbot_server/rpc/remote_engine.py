@@ -112,9 +112,7 @@ class EngineLink:
         self._watch = asyncio.create_task(self._keep_watch())
 
     def _say_waiting(self) -> None:
-        text = "the engine cannot be reached yet"
-        if not self.address.startswith("unix:"):  # else it is started beside this core
-            text += ": start `moltbot engine` there, or correct `engine` here"
+        text = "the engine cannot be reached yet: start `moltbot engine` there, or correct `engine` here"
         log.warning(text, extra={"address": self.address, "for_seconds": int(_SOON)})
 
     def wrong_key(self) -> ModelUnavailable:
