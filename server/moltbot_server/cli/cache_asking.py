@@ -16,7 +16,7 @@ from moltbot.v1 import cache_pb2, cache_pb2_grpc
 from moltbot_server.cli.asking import Place
 from moltbot_server.cli.model_place import Models, told
 from moltbot_server.cli.tables import table
-from moltbot_server.cli.terminal import Exit, Failure, command
+from moltbot_server.cli.terminal import Exit
 from moltbot_server.models.sizes import readable
 
 _Answer = TypeVar("_Answer")
@@ -53,12 +53,7 @@ def clear_caches(given: argparse.Namespace) -> int:
 
 
 def _core(given: argparse.Namespace) -> Place:
-    models = Models.of(given)
-    place = models.core()
-    if place is None:
-        start = command("start", models.workspace)
-        raise Failure(f"MoltBot is not running, and only it has caches: start it with `{start}`.", Exit.UNAVAILABLE)
-    return place
+    return Models.of(given).running_core("only it has caches")
 
 
 async def _asked(place: Place, ask: Callable[[Any, Any], Awaitable[_Answer]]) -> _Answer:

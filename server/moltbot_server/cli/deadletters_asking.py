@@ -166,13 +166,7 @@ def _named(name: str, given: argparse.Namespace) -> str:
 
 
 def _core(given: argparse.Namespace) -> Place:
-    models = Models.of(given)
-    place = models.core()
-    if place is None:
-        start = command("start", models.workspace)
-        text = f"MoltBot is not running, and it delivers: start it with `{start}`."
-        raise Failure(f"{text} A core that was started by itself is named by MOLTBOT_ADDRESS.", Exit.UNAVAILABLE)
-    return place
+    return Models.of(given).running_core("it delivers")
 
 
 async def _asked(place: Place, ask: Callable[[_Desk], Awaitable[_Answer]]) -> _Answer:

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import argparse
 from collections.abc import Callable
-from pathlib import Path
+from functools import partial
+
+from moltbot_server.cli.under import add_under, overview
 
 _OVERVIEW = """\
 Keep the keys of remote providers: add, list, try and remove them.
@@ -24,28 +26,12 @@ _Add = Callable[..., argparse.ArgumentParser]
 
 def add_key(add: _Add) -> None:
     """Add the command with all commands under it."""
-    key = add("key", _overview, _OVERVIEW)
+    key = add("key", overview, _OVERVIEW)
     key.epilog = _EXAMPLES
     key.set_defaults(parser=key)
     under = key.add_subparsers(metavar="COMMAND", title="commands")
 
-    def sub(name: str, run: _Run, what: str, *examples: str) -> argparse.ArgumentParser:
-        lines = "\n".join(f"  {example}" for example in examples)
-        added = under.add_parser(
-            name,
-            help=(what[0].lower() + what[1:]).partition(".")[0],
-            description=what,
-            epilog=f"examples:\n{lines}",
-            formatter_class=argparse.RawDescriptionHelpFormatter,
-            allow_abbrev=False,
-        )
-        added.set_defaults(run=run)
-        # The same as ahead of the command's name; not given, it leaves alone what was given there.
-        added.add_argument(
-            "-w", "--workspace", type=Path, metavar="DIR", default=argparse.SUPPRESS, help="the workspace folder"
-        )
-        added.add_argument("--json", action="store_true", help="print one JSON object, for scripts")
-        return added
+    sub = partial(add_under, under)
 
     _add_keeping(sub)
     _add_trying(sub)
@@ -92,11 +78,6 @@ def _add_trying(sub: _Add) -> None:
         "is replaced; with MOLTBOT_VAULT_KEY the new one is told by MOLTBOT_VAULT_KEY_NEW.",
         "moltbot key rotate-master",
     )
-
-
-def _overview(given: argparse.Namespace) -> int:
-    given.parser.print_help()
-    return 0
 
 
 def _keep(given: argparse.Namespace) -> int:

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import argparse
 from collections.abc import Callable
-from pathlib import Path
+from functools import partial
+
+from moltbot_server.cli.under import add_under, overview
 
 _OVERVIEW = """\
 Find, fetch, convert, try and switch models.
@@ -27,28 +29,12 @@ _Add = Callable[..., argparse.ArgumentParser]
 
 def add_model(add: _Add) -> None:
     """Add the command with all commands under it."""
-    model = add("model", _overview, _OVERVIEW)
+    model = add("model", overview, _OVERVIEW)
     model.epilog = _EXAMPLES
     model.set_defaults(parser=model)
     under = model.add_subparsers(metavar="COMMAND", title="commands")
 
-    def sub(name: str, run: _Run, what: str, *examples: str) -> argparse.ArgumentParser:
-        lines = "\n".join(f"  {example}" for example in examples)
-        added = under.add_parser(
-            name,
-            help=(what[0].lower() + what[1:]).partition(".")[0],
-            description=what,
-            epilog=f"examples:\n{lines}",
-            formatter_class=argparse.RawDescriptionHelpFormatter,
-            allow_abbrev=False,
-        )
-        added.set_defaults(run=run)
-        # The same as ahead of the command's name; not given, it leaves alone what was given there.
-        added.add_argument(
-            "-w", "--workspace", type=Path, metavar="DIR", default=argparse.SUPPRESS, help="the workspace folder"
-        )
-        added.add_argument("--json", action="store_true", help="print one JSON object, for scripts")
-        return added
+    sub = partial(add_under, under)
 
     _add_looking(sub)
     _add_getting(sub)
@@ -167,11 +153,6 @@ def _add_measuring(sub: _Add) -> None:
     bench.add_argument("--seconds", type=float, default=3.0, help="how long each is measured (default: 3)")
     bench.add_argument("--prompt", type=int, default=128, metavar="TOKENS", help="tokens of each prompt (default: 128)")
     bench.add_argument("--new", type=int, default=64, metavar="TOKENS", help="most tokens of an answer (default: 64)")
-
-
-def _overview(given: argparse.Namespace) -> int:
-    given.parser.print_help()
-    return 0
 
 
 def _list(given: argparse.Namespace) -> int:

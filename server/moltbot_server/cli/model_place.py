@@ -133,6 +133,18 @@ class Models:
         raw = (path for pattern in ("*.safetensors", "pytorch_model*.bin") for path in folder.glob(pattern))
         return not (folder / "model.bin").exists() and next(raw, None) is not None
 
+    def running_core(self, why: str) -> Place:
+        """Return the core that runs; `why` it is needed stands in the message where none does.
+
+        Raises:
+            Failure: none runs.
+        """
+        if (place := self.core()) is None:
+            start = command("start", self.workspace)
+            text = f"MoltBot is not running, and {why}: start it with `{start}`."
+            raise Failure(f"{text} A core that was started by itself is named by MOLTBOT_ADDRESS.", Exit.UNAVAILABLE)
+        return place
+
     def core(self) -> Place | None:
         """Return where the core of the workspace is, or None when none runs.
 

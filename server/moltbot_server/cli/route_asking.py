@@ -18,7 +18,7 @@ from moltbot.v1 import route_pb2, route_pb2_grpc
 from moltbot_server.cli.asking import Place
 from moltbot_server.cli.model_place import Models, told
 from moltbot_server.cli.tables import table
-from moltbot_server.cli.terminal import Exit, Failure, command, harmless
+from moltbot_server.cli.terminal import Exit, Failure, harmless
 
 _Answer = TypeVar("_Answer")
 _PATIENCE = 30.0
@@ -87,11 +87,7 @@ def _problems(message: str) -> str:
 
 
 def _core(models: Models) -> Place:
-    place = models.core()
-    if place is None:
-        start = command("start", models.workspace)
-        raise Failure(f"MoltBot is not running, and only it has routes: start it with `{start}`.", Exit.UNAVAILABLE)
-    return place
+    return models.running_core("only it has routes")
 
 
 async def _asked(place: Place, ask: Callable[[Any, Any], Awaitable[_Answer]]) -> _Answer:

@@ -168,13 +168,7 @@ async def _asked(given: argparse.Namespace, ask: Callable[[MoltBot], Awaitable[_
 
 
 def _core(given: argparse.Namespace) -> Place:
-    models = Models.of(given)
-    place = models.core()
-    if place is None:
-        start = command("start", models.workspace)
-        text = f"MoltBot is not running, and it keeps the sessions: start it with `{start}`."
-        raise Failure(f"{text} A core that was started by itself is named by MOLTBOT_ADDRESS.", Exit.UNAVAILABLE)
-    return place
+    return Models.of(given).running_core("it keeps the sessions")
 
 
 def _chosen(given: argparse.Namespace) -> str:

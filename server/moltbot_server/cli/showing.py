@@ -65,10 +65,7 @@ class Shown:
         problem = self._away()
         text = f"the core cannot {problem}" if problem else "the core does not answer"
         text += "; waiting for it …"
-        if self._screen:
-            self._remark(text)
-        else:
-            print(f"moltbot: {text}", file=sys.stderr, flush=True)
+        self._aside(text)
 
     def silent(self) -> None:
         """Say, once, that the core cannot use its store, if that is why no event comes. May run on another thread."""
@@ -77,10 +74,7 @@ class Shown:
             text = (
                 f"the core cannot {problem}; {'the answer goes on when it can' if self._begun else 'waiting for it'} …"
             )
-            if self._screen:
-                self._remark(text)
-            else:
-                print(f"moltbot: {text}", file=sys.stderr, flush=True)
+            self._aside(text)
 
     def end(self) -> None:
         """End the last line."""
@@ -131,6 +125,12 @@ class Shown:
             return
         line = harmless(f"moltbot: {' '.join(text.split())}")
         print(dim(line) if sys.stderr.isatty() else line, file=sys.stderr, flush=True)
+
+    def _aside(self, text: str) -> None:
+        if self._screen:
+            self._remark(text)
+        else:
+            print(f"moltbot: {text}", file=sys.stderr, flush=True)
 
     def _remark(self, text: str) -> None:
         if self._screen:

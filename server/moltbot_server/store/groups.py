@@ -79,13 +79,8 @@ class GroupThread(ABC, Generic[J]):
         self._handing_over, self._at_work = False, True
         self._handed_over = self._loop.time()
         self._many = len(self._waiting) > _FEW
-        self._groups.put(self._next_group())
-
-    def _next_group(self) -> list[J]:
-        """Take what is carried out next from what waits."""
-        group = self._waiting[:_LARGEST_GROUP]
+        self._groups.put(self._waiting[:_LARGEST_GROUP])
         del self._waiting[:_LARGEST_GROUP]
-        return group
 
     def _answer(self, outcomes: Sequence[tuple[J, Any]]) -> None:
         """Answer a group's jobs and hand the next group over; runs on the loop's thread."""
