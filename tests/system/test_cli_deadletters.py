@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 from cli_process import Home
+from cli_terminal import terminal
 from moltbot import Delivery, MoltBot
 from moltbot.v1.chat_pb2 import Place
 from moltbot_server.store.outbox import DeadLetter
@@ -97,7 +98,8 @@ async def test_dead_letters_are_listed_retried_and_dropped(home: Home) -> None:
             dropped = await home.run("deadletters", "drop", "--json", letters[1].name.removeprefix("deliveries/"))
             unknown = await home.run("deadletters", "drop", letters[1].name)
             wrong = await home.run("deadletters", "drop", "nonsense")
-            rest = await home.run("deadletters", "drop", "--all", "--channel", "slack")
+            unsaid = await home.run("deadletters", "drop", "--all", "--channel", "slack")
+            rest = await home.run("deadletters", "drop", "--all", "--channel", "slack", "--yes")
             left = (await home.run("deadletters", "list", "--json")).json["dead_letters"]
             last = await home.run("deadletters", "retry", "--all", "--json")
 
@@ -122,6 +124,9 @@ async def test_dead_letters_are_listed_retried_and_dropped(home: Home) -> None:
     assert "'nonsense' is no name of a dead letter: `" in wrong.err
     assert "deadletters list` tells them" in wrong.err
     assert "such as deliveries/1f0c5a90be2d4c7781a03a6e" in wrong.err
+    assert (unsaid.status, unsaid.out) == (2, "")
+    told = "1 dead letter of the channel slack would be deleted for good: say --yes if that is meant"
+    assert told in unsaid.err
     assert (rest.status, rest.out) == (0, "1 dead letter was deleted.\n")
     assert [entry["name"] for entry in left] == [other.name]
     assert last.json == {"retried": [other.name]}
@@ -190,6 +195,18 @@ async def test_a_dead_letter_that_somebody_else_took_meanwhile_holds_the_others_
     ended = await home.run("deadletters", "retry", "--all")
     assert (ended.status, ended.out) == (0, "2 dead letters will be delivered again.\n")
     assert [text for _, text in await given_out(bot, 2)] == [said[0], said[2]]
+
+
+async def test_at_a_terminal_it_asks_whether_all_are_meant(home: Home, core: RunningServer, bot: MoltBot) -> None:
+    await answered(bot, "C0", "C1")
+    assert await core.core.store.outbox.prune(keep=0, delivered=60) == 2
+    for answer, left in (("n", 2), ("y", 0)):
+        async with terminal(home, "drop", "--all", command="deadletters") as screen:
+            await screen.until("2 dead letters, of all channels, would be deleted for good. Go")
+            screen.type(f"{answer}\n")
+            async with asyncio.timeout(20):
+                assert await screen.process.wait() == (0 if answer == "y" else 1)
+        assert len((await home.run("deadletters", "list", "--json")).json["dead_letters"]) == left
 
 
 async def test_a_channel_without_dead_letters_is_said_to_have_none_beside_those_that_have_some(

@@ -53,6 +53,7 @@ def add_deadletters(add: _Add) -> None:
         "moltbot deadletters drop deliveries/1f0c5a90be2d4c7781a03a6e",
         "moltbot deadletters drop --all",
     )
+    drop.add_argument("--yes", action="store_true", help="do not ask whether all are meant")
     for each in (retry, drop):
         each.add_argument("names", nargs="*", metavar="NAME", help="as `moltbot deadletters list` tells it")
         each.add_argument("--all", action="store_true", help="all of them, or all of the channel")

@@ -18,7 +18,7 @@ from moltbot.v1 import delivery_pb2, delivery_pb2_grpc
 from moltbot_server.cli.asking import Place
 from moltbot_server.cli.model_place import Models, told
 from moltbot_server.cli.tables import moment, short, table
-from moltbot_server.cli.terminal import Exit, Failure, command, harmless
+from moltbot_server.cli.terminal import Exit, Failure, command, confirm, harmless
 
 _Answer = TypeVar("_Answer")
 _PATIENCE = 60.0
@@ -114,11 +114,12 @@ def _change(given: argparse.Namespace, change: Callable[[_Desk, str], Awaitable[
 
     named = [_named(name, given) for name in given.names]
 
-    async def ask(desk: _Desk) -> tuple[list[str], list[str] | None]:
+    async def find(desk: _Desk) -> tuple[list[str], list[str] | None]:
         # All are found before the first is changed: what is retried and dies again is not met twice.
-        wanted = await desk.names(given.channel or "") if given.all else named
-        if not wanted:
-            return [], await desk.channels()
+        found = await desk.names(given.channel or "")
+        return found, None if found else await desk.channels()
+
+    async def work(desk: _Desk) -> list[str]:
         changed = []
         for name in wanted:
             try:
@@ -128,9 +129,13 @@ def _change(given: argparse.Namespace, change: Callable[[_Desk, str], Awaitable[
                     continue  # somebody else has retried or dropped it since it was listed
                 raise
             changed.append(name)
-        return changed, None
+        return changed
 
-    changed, others = asyncio.run(_asked(_core(given), ask))
+    core = _core(given)
+    wanted, others = asyncio.run(_asked(core, find)) if given.all else (named, None)
+    if given.all and wanted and word == "dropped":
+        _confirm(given, len(wanted))
+    changed = asyncio.run(_asked(core, work)) if wanted else []
     if given.json:
         print(json.dumps({word: changed} if others is None else {word: changed, "channels": others}))
     elif others is not None:
@@ -140,6 +145,13 @@ def _change(given: argparse.Namespace, change: Callable[[_Desk, str], Awaitable[
         verb = done if done.startswith("will") else f"{'was' if count == 1 else 'were'} {done}"
         print(f"{count} dead {'letter' if count == 1 else 'letters'} {verb}.")
     return int(Exit.OK)
+
+
+def _confirm(given: argparse.Namespace, count: int) -> None:
+    """Make sure that all dead letters are meant."""
+    whole = f" of the channel {harmless(given.channel)}" if given.channel else ", of all channels,"
+    letters = f"{count} dead {'letter' if count == 1 else 'letters'}{whole}"
+    confirm(f"{letters} would be deleted for good", "nothing was deleted", given)
 
 
 def _none(channel: str, others: Sequence[str]) -> str:

@@ -16,7 +16,7 @@ from moltbot.v1 import message_pb2, session_pb2
 from moltbot_server.cli.asking import Place
 from moltbot_server.cli.model_place import Models, told
 from moltbot_server.cli.tables import moment, short, table
-from moltbot_server.cli.terminal import Exit, Failure, command, dim, harmless
+from moltbot_server.cli.terminal import Exit, Failure, command, confirm, dim, harmless
 
 _Answer = TypeVar("_Answer")
 _NOT_THERE = "SESSION_NOT_FOUND"
@@ -138,19 +138,10 @@ def _counted(count: int, done: str) -> str:
 
 
 def _confirm(given: argparse.Namespace, count: int, done: str) -> None:
-    """Make sure that all sessions are meant.
-
-    Raises:
-        Failure: they are not, or nobody is there to say so.
-    """
-    if given.yes:
-        return
+    """Make sure that all sessions are meant."""
     whole = "" if given.user or given.channel else ", which is all that the workspace has,"
-    what = f"{count} {'session' if count == 1 else 'sessions'}{_chosen(given)}{whole} would be {done} for good"
-    if given.json or not sys.stdin.isatty():
-        raise Failure(f"{what}: say --yes if that is meant", Exit.USAGE)
-    if input(f"{what}. Go on? [y/N] ").strip().lower() not in ("y", "yes"):
-        raise Failure(f"nothing was {done}")
+    sessions = f"{count} {'session' if count == 1 else 'sessions'}{_chosen(given)}{whole}"
+    confirm(f"{sessions} would be {done} for good", f"nothing was {done}", given)
 
 
 async def _found(bot: MoltBot, given: argparse.Namespace, limit: int | None) -> list[session_pb2.Session]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import os
 import re
 import shlex
@@ -35,6 +36,20 @@ class Failure(Exception):
         super().__init__(message)
         self.message = message
         self.status = status
+
+
+def confirm(what: str, nothing: str, given: argparse.Namespace) -> None:
+    """Have the person at the terminal say that they mean `what`, unless they gave `--yes`.
+
+    Raises:
+        Failure: they do not, so `nothing` came of it, or nobody is there to say so.
+    """
+    if given.yes:
+        return
+    if given.json or not sys.stdin.isatty():
+        raise Failure(f"{what}: say --yes if that is meant", Exit.USAGE)
+    if input(f"{what}. Go on? [y/N] ").strip().lower() not in ("y", "yes"):
+        raise Failure(nothing)
 
 
 def harmless(text: str) -> str:
