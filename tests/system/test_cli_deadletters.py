@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import AsyncIterator, Sequence
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -13,23 +12,8 @@ from cli_terminal import terminal
 from moltbot import Delivery, MoltBot
 from moltbot.v1.chat_pb2 import Place
 from moltbot_server.store.outbox import DeadLetter
-from moltbot_server.testing import RunningServer, running_server
+from moltbot_server.testing import RunningServer
 from moltbot_server.workspace import Workspace
-
-
-@pytest.fixture
-def home(tmp_path: Path) -> Home:
-    """A home folder in which the scripted model answers."""
-    (tmp_path / "home").mkdir()
-    return Home(tmp_path / "home")
-
-
-@pytest.fixture
-async def core(home: Home) -> AsyncIterator[RunningServer]:
-    """A core in the workspace of the home folder, which the command is told of."""
-    async with running_server(home.workspace) as server:
-        home.variables["MOLTBOT_ADDRESS"] = server.address
-        yield server
 
 
 @pytest.fixture

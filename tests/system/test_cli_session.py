@@ -4,28 +4,12 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import AsyncIterator
-from pathlib import Path
 
 import pytest
 from cli_process import Home
 from cli_terminal import terminal
 from moltbot import MoltBot, MoltBotClientError
-from moltbot_server.testing import RunningServer, running_server
-
-
-@pytest.fixture
-def home(tmp_path: Path) -> Home:
-    """A home folder in which the scripted model answers."""
-    (tmp_path / "home").mkdir()
-    return Home(tmp_path / "home")
-
-
-@pytest.fixture
-async def core(home: Home) -> AsyncIterator[RunningServer]:
-    """A core in the workspace of the home folder, which the command is told of."""
-    async with running_server(home.workspace) as server:
-        home.variables["MOLTBOT_ADDRESS"] = server.address
-        yield server
+from moltbot_server.testing import RunningServer
 
 
 @pytest.fixture

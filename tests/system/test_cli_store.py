@@ -16,13 +16,6 @@ from moltbot_server.turns import SessionKey, TextPart, TurnKey
 from redis_process import KeepingRedis
 
 
-@pytest.fixture
-def home(tmp_path: Path) -> Home:
-    """A home folder."""
-    (tmp_path / "home").mkdir()
-    return Home(tmp_path / "home")
-
-
 async def fill(home: Home, turns: int = 3) -> None:
     """Make the workspace, and store turns in it."""
     assert (await home.run("init")).status == 0

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 from datetime import UTC, datetime, timedelta
-from pathlib import Path
 
 import pytest
 from cli_process import Home
@@ -19,13 +18,6 @@ budgets:
   - {scope: model, model: dear, period: month, max_cost: 10}
 """
 TODAY = datetime.now(UTC).date()
-
-
-@pytest.fixture
-def home(tmp_path: Path) -> Home:
-    """A home folder with a workspace whose database knows of some usage."""
-    (tmp_path / "home").mkdir()
-    return Home(tmp_path / "home")
 
 
 def row(back: int, model: str, user: str, turns: int, cost: float = 0.0) -> UsageRow:
