@@ -14,6 +14,7 @@ from moltbot_server.errors import (
     InternalError,
     MoltBotError,
     NotServing,
+    TurnDeleted,
     TurnInterrupted,
 )
 from moltbot_server.journal import content_error
@@ -22,7 +23,7 @@ from moltbot_server.models.catalog import CatalogEntry
 from moltbot_server.models.context import ContextWindow, Fitted
 from moltbot_server.models.engine import Asker, Finished, Generation, Listener
 from moltbot_server.sessions import OURS, OpenSession, title_of
-from moltbot_server.store import Elsewhere, EndedTurn, Moved, NewTurn, StoredTurn, Taken
+from moltbot_server.store import Deleted, Elsewhere, EndedTurn, Moved, NewTurn, StoredTurn, Taken
 from moltbot_server.surroundings import Surroundings
 from moltbot_server.turn_anew import MOST, Anew
 from moltbot_server.turn_begun import begun, go_on, with_answer
@@ -214,6 +215,9 @@ class TurnRun:
         elif isinstance(earlier, Elsewhere):
             self._pipeline.lost(self._session)
             self._drop(refusal=NotServing.elsewhere(earlier.node))
+        elif isinstance(earlier, Deleted):
+            text = "this request_id was carried out, and its turn deleted since; make a new one to ask again"
+            self._drop(refusal=TurnDeleted(text))
         elif self._may_start_again(earlier) and earlier.digest == live.digest and not again:
             if self._session.is_old:  # a turn before this one was told so, and goes before it
                 self._begin_again()

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import sqlite3
+import time
 from collections.abc import AsyncIterator, Sequence
 from contextlib import closing
 from pathlib import Path
 
 import pytest
-from kept_turns import keep, new, said
+from kept_turns import keep, key, new, said
 from moltbot_server.errors import StorageUnavailable
 from moltbot_server.store.findings import Finding
 from moltbot_server.store.protocol import JournalEntry
@@ -29,11 +30,13 @@ def told(findings: Sequence[Finding]) -> list[tuple[str, str]]:
 
 @pytest.fixture
 async def path(tmp_path: Path) -> Path:
-    """A closed database with a turn that ended and one that runs."""
+    """A closed database with a turn that ended, one that runs, and one that was deleted."""
     path = tmp_path / "moltbot.db"
     store = SqliteStore(path)
     await store.open()
     await keep(store, new())
+    await keep(store, new(session="deleted", create_time=time.time()))
+    await store.delete_session(key("deleted"))
     await store.accept(new(session="runs", rest=ASKED))
     await store.close()
     return path

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import secrets
+import time
 from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
 from pathlib import Path
@@ -88,7 +89,7 @@ async def fill(store: Store) -> None:
     await store.finish(ended(shown))
     await keep(store, new(1, session="closed", ephemeral=True))
     for ordinal in (1, 2):
-        await keep(store, new(ordinal, session="reset"))
+        await keep(store, new(ordinal, session="reset", create_time=time.time()))
     await store.reset_session(key("reset"))
     await keep(store, new(1, workspace="other", request_id="again"))
     running = new(9, session="runs", rest=ASKED, deadline=1e9 + 0.5)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import base64
 import contextlib
+from collections.abc import Awaitable, Callable
 from pathlib import Path
 from typing import Any
 
@@ -224,7 +225,7 @@ async def test_a_session_is_not_reset_under_a_running_turn(api: Api) -> None:
     assert (await reset(api, "sessions/s")).message_count == 0
 
 
-async def test_a_deleted_session_is_gone_with_its_messages_turns_and_request_ids(api: Api) -> None:
+async def test_a_deleted_session_is_gone_with_its_messages_and_turns(api: Api) -> None:
     first = await api.run(turn("hello", session="sessions/s", request_id="one"))
     await delete(api, "sessions/s")
 
@@ -237,8 +238,23 @@ async def test_a_deleted_session_is_gone_with_its_messages_turns_and_request_ids
         assert reason_of(await refused(call)) == "SESSION_NOT_FOUND"
     assert reason_of(await refused(api.resumed(first.turn))) == "TURN_NOT_FOUND"
     assert (await listed(api)).sessions == []
-    again = await api.run(turn("other", session="sessions/s", request_id="one"))
+    again = await api.run(turn("other", session="sessions/s", request_id="two"))
     assert again.turn == "sessions/s/turns/1"
+
+
+@pytest.mark.parametrize("forget", [delete, reset])
+async def test_an_event_that_comes_again_after_its_session_was_deleted_or_reset_is_not_answered_again(
+    api: Api, forget: Callable[[Api, str], Awaitable[Any]]
+) -> None:
+    event = turn("hello", session="sessions/s", request_id="one")
+    await api.run(event)
+    await forget(api, "sessions/s")
+
+    for _ in range(2):
+        error = await refused(api.run(event))
+        assert (error.code().name, reason_of(error)) == ("ALREADY_EXISTS", "TURN_DELETED")
+    assert reason_of(await refused(api.stream(event))) == "TURN_DELETED"
+    assert await api.run(turn("hello", session="sessions/s", request_id="two"))
 
 
 async def test_deleting_a_session_cancels_what_runs_and_waits_in_it(api: Api, engine: WatchedEngine) -> None:

@@ -3,6 +3,7 @@
 from moltbot_server.store.pending import Pending as Pending
 from moltbot_server.store.protocol import GUESSED as GUESSED
 from moltbot_server.store.protocol import SEQUENCE_AFTER_CRASH as SEQUENCE_AFTER_CRASH
+from moltbot_server.store.protocol import Deleted as Deleted
 from moltbot_server.store.protocol import Elsewhere as Elsewhere
 from moltbot_server.store.protocol import EndedTurn as EndedTurn
 from moltbot_server.store.protocol import Moved as Moved

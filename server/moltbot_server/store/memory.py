@@ -8,6 +8,7 @@ from __future__ import annotations
 import itertools
 import secrets
 import sqlite3
+import time
 from collections.abc import Callable, Collection, Iterator, Sequence
 from typing import TypeVar
 
@@ -16,6 +17,8 @@ from moltbot_server.store.memory_rows import Conversation, KeptTurn
 from moltbot_server.store.pending import Pending
 from moltbot_server.store.protocol import (
     GUESSED,
+    KEEP_REQUESTS,
+    Deleted,
     EndedTurn,
     JournalEntry,
     Moved,
@@ -49,6 +52,7 @@ class MemoryStore:
         self.node = secrets.token_hex(8)
         self._sessions: dict[SessionKey, Conversation] = {}
         self._requests: dict[tuple[str, str], KeptTurn] = {}
+        self._deleted: dict[tuple[str, str], float] = {}  # when the turns of these requests were accepted
         self._database = sqlite3.connect(":memory:", isolation_level=None, check_same_thread=False)
         self._database.executescript(USAGE_SCHEMA + OUTBOX_SCHEMA)
         self.outbox = SqliteOutbox(self._run, self._run)
@@ -90,6 +94,8 @@ class MemoryStore:
         if earlier is not None:
             same = (earlier.row.key, earlier.row.create_time) == (turn.key, turn.create_time)
             return None if same else earlier.stored()
+        if self._deleted.get(request, 0.0) > time.time() - KEEP_REQUESTS:
+            return Deleted()
         if self._is_old(turn):
             return Moved()
         session = self._sessions.get(turn.key.session)
@@ -142,7 +148,7 @@ class MemoryStore:
         """Delete a session's turns; its ordinals go on."""
         self._check_open()
         if (session := self._sessions.get(key)) is not None:
-            self._forget_requests(session)
+            self._delete_requests(session)
             session.reset()
 
     async def delete_session(self, key: SessionKey) -> bool:
@@ -150,7 +156,7 @@ class MemoryStore:
         self._check_open()
         session = self._sessions.pop(key, None)
         if session is not None:
-            self._forget_requests(session)
+            self._delete_requests(session)
         return session is not None
 
     async def prune(self, before: float, *, ephemeral: bool = True) -> int:
@@ -162,7 +168,7 @@ class MemoryStore:
         )
         found = list(itertools.islice(old, _PRUNED))
         for key in found:
-            await self.delete_session(key)
+            self._forget_requests(self._sessions.pop(key))
         return len(found)
 
     def add_usage(self, rows: Sequence[UsageRow]) -> Pending[None]:
@@ -252,6 +258,15 @@ class MemoryStore:
     def _find(self, key: TurnKey) -> KeptTurn | None:
         session = self._sessions.get(key.session)
         return None if session is None else session.turns.get(key.ordinal)
+
+    def _delete_requests(self, session: Conversation) -> None:
+        """Let the requests of a session's turns be known as those of deleted ones, for as long as that is kept."""
+        oldest = time.time() - KEEP_REQUESTS
+        self._deleted = {request: began for request, began in self._deleted.items() if began > oldest}
+        for turn in session.turns.values():
+            if not turn.gave_way and turn.row.create_time > oldest:
+                self._deleted[session.key.workspace, turn.row.request_id] = turn.row.create_time
+        self._forget_requests(session)
 
     def _forget_requests(self, session: Conversation) -> None:
         for turn in session.turns.values():

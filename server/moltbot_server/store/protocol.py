@@ -35,6 +35,12 @@ class Moved(Value, frozen=True):
     """What this node remembers of the session is old: load it again."""
 
 
+class Deleted(Value, frozen=True):
+    """The `request_id` started a turn that was deleted with its session less than `KEEP_REQUESTS` after it began."""
+
+
+KEEP_REQUESTS = 86_400.0
+"""Seconds after its acceptance in which the `request_id` of a turn is known that was deleted with its session."""
 GUESSED = -2
 """The version of a session that is taken for new unseen: the store refuses its turn if there is such a session."""
 
@@ -103,7 +109,7 @@ class StoredTurn(Value, frozen=True, kw_only=True):
     node: str = ""
 
 
-Taken = StoredTurn | Elsewhere | Moved | None
+Taken = StoredTurn | Elsewhere | Moved | Deleted | None
 """What becomes of a turn that is to be accepted: see `Store.accept`."""
 
 
@@ -225,7 +231,7 @@ class Store(Protocol):
         """Store a turn and its user message; answer None, or the turn that used the `request_id` before.
 
         Where other nodes had the session since it was loaded, nothing is stored, and `Elsewhere` or `Moved` is the
-        answer. What this node has accepted last itself is never old.
+        answer; and `Deleted` where that turn was deleted. What this node has accepted last itself is never old.
         """
 
     def reaccept(self, turn: NewTurn) -> Pending[Taken]:
@@ -273,12 +279,15 @@ class Store(Protocol):
         """Return a session's messages, oldest first, that come after the position (ordinal, index)."""
 
     async def reset_session(self, key: SessionKey) -> Elsewhere | None:
-        """Delete a session's turns and messages; its ordinals go on. Nothing is done where another node runs turns."""
+        """Delete a session's turns and messages; its ordinals go on. Nothing is done where another node runs turns.
+
+        For `KEEP_REQUESTS` after they were accepted nothing but their `request_id` is kept: see `Deleted`.
+        """
 
     async def delete_session(self, key: SessionKey) -> Elsewhere | bool:
         """Delete a session with all that is in it; answer False when there is none.
 
-        Nothing is done where another node runs turns of it.
+        Nothing is done where another node runs turns of it. What is kept of turns: see `reset_session`.
         """
 
     async def prune(self, before: float, *, ephemeral: bool = True) -> int:

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import logging
 import secrets
+import time
 from collections.abc import AsyncIterator, Collection, Sequence
 from typing import Any
 
@@ -21,7 +22,9 @@ from moltbot_server.errors import StorageUnavailable, TurnInterrupted
 from moltbot_server.store.findings import Finding
 from moltbot_server.store.pending import Pending
 from moltbot_server.store.protocol import (
+    KEEP_REQUESTS,
     Away,
+    Deleted,
     Elsewhere,
     EndedTurn,
     JournalEntry,
@@ -64,6 +67,7 @@ from moltbot_server.turns import Message, Session, SessionKey, TurnKey, encode
 
 log = logging.getLogger(__name__)
 
+_TAKEN: dict[int, Taken] = {1: None, 0: Moved(), -1: Deleted()}  # by what the scripts that accept turns answer
 _STEP = 1000
 """Turns that one script deletes at most: Redis does nothing else meanwhile."""
 _PRUNED = 100
@@ -218,7 +222,7 @@ class RedisStore:
         def read(replies: list[Any]) -> Taken:
             reply = replies[-1]
             if isinstance(reply, int):
-                return None if reply else Moved()
+                return _TAKEN[reply]
             if isinstance(reply, bytes):
                 return Elsewhere(node=reply.decode())
             return turn_from(key_of(workspace, reply[0]), reply[1:])
@@ -270,7 +274,8 @@ class RedisStore:
         return done if isinstance(done, Elsewhere) else done > 0
 
     async def _forget(self, key: SessionKey, what: str) -> Elsewhere | int:
-        command = self.run("forget", key.workspace, key.session, _STEP, what, self.node)
+        lately = time.time() - KEEP_REQUESTS
+        command = self.run("forget", key.workspace, key.session, _STEP, what, self.node, lately, int(KEEP_REQUESTS))
         while (done := await self._writing.put(Call(command, read=_only, repeatable=what != "delete"))) == 2:
             continue
         return Elsewhere(node=done.decode()) if isinstance(done, bytes) else int(done)

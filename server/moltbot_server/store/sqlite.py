@@ -10,6 +10,7 @@ import asyncio
 import contextlib
 import errno
 import sqlite3
+import time
 from collections.abc import Collection, Sequence
 from pathlib import Path
 from typing import Any
@@ -30,7 +31,7 @@ from moltbot_server.store import (
     UsageQuery,
     UsageRow,
 )
-from moltbot_server.store.protocol import Away, JournalEntry, Orphan
+from moltbot_server.store.protocol import KEEP_REQUESTS, Away, JournalEntry, Orphan
 from moltbot_server.store.reader import GroupReader
 from moltbot_server.store.sqlite_at_once import Row, set_up
 from moltbot_server.store.sqlite_journal import take_over
@@ -39,7 +40,7 @@ from moltbot_server.store.sqlite_lock import DatabaseLock
 from moltbot_server.store.sqlite_nodes import Pen, SqliteNodes
 from moltbot_server.store.sqlite_outbox import SqliteOutbox
 from moltbot_server.store.sqlite_presence import WritePresence
-from moltbot_server.store.sqlite_pruning import prune_sessions
+from moltbot_server.store.sqlite_pruning import prune_requests, prune_sessions
 from moltbot_server.store.sqlite_rows import TURN_COLUMNS, read_messages, session_of, turn_of
 from moltbot_server.store.sqlite_schema import SCHEMA, SCHEMA_VERSION, STEPS, unknown_schema
 from moltbot_server.store.sqlite_sessions import CATCH_UP, Places
@@ -190,6 +191,10 @@ class SqliteStore:
             self._used.write(connection)
             return prune_sessions(connection, before, ephemeral=ephemeral)
 
+        if ephemeral:
+            oldest = time.time() - KEEP_REQUESTS
+            while await self._writer.submit(lambda connection: prune_requests(connection, oldest)):
+                continue
         return int(await self._writer.submit(write))
 
     def add_usage(self, rows: Sequence[UsageRow]) -> Pending[None]:

@@ -11,13 +11,13 @@ from typing import Any
 from moltbot_server.store.damage import Unreadable
 from moltbot_server.store.findings import Finding, dead_letters
 from moltbot_server.store.sqlite_journal_files import broken, folder_of
-from moltbot_server.store.sqlite_rows import TURN_COLUMNS, read_messages, turn_of
+from moltbot_server.store.sqlite_rows import IS_DELETED, TURN_COLUMNS, read_messages, turn_of
 from moltbot_server.store.sqlite_schema import SCHEMA_VERSION, unknown_schema
 
 _TELL_FREE = 0.25
 _QUESTIONS = (
     (
-        "SELECT count(*) FROM turns t WHERE NOT EXISTS "
+        f"SELECT count(*) FROM turns t WHERE NOT ({IS_DELETED}) AND NOT EXISTS "
         "(SELECT 1 FROM sessions s WHERE s.workspace = t.workspace AND s.id = t.session)",
         "{} turns belong to no session",
     ),

@@ -14,7 +14,7 @@ from moltbot_server.store.damage import reading_delivery, reading_turn
 from moltbot_server.store.moving import NOWHERE, DeliveryRecord, Record, SessionRecord, TurnRecord, UsageRecord
 from moltbot_server.store.protocol import UsageRow
 from moltbot_server.store.sqlite_journal_files import folder_of, recorded
-from moltbot_server.store.sqlite_rows import MARK, names_of
+from moltbot_server.store.sqlite_rows import IS_DELETED, MARK, names_of
 from moltbot_server.store.writer import storage_error
 from moltbot_server.turns import Completed, Event, Failed, Part, TurnInput, TurnState, encode
 
@@ -47,7 +47,7 @@ class SqliteRecords:
     async def count(self) -> int:
         """Return how many records there are."""
         with self._connected() as connection:
-            tables = ("sessions", "turns", "outbox", "usage")
+            tables = ("sessions", f"turns WHERE NOT ({IS_DELETED})", "outbox", "usage")
             return sum(connection.execute(f"SELECT count(*) FROM {name}").fetchone()[0] for name in tables)
 
     async def read(self) -> AsyncIterator[Record]:
@@ -57,7 +57,7 @@ class SqliteRecords:
             kept = _recorded(self._path)
             for row in connection.execute(f"SELECT {_SESSION} FROM sessions"):
                 yield _session_of(row)
-            for row in connection.execute(f"SELECT {_TURN}, node FROM turns ORDER BY rowid"):
+            for row in connection.execute(f"SELECT {_TURN}, node FROM turns WHERE NOT ({IS_DELETED}) ORDER BY rowid"):
                 with reading_turn(*row[:3]):
                     turn = _turn_of(connection, row, kept)
                 yield turn

@@ -1,4 +1,5 @@
-"""Sessions that nobody has used for long, deleted from SQLite in steps for which nobody has to wait.
+"""What is forgotten by and by in SQLite, in steps for which nobody has to wait: sessions that nobody has used for long,
+and the request_ids of turns that were deleted.
 
 What they took in the file is used again for what comes: the file grows to what is kept at most, and never shrinks.
 """
@@ -7,6 +8,8 @@ from __future__ import annotations
 
 import sqlite3
 from collections.abc import Iterator
+
+from moltbot_server.store.sqlite_rows import IS_DELETED
 
 _SESSIONS = 1000
 _TURNS = 2000
@@ -32,14 +35,23 @@ def prune_sessions(connection: sqlite3.Connection, before: float, *, ephemeral: 
     return pruned
 
 
+def prune_requests(connection: sqlite3.Connection, before: float) -> int:
+    """Delete what is kept of deleted turns that were accepted before a time, and return how many in this step."""
+    left = _TURNS
+    for workspace in _workspaces(connection, "turns"):
+        left -= connection.execute(
+            "DELETE FROM turns WHERE rowid IN "
+            f"(SELECT rowid FROM turns WHERE workspace = ? AND {IS_DELETED} AND create_time < ? LIMIT ?)",
+            (workspace, before, left),
+        ).rowcount
+        if not left:
+            break
+    return _TURNS - left
+
+
 def _old(connection: sqlite3.Connection, before: float, ephemeral: bool) -> Iterator[tuple[str, str]]:
-    """Yield the sessions, from one workspace to the next: the index of sessions begins with it."""
-    workspace, left = "", _SESSIONS
-    while left > 0:
-        found = connection.execute("SELECT min(workspace) FROM sessions WHERE workspace > ?", (workspace,)).fetchone()
-        if found[0] is None:
-            return
-        workspace = found[0]
+    left = _SESSIONS
+    for workspace in _workspaces(connection, "sessions"):
         sessions = connection.execute(
             "SELECT id FROM sessions WHERE workspace = ? AND ephemeral = ? AND update_time < ? LIMIT ?",
             (workspace, int(ephemeral), before, left),
@@ -47,6 +59,19 @@ def _old(connection: sqlite3.Connection, before: float, ephemeral: bool) -> Iter
         left -= len(sessions)
         for (session,) in sessions:
             yield workspace, session
+        if left <= 0:
+            return
+
+
+def _workspaces(connection: sqlite3.Connection, table: str) -> Iterator[str]:
+    """Yield the workspaces of a table that has an index which begins with it."""
+    workspace = ""
+    while True:
+        found = connection.execute(f"SELECT min(workspace) FROM {table} WHERE workspace > ?", (workspace,)).fetchone()
+        if found[0] is None:
+            return
+        workspace = found[0]
+        yield workspace
 
 
 def _has_turns(connection: sqlite3.Connection, names: tuple[str, str]) -> bool:

@@ -24,7 +24,9 @@ from moltbot_server.turns import (
 )
 
 MARK = "\x1f"
-"""What a request_id ends with that another turn took over: it cannot be in one."""
+"""What a request_id ends with that another turn took over, and the session of a deleted turn begins with."""
+IS_DELETED = "session >= char(31) AND session < ' '"
+"""Tells rows of deleted turns, of which nothing is kept but the request_id, from others."""
 
 TURN_COLUMNS = "workspace, session, ordinal, request_id, digest, state, create_time, end_time, events, node"
 """What `turn_of` makes a turn of."""

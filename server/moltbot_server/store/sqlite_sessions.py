@@ -10,11 +10,12 @@ from __future__ import annotations
 
 import secrets
 import sqlite3
+import time
 from collections.abc import Sequence
 from typing import Any
 
-from moltbot_server.store.protocol import GUESSED, Elsewhere, Moved, NewTurn, StoredTurn, Taken
-from moltbot_server.store.sqlite_rows import TURN_COLUMNS, turn_of
+from moltbot_server.store.protocol import GUESSED, KEEP_REQUESTS, Deleted, Elsewhere, Moved, NewTurn, StoredTurn, Taken
+from moltbot_server.store.sqlite_rows import MARK, TURN_COLUMNS, turn_of
 from moltbot_server.store.writer import Rows
 from moltbot_server.turns import TurnState
 
@@ -50,6 +51,14 @@ _INSERT = Rows(
 _LAST = """
 SELECT max(base_ordinal, coalesce((SELECT max(ordinal) FROM turns WHERE workspace = ?1 AND session = ?2), 0))
 FROM sessions WHERE workspace = ?1 AND id = ?2
+"""
+_DELETE = """
+DELETE FROM turns WHERE workspace = ? AND session = ? AND (create_time < ? OR instr(request_id, char(31)) > 0)
+"""
+_BLANK = """
+UPDATE turns SET session = char(31) || rowid, ordinal = 0, state = 'failed', digest = x'', end_time = 0, model = '',
+    question = x'90', answer = NULL, events = NULL, finish = '', rest = NULL, deadline = 0
+WHERE workspace = ? AND session = ?
 """
 _RESET = """
 UPDATE sessions SET title = '', node = '', version = version + 1, base_ordinal = max(base_ordinal, coalesce(
@@ -106,19 +115,23 @@ class Places:
     def keeps(self, connection: sqlite3.Connection, turn: NewTurn) -> Taken:
         """Return why a turn may not take the place of an earlier one with its request_id; None when it may."""
         earlier, _ = self._earlier(connection, turn)
+        if isinstance(earlier, Deleted):
+            return earlier
         if earlier is not None:
             runs_elsewhere = self.shared and earlier.node not in ("", self.node)
             if earlier.state in (TurnState.COMPLETED, TurnState.CANCELLED) or runs_elsewhere:
                 return earlier
         return self.judge(connection, [turn])[0][0]
 
-    def _earlier(self, connection: sqlite3.Connection, turn: NewTurn) -> tuple[StoredTurn | None, bool]:
+    def _earlier(self, connection: sqlite3.Connection, turn: NewTurn) -> tuple[StoredTurn | Deleted | None, bool]:
         """Return the turn that holds a request_id, unless it is this one, and whether it is this one.
 
         One that this node has taken over is not, nor one that it had before, though they may have this one's number.
         """
         query = f"SELECT epoch, {TURN_COLUMNS} FROM turns WHERE workspace = ? AND request_id = ?"
         row = connection.execute(query, (turn.key.session.workspace, turn.request_id)).fetchone()
+        if row and row[2].startswith(MARK):
+            return Deleted(), False
         found = turn_of(row[1:]) if row else None
         same = found is not None and (found.key, found.create_time) == (turn.key, turn.create_time)
         is_this = same and row[0] == 1 and row[-1] == self.node
@@ -162,17 +175,19 @@ class Places:
         if elsewhere := self.elsewhere(connection, names):
             return elsewhere
         connection.execute(_RESET, names)
-        _forget_turns(connection, names)
+        _delete_turns(connection, names)
         return None
 
     def delete(self, connection: sqlite3.Connection, names: SessionNames) -> Elsewhere | bool:
         """Delete a session and its turns, unless another node runs some; answer whether there was one."""
         if elsewhere := self.elsewhere(connection, names):
             return elsewhere
-        _forget_turns(connection, names)
+        _delete_turns(connection, names)
         return connection.execute("DELETE FROM sessions WHERE workspace = ? AND id = ?", names).rowcount > 0
 
 
-def _forget_turns(connection: sqlite3.Connection, names: SessionNames) -> None:
-    connection.execute("DELETE FROM turns WHERE workspace = ? AND session = ?", names)
+def _delete_turns(connection: sqlite3.Connection, names: SessionNames) -> None:
+    """Delete the turns of a session; of those of late the request_id is kept, in rows that belong to no session."""
+    connection.execute(_DELETE, (*names, time.time() - KEEP_REQUESTS))
+    connection.execute(_BLANK, names)
     connection.execute("DELETE FROM journal WHERE workspace = ? AND session = ?", names)

@@ -123,7 +123,9 @@ class TurnInput(_message.Message):
     a UUID is recommended. Empty: the call is not safe to repeat. One id stands
     for one turn in the whole workspace, and `channel` and `reply_to` belong to
     the content: adapters put their platform before the platform's id of an
-    event, such as `slack:Ev0123`, so that no two of them meet.
+    event, such as `slack:Ev0123`, so that no two of them meet. A turn that was
+    deleted with its session is not started again for a day after it was
+    accepted: ALREADY_EXISTS with the reason TURN_DELETED.
     """
     model: _builtins.str
     """`models/{model}`: this model and no other. Empty: the workspace's route."""

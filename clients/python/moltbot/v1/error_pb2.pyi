@@ -94,6 +94,10 @@ class _ErrorReasonEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[_ErrorReas
     """FAILED_PRECONDITION: the delivery is leased to somebody else, or to nobody."""
     ERROR_REASON_STORAGE_DAMAGED: _ErrorReason.ValueType  # 33
     """DATA_LOSS: what is stored of a turn is damaged and cannot be read."""
+    ERROR_REASON_TURN_DELETED: _ErrorReason.ValueType  # 34
+    """ALREADY_EXISTS: the request_id started a turn that was deleted with its
+    session within the last day.
+    """
 
 class ErrorReason(_ErrorReason, metaclass=_ErrorReasonEnumTypeWrapper):
     """Why a call failed. Every error status carries `google.rpc.ErrorInfo` with
@@ -173,4 +177,8 @@ ERROR_REASON_LEASE_LOST: ErrorReason.ValueType  # 32
 """FAILED_PRECONDITION: the delivery is leased to somebody else, or to nobody."""
 ERROR_REASON_STORAGE_DAMAGED: ErrorReason.ValueType  # 33
 """DATA_LOSS: what is stored of a turn is damaged and cannot be read."""
+ERROR_REASON_TURN_DELETED: ErrorReason.ValueType  # 34
+"""ALREADY_EXISTS: the request_id started a turn that was deleted with its
+session within the last day.
+"""
 Global___ErrorReason: _TypeAlias = ErrorReason  # noqa: Y015

@@ -1,6 +1,7 @@
 -- ARGV: node, session, ordinal, request_id, digest, create_time, question, rest, deadline, opens_session, title, user,
 -- channel, ephemeral, version, which is 0 for a session that is new and -2 for one that is taken for new. Answers 1 when the turn is stored, 0 when what its node remembers of the session is old,
--- the node that runs turns of the session, or the turn that has the request_id: its name and fields.
+-- -1 when the request_id started a turn that was deleted, the node that runs turns of the session, or the turn that has
+-- the request_id: its name and fields.
 local node, session, request = ARGV[1], ARGV[2], ARGV[4]
 local name = ARGV[3] .. ':' .. session
 
@@ -9,6 +10,8 @@ local function held_by()
     if not held then return nil end
     return held, call('HMGET', turn_key(held), 's', 'n', 'q', 'a', 'p', 'c')
 end
+
+local function was_deleted() return call('EXISTS', deleted_key(request)) == 1 end
 
 -- What was sent twice, because the first answer was lost, is the same turn. What another node sent is not, nor what this
 -- one has taken over, or had before, though it may have the same number.

@@ -9,6 +9,7 @@ local function session_key(session) return base .. 's:' .. session end
 local function order_key(session) return base .. 'o:' .. session end
 local function running_key(node) return base .. 'run:' .. node end
 local function active_key(session) return base .. 'a:' .. session end
+local function deleted_key(request) return base .. 'x:' .. request end
 local function session_of(name) return string.match(name, '^%d+:(.*)$') end
 
 -- The node that runs turns of a session, or nil. Nodes of a release before keep no such set: they leave turns in it that

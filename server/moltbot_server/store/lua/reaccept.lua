@@ -7,6 +7,7 @@ if held then
         return earlier(held)
     end
 end
+if not held and was_deleted() then return -1 end
 local refusal = judge()
 if refusal then return refusal end
 if call('EXISTS', turn_key(name)) == 1 then return 0 end
