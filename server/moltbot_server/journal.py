@@ -9,7 +9,7 @@ from __future__ import annotations
 import asyncio
 import logging
 from collections import OrderedDict
-from collections.abc import Collection
+from collections.abc import Collection, Iterator, Sequence
 
 from moltbot_server.errors import MoltBotError, NotServing, RequestIdReused, TurnNotFound
 from moltbot_server.live_turn import LiveTurn
@@ -22,6 +22,7 @@ from moltbot_server.turns import (
     Event,
     Failed,
     Principal,
+    Reset,
     TextDelta,
     TurnInput,
     TurnKey,
@@ -100,7 +101,7 @@ class Follower:
             else:
                 await live._wait()
         stored, self._stored = self._stored, None
-        events = [event for event in replay(stored) if event.sequence > self._after] if stored is not None else []
+        events = list(_unheard(replay(stored), self._after)) if stored is not None else []
         if not events:
             raise StopAsyncIteration
         return events
@@ -347,6 +348,24 @@ def replay(turn: StoredTurn) -> tuple[Event, ...]:
         Event(sequence=1, at=turn.create_time, kind=accepted),
         Event(sequence=SEQUENCE_AFTER_CRASH, at=turn.end_time or turn.create_time, kind=cut),
     )
+
+
+def _unheard(events: Sequence[Event], after: int) -> Iterator[Event]:
+    """Yield the events after a sequence number, but no reset to the very text that its reader has, or is told now.
+
+    Such a one is where another core went on with an answer: for those who saw more than was kept of it.
+    """
+    text, last = "", 0
+    for event in events:
+        kind, before, last = event.kind, last, event.sequence
+        if isinstance(kind, Reset):
+            is_same, text = bool(text) and kind.text == text, kind.text
+            if is_same and after <= before:
+                continue
+        elif isinstance(kind, TextDelta):
+            text += kind.text
+        if event.sequence > after:
+            yield event
 
 
 def _merged(batch: list[Event]) -> list[Event]:

@@ -23,6 +23,7 @@ from moltbot_server.turns import (
     FinishReason,
     Notice,
     Principal,
+    Reset,
     SessionKey,
     TextDelta,
     TextPart,
@@ -34,6 +35,7 @@ from moltbot_server.turns import (
 )
 
 CALLER = Principal(workspace="w", key_id="k", role="owner")
+ACCEPTED = Accepted(session="s", ordinal=1, request_id="r")
 END = Completed(text="", finish_reason=FinishReason.STOP, usage=Usage(), timings=Timings())
 
 
@@ -340,6 +342,46 @@ async def test_a_turn_that_a_crash_cut_is_told_with_an_end_beyond_all_that_was_s
     assert accepted.kind == Accepted(session="s", ordinal=3, request_id="r")
     assert isinstance(last.kind, Failed)
     assert (last.sequence, last.kind.reason, last.kind.retryable) == (SEQUENCE_AFTER_CRASH, "TURN_INTERRUPTED", True)
+
+
+@pytest.mark.parametrize("after", [0, 1, 2, 3])
+async def test_whoever_saw_no_more_than_was_kept_hears_of_no_take_over_after_the_end(store: Store, after: int) -> None:
+    reader = Journal(store).follow(taken_over(Reset(text="one two", reason="gone")), after)
+    kinds = [event.kind for batch in [batch async for batch in reader] for event in batch]
+    assert kinds == [ACCEPTED, TextDelta(text="one"), TextDelta(text=" two"), TextDelta(text=" three"), END][after:]
+
+
+@pytest.mark.parametrize("after", [4, SEQUENCE_AFTER_CRASH])
+async def test_whoever_saw_more_than_was_kept_hears_what_counts_also_after_the_end(store: Store, after: int) -> None:
+    reset = Reset(text="one two", reason="gone")
+    reader = Journal(store).follow(taken_over(reset), after)
+    assert [event.kind for batch in [batch async for batch in reader] for event in batch] == [
+        reset,
+        TextDelta(text=" three"),
+        END,
+    ]
+
+
+@pytest.mark.parametrize("text", ["", "one"])
+async def test_an_answer_that_was_begun_anew_says_so_after_the_end(store: Store, text: str) -> None:
+    reader = Journal(store).follow(taken_over(Reset(text=text, reason="anew")), 3)
+    kinds = [event.kind for batch in [batch async for batch in reader] for event in batch]
+    assert kinds == [Reset(text=text, reason="anew"), TextDelta(text=" three"), END]
+
+
+def taken_over(reset: Reset) -> StoredTurn:
+    """Return a turn that has ended, and that another core took over when two words of it were kept."""
+    first = SEQUENCE_AFTER_CRASH + 1
+    kinds = (ACCEPTED, TextDelta(text="one"), TextDelta(text=" two"), reset, TextDelta(text=" three"), END)
+    numbers = (1, 2, 3, first, first + 1, first + 2)
+    return StoredTurn(
+        key=TurnKey(session=SessionKey(workspace="w", session="s"), ordinal=1),
+        request_id="r",
+        digest=b"",
+        state=TurnState.COMPLETED,
+        create_time=1.0,
+        events=tuple(Event(sequence=number, at=1.0, kind=kind) for number, kind in zip(numbers, kinds, strict=True)),
+    )
 
 
 async def test_an_unknown_turn_is_not_found(store: Store) -> None:
