@@ -216,8 +216,7 @@ class TurnRun:
             self._pipeline.lost(self._session)
             self._drop(refusal=NotServing.elsewhere(earlier.node))
         elif isinstance(earlier, Deleted):
-            text = "this request_id was carried out, and its turn deleted since; make a new one to ask again"
-            self._drop(refusal=TurnDeleted(text))
+            self._drop(refusal=TurnDeleted("the turn of this request_id was deleted; make a new one to ask again"))
         elif self._may_start_again(earlier) and earlier.digest == live.digest and not again:
             if self._session.is_old:  # a turn before this one was told so, and goes before it
                 self._begin_again()
