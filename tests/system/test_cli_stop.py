@@ -12,6 +12,8 @@ from urllib.request import Request, urlopen
 import psutil
 import pytest
 from cli_process import Home
+from moltbot import MoltBot, MoltBotClientError
+from moltbot_server.workspace import Workspace
 
 
 @pytest.fixture
@@ -45,3 +47,30 @@ async def test_streams_over_http_have_as_long_as_the_configuration_says_at_a_sto
             assert await started.rest() == 0
     assert "grace_s=1.0" in started.said
     assert "did not leave in time" not in started.said
+
+
+async def _asked_again_and_again(bot: MoltBot, *, until: float) -> None:
+    while time.monotonic() < until:
+        await bot.run_turn("Hello", within=0.5)
+
+
+async def test_nothing_new_is_taken_and_what_is_under_way_has_its_time_once(home: Home) -> None:
+    home.variables["MOLTBOT_DRAIN_GRACE"] = "4"
+    async with home.started() as started:
+        told = started.told()
+        chats = [await home.spawn("chat", "--events", "#1000 pace=0.1") for _ in range(2)]
+        for chat in chats:
+            assert chat.stdout is not None
+            await chat.stdout.readline()  # accepted: its turn is under way
+        async with MoltBot(told["grpc"], Workspace(folder=home.workspace).read_key()) as bot:
+            await bot.run_turn("Hello")
+            began = time.monotonic()
+            started.process.send_signal(signal.SIGTERM)
+            await started.line("Stopping")
+            with pytest.raises(MoltBotClientError, match="the core is leaving"):
+                await _asked_again_and_again(bot, until=began + 2)
+        assert await started.rest() == 0
+        assert time.monotonic() - began < 4 + 4  # the grace, and what it takes to put all away
+        for chat in chats:
+            chat.kill()
+            await chat.communicate()

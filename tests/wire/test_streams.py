@@ -102,6 +102,20 @@ async def test_a_leaving_process_tells_the_streams_that_it_cannot_wait_for(setti
     assert "[DONE]" not in text
 
 
+async def test_a_leaving_process_tells_whoever_waits_for_a_whole_answer(settings, core, http):
+    core.script.gate = asyncio.Event()
+    async with RunningAdapter(settings, drain_s=0.2) as adapter:
+        asked = asyncio.create_task(
+            http.post(f"{adapter.url}/v1/chat/completions", json=ASK | {"stream": False}, headers=BEARER)
+        )
+        await core.begun.wait()
+        async with asyncio.timeout(1):
+            await adapter.runner.cleanup()
+        async with await asked as answer:
+            assert (answer.status, answer.headers["Retry-After"]) == (503, "1")
+            assert (await answer.json())["error"]["code"] == "shutting_down"
+
+
 async def test_a_page_whose_adapter_left_resumes_at_another_worker(settings, core, browser):
     core.script.gate = asyncio.Event()
     say = {"session": "", "text": "hello", "request_id": "r-1", "model": ""}

@@ -10,6 +10,7 @@ from aiohttp import web
 from moltbot_adapters.core_client import CoreClient
 from moltbot_adapters.http.core_watch import CoreWatch
 from moltbot_adapters.http.guard import Guard
+from moltbot_adapters.http.leaving import Leaving
 from moltbot_adapters.http.metrics import Metrics
 from moltbot_adapters.http.openai_api import OpenAiApi
 from moltbot_adapters.http.origin import Origin
@@ -31,9 +32,10 @@ def build_app(settings: Settings) -> web.Application:
     key_file = KeyFile(settings.key_file)
     signin = SignIn(settings.state, key_file)
     streams = Streams(settings, metrics.stream)
+    leaving = Leaving(settings.drain_s)
     core = CoreClient(settings.core, on_retry=metrics.retry)
     watch = CoreWatch(core)
-    guard = Guard(signin, key_file, origin, metrics, streams, settings)
+    guard = Guard(signin, key_file, origin, metrics, leaving, settings)
     release = version("moltbot")
 
     app = web.Application(middlewares=[guard.check])
@@ -52,11 +54,11 @@ def build_app(settings: Settings) -> web.Application:
         ticking.cancel()
         with contextlib.suppress(asyncio.CancelledError):
             await ticking
-        await streams.drained()
+        await leaving.ended()
         await core.close()
 
     async def leave(app: web.Application) -> None:
-        streams.begin_drain()
+        leaving.begin()
 
     app.cleanup_ctx.append(running)
     app.on_shutdown.append(leave)

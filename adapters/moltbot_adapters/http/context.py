@@ -8,6 +8,7 @@ from aiohttp import web
 
 from moltbot_adapters.core_client import Caller
 from moltbot_adapters.http.errors import HttpError
+from moltbot_adapters.http.leaving import Handling
 
 
 @dataclass(slots=True)
@@ -19,6 +20,7 @@ class RequestContext:
     route: str = "unknown"
     key: str = field(default="", repr=False)
     user: str = ""
+    handling: Handling | None = None
     reason: str = ""
     """An error code of ours when the answer was, or ended in, an error."""
 
@@ -26,6 +28,11 @@ class RequestContext:
     def caller(self) -> Caller:
         """On whose behalf the core is called."""
         return Caller(key=self.key, request_id=self.request_id)
+
+    @property
+    def out_of_time(self) -> bool:
+        """True when the process leaves and could wait no longer for the answer."""
+        return self.handling is not None and self.handling.out_of_time
 
     def seconds(self) -> float:
         """Returns the time since the request came in."""

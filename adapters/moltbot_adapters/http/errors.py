@@ -107,6 +107,12 @@ _PARAMS = {
 }
 
 
+def shutting_down() -> HttpError:
+    """Returns what callers are told whose answer a leaving process cannot wait for."""
+    text = "This server is stopping, or starts again; ask again in a moment."
+    return HttpError(503, "shutting_down", text, type="server_error", headers={"Retry-After": "1"})
+
+
 def from_core(error: MoltBotClientError) -> HttpError:
     """Returns the HTTP answer for a refusal of the core, or a failure of the way to it."""
     status, kind, code, message = _BY_STATUS.get(error.code, _UNKNOWN)

@@ -10,14 +10,14 @@ from grpc import StatusCode
 from moltbot import MoltBotClientError
 
 from moltbot_adapters.http.context import CONTEXT, RequestContext
-from moltbot_adapters.http.errors import HttpError, from_core
+from moltbot_adapters.http.errors import HttpError, from_core, shutting_down
+from moltbot_adapters.http.leaving import Leaving
 from moltbot_adapters.http.lost import page_for
 from moltbot_adapters.http.metrics import Metrics
 from moltbot_adapters.http.origin import Origin
 from moltbot_adapters.http.policy import Access, rule_for
 from moltbot_adapters.http.settings import Settings
 from moltbot_adapters.http.signin import COOKIE, KeyFile, SignIn
-from moltbot_adapters.http.sse import Streams
 from moltbot_adapters.logs import fields
 
 log = logging.getLogger("moltbot.http")
@@ -57,14 +57,14 @@ class Guard:
         key_file: KeyFile,
         origin: Origin,
         metrics: Metrics,
-        streams: Streams,
+        leaving: Leaving,
         settings: Settings,
     ) -> None:
         self._signin = signin
         self._key_file = key_file
         self._origin = origin
         self._metrics = metrics
-        self._streams = streams
+        self._leaving = leaving
         self._settings = settings
 
     async def prepare(self, request: web.Request, response: web.StreamResponse) -> None:
@@ -72,7 +72,7 @@ class Guard:
         html = response.content_type == "text/html"
         page = html or request.path == "/" or request.path.startswith("/static/")
         decorate(response, request[CONTEXT].request_id, page=page)
-        if self._streams.draining:
+        if self._leaving.begun:
             response.force_close()
 
     @web.middleware
@@ -80,7 +80,8 @@ class Guard:
         context = request[CONTEXT] = RequestContext()
         status = 499  # the code that proxies log when the client left first
         try:
-            response = await self._answer(request, handler, context)
+            with self._leaving.handling() as context.handling:
+                response = await self._answer(request, handler, context)
             status = response.status
             return response
         finally:
@@ -111,7 +112,11 @@ class Guard:
             error = self._from_core(failure, context)
         except web.HTTPException as refusal:
             error = _from_aiohttp(refusal)
-        except (asyncio.CancelledError, ConnectionError):
+        except asyncio.CancelledError:
+            if not context.out_of_time or request.writer.output_size > 0:
+                raise
+            error = shutting_down()
+        except ConnectionError:
             raise
         except Exception:
             log.exception("a handler failed", extra=fields(route=context.route, request_id=context.request_id))

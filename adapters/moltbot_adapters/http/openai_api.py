@@ -18,7 +18,7 @@ from moltbot_adapters.core_client import CoreClient
 from moltbot_adapters.http import web_events
 from moltbot_adapters.http.body import MODEL, NAME, read_json, text_field, wrong_type
 from moltbot_adapters.http.context import CONTEXT, RequestContext
-from moltbot_adapters.http.errors import HttpError, from_core
+from moltbot_adapters.http.errors import HttpError, from_core, shutting_down
 from moltbot_adapters.http.metrics import Metrics
 from moltbot_adapters.http.openai_chunks import id_of, whole_answer
 from moltbot_adapters.http.openai_messages import conversation_of
@@ -85,15 +85,9 @@ class OpenAiApi:
             try:
                 return await self._answer(out, events, context, ask, progress)
             except asyncio.CancelledError:
-                if not out.out_of_time:
+                if not context.out_of_time:
                     raise
-                error = HttpError(
-                    503,
-                    "shutting_down",
-                    "The server restarts; ask again.",
-                    type="server_error",
-                    headers={"Retry-After": "1"},
-                )
+                error = shutting_down()
             except MoltBotClientError as failure:
                 progress.over = progress.over or bool(failure.reason)
                 error = from_core(failure)

@@ -58,8 +58,8 @@ class Runner(web.AppRunner):
             lingering_time=2.0,
             max_line_size=8190,
             max_field_size=8190,
-            # The streams are ended first, so that they can say why.
-            shutdown_timeout=settings.drain_s + 0.5,
+            # What is handled is ended before, so that it can say why.
+            shutdown_timeout=settings.drain_s + 2.0,
         )
 
     async def _make_server(self) -> web.Server:

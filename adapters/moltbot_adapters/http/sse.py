@@ -24,13 +24,10 @@ class EventStream:
     def __init__(self, request: web.Request, headers: Mapping[str, str] | None = None) -> None:
         self._request = request
         self._response = web.StreamResponse(headers={**HEADERS, **(headers or {})})
-        self._handler = asyncio.current_task()
         self._opening = asyncio.Lock()
         self._began = self._wrote = self._moved = time.monotonic()
         self._sent = self._backlog = 0
         self.opened = False
-        self.out_of_time = False
-        """True when the process leaves and could wait no longer for this stream."""
 
     async def write(self, data: bytes) -> None:
         """Sends whole events; waits only when the reader is far behind. Raises `ConnectionError` when it left."""
@@ -78,12 +75,6 @@ class EventStream:
             with contextlib.suppress(ConnectionError):  # it left just now: its handler is told as well
                 await self.write(PING)
 
-    def cancel(self) -> None:
-        """Ends the handler of this stream because the process leaves."""
-        self.out_of_time = True
-        if self._handler is not None:
-            self._handler.cancel()
-
 
 class Streams:
     """The streams that are open in this process, and the one task that looks after them all."""
@@ -92,9 +83,6 @@ class Streams:
         self._settings = settings
         self._on_count = on_count
         self._open: set[EventStream] = set()
-        self._empty = asyncio.Event()
-        self._empty.set()
-        self._draining: asyncio.Task[None] | None = None
 
     def __len__(self) -> int:
         return len(self._open)
@@ -107,7 +95,6 @@ class Streams:
         stream = EventStream(request, headers)
         opening = None if open_after_s is None else asyncio.create_task(stream.open_after(open_after_s))
         self._open.add(stream)
-        self._empty.clear()
         self._on_count(1)
         try:
             yield stream
@@ -117,8 +104,6 @@ class Streams:
                 await asyncio.wait((opening,))
             self._open.discard(stream)
             self._on_count(-1)
-            if not self._open:
-                self._empty.set()
 
     async def look_after(self) -> None:
         """Ticks all streams once a second until it is cancelled."""
@@ -127,25 +112,3 @@ class Streams:
             now = time.monotonic()
             for stream in tuple(self._open):
                 await stream.tick(now, self._settings)
-
-    def begin_drain(self) -> None:
-        """Lets the streams end by themselves for a while; those that are left then are ended."""
-        self._draining = asyncio.create_task(self._drain())
-
-    @property
-    def draining(self) -> bool:
-        """True when the process leaves."""
-        return self._draining is not None
-
-    async def drained(self) -> None:
-        """Waits for the drain that was begun, if one was."""
-        if self._draining is not None:
-            await self._draining
-
-    async def _drain(self) -> None:
-        try:
-            async with asyncio.timeout(self._settings.drain_s):
-                await self._empty.wait()
-        except TimeoutError:
-            for stream in tuple(self._open):
-                stream.cancel()

@@ -10,6 +10,8 @@ from moltbot_server.workspace import Workspace
 
 ADAPTERS = "moltbot_adapters"
 """The module of the processes that serve HTTP."""
+ENGINE_STAGE = 1
+"""The engine is stopped last, and not started again in turn: all answers come from there."""
 _FIRST_PAUSE = 0.1  # seconds; what dies for the first time is back as soon as can be, for callers wait for it
 _LONGEST_PAUSE = 2.0  # streams, pages and turns wait for what died, however often that was
 # What glibc's malloc reads when a process begins. By default it keeps up to eight arenas for each processor, and what
@@ -50,7 +52,6 @@ def plans(
                     *("--metrics-port", str(port), "--engine", address if own else settings.engine),
                     *(("--worker", str(number), "--workers", str(settings.workers)) if many else ()),
                 ),
-                stage=1,
                 pause=_FIRST_PAUSE,
                 longest_pause=_LONGEST_PAUSE,
                 environ=environ,
@@ -80,7 +81,7 @@ def _engine(server: list[str], address: str, metrics: int, environ: dict[str, st
         name="engine",
         module="moltbot_server",
         arguments=("engine", *server, "--listen", address, "--metrics-port", str(metrics)),
-        stage=2,
+        stage=ENGINE_STAGE,
         pause=_FIRST_PAUSE,
         longest_pause=_LONGEST_PAUSE,  # turns wait for it ten seconds
         environ=environ,

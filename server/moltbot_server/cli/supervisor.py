@@ -21,6 +21,7 @@ from typing import IO, Any
 
 from moltbot_server.cli import pulse
 from moltbot_server.cli.children import Child, status_in_words
+from moltbot_server.cli.plans import ENGINE_STAGE
 from moltbot_server.cli.terminal import Exit
 from moltbot_server.cli.watcher import EVERY, Watcher
 
@@ -31,7 +32,6 @@ _LONGEST_START = 60.0
 _AFTER_GRACE = 5.0
 _RELOAD_GRACE = 2.0
 _KILLED_AT_START = 3  # times that a process may be ended by a signal before it has served
-_ENGINE_STAGE = 2  # what is stopped as late as engines is not started again in turn: all answers come from there
 
 
 class Supervisor:
@@ -263,7 +263,7 @@ class Supervisor:
             self._wanted_anew = False
             if not self._turn and self._renew():
                 log.info("cores and adapters are started again, one after the other")
-                self._turn = [child for child in self._children if child.plan.stage < _ENGINE_STAGE]
+                self._turn = [child for child in self._children if child.plan.stage < ENGINE_STAGE]
         if self._turn:
             self._go_round(now)
         if self._watcher and (changed := self._watcher.changed()):
