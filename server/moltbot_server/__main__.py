@@ -18,7 +18,7 @@ from typing import Any
 import uvloop
 
 from moltbot_server.config import ConfigError, Settings, load_settings
-from moltbot_server.errors import MoltBotError, StorageFull, StorageUnavailable
+from moltbot_server.errors import AddressTaken, MoltBotError, StorageFull, StorageUnavailable
 from moltbot_server.logs import configure_logging
 from moltbot_server.models.cpus import too_many_threads
 from moltbot_server.workspace import WorkspaceError, find_workspace
@@ -100,7 +100,7 @@ def _tell(problem: Exception, *, as_json: bool) -> None:
 def _status_of(error: Exception) -> int:
     """Return the exit status of a process that could not start: whether another start may do better."""
     if isinstance(error, OSError):
-        return 1
+        return _UNAVAILABLE if isinstance(error, AddressTaken) else 1
     waiting_helps = isinstance(error, StorageUnavailable | StorageFull) and error.retry_after is not None
     return _UNAVAILABLE if waiting_helps else _BAD_CONFIGURATION
 

@@ -316,6 +316,10 @@ class StorageDamaged(MoltBotError):
     advice = "`moltbot store check` lists what is damaged: restore a backup, or reset the session."
 
 
+class AddressTaken(OSError):
+    """Another program listens where this process is to listen."""
+
+
 class TurnFailed(Exception):
     """A turn that ended badly, told to a caller who waits for its outcome; what it says was counted when it ended."""
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import json
 import logging
 import socket
@@ -12,6 +13,8 @@ from collections.abc import Callable, Mapping
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from socketserver import TCPServer
 from typing import Any
+
+from moltbot_server.errors import AddressTaken
 
 log = logging.getLogger(__name__)
 
@@ -25,12 +28,16 @@ class OpsServer:
         """Listen on an address; port 0 takes any free one. `health` holds `status`: `ok`, or why not.
 
         Raises:
+            AddressTaken: another program listens there.
             OSError: the address cannot be bound.
         """
         try:
             self._server = (_Server6 if ":" in host else _Server)((host.strip("[]"), port), _handler(metrics, health))
         except OSError as error:
-            raise OSError(f"{host}:{port} cannot be bound; another program may listen there") from error
+            if error.errno != errno.EADDRINUSE:
+                raise OSError(f"{host}:{port} cannot be bound: {error.strerror}") from error
+            text = f"{host}:{port} (metrics) is in use by another program: choose another port with --metrics-port"
+            raise AddressTaken(text) from error
         self._thread = threading.Thread(target=self._server.serve, name="moltbot-ops", daemon=True)
         self._thread.start()
 

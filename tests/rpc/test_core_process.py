@@ -58,10 +58,8 @@ async def test_a_killed_core_keeps_its_sessions_and_the_next_one_carries_its_tur
         whole = await api.resumed(name)
         before = [event for event in whole if event.sequence <= events[-1].sequence]
         assert "".join(e.text_delta.text for e in before) == "".join(e.text_delta.text for e in events)
-        reset = kinds(whole).index("reset")
-        kept = whole[reset].reset.text
-        assert "".join(event.text_delta.text for event in whole[:reset]) == kept
-        assert kept + "".join(event.text_delta.text for event in whole[reset:]) == text
+        assert "reset" not in kinds(whole)
+        assert "".join(event.text_delta.text for event in whole) == text
         again = await api.run(turn("#150 pace=0.01", session="sessions/s", request_id="cut"))
         assert again.completed.text == text
         unary = await api.run(turn("waits", session="sessions/s", request_id="waiting"))
@@ -141,7 +139,7 @@ async def test_a_port_that_is_taken_is_named(tmp_path: Path, flag: str) -> None:
         taken.listen()
         port = str(taken.getsockname()[1])
         async with core_process(tmp_path, flag, port) as core:
-            assert await core.end() == 1
+            assert await core.end() == (69 if flag == "--metrics-port" else 1)
             log = await core.whole_log()
 
     assert f"127.0.0.1:{port}" in log
