@@ -87,7 +87,7 @@ async def test_what_was_said_is_shown(home: Home, bot: MoltBot) -> None:
 async def test_a_session_that_is_not_there_is_told(home: Home, bot: MoltBot) -> None:
     for words in (("show", "none"), ("reset", "none"), ("delete", "none")):
         ended = await home.run("session", *words)
-        assert ended.status == 1
+        assert (ended.status, ended.out) == (1, "")
         assert "SESSION_NOT_FOUND" in ended.err
 
 

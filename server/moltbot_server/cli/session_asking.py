@@ -123,7 +123,7 @@ def _change(given: argparse.Namespace, change: Callable[[MoltBot, str], Awaitabl
         print(json.dumps({done: changed, "missing": [] if given.all else missing}, ensure_ascii=False))
     elif not wanted:
         print(f"There are no sessions{_chosen(given)}. Those of stateless callers are not listed, and go after a day.")
-    else:
+    elif changed or given.all:
         print(_counted(len(changed), done))
     if given.all or not missing:
         return int(Exit.OK)
