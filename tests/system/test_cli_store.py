@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import resource
 import sqlite3
 import stat
 from contextlib import closing
@@ -16,14 +17,14 @@ from moltbot_server.turns import SessionKey, TextPart, TurnKey
 from redis_process import KeepingRedis
 
 
-async def fill(home: Home, turns: int = 3) -> None:
+async def fill(home: Home, turns: int = 3, text: str = "question") -> None:
     """Make the workspace, and store turns in it."""
     assert (await home.run("init")).status == 0
     store = SqliteStore(home.workspace / "moltbot.db")
     await store.open()
     for number in range(1, turns + 1):
         key = TurnKey(session=SessionKey(workspace="default", session="s"), ordinal=number)
-        said = (TextPart(text=f"question {number}"),)
+        said = (TextPart(text=f"{text} {number}"),)
         await store.accept(
             NewTurn(key=key, request_id=f"r{number}", digest=b"d", create_time=1e9 + number, question=said, title="t")
         )
@@ -69,6 +70,21 @@ async def test_a_store_is_checked_exported_and_imported_into_another_workspace(h
     file.write_bytes(file.read_bytes()[:-5])
     told = await home.run("store", "import", "all.jsonl", "-w", "other", "--merge")
     assert (told.status, "its end is missing" in told.err) == (1, True)
+
+
+async def test_an_export_that_finds_no_room_names_its_file_and_leaves_none(home: Home) -> None:
+    await fill(home, text="x" * 100_000)
+    most = 1 << 16
+    limited = await home.spawn(
+        "store", "export", "all.jsonl", preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (most, most))
+    )
+    out, err = await limited.communicate()
+    assert (limited.returncode, out) == (1, b"")
+    assert err.decode() == (
+        "moltbot: all.jsonl cannot be written: File too large. Nothing was exported: make room, or name a file on "
+        "another disk.\n"
+    )
+    assert not (home.folder / "all.jsonl").exists()
 
 
 @pytest.mark.parametrize(

@@ -36,8 +36,11 @@ def export_store(given: argparse.Namespace) -> int:
             written = asyncio.run(_export(models, file, progress))
             file.flush()
             os.fsync(file.fileno())
-    except BaseException:
+    except BaseException as problem:
         path.unlink(missing_ok=True)
+        if isinstance(problem, OSError) and problem.filename is None:  # those of what is read name it
+            advice = "Nothing was exported: make room, or name a file on another disk"
+            raise Failure(f"{shown(path)} cannot be written: {problem.strerror}. {advice}.") from None
         raise
     size = path.stat().st_size
     if given.json:
