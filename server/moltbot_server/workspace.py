@@ -203,7 +203,7 @@ class Workspace:
                         done.append(f"made the folder {folder}")
                 done += self._make_private(folder, 0o700)
             if _write_new(self.key_file, make_key().text + "\n"):
-                done.append(f"made a key in {self.key_file}, readable by you alone")
+                done.append(self._told_key())
             done += self._make_private(self.key_file, 0o600)
             if _write_new(self.config_file, _TEMPLATE):
                 done.append(f"wrote {self.config_file}, all comments: the defaults hold")
@@ -215,6 +215,15 @@ class Workspace:
             ) from None
         self.read_key()
         return tuple(done)
+
+    def _told_key(self) -> str:
+        """Return what is said of a key that was just made: callers may have had another one."""
+        if not self.database.exists():
+            return f"made a key in {self.key_file}, readable by you alone"
+        return (
+            f"made a new key in {self.key_file}, readable by you alone: there was a database, and no key. Who has the "
+            "key of before is refused; to keep that one, put it back from a backup and start MoltBot again"
+        )
 
     def _make_private(self, path: Path, mode: int) -> Iterator[str]:
         """Take rights of others away. Refuses what belongs to somebody else, and disks that keep no rights."""

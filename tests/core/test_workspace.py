@@ -81,6 +81,17 @@ def test_a_key_that_is_missing_is_told_apart_from_a_workspace_that_is(workspace:
         Workspace(folder=tmp_path / "nowhere").read_key()
 
 
+def test_a_new_key_beside_conversations_is_told_as_one_that_ends_the_one_before(workspace: Workspace) -> None:
+    workspace.key_file.unlink()
+    assert workspace.create() == (f"made a key in {workspace.key_file}, readable by you alone",)
+    workspace.key_file.unlink()
+    workspace.database.touch()
+    assert workspace.create() == (
+        f"made a new key in {workspace.key_file}, readable by you alone: there was a database, and no key. Who has the "
+        "key of before is refused; to keep that one, put it back from a backup and start MoltBot again",
+    )
+
+
 def test_a_key_or_folder_that_is_a_link_is_refused(workspace: Workspace, tmp_path: Path) -> None:
     elsewhere = tmp_path / "elsewhere"
     workspace.key_file.rename(elsewhere)
