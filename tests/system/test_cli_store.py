@@ -11,23 +11,27 @@ from pathlib import Path
 
 import pytest
 from cli_process import ANY_PORTS, Home
+from kept_turns import ended
 from moltbot_server.store import NewTurn, UsageRow
+from moltbot_server.store.redis import RedisStore
 from moltbot_server.store.sqlite import SqliteStore
 from moltbot_server.turns import SessionKey, TextPart, TurnKey
 from redis_process import KeepingRedis
 
 
-async def fill(home: Home, turns: int = 3, text: str = "question") -> None:
-    """Make the workspace, and store turns in it."""
+async def fill(home: Home, turns: int = 3, text: str = "question", *, done: bool = False) -> None:
+    """Make the workspace, and store turns in it, which wait to be carried on unless they are `done`."""
     assert (await home.run("init")).status == 0
     store = SqliteStore(home.workspace / "moltbot.db")
     await store.open()
     for number in range(1, turns + 1):
         key = TurnKey(session=SessionKey(workspace="default", session="s"), ordinal=number)
         said = (TextPart(text=f"{text} {number}"),)
-        await store.accept(
-            NewTurn(key=key, request_id=f"r{number}", digest=b"d", create_time=1e9 + number, question=said, title="t")
-        )
+        named = {"key": key, "request_id": f"r{number}", "digest": b"d", "title": "t"}
+        turn = NewTurn(create_time=1e9 + number, question=said, **named)
+        await store.accept(turn)
+        if done:
+            await store.finish(ended(turn))
     await store.add_usage([UsageRow(workspace="default", day="2026-01-01", model="m", turns=4)])
     await store.close()
 
@@ -139,6 +143,35 @@ async def test_a_workspace_moves_to_redis_where_a_core_serves_it_and_back(home: 
     assert (told.status, told.json["new"]) == (0, 2)  # the turn of the chat, and its usage
     lines = (home.folder / "back.jsonl").read_bytes().splitlines()
     assert len([line for line in lines if b"and now?" in line]) == 1
+
+
+async def test_a_way_back_from_redis_is_told_that_brings_nothing_deleted_back(home: Home, tmp_path: Path) -> None:
+    await fill(home, done=True)
+    assert (await home.run("store", "export", "all.jsonl")).status == 0
+    with KeepingRedis(tmp_path) as redis:
+        home.variables |= {"MOLTBOT_STORE_TYPE": "redis", "MOLTBOT_STORE_PORT": str(redis.port)}
+        assert (await home.run("store", "import", "all.jsonl")).status == 0
+        store = RedisStore(host="127.0.0.1", port=redis.port)
+        await store.open()
+        assert await store.delete_session(SessionKey(workspace="default", session="s")) is True
+        await store.add_usage([UsageRow(workspace="default", day="2026-01-01", model="m", turns=3)])
+        await store.close()
+        told = await home.run("store", "import", "all.jsonl")
+        place = f"Redis at 127.0.0.1:{redis.port} has records under the prefix moltbot"
+        assert (told.status, told.err.count(place)) == (1, 1)
+        assert "another store.prefix" in told.err
+        assert (await home.run("store", "export", "back.jsonl")).status == 0
+        home.variables |= {"MOLTBOT_STORE_TYPE": "sqlite"}
+    told = await home.run("store", "import", "back.jsonl")
+    files = sorted(home.workspace.glob("moltbot.db*"))
+    names = ", ".join(file.name for file in files)
+    assert (told.status, told.out) == (1, "")
+    assert f"move it away ({names}) and import again" in told.err
+    assert told.err.index("move it away") < told.err.index("--merge")
+    for file in files:
+        file.rename(tmp_path / file.name)
+    assert (await home.run("store", "import", "back.jsonl")).out == "1 of 1 records were imported.\n"
+    assert "7" in (await home.run("usage", "--since", "2026-01-01", "--until", "2026-02-01")).out
 
 
 async def test_a_redis_that_cannot_be_used_is_told_with_what_to_change(home: Home, tmp_path: Path) -> None:

@@ -14,7 +14,7 @@ from moltbot_server.cli.model_place import Models, told
 from moltbot_server.cli.progress import Progress
 from moltbot_server.cli.running import is_held
 from moltbot_server.cli.store_opening import open_records, open_redis
-from moltbot_server.cli.terminal import Exit, Failure, command, shown
+from moltbot_server.cli.terminal import Exit, Failure, command, shown, typed
 from moltbot_server.models.sizes import readable
 from moltbot_server.store.moving import NotMovable, check_file, export, take_in
 
@@ -102,7 +102,25 @@ async def _import(models: Models, path: Path, progress: Callable[[int], None], *
                 running = ", ".join(there.values())
                 raise Failure(f"cores use this Redis ({running}): stop them first.", Exit.UNAVAILABLE)
     async with open_records(workspace, settings, held=held, make=True) as records:
-        if not merge and await records.count():
-            again = command(f"store import {path} --merge", workspace)
-            raise Failure(f"the store is not empty. To add what is missing, and leave what is there: `{again}`.")
-        return await take_in(records, path, progress)
+        if merge or not await records.count():
+            return await take_in(records, path, progress)
+    raise Failure(_not_empty(models, path))  # after it was closed: some files are there only while it is open
+
+
+def _not_empty(models: Models, path: Path) -> str:
+    """Return what is said of a store that has something already: what is usually meant, then how to add to it."""
+    store, database = models.settings.store, models.workspace.database
+    if store.type == "redis":
+        told = (
+            f"Redis at {store.host}:{store.port} has records under the prefix {store.prefix}. If they are from before, "
+            "import into an empty Redis, or name another store.prefix"
+        )
+    else:
+        files = ", ".join(sorted(file.name for file in database.parent.glob(f"{database.name}*")))
+        told = f"{shown(database)} has records. If they are from before, move it away ({files}) and import again"
+    again = command(f"store import {typed(path)} --merge", models.workspace)
+    return (
+        f"the store is not empty: {told}. `{again}` adds what is missing, also to an import that broke off, and leaves "
+        "what is there: what was deleted elsewhere since stays, and usage that both have keeps the figures that are "
+        "there."
+    )

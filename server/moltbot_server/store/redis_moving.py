@@ -38,7 +38,7 @@ class RedisRecords:
         total = 0
         for workspace in await self._store.workspaces():
             base = self._store.base(workspace)
-            names = ("listed", "ephemeral", "delivered", "dead")
+            names = ("listed", "ephemeral", "delivered", "dead", "days")
             total += sum(
                 await self._store.ask(*(("ZCARD", base + name) for name in names), ("HLEN", f"{base}requests"))
             )
