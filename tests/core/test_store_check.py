@@ -166,6 +166,16 @@ async def test_a_redis_that_is_whole_has_nothing_but_its_cores(store: RedisStore
     assert (weight, "1 turns of workspace w wait to be carried on" in text) == ("note", True)
 
 
+async def test_a_redis_that_is_only_looked_at_is_left_as_it_was(redis_port: int, tmp_path: Path) -> None:
+    store = RedisStore(host="127.0.0.1", port=redis_port, prefix=f"test-{tmp_path.name}", key="k")
+    await store.open(join=False)
+    found = [finding.weight async for finding in check_redis(store, progress=lambda *_: None)]
+    assert "grave" not in found
+    await store.close()
+    async with Redis(host="127.0.0.1", port=redis_port, protocol=2) as client:
+        assert [key async for key in client.scan_iter(f"{store.prefix}:*")] == []
+
+
 async def test_keys_that_belong_to_nothing_or_cannot_be_read_are_found(store: RedisStore) -> None:
     base = store.base("w")
     async with Redis(host="127.0.0.1", port=store._options["port"], protocol=2) as client:

@@ -16,6 +16,7 @@ from moltbot_server.store import NewTurn, UsageRow
 from moltbot_server.store.redis import RedisStore
 from moltbot_server.store.sqlite import SqliteStore
 from moltbot_server.turns import SessionKey, TextPart, TurnKey
+from redis.asyncio import Redis
 from redis_process import KeepingRedis
 
 
@@ -186,6 +187,35 @@ async def test_a_redis_that_cannot_be_used_is_told_with_what_to_change(home: Hom
         told = await home.run("start", *ANY_PORTS)
         assert told.status != os.EX_OK
         assert "set maxmemory-policy noeviction" in told.err
+
+
+@pytest.mark.parametrize(
+    ("setting", "value", "problem"),
+    [
+        ("maxmemory", "1mb", "its memory is used up, so it takes no writes (OOM): raise its maxmemory"),
+        ("min-replicas-to-write", "1", "too few replicas follow it, so it takes no writes (NOREPLICAS): start those"),
+    ],
+)
+async def test_a_redis_that_takes_no_writes_is_checked_and_exported_and_not_written(
+    home: Home, tmp_path: Path, setting: str, value: str, problem: str
+) -> None:
+    await fill(home)
+    assert (await home.run("store", "export", "all.jsonl")).status == 0
+    with KeepingRedis(tmp_path) as redis:
+        home.variables |= {"MOLTBOT_STORE_TYPE": "redis", "MOLTBOT_STORE_PORT": str(redis.port)}
+        assert (await home.run("store", "import", "all.jsonl")).status == 0
+        async with Redis(host="127.0.0.1", port=redis.port, protocol=2) as client:
+            await client.config_set(setting, value)
+        told = await home.run("store", "check")
+        assert (told.status, told.err) == (1, "")
+        assert f"WRONG: {problem}" in told.out
+        told = await home.run("store", "export", "again.jsonl")
+        assert (told.status, told.err) == (0, "")
+        assert told.out.startswith("5 records were written")
+        assert (await home.run("usage", "--since", "2026-01-01", "--until", "2026-02-01")).status == 0
+        for words in (["store", "import", "all.jsonl", "--merge"], ["start", *ANY_PORTS]):
+            told = await home.run(*words)
+            assert (told.status, problem in told.err, "does not answer" in told.err) == (69, True, False), told.err
 
 
 async def test_a_store_that_may_lose_everything_is_not_said_to_be_without_fault(home: Home, tmp_path: Path) -> None:

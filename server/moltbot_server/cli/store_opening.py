@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from pathlib import Path
@@ -20,6 +21,9 @@ from moltbot_server.workspace import Workspace
 if TYPE_CHECKING:
     from moltbot_server.store.redis import RedisStore
 
+# What it logs is said of the turns of a core; a command says itself what it finds.
+logging.getLogger("moltbot_server.store.redis_presence").addHandler(logging.NullHandler())
+
 
 def refuse_memory(settings: Settings) -> None:
     """Refuse where nothing is kept.
@@ -33,15 +37,15 @@ def refuse_memory(settings: Settings) -> None:
 
 
 @asynccontextmanager
-async def open_redis(settings: Settings, *, fit: bool = True) -> AsyncIterator[RedisStore]:
-    """Open the Redis that the settings name; with `fit`, only one that is set up well.
+async def open_redis(settings: Settings, *, fit: bool = True, join: bool = False) -> AsyncIterator[RedisStore]:
+    """Open the Redis that the settings name, to read; with `join`, to write, too. With `fit`, only one set up well.
 
     Raises:
         Failure: it cannot be used.
     """
     store = build_redis(settings)
     try:
-        await store.open(fit=fit)
+        await store.open(fit=fit, join=join)
     except MoltBotError as error:
         raise Failure(error.message, Exit.UNAVAILABLE) from None
     try:
@@ -54,7 +58,7 @@ async def open_redis(settings: Settings, *, fit: bool = True) -> AsyncIterator[R
 async def open_records(workspace: Workspace, settings: Settings, *, held: bool, make: bool) -> AsyncIterator[Records]:
     """Open what the store holds, record by record; `held`: MoltBot runs in the workspace.
 
-    With `make` a database is made where there is none.
+    With `make` it can be written, and a database is made where there is none.
 
     Raises:
         Failure: there is none, or it cannot be used.
@@ -63,7 +67,7 @@ async def open_records(workspace: Workspace, settings: Settings, *, held: bool, 
     if settings.store.type == "redis":
         from moltbot_server.store.redis_moving import RedisRecords  # late: only where Redis is the store
 
-        async with open_redis(settings) as store:
+        async with open_redis(settings, join=make) as store:
             yield RedisRecords(store)
         return
     path = workspace.database

@@ -18,7 +18,7 @@ from redis.asyncio.retry import Retry
 from redis.backoff import NoBackoff
 
 from moltbot_server.config import is_loopback
-from moltbot_server.errors import StorageUnavailable, TurnInterrupted
+from moltbot_server.errors import MoltBotError, StorageFull, StorageUnavailable, TurnInterrupted
 from moltbot_server.store.findings import Finding
 from moltbot_server.store.pending import Pending
 from moltbot_server.store.protocol import (
@@ -60,7 +60,7 @@ from moltbot_server.store.redis_rows import (
     turn_from,
 )
 from moltbot_server.store.redis_scripts import loading, scripts
-from moltbot_server.store.redis_settings import judge, require_fit
+from moltbot_server.store.redis_settings import claim, judge, refusals, require_fit
 from moltbot_server.store.redis_takeover import Takeover
 from moltbot_server.store.redis_usage import REMEMBERED, Row, addition, list_usage, row_of
 from moltbot_server.turns import Message, Session, SessionKey, TurnKey, encode
@@ -122,10 +122,11 @@ class RedisStore:
         self._known: set[str] = set()
         self._closed = True
 
-    async def open(self, *, fit: bool = True) -> None:
+    async def open(self, *, fit: bool = True, join: bool = True) -> None:
         """Connect, make sure that Redis is set up to keep things, and be among its nodes.
 
-        Without `fit`, one that is not set up well is opened too, to be looked at.
+        Without `fit`, one that is not set up well is opened too, to be looked at. Without `join`, nothing is written,
+        so one that takes no writes can be read.
 
         Raises:
             StorageUnavailable: Redis cannot be reached, is set up so that it would lose what it is given, or has nodes
@@ -145,29 +146,37 @@ class RedisStore:
             await self._reading.open(_START)
             if fit:
                 await require_fit(self._reading, self.prefix, self.address)
+            if join:
+                await claim(self._reading, self.prefix, self.address)
             self._lease = NodeLease(
                 self._reading,
                 prefix=self.prefix,
                 node=self.node,
                 address=self._advertised,
                 seconds=self._lease_seconds,
-                fingerprint=await fingerprint(self.ask, self.prefix, self._key),
+                fingerprint=await fingerprint(self.ask, self.prefix, self._key) if join else "",
                 redis=self.address,
             )
-            await self._lease.join()
+            if join:
+                await self._lease.join()
         except BaseException as problem:
             self._probe.end()
             await self._reading.close()
             await self._writing.close()
-            if isinstance(problem, StorageUnavailable):
+            if isinstance(problem, StorageUnavailable | StorageFull):
                 raise self._not_opened(problem) from None
             raise
         self.outbox = RedisOutbox(self, self._reading, self._writing)
         self._takeover = Takeover(self._lease, self._reading, self._writing, self.prefix)
         self._closed = False
 
-    def _not_opened(self, problem: StorageUnavailable) -> StorageUnavailable:
+    def _not_opened(self, problem: StorageUnavailable | StorageFull) -> MoltBotError:
         """Return what to say to whoever starts a core: where Redis is, and what to do."""
+        away = self._presence.away
+        if away is not None and not self._presence.is_lost:
+            return type(problem)(
+                f"{away.where} cannot be the store now: {away.problem}", retry_after=problem.retry_after
+            )
         if problem.retry_after is not None:
             text = f"Redis at {self.address} does not answer ({problem.message})"
             return StorageUnavailable(
@@ -398,12 +407,15 @@ class RedisStore:
         return await self._writing.put(Call(*commands, read=list))
 
     async def judge(self) -> list[Finding]:
-        """Return what is wrong with how Redis is set up.
+        """Return what is wrong with how Redis is set up, and why it takes no writes, where it takes none.
 
         Raises:
             StorageUnavailable: Redis does not answer.
         """
-        return await judge(self._reading, self.prefix)
+        findings = await judge(self._reading, self.prefix)
+        if not any(finding.weight == "grave" for finding in findings):
+            findings += await refusals(self._reading, self.prefix)
+        return findings
 
     async def _ask(self, command: Command) -> Any:
         return (await self.ask(command))[0]

@@ -78,9 +78,8 @@ class RedisRecords:
         while True:
             (names,) = await self._store.ask(("ZRANGE", f"{base}o:{session}", start, start + _STEP - 1))
             for name in names:
-                keys = (f"{base}t:".encode() + name, f"{base}j:".encode() + name)
-                reading: tuple[Command, ...] = (("HMGET", keys[0], *_TURN), ("XRANGE", keys[1], "-", "+"))
-                *_, (fields, entries) = await self._store.ask(("MULTI",), *reading, ("EXEC",))
+                reading = self._store.run("export_turn", workspace, name, *_TURN)
+                ((fields, entries),) = await self._store.ask(reading)
                 if fields[0] is not None:
                     key = key_of(workspace, name)
                     with reading_turn(workspace, key.session.session, key.ordinal):

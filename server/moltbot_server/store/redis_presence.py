@@ -40,6 +40,11 @@ class Presence:
         """Why Redis cannot be used; None while all is well."""
         return self._unreachable or self._refusing
 
+    @property
+    def is_lost(self) -> bool:
+        """Whether Redis cannot be reached."""
+        return self._unreachable is not None
+
     def when_refusing(self, look: Callable[[], None]) -> None:
         """Have `look` called when Redis begins to refuse writes: it has to find out when that is over."""
         self._look = look

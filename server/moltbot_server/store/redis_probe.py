@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 
 from moltbot_server.errors import MoltBotError
-from moltbot_server.store.redis_line import Call, RedisLine
+from moltbot_server.store.redis_line import Call, Command, RedisLine
 from moltbot_server.store.redis_presence import Presence
 
 _EVERY = 1.0
@@ -13,18 +13,23 @@ _EVERY = 1.0
 _PROBE = bytes(65536)
 
 
-class WriteProbe:
-    """A write that Redis refuses like any other, and that leaves nothing behind: tried until Redis takes it.
+def probe(prefix: str) -> Command:
+    """Return a write that Redis refuses like any other, and that leaves nothing behind.
 
     It is as large as a turn may well be, for small ones may pass where others find no memory. It would overwrite a key
     that there never is, so Redis changes nothing, and has nothing to save.
     """
+    return ("SET", f"{prefix}:probe", _PROBE, "XX")
+
+
+class WriteProbe:
+    """The write that leaves nothing behind, tried until Redis takes it."""
 
     def __init__(self, line: RedisLine, presence: Presence, prefix: str) -> None:
         """Look by a line whenever the presence finds that Redis takes no writes; `prefix` is of the store's keys."""
         self._line = line
         self._presence = presence
-        self._command = ("SET", f"{prefix}:probe", _PROBE, "XX")
+        self._command = probe(prefix)
         self._timer: asyncio.TimerHandle | None = None
         self._ended = False
         presence.when_refusing(self._look_later)

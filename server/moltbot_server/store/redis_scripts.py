@@ -30,7 +30,7 @@ _FIRST: Mapping[str, Sequence[str]] = {
 }
 _NAMES = (
     "accept", "reaccept", "append", "finish", "take_over", "withdraw", "forget", "load", "messages", "add_usage",
-    "restore_session", "restore_turn", "join", *_OUTBOX,
+    "export_turn", "restore_session", "restore_turn", "join", *_OUTBOX,
 )  # fmt: skip
 
 

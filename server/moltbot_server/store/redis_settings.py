@@ -8,6 +8,8 @@ from collections.abc import Iterator, Mapping
 from moltbot_server.errors import StorageUnavailable
 from moltbot_server.store.findings import Finding
 from moltbot_server.store.redis_line import Call, RedisLine, parse_info
+from moltbot_server.store.redis_presence import why_no_writes
+from moltbot_server.store.redis_probe import probe
 
 log = logging.getLogger(__name__)
 
@@ -17,7 +19,7 @@ _NAMES = ("appendonly", "appendfsync", "maxmemory-policy")
 
 
 async def require_fit(line: RedisLine, prefix: str, address: str) -> None:
-    """Refuse a Redis that would lose what it is given, and warn of one that may.
+    """Refuse a Redis that would lose what it is given, and warn of one that may. Nothing is written.
 
     Raises:
         StorageUnavailable: with what to change.
@@ -31,8 +33,20 @@ async def require_fit(line: RedisLine, prefix: str, address: str) -> None:
         log.log(level, "Redis may lose turns", extra={"at": address, "problem": finding.text})
 
 
+async def claim(line: RedisLine, prefix: str, address: str) -> None:
+    """Write down the version of what is kept, unless there is one.
+
+    Raises:
+        StorageUnavailable: a newer release was there first; or Redis takes no writes.
+    """
+    place = f"{prefix}:schema"
+    _, schema = await line.put(Call(("SET", place, SCHEMA_VERSION, "NX"), ("GET", place), read=list))
+    for finding in _of_schema(int(schema)):
+        raise StorageUnavailable(f"Redis at {address} cannot be the store: {finding.text}")
+
+
 async def judge(line: RedisLine, prefix: str) -> list[Finding]:
-    """Return what is wrong with how a Redis is set up.
+    """Return what is wrong with how a Redis is set up. Nothing is written.
 
     Raises:
         StorageUnavailable: it does not answer.
@@ -44,9 +58,20 @@ async def judge(line: RedisLine, prefix: str) -> list[Finding]:
     findings = [*_of_server(parse_info(text)), *_of_settings(settings)]
     if any(finding.weight == "grave" for finding in findings):
         return findings
-    kept = ("SET", f"{prefix}:schema", SCHEMA_VERSION, "NX")
-    _, schema = await line.put(Call(kept, ("GET", f"{prefix}:schema"), read=list))
-    return [*findings, *_of_schema(int(schema))]
+    (schema,) = await line.put(Call(("GET", f"{prefix}:schema"), read=list))
+    return [*findings, *_of_schema(int(schema or 0))]
+
+
+async def refusals(line: RedisLine, prefix: str) -> list[Finding]:
+    """Return why a Redis takes no writes, where it takes none; nothing is changed.
+
+    Raises:
+        StorageUnavailable: it does not answer.
+    """
+    (reply,) = await line.put(Call(probe(prefix), read=list, tolerant=True))
+    if not isinstance(reply, Exception):
+        return []
+    return [Finding(text=why_no_writes(reply) or f"it refuses writes: {str(reply)[:200]}")]
 
 
 def _of_server(info: Mapping[str, str]) -> Iterator[Finding]:
