@@ -9,7 +9,7 @@ from collections.abc import AsyncIterator
 from pathlib import Path
 
 import pytest
-from kept_turns import keep, new, texts
+from kept_turns import everything, keep, key, new, texts
 from moltbot_server.errors import StorageFull, StorageUnavailable
 from moltbot_server.store.redis import RedisStore
 from redis.asyncio import Redis
@@ -110,6 +110,24 @@ async def test_a_full_memory_is_said_once_and_since_when_and_that_there_is_room_
     assert store.away is None
     assert said(caplog) == [BEGINS, ENDS]
     assert [key async for key in client.scan_iter("*probe*")] == []
+
+
+async def test_sessions_are_deleted_reset_and_pruned_while_the_memory_is_full(store: RedisStore, client: Redis) -> None:
+    for session in ("deleted", "reset", "pruned", "kept"):
+        await keep(store, new(session=session))
+    await client.config_set("maxmemory", "1mb")
+    with pytest.raises(StorageFull):
+        await store.accept(new(session="new"))
+    assert await store.delete_session(key("deleted")) is True
+    assert await store.delete_session(key("never")) is False
+    await store.reset_session(key("reset"))
+    used = await store.get_session(key("kept"))
+    assert used is not None
+    assert await store.prune(used.update_time, ephemeral=False) == 2
+    assert await everything(store) == ["kept"]
+    await client.config_set("maxmemory", "0")
+    await until(store, away=False)
+    await keep(store, new(session="kept", ordinal=2))
 
 
 async def test_a_full_memory_is_found_out_before_anybody_asks(store: RedisStore, client: Redis) -> None:

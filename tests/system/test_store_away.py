@@ -220,6 +220,8 @@ async def test_a_redis_without_memory_is_told_as_a_store_that_takes_no_writes_an
         assert "Nothing new is taken before Redis takes writes" in told.out
         assert "start Redis" not in told.out
 
+        ended = await home.run("session", "delete", session)
+        assert (ended.status, ended.out, ended.err) == (0, "1 session was deleted.\n", "")
         await client.config_set("maxmemory", "0")
         await until(started, "ok")
         assert (await home.run("chat", "--session", session, "Hi")).out == "You said: Hi\n"

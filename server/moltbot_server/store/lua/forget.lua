@@ -11,13 +11,10 @@ else
     local runs = running_on(session)
     if runs and runs ~= ARGV[4] then return runs end
 end
-let_go(session)
-if what == 'reset' and call('EXISTS', key) == 1 then
-    local last = call('ZREVRANGE', order_key(session), 0, 0, 'WITHSCORES')
-    if last[2] and tonumber(last[2]) > tonumber(call('HGET', key, 'base')) then call('HSET', key, 'base', last[2]) end
-    call('HSET', key, 'title', '', 'messages', '0')
-end
+local last = call('ZREVRANGE', order_key(session), 0, 0, 'WITHSCORES')
 local names = call('ZRANGE', order_key(session), 0, ARGV[2] - 1)
+-- What takes away comes first: a Redis whose memory is used up lets a script go on that has begun in this way.
+call('ZREMRANGEBYRANK', order_key(session), 0, #names - 1)
 for _, name in ipairs(names) do
     if what == 'reset' or what == 'delete' then
         local turn = call('HMGET', turn_key(name), 'r', 'c')
@@ -27,7 +24,11 @@ for _, name in ipairs(names) do
     end
     forget_turn(name)
 end
-call('ZREMRANGEBYRANK', order_key(session), 0, #names - 1)
+let_go(session)
+if what == 'reset' and call('EXISTS', key) == 1 then
+    if last[2] and tonumber(last[2]) > tonumber(call('HGET', key, 'base')) then call('HSET', key, 'base', last[2]) end
+    call('HSET', key, 'title', '', 'messages', '0')
+end
 if call('EXISTS', order_key(session)) == 1 then return 2 end
 if what == 'reset' then return 1 end
 return forget_session(session)
