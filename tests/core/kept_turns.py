@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Awaitable, Callable
+from pathlib import Path
 from typing import Any
 
 import msgspec
@@ -100,6 +101,16 @@ async def keep(store: Store, turn: NewTurn, **end: Any) -> EndedTurn:
 async def texts(store: Store, session: str = "s") -> list[str]:
     """Return the texts of a session's messages."""
     return [message.text for message in await store.list_messages(key(session), after=(0, 0), limit=100)]
+
+
+def tear(path: Path, text: str) -> bool:
+    """Write over the page of a closed database that holds a text; return whether there is one."""
+    whole = path.read_bytes()
+    size, place = int.from_bytes(whole[16:18], "big"), whole.find(text.encode())
+    if place >= 0:
+        begin = place // size * size
+        path.write_bytes(whole[:begin] + b"\xa5" * size + whole[begin + size :])
+    return place >= 0
 
 
 async def everything(store: Store) -> list[str]:

@@ -9,7 +9,7 @@ from contextlib import closing
 from pathlib import Path
 
 import pytest
-from kept_turns import keep, key, new, said
+from kept_turns import keep, key, new, said, tear
 from moltbot_server.errors import StorageUnavailable
 from moltbot_server.store.findings import Finding
 from moltbot_server.store.protocol import JournalEntry
@@ -132,6 +132,42 @@ def test_a_damaged_page_and_a_schema_of_another_release_are_found(path: Path) ->
     except sqlite3.DatabaseError:
         return
     assert "grave" in {weight for weight, _ in found}
+
+
+@pytest.fixture
+async def torn(tmp_path: Path) -> Path:
+    """A closed database of two hundred sessions, of which a page is not as it was written: one with session 70."""
+    path = tmp_path / "moltbot.db"
+    store = SqliteStore(path)
+    await store.open()
+    for number in range(200):
+        await keep(store, new(session=f"s{number}", text=f"question of {number}, " + "words " * 40))
+    await store.close()
+    assert tear(path, "question of 70,")
+    return path
+
+
+async def test_the_turns_on_a_damaged_page_are_named_with_what_to_do(torn: Path) -> None:
+    first, *lost, last = checked(torn)
+    assert first[0] == "grave"
+    assert first[1].startswith("damaged: ")
+    assert ("grave", "turn 1 of session s70 in workspace w cannot be read") in lost
+    assert 1 < len(lost) < 10
+    assert last[0] == "note"
+    assert last[1].startswith("put a backup in its place (docs/operations.md)")
+
+
+async def test_many_sessions_on_damaged_pages_are_told_in_few_lines(torn: Path) -> None:
+    for number in range(0, 200, 2):
+        tear(torn, f"question of {number},")
+    lost = [text for _, text in checked(torn) if "cannot be read" in text]
+    assert len(lost) == 21
+    assert lost[-1].endswith(" more sessions cannot be read")
+
+
+async def test_a_session_whose_title_is_no_text_is_named(path: Path) -> None:
+    changed(path, "UPDATE sessions SET title = CAST(x'ff' AS TEXT) WHERE id = 's'")
+    assert checked(path, in_use=True) == [("grave", "session s in workspace w cannot be read")]
 
 
 @pytest.fixture

@@ -10,8 +10,8 @@ from pathlib import Path
 
 import msgspec
 import pytest
-from kept_turns import ended, keep, key, new, said
-from moltbot_server.errors import Status, StorageDamaged
+from kept_turns import ended, keep, key, new, said, tear
+from moltbot_server.errors import Status, StorageDamaged, StorageUnavailable
 from moltbot_server.store import Store
 from moltbot_server.store.outbox import delivery_of
 from moltbot_server.store.redis import RedisStore
@@ -90,6 +90,53 @@ async def test_a_store_with_a_damaged_turn_is_not_moved_and_the_turn_is_named(
     with pytest.raises(StorageDamaged, match="turn 1 of session s in workspace w cannot be read: it is damaged"):
         _ = [record async for record in records.read()]
     await store.close()
+
+
+async def damaged_page(path: Path) -> None:
+    """Store a session of long ago, and write over the page on which it is."""
+    store = SqliteStore(path)
+    await store.open()
+    for number in range(1200):  # a start reads the latest thousand turns
+        await keep(store, new(session=f"s{number}", text=f"question of {number}"))
+    await store.close()
+    assert tear(path, "question of 70")
+
+
+async def test_a_session_on_a_damaged_page_is_lost_and_the_log_names_it(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    await damaged_page(tmp_path / "moltbot.db")
+    store = SqliteStore(tmp_path / "moltbot.db")
+    await store.open()
+    with pytest.raises(StorageDamaged, match="what is stored of this session is damaged"):
+        await store.load_session(key("s70"), 10)
+    (line,) = [record for record in caplog.records if record.levelname == "ERROR"]
+    assert line.getMessage() == "a stored session cannot be read: it is damaged"
+    assert (line.workspace, line.session, line.problem) == ("w", "s70", "SQLITE_CORRUPT")  # type: ignore[attr-defined]
+    assert await store.load_session(key("s1199"), 10) is not None
+    with pytest.raises(StorageUnavailable, match=r"the database is damaged \(SQLITE_CORRUPT\): `moltbot store check`"):
+        await store.delete_session(key("s70"))
+    await store.close()
+
+
+async def test_a_database_with_a_damaged_page_is_not_moved_and_a_turn_on_it_is_named(tmp_path: Path) -> None:
+    await damaged_page(tmp_path / "moltbot.db")
+    told = r"moltbot\.db is damaged: turn 1 of session s\d+ in workspace w cannot be read\. `moltbot store check` names"
+    with pytest.raises(StorageDamaged, match=told):
+        _ = [record async for record in SqliteRecords(tmp_path / "moltbot.db").read()]
+
+
+async def test_a_database_with_text_that_is_none_is_not_moved_and_its_session_is_named(tmp_path: Path) -> None:
+    path = tmp_path / "moltbot.db"
+    store = SqliteStore(path)
+    await store.open()
+    await keep(store, new())
+    await store.close()
+    with closing(sqlite3.connect(path)) as connection, connection:
+        connection.execute("UPDATE sessions SET title = CAST(x'ff' AS TEXT)")
+    told = r"moltbot\.db is damaged: .+ session s in workspace w cannot be read\. .+delete that session"
+    with pytest.raises(StorageDamaged, match=told):
+        _ = [record async for record in SqliteRecords(path).read()]
 
 
 @pytest.mark.parametrize("kind", ["sqlite", "redis"])

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 from cli_process import ANY_PORTS, Home
-from kept_turns import ended
+from kept_turns import ended, tear
 from moltbot_server.store import NewTurn, UsageRow
 from moltbot_server.store.redis import RedisStore
 from moltbot_server.store.sqlite import SqliteStore
@@ -119,6 +119,22 @@ async def test_a_damaged_database_is_told_with_what_to_do(home: Home) -> None:
     told = await home.run("store", "check")
     assert told.status == 1
     assert "WRONG: it is damaged, or no database" in told.out
+
+
+async def test_what_is_on_a_damaged_page_is_named_by_check_and_export(home: Home) -> None:
+    await fill(home, turns=60, text="so many words of " * 10 + "turn")
+    assert tear(home.workspace / "moltbot.db", "turn 30")
+    told = await home.run("store", "check")
+    assert (told.status, told.err) == (1, "")
+    assert "WRONG: damaged: " in told.out
+    assert "30, " in next(line for line in told.out.splitlines() if line.startswith("WRONG: turns "))
+    assert "of session s in workspace default cannot be read" in told.out
+    assert "note: put a backup in its place" in told.out
+    told = await home.run("store", "export", "all.jsonl")
+    assert (told.status, "cannot be used now" in told.err) == (1, False)
+    assert "moltbot.db is damaged: turn " in told.err
+    assert "of session s in workspace default cannot be read. `moltbot store check` names all that is lost" in told.err
+    assert not (home.folder / "all.jsonl").exists()
 
 
 async def test_a_workspace_moves_to_redis_where_a_core_serves_it_and_back(home: Home, tmp_path: Path) -> None:

@@ -3,19 +3,22 @@
 from __future__ import annotations
 
 import logging
+import sqlite3
 from collections.abc import Iterator
 from contextlib import contextmanager
 
 import msgspec
 
 from moltbot_server.errors import StorageDamaged
+from moltbot_server.turns import SessionKey
 
 log = logging.getLogger(__name__)
 
 BROKEN = (msgspec.MsgspecError, ValueError, TypeError, AttributeError)
 """What it raises to make values of a row that is not as it was written."""
-NOT_TEXT = "Could not decode"
+_NOT_TEXT = "Could not decode"
 """How `sqlite3.OperationalError` begins for a column of text that is none."""
+_BAD_PAGES = ("SQLITE_CORRUPT", "SQLITE_NOTADB")
 
 
 class Unreadable(Exception):
@@ -26,14 +29,34 @@ class Unreadable(Exception):
         self.workspace, self.session, self.ordinal = workspace, session, ordinal
 
 
-def damage(problem: Exception) -> StorageDamaged:
-    """Return what a row that cannot be read means to a caller, and say in the log which one it is."""
+def is_damage(error: sqlite3.Error) -> bool:
+    """Tell whether a fault of a database is that it is not as it was written: no repeat mends that."""
+    return has_bad_pages(error) or str(error).startswith(_NOT_TEXT)
+
+
+def has_bad_pages(error: sqlite3.Error) -> bool:
+    """Tell whether SQLite cannot follow the pages of a database: what is on them cannot be deleted either."""
+    return error_name(error).startswith(_BAD_PAGES)
+
+
+def error_name(error: sqlite3.Error) -> str:
+    """Return how SQLite calls a fault, for whoever looks it up."""
+    return getattr(error, "sqlite_errorname", "") or type(error).__name__
+
+
+def damage(problem: Exception, session: SessionKey | None = None) -> StorageDamaged:
+    """Return what a row that cannot be read means to a caller, and say in the log which one it is, or whose."""
     if isinstance(problem, Unreadable):
         place = {"workspace": problem.workspace, "session": problem.session, "ordinal": problem.ordinal}
         log.error("a stored turn cannot be read: it is damaged", extra={"problem": _cause(problem), **place})
         return StorageDamaged(f"what is stored of turn {problem.ordinal} of this session is damaged")
-    log.error("what is stored cannot be read: it is damaged", extra={"problem": type(problem).__name__})
-    return StorageDamaged("what is stored here is damaged")
+    cause = error_name(problem) if isinstance(problem, sqlite3.Error) else type(problem).__name__
+    if session is None:
+        log.error("what is stored cannot be read: it is damaged", extra={"problem": cause})
+        return StorageDamaged("what is stored here is damaged")
+    place = {"workspace": session.workspace, "session": session.session}
+    log.error("a stored session cannot be read: it is damaged", extra={"problem": cause, **place})
+    return StorageDamaged("what is stored of this session is damaged")
 
 
 @contextmanager

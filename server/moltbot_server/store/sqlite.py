@@ -215,7 +215,8 @@ class SqliteStore:
                     f"SELECT {TURN_COLUMNS} FROM turns WHERE workspace = ? AND session = ? AND ordinal = ?",
                     (key.session.workspace, key.session.session, key.ordinal),
                 ).fetchone()
-            )
+            ),
+            of=key.session,
         )
 
     async def load_session(self, key: SessionKey, limit: int) -> StoredSession | None:
@@ -242,7 +243,7 @@ class SqliteStore:
             messages = [message for turn in reversed(turns) for message in read_messages(*names, turn)]
             return msgspec.structs.replace(loaded, messages=tuple(messages))
 
-        return await self._reader.read(read)
+        return await self._reader.read(read, of=key)
 
     async def get_session(self, key: SessionKey) -> Session | None:
         """Return a session as it is listed, or None."""
@@ -258,7 +259,7 @@ class SqliteStore:
             used = self._used.of((key.workspace, key.session))
             return msgspec.structs.replace(session, update_time=max(session.update_time, used))
 
-        return await self._reader.read(read)
+        return await self._reader.read(read, of=key)
 
     async def list_sessions(
         self, workspace: str, *, user: str, channel: str, before: tuple[float, str] | None, limit: int
@@ -293,7 +294,7 @@ class SqliteStore:
             start = next((i + 1 for i, message in enumerate(messages) if message.id == first), 0)
             return messages[start : start + limit]
 
-        return await self._reader.read(read)
+        return await self._reader.read(read, of=key)
 
     async def list_usage(self, query: UsageQuery, *, after: UsagePlace | None, limit: int) -> UsagePage:
         """Return what was used."""

@@ -6,12 +6,20 @@ import contextlib
 import sqlite3
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
 
-from moltbot_server.store.damage import Unreadable
+from moltbot_server.store.damage import is_damage
 from moltbot_server.store.findings import Finding, dead_letters
+from moltbot_server.store.sqlite_damage import (
+    CHECKED,
+    REMEDY,
+    SESSION_TEXTS,
+    is_text,
+    lost_sessions,
+    problem_of,
+    take_any_text,
+)
 from moltbot_server.store.sqlite_journal_files import broken, folder_of
-from moltbot_server.store.sqlite_rows import IS_DELETED, TURN_COLUMNS, read_messages, turn_of
+from moltbot_server.store.sqlite_rows import IS_DELETED
 from moltbot_server.store.sqlite_schema import SCHEMA_VERSION, unknown_schema
 
 _TELL_FREE = 0.25
@@ -53,9 +61,10 @@ def check_database(path: Path, *, in_use: bool, progress: Callable[[float, str],
             yield Finding(text=f"{text}: {after}", weight="grave" if newer else "note")
             return
         progress(0.0, "pages")
-        damage = [row[0] for row in connection.execute("PRAGMA integrity_check(10)")]
-        if damage != ["ok"]:
+        if damage := _damaged_pages(connection):
             yield from (Finding(text=f"damaged: {line}") for line in damage)
+            yield from lost_sessions(connection, lambda share: progress(0.3 + 0.7 * share, "turns"))
+            yield Finding(text=REMEDY, weight="note")
             return
         progress(0.3, "rows")
         for question, text in _QUESTIONS:
@@ -67,6 +76,17 @@ def check_database(path: Path, *, in_use: bool, progress: Callable[[float, str],
         yield from _notes(connection, in_use)
 
 
+def _damaged_pages(connection: sqlite3.Connection) -> list[str]:
+    """Return what is wrong with the pages, as SQLite tells it; nothing when they are whole."""
+    try:
+        found = [row[0] for row in connection.execute("PRAGMA integrity_check(10)")]
+    except sqlite3.DatabaseError as error:
+        if not is_damage(error):
+            raise
+        return [str(error)]
+    return [] if found == ["ok"] else found
+
+
 def _broken_files(path: Path) -> Iterator[Finding]:
     """Yield the files beside the database of which something cannot be read."""
     for file, count in broken(folder_of(path)):
@@ -75,31 +95,18 @@ def _broken_files(path: Path) -> Iterator[Finding]:
 
 
 def _unreadable(connection: sqlite3.Connection, progress: Callable[[float, str], None]) -> Iterator[Finding]:
-    """Yield the turns of which something cannot be read."""
+    """Yield the sessions and turns of which something cannot be read."""
     total = connection.execute("SELECT count(*) FROM turns").fetchone()[0]
-    # Text that is none keeps no other row from being read.
-    connection.text_factory = lambda text: text.decode("utf-8", "surrogateescape")
-    columns = f"{TURN_COLUMNS}, question, answer, model, finish"
-    for number, row in enumerate(connection.execute(f"SELECT {columns} FROM turns")):
+    take_any_text(connection)
+    for row in connection.execute(f"SELECT {SESSION_TEXTS} FROM sessions"):
+        if not is_text(row):
+            text = f"session {row[1]} in workspace {row[0]} cannot be read"
+            yield Finding(text=text.encode("utf-8", "replace").decode())
+    for number, row in enumerate(connection.execute(f"SELECT {CHECKED} FROM turns")):
         if not number % 1000:
             progress(0.4 + 0.6 * number / total, "turns")
-        if problem := _problem(row):
+        if problem := problem_of(row):
             yield Finding(text=problem.encode("utf-8", "replace").decode())
-
-
-def _problem(row: tuple[Any, ...]) -> str:
-    """Return why a turn cannot be read; empty when it can, all of it."""
-    workspace, session, ordinal, _, _, _, create, end, _, _, question, answer, model, finish = row
-    try:
-        turn_of(row[:10])
-        read_messages(workspace, session, (ordinal, question, answer, model, create, end, finish))
-    except Unreadable as problem:
-        return str(problem)
-    try:
-        "".join(text for text in row if isinstance(text, str)).encode()
-    except UnicodeEncodeError:
-        return str(Unreadable(workspace, session, ordinal))
-    return ""
 
 
 def _notes(connection: sqlite3.Connection, in_use: bool) -> Iterator[Finding]:

@@ -10,9 +10,11 @@ from typing import Any
 
 import msgspec
 
-from moltbot_server.store.damage import reading_delivery, reading_turn
+from moltbot_server.errors import StorageDamaged
+from moltbot_server.store.damage import is_damage, reading_delivery, reading_turn
 from moltbot_server.store.moving import NOWHERE, DeliveryRecord, Record, SessionRecord, TurnRecord, UsageRecord
 from moltbot_server.store.protocol import UsageRow
+from moltbot_server.store.sqlite_damage import first_lost, remedy
 from moltbot_server.store.sqlite_journal_files import folder_of, recorded
 from moltbot_server.store.sqlite_rows import IS_DELETED, MARK, names_of
 from moltbot_server.store.writer import storage_error
@@ -82,7 +84,18 @@ class SqliteRecords:
             with contextlib.closing(sqlite3.connect(self._path, isolation_level=None, timeout=5.0)) as connection:
                 yield connection
         except sqlite3.Error as error:
-            raise storage_error(error) from error
+            raise (self._damaged(error) if is_damage(error) else storage_error(error)) from error
+
+    def _damaged(self, error: sqlite3.Error) -> StorageDamaged:
+        """Return what to say of a database that cannot be read whole: a turn that cannot be, and what to do."""
+        lost = ""
+        with (
+            contextlib.suppress(sqlite3.Error),
+            contextlib.closing(sqlite3.connect(self._path, isolation_level=None, timeout=5.0)) as connection,
+        ):
+            lost = first_lost(connection)
+        told = f"{self._path} is damaged" + (f": {lost}" if lost else "")
+        return StorageDamaged(f"{told}. `moltbot store check` names all that is lost; {remedy(error)}")
 
 
 def _session_of(row: Sequence[Any]) -> SessionRecord:

@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from moltbot_server.errors import MoltBotError, StorageFull, StorageUnavailable
-from moltbot_server.store.damage import Unreadable, damage
+from moltbot_server.store.damage import Unreadable, damage, error_name, is_damage
 from moltbot_server.store.groups import GroupThread
 from moltbot_server.store.pending import Pending
 from moltbot_server.store.sqlite_presence import PROBE_EVERY, WritePresence, probe
@@ -78,25 +78,24 @@ class _Job(Pending[Any]):
 
 def storage_error(error: sqlite3.Error) -> MoltBotError:
     """Return what a fault of the database means to a caller; the text holds no content and no path."""
-    name = _name(error)
+    name = error_name(error)
     if name.startswith(_FULL):
         return StorageFull("the disk is full: nothing was stored", retry_after=5.0)
+    if is_damage(error):
+        text = f"the database is damaged ({name}): `moltbot store check` tells what cannot be read"
+        return StorageUnavailable(text, retry_after=1.0)
     return StorageUnavailable(f"the database cannot be used now ({name})", retry_after=1.0)
 
 
 def unusable(path: Path, error: sqlite3.Error) -> MoltBotError:
     """Return why the store cannot be opened, for whoever starts the core: with the file and what to do about it."""
-    name = _name(error)
+    name = error_name(error)
     if name.startswith(_FULL):
         return StorageFull(f"the disk is full: {path} cannot be opened", retry_after=5.0)
     if name in ("SQLITE_NOTADB", "SQLITE_CORRUPT"):
         advice = "put a backup in its place, or move it away to begin with an empty one"
         return StorageUnavailable(f"{path} is damaged, or no database ({name}): {advice}")
     return StorageUnavailable(f"the database {path} cannot be opened ({name})")
-
-
-def _name(error: sqlite3.Error) -> str:
-    return getattr(error, "sqlite_errorname", "") or type(error).__name__
 
 
 class GroupWriter(GroupThread[_Job]):
@@ -176,9 +175,9 @@ class GroupWriter(GroupThread[_Job]):
                 with contextlib.suppress(sqlite3.Error):
                     connection.execute("ROLLBACK")
             self._transaction_over(False)
-            if isinstance(error, sqlite3.Error) and _name(error).startswith(_NOBODYS_FAULT):
+            if isinstance(error, sqlite3.Error) and error_name(error).startswith(_NOBODYS_FAULT):
                 # Each alone would wait as long, or write after a failed write and take it for done.
-                if not self._presence.refused(_name(error)):
+                if not self._presence.refused(error_name(error)):
                     log.error("the database refused all writes", extra={"error": str(error), "writes": len(group)})
                 return [(job, storage_error(error)) for job in group]
             if len(group) > 1:
@@ -189,7 +188,7 @@ class GroupWriter(GroupThread[_Job]):
             if not isinstance(error, sqlite3.Error):
                 log.exception("a write failed")
                 return [(group[0], StorageUnavailable("the store refused a write; the log says why"))]
-            if not self._presence.refused(_name(error)):
+            if not self._presence.refused(error_name(error)):
                 log.error("the database refused a write", extra={"error": str(error)})
             return [(group[0], storage_error(error))]
         self._transaction_over(True)
