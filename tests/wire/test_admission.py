@@ -254,6 +254,33 @@ async def test_a_trusted_proxy_tells_the_scheme_and_others_do_not(http, settings
         assert answer.status == 403
 
 
+async def test_a_refusal_through_a_proxy_that_is_not_named_says_what_to_name_and_the_log_does_once(
+    http, settings, caplog
+):
+    body = {"key": KEY}
+    near = {"X-MoltBot": "1", "Host": "localhost", "Origin": "https://localhost", "X-Forwarded-Proto": "https"}
+    far = {**near, "Host": "chat.example.org", "Origin": "https://chat.example.org"}
+    evil = {**near, "Origin": "https://evil.example"}
+    for _ in range(2):
+        for headers, code in ((near, "foreign_origin"), (far, "host_not_allowed")):
+            async with http.post("/api/login", json=body, headers=headers) as answer:
+                error = (await answer.json())["error"]
+                assert (answer.status, error["code"]) == (403, code)
+                assert "`trusted_proxies` in moltbot.yaml" in error["message"]
+    said = [record for record in caplog.records if "trusted_proxies" in record.getMessage()]
+    assert [(record.levelname, record.name) for record in said] == [("WARNING", "moltbot.http")]
+    for headers in (evil, {**evil, "Sec-Fetch-Site": "cross-site"}, {**near, "X-Forwarded-Proto": ""}):
+        bare = {name: value for name, value in headers.items() if value}
+        async with http.post("/api/login", json=body, headers=bare) as answer:
+            error = (await answer.json())["error"]
+            assert (error["code"], "trusted_proxies" in error["message"]) == ("foreign_origin", False)
+    async with (
+        RunningAdapter(settings, trusted_proxies=(ip_network("127.0.0.1/32"),)) as proxied,
+        http.post(f"{proxied.url}/api/login", json=body, headers=evil) as answer,
+    ):
+        assert "trusted_proxies" not in (await answer.json())["error"]["message"]
+
+
 @pytest.mark.parametrize("host", ["0.0.0.0", "::", "192.168.1.2", "example.org", ""])
 def test_settings_that_open_the_port_without_tls_cannot_exist(tmp_path, host):
     common = {"port": 0, "core": "127.0.0.1:1", "key_file": tmp_path, "state": tmp_path}

@@ -1,14 +1,22 @@
 """Where a request comes from: the peer behind proxies, the host it was sent to, the page that sent it."""
 
 import ipaddress
+import logging
 from urllib.parse import urlsplit
 
 from aiohttp import web
 
 from moltbot_adapters.http.errors import HttpError
 from moltbot_adapters.http.settings import Settings, is_loopback
+from moltbot_adapters.logs import fields
+
+log = logging.getLogger("moltbot.http")
 
 _FORWARDED = ("X-Forwarded-For", "Forwarded", "X-Real-Ip", "Via")
+_UNNAMED = (
+    "It came through a proxy that `trusted_proxies` in moltbot.yaml does not name; "
+    "if that proxy is meant to be there, add its address and start MoltBot again."
+)
 
 
 class Origin:
@@ -18,6 +26,7 @@ class Origin:
         self._proxies = settings.trusted_proxies
         self._loopback_only = settings.loopback_only
         self._bound_host = settings.host
+        self._told = False
 
     def is_local(self, request: web.Request) -> bool:
         """Tells whether a program on this machine sent the request itself.
@@ -39,7 +48,8 @@ class Origin:
             return
         host = _hostname(request.headers.get("Host", ""))
         if not host or not (is_loopback(host) or host == self._bound_host):
-            raise HttpError(403, "host_not_allowed", "This server answers to localhost only; open it as localhost.")
+            told = "This server answers to localhost only; open it as localhost."
+            raise self._refusal(request, "host_not_allowed", told, self._from_stranger(request))
 
     def check_same_origin(self, request: web.Request) -> None:
         """Refuses a browser's request that the chat page itself did not send."""
@@ -47,19 +57,40 @@ class Origin:
         origin = request.headers.get("Origin")
         safe = request.method in ("GET", "HEAD")
         if site is not None and site != "same-origin" and not (safe and site == "none"):
-            raise _foreign()
-        if origin is not None and not self._own_origin(request, origin):
-            raise _foreign()
+            raise self._foreign(request)
+        if origin is not None and not self._own_origin(request, origin, https=self.is_https(request)):
+            unsaid = self._from_stranger(request) and self._own_origin(request, origin, https=True)
+            raise self._foreign(request, unnamed_proxy=unsaid)
         if safe:
             return
         if site is None and origin is None:
-            raise _foreign()
+            raise self._foreign(request)
         if request.headers.get("X-MoltBot") != "1":
             raise HttpError(403, "header_missing", "The header X-MoltBot: 1 is missing.")
 
-    def _own_origin(self, request: web.Request, origin: str) -> bool:
-        scheme = "https" if self.is_https(request) else "http"
+    def _own_origin(self, request: web.Request, origin: str, *, https: bool) -> bool:
+        scheme = "https" if https else "http"
         return origin.lower() == f"{scheme}://{request.headers.get('Host', '')}".lower()
+
+    def _foreign(self, request: web.Request, *, unnamed_proxy: bool = False) -> HttpError:
+        told = "The request was not sent by this server's own page."
+        return self._refusal(request, "foreign_origin", told, unnamed_proxy)
+
+    def _refusal(self, request: web.Request, code: str, told: str, unnamed_proxy: bool) -> HttpError:
+        if not unnamed_proxy:
+            return HttpError(403, code, told)
+        if not self._told:
+            self._told = True
+            log.warning(
+                "requests through a proxy are refused that `trusted_proxies` in moltbot.yaml does not name: "
+                "add its address if it is meant to be there, and start MoltBot again",
+                extra=fields(peer=_peer(request), reason=code),
+            )
+        return HttpError(403, code, f"{told} {_UNNAMED}")
+
+    def _from_stranger(self, request: web.Request) -> bool:
+        forwarded = any(name in request.headers for name in (*_FORWARDED, "X-Forwarded-Proto"))
+        return forwarded and not self._from_proxy(request)
 
     def _from_proxy(self, request: web.Request) -> bool:
         if not self._proxies:
@@ -69,10 +100,6 @@ class Origin:
         except ValueError:
             return False
         return any(peer in network for network in self._proxies)
-
-
-def _foreign() -> HttpError:
-    return HttpError(403, "foreign_origin", "The request was not sent by this server's own page.")
 
 
 def _peer(request: web.Request) -> str:
