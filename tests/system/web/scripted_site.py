@@ -112,6 +112,7 @@ class ScriptedSite:
         self.calls: list[tuple[str, str, dict[str, Any] | None]] = []
         self.user = "ada"
         self.refusals: list[web.Response | None] = []  # for the next starts of a turn; None breaks the line
+        self.login_refusals: list[web.Response] = []  # for the next who sign in
         self.down = False
         self.core_away = False  # the page's server is there, the core behind it is not
         self.store_away = False  # the core is there, and refuses once its answer has begun
@@ -212,6 +213,8 @@ class ScriptedSite:
         raise web.HTTPSeeOther("/?error=link")
 
     async def _login(self, request: web.Request) -> web.StreamResponse:
+        if self.login_refusals:
+            return self.login_refusals.pop(0)
         if (await request.json()).get("key") != self.key:
             return error(401, "The key is not known.", "unauthenticated")
         response = web.Response(status=204)

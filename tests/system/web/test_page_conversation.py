@@ -260,6 +260,10 @@ async def test_a_refused_message_comes_back_for_editing(browser: Browser) -> Non
         assert "The message is too long." in await problem.inner_text()
         assert await problem.get_by_role("button").count() == 0
         assert await visit.page.input_value("#message") == "a very long text"
+        site.refusals = [error(403, "Not sent by this server's own page.", "foreign_origin")]
+        await visit.page.keyboard.press("Enter")
+        await visit.page.get_by_text("MoltBot refused this; the details say why.").wait_for()
+        await visit.page.get_by_text("Details: Not sent by this server's own page.").wait_for()
 
 
 REASONS = {

@@ -1,5 +1,5 @@
 # ruff: noqa: E501, RUF001, SIM117 (scripts for the browser, hostile texts and Chinese are written as they are)
-"""Everything around the conversation: the list of chats, signing in, keys, languages, themes, phones and what the files may hold."""
+"""Everything around the conversation: the list of chats, keys, languages, themes, phones and what the files may hold."""
 
 from __future__ import annotations
 
@@ -145,36 +145,6 @@ async def test_a_long_chat_opens_at_its_end_and_shows_the_beginning_on_request(b
 async def test_a_chat_that_is_gone_says_so(browser: Browser) -> None:
     async with ScriptedSite(lambda _: []) as site, visiting(browser, site.origin, "/#/c/none") as visit:
         await visit.page.get_by_text("This chat does not exist any more.").wait_for()
-
-
-async def test_signing_in_with_a_key_and_the_words_for_a_used_link(browser: Browser) -> None:
-    async with (
-        ScriptedSite(lambda _: [], key="secret") as site,
-        visiting(browser, site.origin, "/login?code=used") as visit,
-    ):
-        await visit.page.get_by_text("This link was already used or has expired.").wait_for()
-        for told in ("“moltbot link”", "“.venv/bin/moltbot link”", "~/.moltbot/key"):
-            assert told in await visit.page.inner_text(".signin-also")
-            assert told in (await visit.page.inner_text(".signin-card")).split("最简单")[0]
-        await visit.page.fill("#key", "wrong")
-        await visit.page.get_by_role("button", name="Sign in").click()
-        told = await visit.page.get_by_text("This key is not known here.").inner_text()
-        assert "file “key” of the workspace" in told
-        assert "“moltbot link”" in told
-        await visit.page.get_by_role("button", name="切换到中文").click()
-        await visit.page.get_by_text("登录 MoltBot").wait_for()
-        await visit.page.fill("#key", "wrong")
-        await visit.page.keyboard.press("Enter")
-        told = await visit.page.get_by_text("这里不认识这个密钥。").inner_text()
-        assert "工作区的 key 文件" in told
-        assert "“moltbot link”" in told
-        assert await visit.page.evaluate(CONTRAST) == []
-        await visit.page.fill("#key", "secret")
-        await visit.page.keyboard.press("Enter")
-        await visit.page.wait_for_selector("#message")
-        assert "error" not in visit.page.url
-        await visit.page.get_by_role("button", name="退出登录").click()
-        await visit.page.wait_for_selector("#key")
 
 
 @pytest.mark.parametrize(

@@ -18,7 +18,7 @@ const root = document.getElementById("app");
 
 function languageSwitch() {
   const name = h("span", { text: t("lang.name", {}, otherLanguage()) });
-  const button = h("button", { type: "button", class: "quiet worded" }, icon("globe"), name);
+  const button = h("button", { class: "quiet worded" }, icon("globe"), name);
   label(button, "lang.switch");
   button.addEventListener("click", () => {
     store.language = otherLanguage();
@@ -31,7 +31,7 @@ function languageSwitch() {
 
 function themeSwitch() {
   const words = h("span");
-  const button = h("button", { type: "button", class: "quiet worded" }, icon("screen"), words);
+  const button = h("button", { class: "quiet worded" }, icon("screen"), words);
   const show = () => {
     const name = store.theme || "system";
     if (name === "system") delete document.documentElement.dataset.theme;
@@ -91,10 +91,8 @@ class Shell {
 
   #build() {
     this.title = h("h1", { class: "chat-name", dir: "auto" });
-    this.opener = label(h("button", { type: "button", class: "quiet square opener", attrs: { "aria-controls": "sidebar" } }, icon("menu")), "sidebar.open");
-    this.opener.addEventListener("click", () => this.toggleSidebar(true));
-    const fresh = label(h("button", { type: "button", class: "quiet square" }, icon("plus")), "chat.new");
-    fresh.addEventListener("click", () => this.newChat());
+    this.opener = label(h("button", { class: "quiet square opener", attrs: { "aria-controls": "sidebar" }, on: { click: () => this.toggleSidebar(true) } }, icon("menu")), "sidebar.open");
+    const fresh = label(h("button", { class: "quiet square", on: { click: () => this.newChat() } }, icon("plus")), "chat.new");
     const head = h("header", { class: "head" }, this.opener, this.title, this.#models(), fresh);
     this.away = h("p", { class: "away", attrs: { role: "status" } });
     this.composer.node.prepend(this.away);
@@ -126,7 +124,7 @@ class Shell {
   }
 
   #controls() {
-    const leave = h("button", { type: "button", class: "quiet worded" }, icon("leave"), say(h("span"), "signout"));
+    const leave = h("button", { class: "quiet worded" }, icon("leave"), say(h("span"), "signout"));
     leave.addEventListener("click", async () => {
       await logOut().catch(() => undefined); // not reachable: the page still forgets what it shows
       store.lastSession = "";

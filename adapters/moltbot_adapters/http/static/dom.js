@@ -3,6 +3,7 @@
 /** Makes an element. `props`: class, text, on (event -> handler), attrs (name -> value), plus DOM properties by name. */
 export function h(tag, props = {}, ...children) {
   const node = document.createElement(tag);
+  if (tag === "button") node.type = tag; // not "submit"
   for (const [name, value] of Object.entries(props)) {
     if (value === undefined || value === null || value === false) continue;
     if (name === "class") node.className = value;
@@ -77,7 +78,7 @@ export async function copyText(text) {
     await navigator.clipboard.writeText(text);
     return true;
   } catch {
-    const area = h("textarea", { value: text, class: "visually-hidden", attrs: { "aria-hidden": "true" } });
+    const area = h("textarea", { value: text, class: "visually-hidden", ariaHidden: "true" });
     const before = document.activeElement;
     document.body.append(area);
     area.select();

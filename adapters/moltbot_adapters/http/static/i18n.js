@@ -109,7 +109,7 @@ const SENTENCES = {
   "error.store": ["The server cannot reach its store. Try again in a moment.", "服务器暂时无法访问其存储，请稍后重试。"],
   "error.slow": ["The answer took too long. Try again, or ask for less at once.", "回答用时过长，请重试，或一次少问一些。"],
   "error.key": ["MoltBot did not accept the access key. Sign out and in again; if that does not help, restart MoltBot.", "MoltBot 不接受访问密钥，请退出后重新登录；仍不行请重启 MoltBot。"],
-  "error.forbidden": ["You may not do this.", "没有权限执行这个操作。"],
+  "error.forbidden": ["MoltBot refused this; the details say why.", "MoltBot 拒绝了这个请求，原因见详情。"],
   "error.gone": ["This chat or this answer does not exist any more.", "这个对话或回答已不存在。"],
   "error.other": ["Something went wrong.", "出了点问题。"],
   "error.detail": ["Details: {detail}", "详情：{detail}"],

@@ -51,7 +51,7 @@ export class AnswerView {
 
   say(key, vars = {}) {
     this.status.hidden = false;
-    const dots = h("span", { class: "dots", attrs: { "aria-hidden": "true" } }, h("i"), h("i"), h("i"));
+    const dots = h("span", { class: "dots", ariaHidden: "true" }, h("i"), h("i"), h("i"));
     this.status.replaceChildren(dots, say(h("span"), key, { vars }));
   }
 
@@ -144,8 +144,7 @@ export class AnswerView {
     if (detail) lines.append(say(h("p", { class: "problem-detail" }), "error.detail", { vars: { detail } }));
     const bubble = h("div", { class: "problem", attrs: { role: "alert" } }, icon("alert"), lines);
     if (onAction) {
-      const button = h("button", { type: "button", class: "button" }, icon(action === "edit" ? "edit" : "retry"), say(h("span"), action));
-      button.addEventListener("click", onAction);
+      const button = h("button", { class: "button", on: { click: onAction } }, icon(action === "edit" ? "edit" : "retry"), say(h("span"), action));
       bubble.append(button);
     }
     this.problem.replaceChildren(bubble);

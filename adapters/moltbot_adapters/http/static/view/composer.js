@@ -14,7 +14,7 @@ export class Composer {
     this.box = h("textarea", { id: "message", rows: 1, value: store.draft, autocomplete: "off", dir: "auto", attrs: { enterkeyhint: "send" } });
     say(say(this.box, "composer.placeholder", { attr: "placeholder" }), "composer.label", { attr: "aria-label" });
     this.sendButton = label(h("button", { type: "submit", class: "round send" }, icon("send")), "send");
-    this.stopButton = label(h("button", { type: "button", class: "round stop", hidden: true }, icon("stop")), "stop");
+    this.stopButton = label(h("button", { class: "round stop", hidden: true, on: { click: () => this.onStop() } }, icon("stop")), "stop");
     this.hint = h("p", { class: "hint" });
     const mod = /Mac|iPhone|iPad/.test(navigator.platform) ? "⌘" : "Ctrl+";
     this.hint.append(say(h("span", { class: "hint-keys" }), "composer.hint", { vars: { mod } }), say(h("span", { class: "hint-note" }), "composer.note"));
@@ -30,7 +30,6 @@ export class Composer {
       event.preventDefault();
       this.focus();
     });
-    this.stopButton.addEventListener("click", () => this.onStop());
     this.box.addEventListener("keydown", (event) => this.#key(event));
     this.box.addEventListener("input", () => this.#changed());
     this.#changed();

@@ -7,16 +7,14 @@ import { say } from "../i18n.js";
 export function confirmDelete(title) {
   const heading = say(h("h2", { id: "dialog-title" }), "delete.title");
   const text = say(h("p", { id: "dialog-text" }), "delete.text", { vars: { title } });
-  const cancel = say(h("button", { type: "button", class: "button" }), "cancel");
-  const agree = say(h("button", { type: "button", class: "button danger" }), "delete.yes");
+  const cancel = say(h("button", { class: "button", on: { click: () => dialog.close() } }), "cancel");
+  const agree = say(h("button", { class: "button danger", on: { click: () => dialog.close("yes") } }), "delete.yes");
   const dialog = h(
     "dialog", { class: "dialog", attrs: { "aria-labelledby": "dialog-title", "aria-describedby": "dialog-text" } },
     heading, text, h("div", { class: "dialog-buttons" }, cancel, agree),
   );
   document.body.append(dialog);
   return new Promise((resolve) => {
-    cancel.addEventListener("click", () => dialog.close());
-    agree.addEventListener("click", () => dialog.close("yes"));
     dialog.addEventListener("click", (event) => { if (event.target === dialog) dialog.close(); });
     dialog.addEventListener("close", () => {
       dialog.remove();

@@ -14,14 +14,11 @@ export class Sidebar {
     this.sessions = [];
     this.next = "";
     this.selected = "";
-    const close = label(h("button", { type: "button", class: "quiet square" }, icon("menu")), "sidebar.close");
-    close.addEventListener("click", onClose);
-    const fresh = h("button", { type: "button", class: "button new-chat" }, icon("plus"), say(h("span"), "chat.new"));
-    fresh.addEventListener("click", onNew);
+    const close = label(h("button", { class: "quiet square", on: { click: onClose } }, icon("menu")), "sidebar.close");
+    const fresh = h("button", { class: "button new-chat", on: { click: onNew } }, icon("plus"), say(h("span"), "chat.new"));
     const brand = h("div", { class: "brand" }, mark(), h("span", { text: "MoltBot" }));
     this.list = h("div", { class: "chat-list" });
-    this.more = say(h("button", { type: "button", class: "quiet more", hidden: true }), "chats.more");
-    this.more.addEventListener("click", () => this.#older());
+    this.more = say(h("button", { class: "quiet more", hidden: true, on: { click: () => this.#older() } }), "chats.more");
     const scroll = h("div", { class: "chat-scroll" }, this.list, this.more);
     const nav = say(h("nav", {}, scroll), "chats", { attr: "aria-label" });
     this.node = h("aside", { class: "sidebar", id: "sidebar" }, h("div", { class: "sidebar-head" }, brand, close), fresh, nav, controls);
@@ -93,8 +90,7 @@ export class Sidebar {
     link.dataset.session = session.id;
     mind(link, this.selected);
     if (session.active_turn) link.append(label(h("span", { class: "pulse", attrs: { role: "img" } }), "chat.running"));
-    const remove = label(h("button", { type: "button", class: "quiet square small" }, icon("trash")), "chat.delete", { title: name.textContent });
-    remove.addEventListener("click", () => this.#remove(session, name.textContent));
+    const remove = label(h("button", { class: "quiet square small", on: { click: () => this.#remove(session, name.textContent) } }, icon("trash")), "chat.delete", { title: name.textContent });
     const row = h("li", { class: "chat-row" }, link, remove);
     row.dataset.session = session.id;
     return row;

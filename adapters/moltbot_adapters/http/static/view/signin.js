@@ -10,7 +10,7 @@ export function signInView({ reason, onSignedIn, languageSwitch }) {
   const key = h("input", { type: "password", id: "key", name: "key", required: true, autocomplete: "current-password", spellcheck: false });
   const go = say(h("button", { type: "submit", class: "button primary" }), "signin.go");
   const problem = h("p", { class: "signin-problem", attrs: { role: "alert" } });
-  const show = (sentence) => problem.replaceChildren(icon("alert"), say(h("span"), sentence));
+  const show = (key, ...more) => problem.replaceChildren(icon("alert"), h("span", {}, say(h("span"), key), " ", ...more));
   if (reason) show(reason);
   const form = h(
     "form", { class: "signin-form" },
@@ -25,7 +25,9 @@ export function signInView({ reason, onSignedIn, languageSwitch }) {
       await logIn(key.value.trim());
       onSignedIn();
     } catch (error) {
-      show(error instanceof ApiError && error.status < 500 ? "signin.wrong" : "signin.down");
+      if (error.status === 401) show("signin.wrong");
+      else if (!(error instanceof ApiError) || error.away) show("signin.down");
+      else show("error.forbidden", say(h("span"), "error.detail", { vars: { detail: error.message } }));
       key.select();
       go.disabled = false;
     }

@@ -14,7 +14,7 @@ export class Thread {
     this.modelName = () => "MoltBot";
     this.list = h("div", { class: "thread" });
     this.scroller = h("div", { class: "scroller", tabIndex: -1 }, this.list);
-    const jump = h("button", { type: "button", class: "jump", hidden: true }, icon("down"), say(h("span"), "jump"));
+    const jump = h("button", { class: "jump", hidden: true }, icon("down"), say(h("span"), "jump"));
     this.live = h("div", { class: "visually-hidden", attrs: { "aria-live": "polite", "aria-atomic": "false", role: "log" } });
     this.node = h("div", { class: "thread-place" }, this.scroller, jump, this.live);
     this.end = new EndFollower(this.scroller, this.list, jump);
@@ -24,8 +24,7 @@ export class Thread {
   welcome() {
     const cards = SUGGESTIONS.map(([shape, key]) => {
       const words = h("span", { class: "card-words" }, say(h("strong"), `${key}.title`), say(h("span"), `${key}.text`));
-      const card = h("button", { type: "button", class: "card" }, icon(shape), words);
-      card.addEventListener("click", () => this.onSuggestion(t(`${key}.text`)));
+      const card = h("button", { class: "card", on: { click: () => this.onSuggestion(t(`${key}.text`)) } }, icon(shape), words);
       return card;
     });
     const sub = say(h("p", { class: "welcome-sub" }), "greeting.sub", { vars: { model: this.modelName } });
@@ -52,7 +51,7 @@ export class Thread {
   }
 
   #earlier(messages) {
-    const button = say(h("button", { type: "button", class: "button earlier" }), "chat.earlier");
+    const button = say(h("button", { class: "button earlier" }), "chat.earlier");
     button.addEventListener("click", () => {
       const height = this.scroller.scrollHeight;
       const chunk = messages.splice(-SHOWN);
