@@ -57,6 +57,26 @@ async def test_words_that_are_taken_back_are_replaced_and_the_page_says_so(brows
         assert await visit.page.locator(".thoughts-text").text_content() == "a right thought"
 
 
+@pytest.mark.parametrize(("locale", "line"), [("en-US", "The answer was started again"), ("zh-CN", "回答已重新开始")])
+async def test_an_answer_that_is_started_again_several_times_says_so_in_one_line(
+    browser: Browser, locale: str, line: str
+) -> None:
+    steps: list[Step] = []
+    for n in range(3):
+        steps += [Say(text=f"Start {n}"), Hold(gate=f"seen {n}"), Emit(kind="reset", data={"text": ""})]
+    async with (
+        ScriptedSite(lambda _: [*steps, Say(text="Right")]) as site,
+        visiting(browser, site.origin, "/#/new", locale=locale) as visit,
+    ):
+        await ask(visit, "hi")
+        for n, times in enumerate(("", " (2×)", " (3×)")):
+            await shown(visit, f"Start {n}")
+            site.gate(f"seen {n}").set()
+            await visit.page.get_by_text(line + times, exact=True).wait_for()
+        assert await answered(visit) == "Right"
+        assert await visit.page.locator(".notice").all_inner_texts() == [f"{line} (3×)"]
+
+
 async def test_an_answer_that_goes_on_where_another_model_stopped_is_not_called_started_again(
     browser: Browser,
 ) -> None:

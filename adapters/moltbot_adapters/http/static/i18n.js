@@ -75,7 +75,7 @@ const SENTENCES = {
   "notice.other": ["Note: {what}", "提示：{what}"],
   "thoughts": ["Thoughts", "思考过程"],
   "attachment": ["Attachment: {name}", "附件：{name}"],
-  "reset": ["The answer was started again", "回答已重新开始"],
+  "reset": ["The answer was started again{times}", "回答已重新开始{times}"],
   "stopped": ["Stopped", "已停止"],
   "end.length": ["Length limit reached. Ask for less at once.", "回答达到了长度上限，请一次少问一些。"],
   "end.joined": ["Answered together with your next message", "与下一条消息一起回答"],

@@ -17,6 +17,7 @@ export class AnswerView {
     this.model = "";
     this.tools = new Map();
     this.attached = 0;
+    this.resets = 0;
     this.chips = h("div", { class: "chips" });
     this.notices = h("div", { class: "notices", attrs: { role: "status" } });
     this.thoughts = new Thoughts();
@@ -70,7 +71,7 @@ export class AnswerView {
     const before = this.text;
     this.text = text.replaceAll("\r", "");
     this.thoughts.clear();
-    if (before.trim() && !this.text.startsWith(before)) this.notice("retry", "reset");
+    if (before.trim() && !this.text.startsWith(before)) this.#restarted();
     if (this.text) this.quiet();
     else this.begin();
     this.#schedule();
@@ -82,10 +83,19 @@ export class AnswerView {
     return chip;
   }
 
+  /** Says in one line how often the answer was begun anew. */
+  #restarted() {
+    this.reset?.remove();
+    this.resets += 1;
+    this.reset = this.notice("retry", "reset", { times: this.resets > 1 ? ` (${this.resets}×)` : "" });
+  }
+
   /** A line about how the answer comes about, such as a switch of the model. */
   notice(iconName, key, vars = {}) {
-    this.notices.append(h("p", { class: "notice" }, icon(iconName), say(h("span"), key, { vars })));
+    const line = h("p", { class: "notice" }, icon(iconName), say(h("span"), key, { vars }));
+    this.notices.append(line);
     this.onDrawn();
+    return line;
   }
 
   think(text) {
