@@ -378,7 +378,8 @@ class Core:
 def _models(settings: Settings, key: str, given: Catalog | None) -> tuple[Catalog, EngineLink | None, Loader]:
     """Return the catalog of models, the connection to their engine if that is another process, and what loads more."""
     if given is None and settings.engine not in ("", INLINE):
-        link = EngineLink(settings.engine, key, ca=settings.engine_ca)
+        own = settings.engine == f"unix:{Workspace(folder=settings.workspace).engine_socket}"
+        link = EngineLink(settings.engine, key, ca=settings.engine_ca, own=own)
         return Catalog(), link, link
     # Late: the native code of models is loaded only where models are.
     from moltbot_server.models.building import LocalLoader, Resources, configured_catalog

@@ -10,6 +10,7 @@ import grpc
 import pytest
 from grpc import aio
 from moltbot.v1 import inference_pb2, message_pb2, model_pb2, session_pb2
+from moltbot_server import app
 from moltbot_server.app import Core
 from moltbot_server.config import ConfigError
 from moltbot_server.demo_model import ARTIFACT
@@ -17,6 +18,7 @@ from moltbot_server.engine_role import EngineRole
 from moltbot_server.errors import ModelUnavailable
 from moltbot_server.models.catalog import Catalog
 from moltbot_server.models.engine import NOBODY, Asker, Generation, Listener
+from moltbot_server.rpc import remote_engine
 from moltbot_server.rpc.remote_engine import EngineLink
 from moltbot_server.testing import RunningServer
 from moltbot_server.turns import GenerationOptions, Message
@@ -230,6 +232,37 @@ async def test_without_an_engine_the_core_does_not_start_and_says_what_to_do(tmp
     with pytest.raises(ModelUnavailable, match="start it with `moltbot engine`"):
         await link.open(0.3)
     await link.close()
+
+
+@pytest.mark.parametrize("own", [True, False])
+async def test_what_to_do_about_an_engine_is_told_only_where_it_is_not_the_own_one_that_starts(
+    tmp_path: Path, own: bool, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level("INFO")
+    monkeypatch.setattr(remote_engine, "_SOON", 0.05)
+    monkeypatch.setattr(app, "_ENGINE_START", 0.3)
+    place = Workspace(folder=tmp_path)
+    place.create()
+    address = f"unix:{place.engine_socket if own else tmp_path / 'elsewhere.sock'}"
+    core = Core(settings(tmp_path, engine=address), key=place.read_key())
+    with pytest.raises(ModelUnavailable) as problem:
+        await core.start()
+
+    (line,) = (record for record in caplog.records if record.name == remote_engine.__name__)
+    assert (line.levelname, "may still be starting" in line.getMessage()) == ("INFO" if own else "WARNING", own)
+    assert ("correct `engine`" in line.getMessage(), "correct `engine`" in problem.value.message) == (not own, not own)
+    assert ("its log says why" in problem.value.message) is own
+
+
+async def test_an_engine_that_answers_in_the_moment_is_not_called_away(
+    role: EngineRole, caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level("INFO")
+    link = EngineLink(role.server.address, "mb")
+    await link.open(5)
+    link._say_waiting()
+    await link.close()
+    assert [record for record in caplog.records if record.name == remote_engine.__name__] == []
 
 
 async def test_a_wrong_key_is_told_as_such(tmp_path: Path, role: EngineRole) -> None:

@@ -64,12 +64,14 @@ _OPTIONS = (
 class EngineLink:
     """A connection to the engine role at an address: `unix:PATH`, `HOST:PORT` or `dns:///HOST:PORT`."""
 
-    def __init__(self, address: str, key: str, *, ca: Path | None = None) -> None:
+    def __init__(self, address: str, key: str, *, ca: Path | None = None, own: bool = False) -> None:
         """`key` opens the engine. Beyond this machine the connection is encrypted.
 
-        `ca` holds the certificates that the engine's own is proved by; without it the system's do.
+        `ca` holds the certificates that the engine's own is proved by; without it the system's do. `own` tells that it
+        is the engine of this workspace, which `moltbot start` starts beside the core.
         """
         self.address = address
+        self._own = own
         self._metadata = (("authorization", f"Bearer {key}"),)
         self._channel = _channel(address, ca)
         self.inference = inference_pb2_grpc.InferenceServiceStub(self._channel)
@@ -103,17 +105,27 @@ class EngineLink:
             async with asyncio.timeout(within):
                 await self._channel.channel_ready()
         except TimeoutError:
+            advice = (
+                "its log says why; where no `moltbot start` runs it, start it with `moltbot engine`."
+                if self._own
+                else "start it with `moltbot engine`, or correct `engine` in the configuration."
+            )
             raise ModelUnavailable(
-                f"The engine at {self.address} did not answer within {within:g} s; start it with `moltbot engine`, "
-                "or correct `engine` in the configuration."
+                f"The engine at {self.address} did not answer within {within:g} s; {advice}"
             ) from None
         finally:
             waiting.cancel()
         self._watch = asyncio.create_task(self._keep_watch())
 
     def _say_waiting(self) -> None:
-        text = "the engine cannot be reached yet: start `moltbot engine` there, or correct `engine` here"
-        log.warning(text, extra={"address": self.address, "for_seconds": int(_SOON)})
+        if self._channel.get_state() is grpc.ChannelConnectivity.READY:
+            return
+        fields = {"address": self.address, "for_seconds": int(_SOON)}
+        if self._own:
+            log.info("this workspace's engine does not answer yet: it may still be starting", extra=fields)
+        else:
+            text = "the engine cannot be reached yet: start `moltbot engine` there, or correct `engine` here"
+            log.warning(text, extra=fields)
 
     def wrong_key(self) -> ModelUnavailable:
         """Return what is told when the engine does not let this core in."""
