@@ -153,6 +153,24 @@ async def test_a_provider_that_needs_none_is_asked_without_one() -> None:
         assert b"authorization" not in wire.requests[0].lower()
 
 
+@pytest.mark.parametrize(
+    ("status", "error", "line"),
+    [
+        ("401 Unauthorized", ModelCredential, "a provider wants a key and has none"),
+        ("429 Too Many Requests", QueueFull, "a provider takes no requests for a while"),
+    ],
+)
+async def test_the_log_names_no_key_where_there_is_none(
+    status: str, error: type[Exception], line: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    refusal = response(b"{}", head=f"HTTP/1.1 {status}", content_type="application/json")
+    async with Wire(refusal).running() as wire, started(provider(wire.address), Ring()) as engine:
+        with caplog.at_level(logging.WARNING), pytest.raises(error):
+            await answered(engine)
+    (record,) = (each for each in caplog.records if each.name.endswith(".answer"))
+    assert (record.message, record.__dict__["provider"], "key" in record.__dict__) == (line, engine.type, False)
+
+
 async def test_what_was_learned_of_keys_outlives_an_engine(mock: MockProvider) -> None:
     follow(mock, {"kind": "rate_limit", "retry_after": 20})
     cooldowns, pools = Cooldowns(), Pools()

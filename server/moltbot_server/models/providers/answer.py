@@ -347,8 +347,7 @@ class ProviderAnswer:
             model.cooldowns.failed(model.whole, Cause.OUTAGE, found.after)
         elif found.cause is not None:
             rest = model.cooldowns.failed(model.place(key), found.cause, found.after)
-            fields = {"provider": model.terms.provider, "model": model.terms.model, "key": key.id, "seconds": rest}
-            log.warning("a provider refuses a key for a while", extra={**fields, "cause": found.cause.value})
+            self._say_refused(found.cause, rest)
             self._tried.append(key.id)
             if self._worst is None or isinstance(found.error, QueueFull):
                 self._worst = found.error
@@ -361,6 +360,16 @@ class ProviderAnswer:
         if isinstance(error, QueueFull):
             error.retry_after = model.rest or error.retry_after
         self.fail(error, quotes=True)
+
+    def _say_refused(self, cause: Cause, rest: float) -> None:
+        fields: dict[str, object] = {"provider": self._model.terms.provider, "model": self._model.terms.model}
+        if self._key.text:
+            text, fields["key"] = "a provider refuses a key for a while", self._key.id
+        elif cause is Cause.CREDENTIAL:
+            text = "a provider wants a key and has none"
+        else:
+            text = "a provider takes no requests for a while"
+        log.warning(text, extra={**fields, "seconds": rest, "cause": cause.value})
 
     def _go_on(self, key: ProviderKey) -> None:
         """Ask again with another key."""
