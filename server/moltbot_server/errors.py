@@ -285,7 +285,7 @@ class ModelCredential(MoltBotError):
     """The model's provider has no key here, or refuses the ones that it was given."""
 
     status, reason = Status.FAILED_PRECONDITION, "MODEL_CREDENTIAL"
-    advice = "Give the provider a key that works: `moltbot key add PROVIDER`."
+    advice = "Give the provider a key that works, in the workspace of this MoltBot: `moltbot key add PROVIDER`."
 
 
 class InvalidConfiguration(MoltBotError):

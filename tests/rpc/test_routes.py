@@ -324,6 +324,6 @@ async def test_a_route_says_which_of_its_models_has_no_key_yet(tmp_path: Path) -
         listed = await core.routes.ListRoutes(route_pb2.ListRoutesRequest(), metadata=core.server.metadata)
 
     assert [model.reason for model in listed.routes[0].models] == [
-        "OpenAI needs a key; add one with `moltbot key add openai`.",
-        "Anthropic needs a key; add one with `moltbot key add anthropic`.",
+        "OpenAI needs a key; add one to the workspace of this MoltBot with `moltbot key add openai`.",
+        "Anthropic needs a key; add one to the workspace of this MoltBot with `moltbot key add anthropic`.",
     ]

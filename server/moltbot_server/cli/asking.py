@@ -33,6 +33,8 @@ class Place:
     key: str
     store_away: Callable[[], str] = lambda: ""
 
+    words: Callable[[str], str] = str
+    """Puts what that core said as it is typed for its workspace, such as a command for a key."""
     start: str = "moltbot start"
     """What starts that core, and what shows a session's messages."""
     show: str = "moltbot session show"
@@ -40,7 +42,7 @@ class Place:
     def failure(self, error: MoltBotClientError, turn: str) -> Failure:
         """Return a client's error as the end of a command, which has heard of a turn or not (empty)."""
         found = failure(error)
-        message = found.message.replace("`moltbot start`", f"`{self.start}`")
+        message = self.words(found.message).replace("`moltbot start`", f"`{self.start}`")
         if turn and found.status is Exit.UNAVAILABLE:
             session = turn.partition("/turns/")[0]
             message += (

@@ -271,7 +271,7 @@ def _talk_or_ask(given: argparse.Namespace) -> int:
     from moltbot import MoltBotClientError
 
     from moltbot_server.cli.asking import Place, ask
-    from moltbot_server.cli.reaching import find_core, store_away
+    from moltbot_server.cli.reaching import find_core, store_away, words_of
 
     workspace = find_workspace(os.environ, given.workspace)
     key = os.environ.get("MOLTBOT_KEY", "").strip() or workspace.read_key()
@@ -280,6 +280,7 @@ def _talk_or_ask(given: argparse.Namespace) -> int:
         address=address,
         key=key,
         store_away=lambda: store_away(workspace, address),
+        words=words_of(workspace, address),
         start=command("start", workspace),
         show=command("session show", workspace),
     )

@@ -7,9 +7,10 @@ import re
 import socket
 import sys
 import time
+from collections.abc import Callable
 
 from moltbot_server.cli.running import Running, is_held
-from moltbot_server.cli.terminal import Exit, Failure, command, shown
+from moltbot_server.cli.terminal import Exit, Failure, as_typed, command, shown
 from moltbot_server.workspace import Workspace
 
 _PATIENCE = 10.0  # as long as a turn waits for an engine that died; a killed core is there again within two, most often
@@ -71,6 +72,16 @@ def store_away(workspace: Workspace, address: str) -> str:
     if running is None or running.grpc != address:
         return ""
     return status.store_away(status.ask_cores(running, timeout=_GLANCE))
+
+
+def words_of(workspace: Workspace, address: str) -> Callable[[str], str]:
+    """Return what puts a core's words as they are typed for the workspace; they stay if the core is another's."""
+
+    def words(text: str) -> str:
+        running = Running.read(workspace)
+        return as_typed(text, workspace) if running is not None and running.grpc == address else text
+
+    return words
 
 
 def _split(address: str) -> tuple[str, int]:

@@ -36,11 +36,12 @@ def list_routes(given: argparse.Namespace) -> int:
         return answer
 
     models = Models.of(given)
-    routes = [_entry(route) for route in asyncio.run(_asked(_core(models), ask)).routes]
+    core = _core(models)
+    routes = [_entry(route) for route in asyncio.run(_asked(core, ask)).routes]
     if given.json:
         print(json.dumps({"routes": routes}, ensure_ascii=False))
     elif routes:
-        print(_table(routes))
+        print(_table(routes, core.words))
     else:
         place = models.workspace.config_file
         print(
@@ -77,7 +78,7 @@ def reload_routes(given: argparse.Namespace) -> int:
     if answer.needs_restart:
         print(f"A restart is needed for what else was changed: {', '.join(answer.needs_restart)}.")
     if routes:
-        print(_table(routes))
+        print(_table(routes, core.words))
     return int(Exit.OK)
 
 
@@ -125,12 +126,12 @@ def _ms(span: Duration) -> float:
     return round(span.ToNanoseconds() / 1e6, 1)
 
 
-def _table(routes: Sequence[Mapping[str, Any]]) -> str:
-    rows = [("ROUTE", "MODEL", "STATE", "FAILED", "OF", "FIRST TOKEN", "RESTS", "WHY"), *_rows(routes)]
+def _table(routes: Sequence[Mapping[str, Any]], words: Callable[[str], str]) -> str:
+    rows = [("ROUTE", "MODEL", "STATE", "FAILED", "OF", "FIRST TOKEN", "RESTS", "WHY"), *_rows(routes, words)]
     return table(rows)
 
 
-def _rows(routes: Sequence[Mapping[str, Any]]) -> Iterator[tuple[str, ...]]:
+def _rows(routes: Sequence[Mapping[str, Any]], words: Callable[[str], str]) -> Iterator[tuple[str, ...]]:
     for route in routes:
         name = f"{route['name']} *" if route["default"] else route["name"]
         for model in route["models"]:
@@ -143,7 +144,7 @@ def _rows(routes: Sequence[Mapping[str, Any]]) -> Iterator[tuple[str, ...]]:
                 str(model["recent_attempts"]),
                 "-" if first is None else f"{first:,.0f} ms",
                 f"{model['rest_ms'] / 1000:.1f} s" if model["rest_ms"] else "-",
-                harmless(model["reason"]),
+                harmless(words(model["reason"])),
             )
             name = ""
 

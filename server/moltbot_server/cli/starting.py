@@ -24,7 +24,7 @@ from moltbot_server.cli.plans import ADAPTERS, plans
 from moltbot_server.cli.ports import Wanted, kept_port, near_port, spare_ports, take_ports
 from moltbot_server.cli.running import Running, joined, only_one, reachable
 from moltbot_server.cli.supervisor import Supervisor, log
-from moltbot_server.cli.terminal import Exit, Failure, answering, command, shown
+from moltbot_server.cli.terminal import Exit, Failure, answering, as_typed, command, shown
 from moltbot_server.cli.watcher import Watcher
 from moltbot_server.config import INLINE, ConfigError, Settings, load_settings, misspelled, overlooked
 from moltbot_server.logs import configure_logging
@@ -243,13 +243,14 @@ class _Site:
         self._model, self._route = str(core_said.get("model", "")), tuple(core_said.get("route", ()))
         what, name = answering(self._model, self._route)
         self.write()
+        problem = str(core_said.get("problem", ""))
         code = self._workspace.mint_link(time.time())
         took = time.monotonic() - self._began
         key = shown(self._workspace.key_file)
         link, chat = command("link", self._workspace), command("chat", self._workspace)
         lines = [
             f"MoltBot is ready ({took:.1f} s). {what}: {name or 'unknown'}.",
-            *([f"It cannot answer yet: {problem}"] if (problem := str(core_said.get("problem", ""))) else []),
+            *([f"It cannot answer yet: {as_typed(problem, self._workspace)}"] if problem else []),
             "",
             f"  Web chat    http://{self.http}/login?code={code}",
             f"              opens once, within {LINK_LIFE / 60:g} minutes; another link: {link}",

@@ -14,7 +14,7 @@ from urllib.parse import urlsplit
 import psutil
 
 from moltbot_server.cli.running import Running, is_held
-from moltbot_server.cli.terminal import Exit, answering, command, lasting, shown
+from moltbot_server.cli.terminal import Exit, answering, as_typed, command, lasting, shown
 from moltbot_server.workspace import Workspace
 
 
@@ -36,7 +36,7 @@ def status(workspace: Workspace, *, as_json: bool) -> int:
             )
         return int(Exit.UNAVAILABLE)
     found = state(workspace, running)
-    print(json.dumps(found, ensure_ascii=False) if as_json else _in_words(found))
+    print(json.dumps(found, ensure_ascii=False) if as_json else as_typed(_in_words(found), workspace))
     return int(Exit.OK if found["healthy"] else Exit.FAILED)
 
 

@@ -15,7 +15,7 @@ from prompt_toolkit.completion import WordCompleter
 from prompt_toolkit.formatted_text import HTML
 from prompt_toolkit.history import FileHistory, History, InMemoryHistory
 
-from moltbot_server.cli.asking import CHANNEL, Place, cancelling, failure, interrupts, remark
+from moltbot_server.cli.asking import CHANNEL, Place, cancelling, interrupts, remark
 from moltbot_server.cli.showing import Shown, attended
 from moltbot_server.cli.terminal import Exit, harmless
 from moltbot_server.workspace import Workspace
@@ -38,6 +38,7 @@ class Talk:
 
     def __init__(self, place: Place, *, session: str, model: str) -> None:
         self.bot = place.connect(self._waits)
+        self._failure = place.failure
         self._session = session
         self._model = model
         self._store_away = place.store_away
@@ -70,7 +71,7 @@ class Talk:
             try:
                 await self.take(text)
             except MoltBotClientError as error:
-                print(f"! {failure(error).message}", file=sys.stderr, flush=True)
+                print(f"! {self._failure(error, '').message}", file=sys.stderr, flush=True)
             except KeyboardInterrupt:  # pressed twice: nobody answered the first
                 print(" [left the answer]", flush=True)
 

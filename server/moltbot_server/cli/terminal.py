@@ -16,6 +16,8 @@ from moltbot_server.workspace import Workspace, find_workspace
 # Model output and stored titles are data: escape sequences would let them recolour, retitle or type into a terminal.
 _CONTROLS = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f\u202a-\u202e\u2066-\u2069]")
 
+_KEY_COMMAND = re.compile(r"`moltbot (key [^`]*)`")
+
 
 class Exit(IntEnum):
     """Exit statuses; those from 64 on are the ones of sysexits.h."""
@@ -78,6 +80,11 @@ def command(rest: str, workspace: Workspace | None = None) -> str:
     elif program.name != "moltbot":
         return f"{Path(sys.executable).name} -m moltbot_server.cli {rest}"
     return f"moltbot {rest}"
+
+
+def as_typed(text: str, workspace: Workspace) -> str:
+    """Return what a core said with each command for keys that it names as a person types it for this workspace."""
+    return _KEY_COMMAND.sub(lambda found: f"`{command(found[1], workspace)}`", text)
 
 
 def typed(path: Path) -> str:

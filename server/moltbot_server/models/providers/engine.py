@@ -155,7 +155,7 @@ class ProviderEngine:
             raise ModelUnavailable(f"The model {self.id} is not started.")
         keys = self._keys()
         if not keys:
-            raise ModelCredential(f"{self.terms.title} needs a key; add one with `moltbot key add {self.type}`.")
+            raise ModelCredential(f"{self.terms.title} needs a key; {self._way_to_a_key}")
         if self.cooldowns.is_quiet:
             return
         if (rest := self.cooldowns.rest(self.whole)) > 0:
@@ -194,7 +194,7 @@ class ProviderEngine:
 
     def keyless(self) -> ModelCredential:
         """Return the refusal of a provider that was given no key and wants one."""
-        return ModelCredential(f"{self.terms.title} wants a key; add one with `moltbot key add {self.type}`.")
+        return ModelCredential(f"{self.terms.title} wants a key; {self._way_to_a_key}")
 
     # --- what an answer asks for -------------------------------------------------------------------------------------
 
@@ -246,6 +246,11 @@ class ProviderEngine:
     def over(self, answer: ProviderAnswer) -> None:
         """Let an answer go."""
         self._answers.discard(answer)
+
+    @property
+    def _way_to_a_key(self) -> str:
+        # Callers of any kind read this: the folder of the workspace is named where the command line prints it.
+        return f"add one to the workspace of this MoltBot with `moltbot key add {self.type}`."
 
     def _keys(self) -> Sequence[ProviderKey]:
         return self._ring.keys(self.terms.provider) or (() if self.terms.needs_key else _KEYLESS)
