@@ -286,6 +286,7 @@ class Core:
             "route": self.route,
             "model_state": str(entry.state),
             "model_problem": entry.message,
+            "model_reason": entry.reason,
             "engine": "away" if self._link is not None and self._link.lost_for else "serving",
             "engine_address": INLINE if self._link is None else self._link.address,
             "store": "ok" if away is None else f"away: {away.problem}",

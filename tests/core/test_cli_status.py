@@ -18,3 +18,9 @@ def test_one_core_that_cannot_write_is_enough_for_a_store_that_is_away() -> None
 def test_cores_that_are_well_or_silent_have_a_store_as_far_as_is_known() -> None:
     assert store_away({"core-1": WELL, "core-2": SILENT}) == ""
     assert store_away({"core-1": SILENT}) == ""
+
+
+def test_a_core_whose_default_model_cannot_answer_serves_all_the_same() -> None:
+    assert [
+        core.serves for core in (_Health(False, {"status": "model failed"}), _Health(False, {"status": "leaving"}))
+    ] == [True, False]

@@ -63,6 +63,7 @@ def state(workspace: Workspace, running: Running) -> dict[str, Any]:
         "model": core.said.get("model") or running.model,
         "route": list(core.said.get("route", running.route)),
         "model_problem": core.said.get("model_problem", ""),
+        "model_reason": core.said.get("model_reason", ""),
         "uptime_s": round(time.time() - running.started, 1),
         "core": {
             "healthy": serving > 0,
@@ -100,8 +101,8 @@ class _Health(NamedTuple):
 
     @property
     def serves(self) -> bool:
-        """Whether it does its own part, although its store may be away."""
-        return self.healthy or self.said.get("status") == "store away"
+        """Whether it does its own part, although its store may be away, or the model that answers by default."""
+        return self.healthy or self.said.get("status") in ("store away", "model failed")
 
     @property
     def leaves(self) -> bool:
@@ -227,9 +228,23 @@ def _in_words(found: Mapping[str, Any]) -> str:
         lines.append(_until_there(found["store"]))
     elif engine["where"] and not engine["healthy"] and "engine" not in found["processes"]:
         lines.append("The engine runs elsewhere and cannot be reached: start it there, or correct `engine` here.")
+    elif found["model_problem"] and _all_serve(found):
+        keyless = found["model_reason"] == "MODEL_CREDENTIAL"
+        told = "lacks a key: its line says how to add one." if keyless else "cannot answer: its line says why."
+        lines.append(f"All of it serves, but the default {what.lower()} {told}")
     elif not found["healthy"]:
         lines.append("Not everything serves: the output of `moltbot start` says why; what crashed is started again.")
     return "\n".join(lines)
+
+
+def _all_serve(found: Mapping[str, Any]) -> bool:
+    """Tell whether each process is there and does its part."""
+    return (
+        found["http"]["healthy"]
+        and found["core"]["serving"] == found["core"]["workers"]
+        and found["engine"]["healthy"]
+        and all(process["memory"] is not None for process in found["processes"].values())
+    )
 
 
 def _until_there(store: Mapping[str, Any]) -> str:

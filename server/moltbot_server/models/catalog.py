@@ -50,6 +50,12 @@ class CatalogEntry:
         return self._message
 
     @property
+    def reason(self) -> str:
+        """What the engine's own refusal is called, such as `MODEL_CREDENTIAL`; empty when there is none."""
+        problem = self._problem() if self.stopped else None
+        return problem.reason if problem else ""
+
+    @property
     def stopped(self) -> bool:
         """Whether the model was ready and cannot answer any more."""
         return self._state is ModelState.READY and not self.engine.healthy
