@@ -6,11 +6,14 @@ import re
 import subprocess
 from pathlib import Path
 
+import grpc
 import pytest
 from checkout import ROOT, tracked_files
+from moltbot import MoltBotClientError
+from moltbot_adapters.http.errors import from_core
 from moltbot_server.cli.model_check import model_problems
 from moltbot_server.config import ConfigError, load_settings
-from moltbot_server.errors import markdown
+from moltbot_server.errors import every_error, markdown
 
 LINK = re.compile(r"!?\[[^\]]*\]\(([^)\s]+)\)")
 FENCE = re.compile(r"^```(\w+)\n(.*?)^```$", re.MULTILINE | re.DOTALL)
@@ -42,6 +45,28 @@ def test_nobody_is_told_to_install_a_strangers_package_of_our_name() -> None:
 
 def test_the_page_of_errors_is_that_of_the_tree() -> None:
     assert (ROOT / "docs" / "errors.md").read_text("utf-8") == markdown(), "type  make docs  and commit what it changes"
+
+
+def test_the_page_of_the_openai_api_has_every_code_that_its_addresses_answer_with() -> None:
+    elsewhere = {"SESSION_NOT_FOUND", "SESSION_BUSY", "TURN_NOT_FOUND", "INVALID_PAGE_TOKEN", "PLUGIN_NOT_FOUND"}
+    elsewhere |= {"MODEL_EXISTS", "MODEL_NOT_LOADABLE", "MODEL_IN_USE", "INVALID_CONFIGURATION"}
+    elsewhere |= {"DELIVERY_NOT_FOUND", "LEASE_LOST"}
+    refusals = [
+        from_core(MoltBotClientError(grpc.StatusCode[error.status.name], "", reason=error.reason))
+        for error in every_error()
+        if error.reason not in elsewhere
+    ]
+    answered = {(str(refusal.code), refusal.status) for refusal in refusals}
+    answered.add(("core_unavailable", from_core(MoltBotClientError(grpc.StatusCode.UNAVAILABLE, "")).status))
+    adapter = ROOT / "adapters" / "moltbot_adapters" / "http"
+    for source in (adapter / "body.py", *adapter.glob("openai_*.py")):
+        found = re.findall(r'HttpError\(\s*(\d+),\s*"(\w+)"', source.read_text("utf-8"))
+        answered |= {(code, int(status)) for status, code in found}
+    answered |= {("not_found", 404), ("method_not_allowed", 405), ("host_not_allowed", 403)}
+
+    table = (ROOT / "docs" / "openai-api.md").read_text("utf-8").partition("## Errors")[2].partition("\n## ")[0]
+    rows = re.findall(r"^\| (`.*?) \| (\d+) \|", table, re.MULTILINE)
+    assert {(code, int(status)) for codes, status in rows for code in re.findall(r"`(\w+)`", codes)} == answered
 
 
 def test_both_readmes_hold_the_same_commands() -> None:
