@@ -412,22 +412,24 @@ def main(arguments: Sequence[str] | None = None) -> int:
         if outcome.schedules % 20_000 < _SHARE:
             print(f"{outcome.schedules} schedules, {time.monotonic() - began:.0f} s", file=sys.stderr, flush=True)
 
-    outcome = Outcome()
+    outcome, swept = Outcome(), 0
     try:
         run_all(flags.first, flags.schedules, flags.processes, outcome, told=told)
     except KeyboardInterrupt:
         flags.sweep = 0
         print("stopped before the end", file=sys.stderr)
     if flags.sweep and not outcome.broken:
-        outcome.add(sweep(range(flags.first, flags.first + flags.sweep)))
+        found = sweep(range(flags.first, flags.first + flags.sweep))
+        outcome.add(found)
+        swept = found.schedules
     seconds = time.monotonic() - began
-    for name, found in outcome.broken:
+    for name, violations in outcome.broken:
         print(f"broken by {name}:")
-        for violation in found[:8]:
+        for violation in violations[:8]:
             print(f"  {violation.kind}: {violation.subject}: {violation.problem}")
     print(
-        f"schedules={outcome.schedules} steps={outcome.steps} turns={outcome.turns} cores_ended={outcome.ends} "
-        f"seconds={seconds:.0f} broken={len(outcome.broken)}"
+        f"schedules={outcome.schedules - swept} swept={swept} steps={outcome.steps} turns={outcome.turns} "
+        f"cores_ended={outcome.ends} seconds={seconds:.0f} broken={len(outcome.broken)}"
     )
     return 1 if outcome.broken else 0
 

@@ -246,6 +246,19 @@ async def test_the_client_waits_as_told_and_succeeds(adapter, core):
     assert answer.choices[0].message.content == "Hello, world!"
 
 
+@pytest.mark.parametrize(
+    ("code", "reason"),
+    [(grpc.StatusCode.DATA_LOSS, "STORAGE_DAMAGED"), (grpc.StatusCode.ALREADY_EXISTS, "TURN_DELETED")],
+)
+async def test_the_client_does_not_repeat_what_cannot_succeed(adapter, core, code, reason):
+    core.script.refusals = [Refusal(code=code, reason=reason)]
+    async with openai.AsyncOpenAI(base_url=adapter.api, api_key=KEY, max_retries=2) as client:
+        with pytest.raises(openai.APIStatusError) as caught:
+            await client.chat.completions.create(model="moltbot", messages=HELLO)
+    assert caught.value.code == reason.lower()
+    assert len(core.names()) == 1
+
+
 async def test_a_refused_field_is_named_as_the_client_knows_it(client, core):
     core.script.refusals = [
         Refusal(
