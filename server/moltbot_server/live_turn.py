@@ -53,6 +53,7 @@ class LiveTurn:
         "_timer",
         "_waiters",
         "accepted_after",
+        "age",
         "arrived",
         "cancelling",
         "closing",
@@ -92,14 +93,16 @@ class LiveTurn:
         """`arrived` is on `time.perf_counter`; text waits up to `interval` seconds to be recorded together.
 
         What is recorded is seen by followers when the `journal` has had it kept; without one, at once. `taken` is the
-        turn as another core left it: it goes on after the events that were kept. What is a guess may have another one's
-        number, until it is accepted: nothing that it records is kept before.
+        turn as another core left it, with the `age` in seconds that it had by then: it goes on after the events that
+        were kept. What is a guess may have another one's number, until it is accepted: nothing that it records is kept
+        before.
         """
         self.key = key
         self.input = turn
         self.principal = principal
         self.digest = digest
         self.arrived = arrived
+        self.age = max(0.0, time.time() - taken.turn.create_time) if taken else 0.0
         self.accepted_after = 0.0
         self.events: list[Event] = list(taken.turn.events) if taken else []
         self.epoch = taken.epoch if taken else 1

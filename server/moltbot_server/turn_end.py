@@ -75,7 +75,7 @@ def timings(
         queue=started - live.arrived + waited,
         first_token=max(0.0, first - started - waited),
         generation=now - first,
-        total=now - live.arrived,
+        total=now - live.arrived + live.age,
         trimmed_messages=fitted.trimmed_messages + trimmed,
         history_messages=fitted.history_messages - trimmed,
         attempts=len([1 for attempt in attempts if attempt.outcome != "SKIPPED"]) or int(asked),

@@ -47,6 +47,8 @@ async def test_a_killed_core_keeps_its_sessions_and_the_next_one_carries_its_tur
         # What was kept and had not come yet comes first, then what the next core adds to it.
         assert "reset" not in kinds(resumed)
         assert kinds(resumed)[-1] == "completed"
+        lasted = resumed[-1].create_time.ToNanoseconds() - events[0].create_time.ToNanoseconds()
+        assert resumed[-1].completed.timings.total.ToNanoseconds() == pytest.approx(lasted, rel=0.2)
         text = "".join(event.text_delta.text for event in (*events, *resumed))
         assert text == resumed[-1].completed.text
         assert len(text.split()) == 150
