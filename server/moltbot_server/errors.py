@@ -163,13 +163,6 @@ class RequestIdReused(MoltBotError):
     advice = "Make a new request_id for new content."
 
 
-class TurnDeleted(MoltBotError):
-    """The request_id started a turn that was deleted with its session within the last day."""
-
-    status, reason = Status.ALREADY_EXISTS, "TURN_DELETED"
-    advice = "Leave it: its turn was carried out. Make a new request_id to ask again."
-
-
 class SessionBusy(MoltBotError):
     """A turn runs in the session, so the session cannot be changed now."""
 
@@ -314,6 +307,13 @@ class StorageDamaged(MoltBotError):
 
     status, reason = Status.DATA_LOSS, "STORAGE_DAMAGED"
     advice = "`moltbot store check` lists what is damaged: restore a backup, or reset the session."
+
+
+class TurnDeleted(MoltBotError):
+    """The request_id started a turn that was deleted with its session within the last day."""
+
+    status, reason = Status.ALREADY_EXISTS, "TURN_DELETED"
+    advice = "Leave it: its turn was carried out. Make a new request_id to ask again."
 
 
 class AddressTaken(OSError):

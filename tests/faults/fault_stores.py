@@ -15,7 +15,9 @@ from typing import Protocol
 from fault_keeping import journal_entries
 from fault_nodes import free_port
 from moltbot_server.store import Store
+from moltbot_server.store.protocol import KEEP_REQUESTS
 from moltbot_server.store.sqlite import SqliteStore
+from moltbot_server.store.sqlite_rows import IS_DELETED
 
 _ALWAYS_THERE = re.compile(
     r"moltbot:(schema|workspaces|nodes|left|node|salt|owner)|\{moltbot:\w+\}:(accepted|days|used|added|nodes)"
@@ -46,6 +48,10 @@ class Keeping(Protocol):
         """Return how much is kept of each kind, but for what a store has without any turn, and for usage."""
 
 
+_ONLY_AN_ID = f"{IS_DELETED} AND digest = x'' AND question = x'90' AND coalesce(answer, events, rest) IS NULL"
+"""Rows that are there to be for a day: of a deleted turn its request_id alone."""
+
+
 class FileKeeping:
     """A file; there is nothing to start and nothing to kill."""
 
@@ -74,9 +80,11 @@ class FileKeeping:
         connection = sqlite3.connect(f"file:{self._path}?mode=ro", uri=True)
         try:
             tables = [name for (name,) in connection.execute("SELECT name FROM sqlite_master WHERE type = 'table'")]
+            counted = {name: f"SELECT count(*) FROM {name}" for name in tables}
+            counted["turns"] += f" WHERE NOT ({_ONLY_AN_ID})"
             return {
-                f"rows of {name}": int(connection.execute(f"SELECT count(*) FROM {name}").fetchone()[0])
-                for name in tables
+                f"rows of {name}": int(connection.execute(query).fetchone()[0])
+                for name, query in counted.items()
                 if not name.startswith(("sqlite_", "usage"))
             }
         finally:
@@ -145,12 +153,19 @@ class RedisKeeping:
         """Return the keys of each kind."""
         from redis.asyncio import Redis
 
-        found = Counter[str]()
+        found, cursor = Counter[str](), -1
         async with Redis(host="127.0.0.1", port=self._port) as redis:
-            async for key in redis.scan_iter(count=1000):
-                kind = re.sub(r":[^:]*\d[^:]*", "", key.decode())
-                if not _ALWAYS_THERE.fullmatch(kind):
-                    found[f"keys {kind}"] += 1
+            while cursor:
+                cursor, keys = await redis.scan(max(cursor, 0), count=1000)
+                async with redis.pipeline(transaction=False) as asking:
+                    for key in keys:
+                        asking.ttl(key)
+                    lives = await asking.execute()
+                for key, life in zip(keys, lives, strict=True):
+                    kind = re.sub(r":[^:]*\d[^:]*", "", key.decode())
+                    ends = b"}:x:" in key and 0 < life <= KEEP_REQUESTS  # the request_id of a deleted turn
+                    if not ends and not _ALWAYS_THERE.fullmatch(kind):
+                        found[f"keys {kind}"] += 1
         return dict(found)
 
 
