@@ -77,3 +77,12 @@ async def terminal(home: Home, *arguments: str, command: str = "chat") -> AsyncI
             await process.wait()
         screen.close()
         os.close(ours)
+
+
+async def answer_when_asked(answer: str, question: str, home: Home, *words: str, command: str) -> None:
+    """Answer the question of a command with y or n, and see that it ends with 0 or with 1."""
+    async with terminal(home, *words, command=command) as screen:
+        await screen.until(question)
+        screen.type(f"{answer}\n")
+        async with asyncio.timeout(20):
+            assert await screen.process.wait() == (0 if answer == "y" else 1)

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 from cli_process import Home
-from cli_terminal import terminal
+from cli_terminal import answer_when_asked
 from moltbot import Delivery, MoltBot
 from moltbot.v1.chat_pb2 import Place
 from moltbot_server.store.outbox import DeadLetter
@@ -185,11 +185,8 @@ async def test_at_a_terminal_it_asks_whether_all_are_meant(home: Home, core: Run
     await answered(bot, "C0", "C1")
     assert await core.core.store.outbox.prune(keep=0, delivered=60) == 2
     for answer, left in (("n", 2), ("y", 0)):
-        async with terminal(home, "drop", "--all", command="deadletters") as screen:
-            await screen.until("2 dead letters, of all channels, would be deleted for good. Go")
-            screen.type(f"{answer}\n")
-            async with asyncio.timeout(20):
-                assert await screen.process.wait() == (0 if answer == "y" else 1)
+        asked = "2 dead letters, of all channels, would be deleted for good. Go"
+        await answer_when_asked(answer, asked, home, "drop", "--all", command="deadletters")
         assert len((await home.run("deadletters", "list", "--json")).json["dead_letters"]) == left
 
 

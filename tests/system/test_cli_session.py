@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import asyncio
 from collections.abc import AsyncIterator
 
 import pytest
 from cli_process import Home
-from cli_terminal import terminal
+from cli_terminal import answer_when_asked
 from moltbot import MoltBot, MoltBotClientError
 from moltbot_server.testing import RunningServer
 
@@ -144,9 +143,6 @@ async def test_what_makes_no_sense_is_wrong_usage(
 
 async def test_at_a_terminal_it_asks_whether_all_are_meant(home: Home, bot: MoltBot) -> None:
     for answer, left in (("n", 3), ("y", 0)):
-        async with terminal(home, "delete", "--all", command="session") as screen:
-            await screen.until("3 sessions, which is all that the workspace has, would be deleted for good. Go")
-            screen.type(f"{answer}\n")
-            async with asyncio.timeout(20):
-                assert await screen.process.wait() == (0 if answer == "y" else 1)
+        asked = "3 sessions, which is all that the workspace has, would be deleted for good. Go"
+        await answer_when_asked(answer, asked, home, "delete", "--all", command="session")
         assert len([session async for session in bot.sessions()]) == left

@@ -52,7 +52,7 @@ class MemoryStore:
         self.node = secrets.token_hex(8)
         self._sessions: dict[SessionKey, Conversation] = {}
         self._requests: dict[tuple[str, str], KeptTurn] = {}
-        self._deleted: dict[tuple[str, str], float] = {}  # when the turns of these requests were accepted
+        self._deleted: dict[tuple[str, str], float] = {}  # until when these requests are known, the oldest first
         self._database = sqlite3.connect(":memory:", isolation_level=None, check_same_thread=False)
         self._database.executescript(USAGE_SCHEMA + OUTBOX_SCHEMA)
         self.outbox = SqliteOutbox(self._run, self._run)
@@ -94,7 +94,7 @@ class MemoryStore:
         if earlier is not None:
             same = (earlier.row.key, earlier.row.create_time) == (turn.key, turn.create_time)
             return None if same else earlier.stored()
-        if self._deleted.get(request, 0.0) > time.time() - KEEP_REQUESTS:
+        if self._deleted.get(request, 0.0) > time.time():
             return Deleted()
         if self._is_old(turn):
             return Moved()
@@ -261,11 +261,12 @@ class MemoryStore:
 
     def _delete_requests(self, session: Conversation) -> None:
         """Let the requests of a session's turns be known as those of deleted ones, for as long as that is kept."""
-        oldest = time.time() - KEEP_REQUESTS
-        self._deleted = {request: began for request, began in self._deleted.items() if began > oldest}
+        now = time.time()
+        while self._deleted and next(iter(self._deleted.values())) <= now:
+            del self._deleted[next(iter(self._deleted))]
         for turn in session.turns.values():
-            if not turn.gave_way and turn.row.create_time > oldest:
-                self._deleted[session.key.workspace, turn.row.request_id] = turn.row.create_time
+            if not turn.gave_way and turn.row.create_time > now - KEEP_REQUESTS:
+                self._deleted[session.key.workspace, turn.row.request_id] = now + KEEP_REQUESTS
         self._forget_requests(session)
 
     def _forget_requests(self, session: Conversation) -> None:

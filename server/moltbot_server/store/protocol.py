@@ -36,11 +36,11 @@ class Moved(Value, frozen=True):
 
 
 class Deleted(Value, frozen=True):
-    """The `request_id` started a turn that was deleted with its session less than `KEEP_REQUESTS` after it began."""
+    """The `request_id` started a turn that was deleted with its session within the last day: see `KEEP_REQUESTS`."""
 
 
 KEEP_REQUESTS = 86_400.0
-"""Seconds after its acceptance in which the `request_id` of a turn is known that was deleted with its session."""
+"""Seconds after its acceptance for which, at least, a deleted turn is known by its `request_id`."""
 GUESSED = -2
 """The version of a session that is taken for new unseen: the store refuses its turn if there is such a session."""
 
