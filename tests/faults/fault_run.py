@@ -25,7 +25,7 @@ from fault_http import Adapter, HttpFollower, HttpLines
 from fault_keeping import kept_in
 from fault_load import Load, pauses
 from fault_nodes import TAILS, Node, Setup, Supervised, Workers
-from fault_report import machine
+from fault_report import Stolen, machine
 from fault_stores import KINDS
 
 LONGEST_PAUSE = 6.0
@@ -68,6 +68,8 @@ class Findings:
     violations: list[Violation] = field(default_factory=list)
     codes: dict[str, int] = field(default_factory=dict)
     """How often cores ended with each exit code; -9 is SIGKILL."""
+    legs: list[dict[str, float]] = field(default_factory=list)
+    """Of each leg its kills, its longest pause and the shares of the processors that the host took away."""
 
     def add(self, other: Findings) -> None:
         """Add what came of another one."""
@@ -75,6 +77,7 @@ class Findings:
             setattr(self, name, getattr(self, name) + getattr(other, name))
         self.pauses += other.pauses
         self.beside_still += other.beside_still
+        self.legs += other.legs
         self.violations += other.violations
         self.codes = dict(Counter(self.codes) + Counter(other.codes))
 
@@ -229,13 +232,14 @@ async def run(orders: Orders, folder: Path, seed: int, told: Callable[[str], Non
         number += 1
         place = folder / f"leg-{seed}-{number}"
         place.mkdir(parents=True)
-        leg = Leg(place, orders, seed * 1000 + number)
+        leg, stolen = Leg(place, orders, seed * 1000 + number), Stolen()
         part = await leg.run(min(orders.each, orders.kills - findings.kills))
+        part.legs.append({"kills": part.kills, "longest": round(part.pause(1.0), 3), **stolen.end()})
         findings.add(part)
         findings.seconds = time.monotonic() - began
         if part.violations:
             fault_history.write(folder / f"history-{seed}-{number}.jsonl", leg.load.history)
-        told(f"leg {number}: {findings.line()} ({findings.more()})")
+        told(f"leg {number}: {findings.line()} ({findings.more()}); this leg {part.legs[0]}")
     return findings
 
 
@@ -258,6 +262,7 @@ def _report(findings: Findings, orders: Orders, seed: int, rigs: int) -> dict[st
                 "longest": round(max(findings.beside_still, default=0.0), 3),
             },
         },
+        "legs": findings.legs,
         "exit_codes": findings.codes,
         "seconds": round(findings.seconds),
         "command": _command(orders, seed, rigs),
