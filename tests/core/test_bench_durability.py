@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-import contextlib
+import json
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import pytest
+from moltbot_server.bench.__main__ import main as bench
 from moltbot_server.bench.durability import _summary, bench_durability
 from moltbot_server.bench.durability_command import durability_table
-from moltbot_server.bench.durability_rig import Kept
 from moltbot_server.bench.local_rig import undisturbed
 from redis_process import redis_server
 
@@ -18,7 +19,7 @@ def test_each_store_is_compared_with_memory_in_a_whole_installation() -> None:
     told: list[str] = []
 
     report = bench_durability(
-        rounds=1, seconds=0.5, stores=("sqlite", "redis_always"), redis=redis_server(), progress=told.append
+        rounds=1, seconds=0.5, stores=("sqlite", "redis_always"), redis=Path(redis_server()), progress=told.append
     )
 
     for way in ("streams", "alone"):
@@ -64,7 +65,26 @@ def test_a_slice_that_others_disturbed_is_repeated_and_the_quietest_counts() -> 
     assert undisturbed(slices(1.5), 0)["tokens_per_second"] == 0
 
 
-def test_stores_in_redis_are_left_out_where_it_is_not_installed(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_nothing_is_measured_where_nothing_can_be_compared(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("PATH", "")
-    with contextlib.ExitStack() as stack:
-        assert Kept.begin(stack, "redis_always") is None
+    with pytest.raises(RuntimeError, match=r"nothing to compare: .* redis-server is not in the PATH"):
+        bench_durability(rounds=1, seconds=0.2, stores=["redis_always"])
+
+
+def test_machines_are_told_what_is_left_out(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("PATH", "")
+    assert bench(["durability", "--rounds", "1", "--seconds", "0.2", "--json"]) == 0
+    told = capsys.readouterr()
+    assert json.loads(told.out)["left_out"] == ["redis_always", "redis_everysec"]
+    assert told.err.startswith("redis_always, redis_everysec: left out, for redis-server is not in the PATH")
+
+
+@pytest.mark.parametrize("asked", [("durability", "--redis"), ("router", "--litellm"), ("local", "--llama-server")])
+def test_a_program_that_is_not_there_is_told_before_anything_starts(
+    asked: tuple[str, str], capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(SystemExit, match="2"):
+        bench([*asked, "/nowhere/program"])
+    assert f"argument {asked[1]}: there is no program /nowhere/program" in capsys.readouterr().err

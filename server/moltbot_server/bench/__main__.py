@@ -80,7 +80,7 @@ def _parser() -> argparse.ArgumentParser:
     chat.set_defaults(run=_chat, table=_chat_table)
     scale = kinds.add_parser("scale", help="what more workers bring, with the load on the same machine")
     scale.add_argument("--seconds", type=_positive, default=4.0, help="length of a slice (default: %(default)s)")
-    scale.add_argument("--rounds", type=_at_least_one, default=5, help="slices of each (default: %(default)s)")
+    scale.add_argument("--rounds", type=_at_least_one, default=9, help="slices of each (default: %(default)s)")
     scale.add_argument("--in-flight", type=_at_least_one, default=256, help="calls in flight (default: %(default)s)")
     scale.add_argument(
         "--connections", type=_at_least_one, default=64, help="connections of the load (default: %(default)s)"

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import argparse
+import shutil
 from collections.abc import Callable
+from pathlib import Path
 from typing import TypeVar
 
 N = TypeVar("N", int, float)
@@ -22,3 +24,11 @@ def above_zero(kind: type[N]) -> Callable[[str], N]:
         return number
 
     return read
+
+
+def program(text: str) -> Path:
+    """Read the path of a program from a command line."""
+    found = shutil.which(Path(text).expanduser().absolute())
+    if found is None:
+        raise argparse.ArgumentTypeError(f"there is no program {text}")
+    return Path(found).resolve()

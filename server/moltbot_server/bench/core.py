@@ -134,18 +134,27 @@ def _summary(pairs: list[dict[str, dict[str, float]]], turn: str, bare: str, uni
 def machine() -> dict[str, Any]:
     """Return what a figure depends on: processors, versions, commit and date."""
     names = ("grpcio", "protobuf", "uvloop", "ctranslate2", "moltbot")
-    commit = subprocess.run(
-        ["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True, check=False, cwd=Path(__file__).parent
-    )
     return {
         "processors": len(os.sched_getaffinity(0)),
         "processor": _processor(),
         "python": platform.python_version(),
         "kernel": platform.release(),
         **{name: version(name) for name in names},
-        "commit": commit.stdout.strip(),
+        "commit": _commit(),
         "date": time.strftime("%Y-%m-%d"),
     }
+
+
+def _commit() -> str:
+    """Return the commit of a checkout; empty where MoltBot is installed, or git is not."""
+    here = Path(__file__)
+    asked = ["git", "-C", str(here.parent)]
+    try:
+        subprocess.run([*asked, "ls-files", "--error-unmatch", here.name], capture_output=True, check=True)
+        told = subprocess.run([*asked, "rev-parse", "--short", "HEAD"], capture_output=True, text=True, check=True)
+    except (OSError, subprocess.CalledProcessError):
+        return ""
+    return told.stdout.strip()
 
 
 def _processor() -> str:

@@ -11,9 +11,11 @@ from __future__ import annotations
 
 import contextlib
 import os
+import shutil
 import statistics
 from collections.abc import Callable, Collection, Mapping, Sequence
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 from moltbot_server.bench.core import machine
@@ -27,6 +29,7 @@ MOST_ADDED = 3.0
 LEAST_TOKENS = 0.9
 """The share of its tokens a second that a store leaves."""
 _WAYS = {"streams": STREAMS, "alone": 1}
+LEFT_OUT = "left out, for redis-server is not in the PATH (`--redis` names one)"
 _RELATIVE = ("core", "client", "engine", "http", "redis", "others")
 
 Progress = Callable[[str], None]
@@ -36,7 +39,7 @@ def bench_durability(
     *,
     rounds: int = 6,
     seconds: float = 6.0,
-    redis: str = "",
+    redis: Path | None = None,
     stores: Collection[str] = tuple(STORES),
     patience: int = 0,
     progress: Progress = lambda _: None,
@@ -47,8 +50,16 @@ def bench_durability(
     others disturbed is repeated up to `patience` times, see `local_rig.undisturbed`.
 
     Raises:
-        RuntimeError: a turn failed, or a process ended early.
+        RuntimeError: a turn failed, a process ended early, or there is no store to compare.
     """
+    server = str(redis or shutil.which("redis-server") or "")
+    asked = [name for name in stores if name != MEMORY]
+    compared = [name for name in asked if server or not STORES[name]]
+    left_out = [name for name in asked if name not in compared]
+    if left_out:
+        progress(f"{', '.join(left_out)}: {LEFT_OUT}")
+    if not compared:
+        raise RuntimeError(f"there is nothing to compare: {LEFT_OUT}")
     load = [round(each, 2) for each in os.getloadavg()]
     report: dict[str, Any] = {
         "machine": machine() | {"load_before": load},
@@ -56,15 +67,13 @@ def bench_durability(
         "seconds": seconds,
         "patience": patience,
         "streams": STREAMS,
+        "left_out": left_out,
     }
     with contextlib.ExitStack() as stack:
         kept: dict[str, Kept] = {}
-        for name in (MEMORY, *(name for name in stores if name != MEMORY)):
+        for name in (MEMORY, *compared):
             progress(f"starting: {name}")
-            if (found := Kept.begin(stack, name, redis=redis)) is None:
-                progress(f"{name} is left out: redis-server is not installed")
-            else:
-                kept[name] = found
+            kept[name] = Kept.begin(stack, name, redis=server)
         done = {way: _rounds(kept, way, count, rounds, seconds, patience, progress) for way, count in _WAYS.items()}
     bars: dict[str, Any] = {}
     for name in kept:

@@ -7,8 +7,8 @@ import sys
 from collections.abc import Callable
 from typing import Any
 
-from moltbot_server.bench.arguments import above_zero
-from moltbot_server.bench.durability import bench_durability
+from moltbot_server.bench.arguments import above_zero, program
+from moltbot_server.bench.durability import LEFT_OUT, bench_durability
 from moltbot_server.bench.durability_rig import MEMORY, STORES
 
 _EPILOG = """\
@@ -37,7 +37,7 @@ def add_durability(kinds: Any, machine: Callable[[dict[str, Any]], str]) -> None
     names = [name for name in STORES if name != MEMORY]
     durability.add_argument("--only", action="append", default=[], choices=names, metavar="STORE",
                             help=f"compare this one, may be repeated: {', '.join(names)}")  # fmt: skip
-    durability.add_argument("--redis", default="", metavar="PATH", help="redis-server, where it is not in the PATH")
+    durability.add_argument("--redis", type=program, metavar="PATH", help="redis-server, where it is not in the PATH")
     durability.add_argument("--patience", type=int, default=0, metavar="N",
                             help="repeat a slice up to N times while others use the machine too")  # fmt: skip
     durability.add_argument("--json", action="store_true", help="print JSON")
@@ -45,7 +45,7 @@ def add_durability(kinds: Any, machine: Callable[[dict[str, Any]], str]) -> None
 
 
 def _run(given: argparse.Namespace) -> dict[str, Any]:
-    return bench_durability(
+    report = bench_durability(
         rounds=given.rounds,
         seconds=given.seconds,
         redis=given.redis,
@@ -53,6 +53,9 @@ def _run(given: argparse.Namespace) -> dict[str, Any]:
         patience=given.patience,
         progress=lambda text: None if given.json else print(text, file=sys.stderr, flush=True),
     )
+    if report["left_out"] and given.json:
+        print(f"{', '.join(report['left_out'])}: {LEFT_OUT}", file=sys.stderr)
+    return report
 
 
 def durability_table(report: dict[str, Any]) -> str:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import os
-import shutil
 import socket
 import subprocess
 import tempfile
@@ -46,15 +45,12 @@ class Kept:
         self._loads: dict[int, Child] = {}
 
     @classmethod
-    def begin(cls, stack: contextlib.ExitStack, store: str, *, redis: str = "") -> Kept | None:
-        """Start one with a store of `STORES`; None where Redis is not installed."""
+    def begin(cls, stack: contextlib.ExitStack, store: str, *, redis: str) -> Kept:
+        """Start one with a store of `STORES`; `redis` is the path of redis-server."""
         if not (syncs := STORES[store]):
             return cls(stack, {"MOLTBOT_STORE_TYPE": store})
-        path = redis or shutil.which("redis-server")
-        if path is None:
-            return None
         folder = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="moltbot-bench-redis-")))
-        port, process = _redis(stack, path, folder, syncs)
+        port, process = _redis(stack, redis, folder, syncs)
         kept = cls(
             stack, {"MOLTBOT_STORE_TYPE": "redis", "MOLTBOT_STORE_HOST": "127.0.0.1", "MOLTBOT_STORE_PORT": port}
         )

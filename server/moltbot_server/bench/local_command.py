@@ -9,7 +9,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from moltbot_server.bench.arguments import above_zero
+from moltbot_server.bench.arguments import above_zero, program
 from moltbot_server.bench.local import FIGURES, bench_local
 from moltbot_server.bench.local_llama import Llama
 from moltbot_server.bench.local_rig import INLINE
@@ -49,7 +49,7 @@ def add_local(kinds: Any, machine: Callable[[dict[str, Any]], str]) -> None:
     local.add_argument("--patience", type=int, default=0, metavar="N",
                        help="repeat a slice up to N times while other programs use the machine too")  # fmt: skip
     local.add_argument("--inline", action="store_true", help="run the models inside the core, not in their own process")
-    local.add_argument("--llama-server", type=Path, metavar="PATH", help="llama.cpp's server, to be measured beside")
+    local.add_argument("--llama-server", type=program, metavar="PATH", help="llama.cpp's server, to be measured beside")
     local.add_argument("--gguf", type=Path, metavar="PATH", help="a model of the same shape for it")
     local.add_argument("--llama-threads", type=int, default=usable_cpus(), metavar="N",
                        help="how many threads it computes with (default: %(default)s)")  # fmt: skip

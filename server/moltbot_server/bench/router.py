@@ -13,7 +13,7 @@ from collections.abc import Callable, Collection, Iterator
 from pathlib import Path
 from typing import Any
 
-from moltbot_server.bench.arguments import above_zero
+from moltbot_server.bench.arguments import above_zero, program
 from moltbot_server.bench.core import machine
 from moltbot_server.bench.router_faults import healing, mixed, reloads, single_flight, switches
 from moltbot_server.bench.router_rig import LATENCY, LiteLlm, Rig
@@ -66,7 +66,7 @@ def add_router(kinds: Any, ending: Callable[[Report], str]) -> None:
     router.add_argument("--only", action="append", default=[], choices=PARTS, metavar="PART",
                         help="measure this part, may be repeated")  # fmt: skip
     router.add_argument(
-        "--litellm", type=Path, metavar="PATH", help="LiteLLM's program, to be measured beside, one worker"
+        "--litellm", type=program, metavar="PATH", help="LiteLLM's program, to be measured beside, one worker"
     )
     router.add_argument("--json", action="store_true", help="print JSON")
     router.set_defaults(run=_run, table=lambda report: f"{_table(report)}\n{ending(report)}")
@@ -115,7 +115,7 @@ def bench_router(
     }  # fmt: skip
     with contextlib.ExitStack() as stack:
         rig = Rig(stack)
-        lite = LiteLlm(stack, litellm.expanduser().resolve(), rig) if litellm is not None else None
+        lite = LiteLlm(stack, litellm, rig) if litellm is not None else None
         speed = Comparison(rig, lite, seconds=seconds, rounds=rounds, tell=progress)
         # First what nothing has disturbed yet.
         if "speed" in parts:

@@ -32,7 +32,7 @@ def bench_scale(
     *,
     workers: Sequence[int] = (1, 2, 4),
     seconds: float = 4.0,
-    rounds: int = 5,
+    rounds: int = 9,
     in_flight: int = 256,
     connections: int = 64,
     loaders: int = 2,
