@@ -44,6 +44,8 @@ class Town(Protocol):
     world: World
     history: list[Entry]
     streams: int
+    asking_anew: list[Follower]
+    """Those who ask once more for what had failed."""
 
     def serving(self) -> Sequence[Node]:
         """Return the nodes that take calls."""
@@ -253,6 +255,7 @@ class Follower:
             deadline=self.deadline,
             fields=self.fields,
         )
+        self.town.asking_anew.append(again)
         self.town.world.soon(0.5, again.open)
 
     def _note(self, entry: Entry) -> None:

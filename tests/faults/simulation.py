@@ -79,6 +79,7 @@ class Town:
         self.streams = 0
         self.nodes: list[Node] = []
         self.followers: list[Follower] = []
+        self.asking_anew: list[Follower] = []
         self.notes: list[Note] = []
         self.platform = Platform(self)
         self.adapters = [Adapter(self, f"a{number}", kills=seed // 24 % 3) for number in range(_adapters(seed))]
@@ -119,7 +120,8 @@ class Town:
         """Tell whether nobody has asked anything for a while, and nothing runs or waits to be delivered."""
         if self._quiet[0] != self.streams:
             self._quiet = (self.streams, self.world.now)
-        if self.world.now - self._quiet[1] < 2.0 or not all(follower.done for follower in self.followers):
+        people = (*self.followers, *self.asking_anew)
+        if self.world.now - self._quiet[1] < 2.0 or not all(follower.done for follower in people):
             return False
         query = "SELECT 1 FROM turns WHERE state = 'running' UNION ALL SELECT 1 FROM outbox WHERE state = 'open'"
         return self.disk.connection.execute(query).fetchone() is None
