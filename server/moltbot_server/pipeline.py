@@ -11,7 +11,7 @@ import contextlib
 import logging
 import secrets
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Sequence, Set
 
 import msgspec
 
@@ -103,7 +103,7 @@ class TurnPipeline:
         self._announce = announce
         self._when_busy = when_busy
         self._runs: set[TurnRun] = set()
-        self._orphans: list[Orphan] = []
+        self._orphans: dict[TurnKey, Orphan] = {}
         self._taking: asyncio.Event | None = None
         self._stale: set[SessionKey] = set()
         self._moving: set[asyncio.Task[None]] = set()
@@ -299,20 +299,28 @@ class TurnPipeline:
         return taken
 
     async def _take_up(self) -> int:
-        by_session: dict[SessionKey, list[Orphan]] = {}
         found = await self.store.take_over()
         self._stale.update(orphan.turn.key.session for orphan in found)
-        for orphan in (*self._orphans, *found):
+        self._orphans |= {orphan.turn.key: orphan for orphan in found}
+        by_session: dict[SessionKey, list[Orphan]] = {}
+        for orphan in self._orphans.values():
             by_session.setdefault(orphan.turn.key.session, []).append(orphan)
         # A turn that took the place of a failed one was stored later than those behind it.
         ordered = [sorted(waiting, key=lambda orphan: orphan.turn.key.ordinal) for waiting in by_session.values()]
-        self._orphans = [orphan for waiting in ordered for orphan in waiting]
         interrupted = {orphan.turn.key for waiting in ordered for orphan in _interrupted(waiting)}
         taken = len(self._orphans)
-        while self._orphans:
-            await self._carry_on(self._orphans[0], interrupted=self._orphans[0].turn.key in interrupted)
-            del self._orphans[0]
+        # All sessions at once: each is read from the store, and the last would wait for all the others.
+        begun = (self._carry_on_all(waiting, interrupted) for waiting in ordered)
+        for problem in await asyncio.gather(*begun, return_exceptions=True):
+            if problem is not None:
+                raise problem
         return taken
+
+    async def _carry_on_all(self, waiting: Sequence[Orphan], interrupted: Set[TurnKey]) -> None:
+        """Carry on the turns of a session, in their order."""
+        for orphan in waiting:
+            await self._carry_on(orphan, interrupted=orphan.turn.key in interrupted)
+            del self._orphans[orphan.turn.key]
 
     async def _carry_on(self, orphan: Orphan, *, interrupted: bool) -> None:
         key, turn = orphan.turn.key, orphan.input
