@@ -31,7 +31,7 @@ def redis_server() -> str:
 def free_port() -> int:
     """Return a port on which nobody listens, of those that the system gives to nobody: it is wanted again later."""
     while True:
-        port = random.randrange(10_000, 32_000)
+        port = random.SystemRandom().randrange(10_000, 32_000)
         with contextlib.suppress(OSError), socket.create_server(("127.0.0.1", port)):
             return port
 
@@ -56,7 +56,23 @@ class KeepingRedis:
                 assert time.monotonic() < until, "redis-server does not listen"
                 time.sleep(0.01)
             else:
-                return self
+                if self._answers():
+                    return self
+                # Somebody else came to listen there first.
+                self._process.wait()
+                self.port = free_port()
+                self._command[2] = str(self.port)
+                self._process = subprocess.Popen(self._command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+
+    def _answers(self) -> bool:
+        """Tell whether it is this server that listens."""
+        assert self._process is not None
+        told = b""
+        with contextlib.suppress(OSError), socket.create_connection(("127.0.0.1", self.port), timeout=2.0) as line:
+            line.sendall(b"INFO server\r\n")
+            while b"process_id:" not in told.rpartition(b"\r\n")[0] and (data := line.recv(65536)):
+                told += data
+        return f"process_id:{self._process.pid}\r\n".encode() in told
 
     def __exit__(self, *failed: object) -> None:
         if self._process is not None:

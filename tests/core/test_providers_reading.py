@@ -312,9 +312,9 @@ def test_thoughts_in_the_text_are_told_apart_however_they_are_cut(
     pieces = Pieces()
     draft = Draft(pieces, ())
     inline = InlineThoughts(draft)
-    random.seed(seed)
+    dice = random.Random(seed)
     while text:
-        size = random.randint(1, 9)
+        size = dice.randint(1, 9)
         inline.say(text[:size])
         draft.flush()
         text = text[size:]

@@ -42,7 +42,7 @@ TAILS = {
 def free_port() -> int:
     """Return a port on which nobody listens, of those that the system gives to nobody: it is wanted again later."""
     while True:
-        port = random.randrange(10_000, 32_000)
+        port = random.SystemRandom().randrange(10_000, 32_000)
         with contextlib.suppress(OSError), socket.create_server(("127.0.0.1", port)):
             return port
 

@@ -146,7 +146,7 @@ async def all_gone(processes: list[psutil.Process]) -> bool:
 def taken_behind_a_free_one() -> Iterator[int]:
     """Hold a port, and give the one before it, which is free; both of those that the system gives to nobody."""
     while True:
-        port = random.randrange(10_000, 32_000)
+        port = random.SystemRandom().randrange(10_000, 32_000)
         with suppress(OSError), socket.create_server(("127.0.0.1", port + 1)) as taken:
             with socket.create_server(("127.0.0.1", port)):
                 pass
