@@ -7,12 +7,16 @@ from collections.abc import AsyncIterator, Callable, Iterator
 from pathlib import Path
 
 import pytest
+from hypothesis import settings
 from kept_turns import Reopen
 from moltbot_server.store import Store
 from moltbot_server.store.memory import MemoryStore
 from moltbot_server.store.redis import RedisStore
 from moltbot_server.store.sqlite import SqliteStore
 from redis_process import KeepingRedis
+
+settings.register_profile("any machine", deadline=None)  # how long an example takes says more of the machine
+settings.load_profile("any machine")
 
 
 @pytest.fixture(scope="session")
