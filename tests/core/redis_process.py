@@ -42,27 +42,24 @@ class KeepingRedis:
     def __init__(self, folder: Path, *options: str) -> None:
         """`options` are of the command line."""
         self.port = free_port()
-        self._command = [redis_server(), "--port", str(self.port), "--bind", "127.0.0.1", "--dir", str(folder)]
+        self._command = [redis_server(), "--bind", "127.0.0.1", "--dir", str(folder)]
         self._command += ["--save", "", "--appendonly", "yes", "--appendfsync", "always", *options]
         self._process: subprocess.Popen[bytes] | None = None
 
     def __enter__(self) -> KeepingRedis:
-        self._process = subprocess.Popen(self._command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+        self._start()
         until = time.monotonic() + _WITHIN
-        while True:
-            try:
-                socket.create_connection(("127.0.0.1", self.port)).close()
-            except ConnectionRefusedError:
-                assert time.monotonic() < until, "redis-server does not listen"
-                time.sleep(0.01)
-            else:
-                if self._answers():
-                    return self
-                # Somebody else came to listen there first.
-                self._process.wait()
-                self.port = free_port()
-                self._command[2] = str(self.port)
-                self._process = subprocess.Popen(self._command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+        while not self._answers():
+            assert time.monotonic() < until, "redis-server does not listen"
+            if self._process is not None and self._process.poll() is not None:
+                self.port = free_port()  # somebody else came to listen at the other one first
+                self._start()
+            time.sleep(0.01)
+        return self
+
+    def _start(self) -> None:
+        command = [*self._command, "--port", str(self.port)]
+        self._process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
 
     def _answers(self) -> bool:
         """Tell whether it is this server that listens."""
