@@ -88,3 +88,22 @@ except KeyboardInterrupt:
 
     assert (ended.returncode, ended.stdout) == (0, "lost\nheard once\n")
     assert ended.stderr.strip() == "moltbot: the benchmark was stopped; what it began is ended and removed."
+
+
+def test_a_benchmark_leaves_alone_what_it_did_not_begin() -> None:
+    code = """
+import signal, subprocess
+from moltbot_server.bench.stopping import cleaned_up
+
+begin = lambda: subprocess.Popen(["sleep", "60"])
+earlier = begin()
+with cleaned_up():
+    its = begin()
+its.wait(5)  # which raises if it still runs; what it ended with was heard by those who ended it
+print(earlier.poll(), signal.getsignal(signal.SIGINT) is signal.default_int_handler)
+print(signal.getsignal(signal.SIGTERM) is signal.SIG_DFL)
+earlier.kill()
+"""
+    ended = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, timeout=30)
+
+    assert ended.stdout == "None True\nTrue\n"

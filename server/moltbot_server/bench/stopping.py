@@ -30,29 +30,43 @@ def leave_when_stopped() -> None:
 def cleaned_up() -> Iterator[None]:
     """Let the first signal raise KeyboardInterrupt in the body, and end whatever the body leaves behind.
 
-    Signals after the first are not heard. Temporary folders of the body are made in one that is removed with it.
+    Signals after the first are not heard, for this process is about to end; after a body that ended by itself they mean
+    what they meant before. Temporary folders of the body are made in one that is removed with it.
     Where the interpreter ignores what is raised, as while it frees an object, the interrupt is lost: it is raised again
     then, until the body has ended.
     """
-    unraisable = sys.unraisablehook
+    unraisable, known = sys.unraisablehook, set(psutil.Process().children())
     with tempfile.TemporaryDirectory(prefix="moltbot-bench-", ignore_cleanup_errors=True) as folder:
         before, tempfile.tempdir = tempfile.tempdir, folder
-        for number in _SIGNALS:
-            signal.signal(number, _clean_up)
+        handlers = {number: signal.signal(number, _clean_up) for number in _SIGNALS}
         try:
             yield
+        except KeyboardInterrupt:
+            handlers.clear()
+            raise
         finally:
             for number in (*_SIGNALS, signal.SIGALRM):
                 signal.signal(number, signal.SIG_IGN)
             signal.setitimer(signal.ITIMER_REAL, 0)
             sys.unraisablehook = unraisable
             # Between a process' start and whoever ends it in order a signal may have come.
-            left = psutil.Process().children(recursive=True)
+            left = _begun_since(known)
             for process in left:
                 with suppress(psutil.NoSuchProcess):
                     process.kill()
             psutil.wait_procs(left, _WAIT)
             tempfile.tempdir = before
+            for number, handler in handlers.items():
+                signal.signal(number, handler)
+
+
+def _begun_since(known: set[psutil.Process]) -> list[psutil.Process]:
+    """Return the processes that this one has begun, with all of theirs, except for those `known`."""
+    found: list[psutil.Process] = []
+    for process in set(psutil.Process().children()) - known:
+        with suppress(psutil.NoSuchProcess):
+            found += [process, *process.children(recursive=True)]
+    return found
 
 
 def _leave(_number: int, _frame: FrameType | None) -> NoReturn:
