@@ -25,7 +25,7 @@ from fault_http import Adapter, HttpFollower, HttpLines
 from fault_keeping import kept_in
 from fault_load import Load, pauses
 from fault_nodes import TAILS, Node, Setup, Supervised, Workers
-from fault_report import Stolen, machine
+from fault_report import Host, machine
 from fault_stores import KINDS
 
 LONGEST_PAUSE = 6.0
@@ -232,9 +232,9 @@ async def run(orders: Orders, folder: Path, seed: int, told: Callable[[str], Non
         number += 1
         place = folder / f"leg-{seed}-{number}"
         place.mkdir(parents=True)
-        leg, stolen = Leg(place, orders, seed * 1000 + number), Stolen()
+        leg, host = Leg(place, orders, seed * 1000 + number), Host(folder)
         part = await leg.run(min(orders.each, orders.kills - findings.kills))
-        part.legs.append({"kills": part.kills, "longest": round(part.pause(1.0), 3), **stolen.end()})
+        part.legs.append({"kills": part.kills, "longest": round(part.pause(1.0), 3), **await host.end()})
         findings.add(part)
         findings.seconds = time.monotonic() - began
         if part.violations:
