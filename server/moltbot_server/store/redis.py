@@ -137,9 +137,10 @@ class RedisStore:
             log.warning("conversations pass the network to Redis unencrypted", extra={"at": self.address})
         self._presence = Presence(self.address)
         self._writing, self._reading = (
-            RedisLine(self.connection, scripts=loading(), on_connect=self._known.clear, presence=self._presence)
-            for _ in range(2)
+            RedisLine(self.connection, scripts=loading(), presence=self._presence) for _ in range(2)
         )
+        for line in (self._writing, self._reading):
+            line.when_connected(self._known.clear)
         self._probe = WriteProbe(self._writing, self._presence, self.prefix)
         try:
             await self._writing.open(_START)

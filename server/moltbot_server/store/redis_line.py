@@ -98,16 +98,15 @@ class RedisLine:
         connect: Callable[[], AbstractConnection],
         *,
         scripts: Sequence[Command],
-        on_connect: Callable[[], None],
         presence: Presence,
     ) -> None:
-        """`connect` makes a connection that is not open yet; `on_connect` hears of each that was opened.
+        """`connect` makes a connection that is not open yet.
 
         `presence` hears when Redis is away, when it is there again, and what it refuses.
         """
         self._connect = connect
         self._scripts = scripts
-        self._on_connect = on_connect
+        self._connected: list[Callable[[], None]] = []
         self._presence = presence
         self._wire: Wire | None = None
         self._waiting: deque[Call[Any]] = deque()
@@ -118,13 +117,19 @@ class RedisLine:
         self._sending = False
         self._idle = asyncio.Event()
         self._away = self._closed = False
-        self._run_id, self._client_id = "", 0
+        self._run_id = ""
+        self.client_id = 0
+        """The number that Redis gave the connection; of the last one while there is none."""
         self._pause = _SHORTEST_PAUSE
         self._breaks = 0
         self._problem: Exception | None = None
         self._watch: asyncio.TimerHandle | None = None
         self._worker: asyncio.Task[None] | None = None
         self.server: dict[str, str] = {}
+
+    def when_connected(self, hear: Callable[[], None]) -> None:
+        """Have `hear` called for each connection that is opened from now on."""
+        self._connected.append(hear)
 
     @property
     def waiting(self) -> int:
@@ -338,7 +343,8 @@ class RedisLine:
             await connection.disconnect(nowait=True)
             raise
         self._pause = _SHORTEST_PAUSE
-        self._on_connect()
+        for hear in self._connected:
+            hear()
         self._send_soon()
         return None
 
@@ -352,9 +358,9 @@ class RedisLine:
         # What the connection before has sent and nobody has read yet must not be carried out after what this one sends.
         # In a Redis that was started again it is gone, and its number may be another's.
         same = self.server.get("run_id") == self._run_id
-        stale: list[Command] = [("CLIENT", "KILL", "ID", self._client_id)] if same and self._client_id else []
+        stale: list[Command] = [("CLIENT", "KILL", "ID", self.client_id)] if same and self.client_id else []
         _raise_first(await _ask(connection, *stale, *self._scripts), start=len(stale))
-        self._run_id, self._client_id = self.server.get("run_id", ""), int(client_id)
+        self._run_id, self.client_id = self.server.get("run_id", ""), int(client_id)
         undo, self._undo = self._undo, []
         try:
             _raise_first(await _ask(connection, *undo))

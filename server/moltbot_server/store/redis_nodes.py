@@ -1,19 +1,23 @@
 """Which nodes are there: each has a lease in Redis that ends by Redis' own clock unless it is renewed.
 
-A lease says who may be taken over, and nothing else: what a node may still write is decided by the epoch of each turn.
+One that has hung up is gone before its lease is over. All this says who may be taken over, and nothing else: what a
+node may still write is decided by the epoch of each turn.
 """
 
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import logging
 import os
 import socket
 from collections.abc import Collection, Sequence
+from itertools import chain
 from typing import Any
 
 from moltbot_server import tasks
 from moltbot_server.errors import MoltBotError
+from moltbot_server.store.redis_hangups import Hangups, Lease
 from moltbot_server.store.redis_line import Call, Command, RedisLine
 from moltbot_server.store.redis_owners import Stranger, enter, owner_of, warn_of_others
 from moltbot_server.store.redis_scripts import scripts
@@ -53,6 +57,9 @@ class NodeLease:
         self._calm_until = 0.0
         self._joined = self._missed = False
         self._run = ""
+        self._hangups = Hangups(line, lease=seconds)
+        self._hurry = asyncio.Event()
+        line.when_connected(self._hurry.set)  # others see that the connection of before is closed
         self._task: asyncio.Task[None] | None = None
 
     async def join(self) -> None:
@@ -78,7 +85,8 @@ class NodeLease:
         self._task = None
         try:
             left = (("SADD", self._left, self.node), ("SREM", self._nodes, self.node))
-            await self._ask(*left, ("DEL", self._key(self.node), owner_of(self._prefix, self.node)))
+            told = (self._key(self.node), self._connection(self.node), owner_of(self._prefix, self.node))
+            await self._ask(*left, ("DEL", *told))
         except MoltBotError:
             log.warning("Redis is away; others take this node's turns over when its lease has ended")
 
@@ -89,7 +97,8 @@ class NodeLease:
             StorageUnavailable: Redis does not answer.
         """
         lease = ("SET", self._key(self.node), self._told, "PX", self._life, "GET")
-        renewal: list[Command] = [("SADD", self._nodes, self.node), lease]
+        connection = ("SET", self._connection(self.node), self._line.client_id, "PX", self._life)
+        renewal: list[Command] = [("SADD", self._nodes, self.node), lease, connection]
         if self._fingerprint:
             renewal.append(("SET", owner_of(self._prefix, self.node), self._fingerprint, "PX", self._life))
         try:
@@ -113,7 +122,8 @@ class NodeLease:
         """Return those of some nodes that are gone.
 
         Nobody is for a while after this node could not renew its own lease: that may have been Redis' fault, and the
-        others need the time to say that they are there. Those that left by themselves are gone at once.
+        others need the time to say that they are there. Those that left by themselves are gone at once, those that
+        have hung up after a third of a lease.
 
         Raises:
             StorageUnavailable: Redis does not answer.
@@ -122,10 +132,16 @@ class NodeLease:
         others = sorted(set(nodes) - {self.node})
         if not others:
             return ()
-        known, *there = await self._ask(("SMEMBERS", self._nodes), *(("EXISTS", self._key(node)) for node in others))
-        calm = asyncio.get_running_loop().time() < self._calm_until
-        absent = [node for node, lease in zip(others, there, strict=True) if not lease]
-        return [node for node in absent if not calm or node.encode() not in known]
+        pairs = ((("PTTL", self._key(node)), ("GET", self._connection(node))) for node in others)
+        known, (seconds, micros), *told = await self._ask(("SMEMBERS", self._nodes), ("TIME",), *chain(*pairs))
+        now = int(seconds) * 1000 + int(micros) // 1000
+        found = zip(others, told[::2], told[1::2], strict=True)
+        leases = {node: Lease(now + left, connection) for node, left, connection in found if left >= 0}
+        absent = [node for node in others if node not in leases]
+        if asyncio.get_running_loop().time() < self._calm_until:
+            self._hangups.forget()
+            return [node for node in absent if node.encode() not in known]
+        return [*absent, *await self._hangups.among(leases)]
 
     async def registered(self) -> Collection[str]:
         """Return the nodes that are there, are gone, or have left, until they are struck.
@@ -193,6 +209,9 @@ class NodeLease:
     def _key(self, node: str) -> str:
         return f"{self._prefix}:node:{node}"
 
+    def _connection(self, node: str) -> str:
+        return f"{self._prefix}:connection:{node}"
+
     def _calm(self, seconds: float) -> None:
         self._calm_until = max(self._calm_until, asyncio.get_running_loop().time() + seconds)
 
@@ -201,7 +220,10 @@ class NodeLease:
 
     async def _keep(self) -> None:
         while True:
-            await asyncio.sleep(self._seconds / _RENEWALS)
+            with contextlib.suppress(TimeoutError):
+                async with asyncio.timeout(self._seconds / _RENEWALS):
+                    await self._hurry.wait()
+            self._hurry.clear()
             try:
                 await self.renew()
             except MoltBotError as error:
