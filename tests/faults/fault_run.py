@@ -226,7 +226,7 @@ class Leg:
 
 
 async def run(orders: Orders, folder: Path, seed: int, told: Callable[[str], None] = lambda _: None) -> Findings:
-    """Carry out orders leg by leg. The history of a leg that broke a promise stays in the folder."""
+    """Carry out orders leg by leg; the history of one with a broken promise or too long a pause stays in the folder."""
     findings, began, number = Findings(), time.monotonic(), 0
     while findings.kills < orders.kills:
         number += 1
@@ -237,7 +237,7 @@ async def run(orders: Orders, folder: Path, seed: int, told: Callable[[str], Non
         part.legs.append({"kills": part.kills, "longest": round(part.pause(1.0), 3), **await host.end()})
         findings.add(part)
         findings.seconds = time.monotonic() - began
-        if part.violations:
+        if part.violations or part.pause(1.0) > LONGEST_PAUSE:
             fault_history.write(folder / f"history-{seed}-{number}.jsonl", leg.load.history)
         told(f"leg {number}: {findings.line()} ({findings.more()}); this leg {part.legs[0]}")
     return findings
