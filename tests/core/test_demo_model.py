@@ -10,7 +10,7 @@ import ctranslate2
 import numpy as np
 import pytest
 import yaml
-from moltbot_server.demo_model import ARTIFACT, evaluate, grammar, meaning, noise, strangers, topics
+from moltbot_server.demo_model import ARTIFACT, evaluate, grammar, meaning, noise, strangers, topics, weights
 from moltbot_server.demo_model.dialogue import Speaker, Turn, folded
 from moltbot_server.demo_model.tokenizer import BOT, END, ROLES, SYSTEM, USER, Tokenizer
 
@@ -102,6 +102,27 @@ def test_the_artefact_is_small_and_complete() -> None:
     assert sum(files.values()) <= 5 * MEGABYTE
     generator = ctranslate2.Generator(str(ARTIFACT), device="cpu")
     assert generator.compute_type.startswith("int8")
+
+
+def test_no_sum_of_the_artefact_is_too_great_for_a_processor_without_vnni() -> None:
+    stored = weights.variables(ARTIFACT / "model.bin")
+    matrices = [value for value in stored.values() if value.dtype == np.int8 and value.ndim == 2]
+    assert len(matrices) == 16
+    assert max(weights.pushes(matrix).max() for matrix in matrices) <= weights.MOST
+
+
+def test_weights_that_are_fitted_mean_the_same() -> None:
+    dice = np.random.default_rng(7)
+    floats = dice.normal(size=(200, 160)).astype(np.float32)
+    floats[0] = 0.001  # every pair as heavy as can be
+    scales = 127 / abs(floats).max(axis=1)
+    quantized = np.rint(floats * scales[:, None]).astype(np.int8)
+    assert weights.pushes(quantized).max() > weights.MOST
+    narrow, narrow_scales = weights.fitted(quantized, scales)
+    assert weights.pushes(narrow).max() <= weights.MOST
+    assert narrow_scales.min() > 0
+    worst = abs(narrow / narrow_scales[:, None] - floats) * narrow_scales[:, None]
+    assert worst.max() <= 2.0  # a step and a half of rounding, twice
 
 
 def test_the_description_gives_the_prompt_format() -> None:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import shutil
-import struct
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -11,9 +10,11 @@ from typing import Any
 import numpy as np
 import yaml
 from ctranslate2.specs import common_spec, transformer_spec
+from ctranslate2.specs.model_spec import NumpyVariable
 
 from moltbot_server.demo_model.network import EPSILON, Params, Shape, as_arrays
 from moltbot_server.demo_model.tokenizer import BOT, END, SYSTEM, USER, Tokenizer
+from moltbot_server.demo_model.weights import fitted, variables
 
 CONTEXT_LENGTH = 1024
 PLACES = {
@@ -56,38 +57,13 @@ def description(shape: Shape) -> dict[str, object]:
     }
 
 
-def variables(path: Path) -> dict[str, np.ndarray]:
-    """Reads the weights in a `model.bin` by name, int8 ones scaled back to floats."""
-    content, at = path.read_bytes(), 0
-
-    def take(layout: str) -> Any:
-        nonlocal at
-        (value,) = struct.unpack_from(f"<{layout}", content, at)
-        at += struct.calcsize(layout)
-        return value
-
-    def text() -> str:
-        size = take("H")
-        return str(take(f"{size}s").rstrip(b"\0").decode())
-
-    take("I"), text(), take("I")  # version of the format, name of the architecture, its revision
-    found: dict[str, np.ndarray] = {}
-    for _ in range(take("I")):
-        name = text()
-        shape = [take("I") for _ in range(take("B"))]
-        kind = (np.float32, np.int8, np.int16, np.int32, np.float16)[take("B")]
-        size = take("I")
-        found[name] = np.frombuffer(content, kind, size // np.dtype(kind).itemsize, at).reshape(shape)
-        at += size
-    return {
-        name: value / found[f"{name}_scale"][:, None] if f"{name}_scale" in found else value
-        for name, value in found.items()
-    }
-
-
 def restore(folder: Path, shape: Shape) -> Params:
     """Reads back the weights of an exported model, to train it further; rounding to int8 is all that is lost."""
-    found = variables(folder / "model.bin")
+    stored = variables(folder / "model.bin")
+    found = {
+        name: value / stored[f"{name}_scale"][:, None] if f"{name}_scale" in stored else value
+        for name, value in stored.items()
+    }
 
     def layer(index: int) -> dict[str, np.ndarray]:
         prefix = f"decoder/layer_{index}/"
@@ -108,6 +84,11 @@ def mean(several: Sequence[Params]) -> Params:
 
     found: Params = of(several)
     return found
+
+
+def _linears(layer: transformer_spec.TransformerDecoderLayerSpec) -> list[common_spec.LinearSpec]:
+    feed = layer.ffn
+    return [*layer.self_attention.linear, feed.linear_0, feed.linear_0_noact, feed.linear_1]
 
 
 def export(params: Params, shape: Shape, tokenizer: Path, folder: Path) -> None:
@@ -143,6 +124,10 @@ def export(params: Params, shape: Shape, tokenizer: Path, folder: Path) -> None:
     spec.config.layer_norm_epsilon = EPSILON
     spec.validate()
     spec.optimize(quantization="int8")
+    linears = [linear for layer in decoder.layer for linear in _linears(layer)]
+    for quantized in (decoder.embeddings, *linears):
+        weight, scale = fitted(quantized.weight.numpy(), quantized.weight_scale.numpy())
+        quantized.weight, quantized.weight_scale = NumpyVariable(weight), NumpyVariable(scale)
     folder.mkdir(parents=True, exist_ok=True)
     spec.save(str(folder))
     if tokenizer.resolve() != (folder / "tokenizer.model").resolve():
