@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import json
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 from moltbot_server.bench.__main__ import main as bench
+from moltbot_server.bench.arguments import program
 from moltbot_server.bench.durability import _summary, bench_durability
 from moltbot_server.bench.durability_command import durability_table
 from moltbot_server.bench.local_rig import undisturbed
@@ -88,3 +90,11 @@ def test_a_program_that_is_not_there_is_told_before_anything_starts(
     with pytest.raises(SystemExit, match="2"):
         bench([*asked, "/nowhere/program"])
     assert f"argument {asked[1]}: there is no program /nowhere/program" in capsys.readouterr().err
+
+
+def test_a_program_keeps_the_name_that_it_is_called_by(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    # Debian's redis-tools has one program that is a server, or looks at a file, by its name.
+    (tmp_path / "redis-server").symlink_to(sys.executable)
+    monkeypatch.chdir(tmp_path)
+    for named in ("redis-server", str(tmp_path / "redis-server")):
+        assert program(named) == tmp_path / "redis-server"

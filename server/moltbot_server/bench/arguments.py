@@ -27,8 +27,8 @@ def above_zero(kind: type[N]) -> Callable[[str], N]:
 
 
 def program(text: str) -> Path:
-    """Read the path of a program from a command line."""
+    """Read the path of a program from a command line; links stay as they are, for some programs look at their name."""
     found = shutil.which(Path(text).expanduser().absolute())
     if found is None:
         raise argparse.ArgumentTypeError(f"there is no program {text}")
-    return Path(found).resolve()
+    return Path(found)
