@@ -139,6 +139,7 @@ class Journal:
         self._noted: dict[LiveTurn, None] = {}
         self._under_way: set[LiveTurn] = set()
         self._keeping = False
+        self._is_refused = False
         self._elsewhere: OrderedDict[TurnKey, None] = OrderedDict()
 
     def __len__(self) -> int:
@@ -185,8 +186,11 @@ class Journal:
         self._under_way.difference_update(live for live, _, _ in batch)
         if isinstance(answer, MoltBotError):
             # The store says why. It is tried again with what comes next, and with the end at the latest.
-            log.warning("what turns record cannot be kept now", extra={"turns": len(batch), "error": answer.message})
+            if not self._is_refused:  # told once: there are many a second
+                self._is_refused = True
+                log.warning("what turns record cannot be kept now", extra={"error": answer.message})
         else:
+            self._is_refused = False
             for live, count, was_stored in batch:
                 if live.key not in answer:
                     live.kept = max(live.kept, count)

@@ -210,7 +210,7 @@ class Workspace:
             _write_new(self.folder / ".gitignore", "# A workspace holds a key and conversations.\n*\n")
         except OSError as error:
             raise WorkspaceError(
-                f"cannot make the workspace {self.folder}: {error.strerror} ({error.filename}). "
+                f"cannot make the workspace {self.folder}: {error.strerror} ({error.filename or self.folder}). "
                 "Choose another folder with --workspace DIR or the variable MOLTBOT_WORKSPACE."
             ) from None
         self.read_key()

@@ -9,10 +9,11 @@ from typing import Any, cast
 
 import pytest
 import uvloop
-from moltbot_server.errors import NotServing, RequestIdReused, TurnNotFound
+from moltbot_server.errors import NotServing, RequestIdReused, StorageFull, TurnNotFound
 from moltbot_server.journal import Follower, Journal, replay
 from moltbot_server.live_turn import LiveTurn
 from moltbot_server.store import SEQUENCE_AFTER_CRASH, NewTurn, Pending, Store, StoredTurn
+from moltbot_server.store.memory import MemoryStore
 from moltbot_server.store.protocol import JournalEntry
 from moltbot_server.ticker import Ticker
 from moltbot_server.turns import (
@@ -463,3 +464,32 @@ async def test_nothing_of_a_turn_that_is_a_guess_is_written_before_it_is_accepte
     journal.note(live)
     await asyncio.sleep(0)
     assert [ordinals for ordinals, _ in store.asked] == [[1]]
+
+
+class Refusing(MemoryStore):
+    """A store that keeps nothing while `refuses` says so."""
+
+    refuses = True
+
+    def append(self, entries: Sequence[JournalEntry]) -> Pending[Collection[TurnKey]]:
+        """Refuse, or keep it."""
+        answer: Pending[Collection[TurnKey]] = Pending()
+        answer.settle(StorageFull("the disk is full") if self.refuses else ())
+        return answer
+
+
+async def test_a_store_that_keeps_nothing_is_said_once_until_it_keeps_something(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    store = Refusing()
+    journal = Journal(store)
+    live = begun(journal=journal)
+    journal.begin(live)
+    for store.refuses in (True, False, True):
+        caplog.clear()
+        for piece in "abc":
+            live.say(piece)
+            journal.note(live)
+            await asyncio.sleep(0.01)
+        told = [record.message for record in caplog.records]
+        assert told == ["what turns record cannot be kept now"] * store.refuses

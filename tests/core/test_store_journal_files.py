@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import asyncio
+import errno
 import os
 from collections.abc import AsyncIterator
 from pathlib import Path
+from typing import NoReturn
 
 import pytest
 from kept_turns import ended, key, new, said
@@ -235,3 +237,18 @@ async def test_a_write_is_answered_when_it_is_on_the_disk(store: SqliteStore) ->
     """SQLite's word for it is FULL: a write-ahead log that is synced by each commit."""
     found = await store._writer.submit(lambda connection: connection.execute("PRAGMA synchronous").fetchone())
     assert found == (2,)
+
+
+def test_a_disk_that_takes_nothing_is_said_once_and_again_when_it_happens_again(
+    files: JournalFiles, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    def full() -> NoReturn:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    for _ in range(2):
+        caplog.clear()
+        with monkeypatch.context() as disk:
+            disk.setattr(files, "_open_file", full)
+            assert [files.append([wrote("a")]) for _ in range(3)] == [False] * 3
+        assert [record.message for record in caplog.records] == ["what turns record goes to the database"]
+        assert files.append([wrote("a")])

@@ -14,6 +14,7 @@ import pytest
 from kept_turns import keep, new
 from moltbot_server.errors import StorageFull, StorageUnavailable
 from moltbot_server.store.sqlite import SqliteStore
+from moltbot_server.store.writer import storage_error, unusable
 
 
 @pytest.fixture
@@ -105,3 +106,11 @@ async def test_a_store_that_takes_no_writes_is_closed_at_once(store: SqliteStore
     began = time.monotonic()
     await store.close()
     assert time.monotonic() - began < 1
+
+
+@pytest.mark.parametrize("name", ["SQLITE_FULL", "SQLITE_IOERR_WRITE", "SQLITE_IOERR_SHMSIZE"])
+def test_a_database_that_finds_no_room_to_be_opened_in_is_not_a_matter_of_configuration(name: str) -> None:
+    error = sqlite3.OperationalError("disk I/O error")
+    error.sqlite_errorname = name
+    assert isinstance(unusable(Path("moltbot.db"), error), StorageFull)
+    assert isinstance(storage_error(error), StorageFull)

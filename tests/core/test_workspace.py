@@ -1,5 +1,6 @@
 """The workspace folder: private, safe to make twice, with a key that cannot be mistaken and links that work once."""
 
+import errno
 import hashlib
 import multiprocessing
 import os
@@ -116,6 +117,15 @@ def test_a_place_that_cannot_be_used_is_told_with_a_way_out(tmp_path: Path) -> N
     (tmp_path / "file").touch()
     with pytest.raises(WorkspaceError, match="Choose another folder with --workspace"):
         Workspace(folder=tmp_path / "file" / "bot").create()
+
+
+def test_a_full_disk_is_told_with_the_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(*_: object, **__: object) -> None:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))  # and names no file, as a write does not
+
+    monkeypatch.setattr(Path, "mkdir", full)
+    with pytest.raises(WorkspaceError, match=rf"No space left on device \({tmp_path / 'bot'}\)"):
+        Workspace(folder=tmp_path / "bot").create()
 
 
 def test_a_key_has_the_documented_form() -> None:

@@ -120,3 +120,24 @@ async def test_reflection_tells_the_contract_on_loopback(api: Api) -> None:
     names = {service.name for service in listed.list_services_response.service}
     assert set(SERVICES) <= names
     assert described.file_descriptor_response.file_descriptor_proto
+
+
+@pytest.mark.parametrize(
+    ("symbol", "is_known"),
+    [
+        ("moltbot.v1.ChatService.StreamTurn", True),  # ghz asks like that
+        ("moltbot.v1.StreamTurnRequest", True),
+        ("moltbot.v1.ChatService.Nothing", False),
+        ("nowhere.ChatService.StreamTurn", False),
+    ],
+)
+async def test_reflection_knows_methods_as_well(api: Api, symbol: str, is_known: bool) -> None:
+    question = reflection_pb2.ServerReflectionRequest(host="here", file_containing_symbol=symbol)
+    stream = reflection_pb2_grpc.ServerReflectionStub(api.channel).ServerReflectionInfo()
+    await stream.write(question)
+    answer = await stream.read()
+    await stream.done_writing()
+
+    assert answer.original_request == question
+    assert bool(answer.file_descriptor_response.file_descriptor_proto) is is_known
+    assert answer.error_response.error_code == (0 if is_known else grpc.StatusCode.NOT_FOUND.value[0])

@@ -273,8 +273,8 @@ def _no_model(name: str) -> HttpError:
 
 def _replaced() -> HttpError:
     problem = (
-        "The model failed in the middle of its answer, and what was sent cannot be taken back: ask again. A route "
-        "with `on_failure: continue` goes on with another model instead."
+        "The answer begins anew, because its model or its core failed in the middle of it, and what was sent cannot be "
+        "taken back: ask again. Where a model fails, a route with `on_failure: continue` goes on with another one."
     )
     return HttpError(503, "answer_replaced", problem, type="server_error")
 

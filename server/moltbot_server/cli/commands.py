@@ -65,7 +65,7 @@ def run(arguments: Sequence[str] | None = None) -> None:
         _give_output_up()
         sys.exit(Exit.FAILED)
     except OSError as error:
-        if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EIO):
+        if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EIO, errno.EROFS):
             raise
         _give_output_up()
         _leave(f"cannot write {error.filename or 'the output'}: {error.strerror}", Exit.FAILED)

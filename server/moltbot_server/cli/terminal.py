@@ -76,7 +76,9 @@ def command(rest: str, workspace: Workspace | None = None) -> str:
     program = Path(sys.argv[0]).absolute()
     if program.name == "moltbot" and program.parent == Path(sys.prefix) / "bin":
         if os.environ.get("VIRTUAL_ENV") != sys.prefix:
-            return f"{os.path.relpath(program) if program.is_relative_to(Path.cwd()) else program} {rest}"
+            here = Path.cwd()
+            is_near = program.is_relative_to(here) and here != Path(here.anchor)  # services run in /
+            return f"{os.path.relpath(program) if is_near else program} {rest}"
     elif program.name != "moltbot":
         return f"{Path(sys.executable).name} -m moltbot_server.cli {rest}"
     return f"moltbot {rest}"

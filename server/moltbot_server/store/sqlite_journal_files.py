@@ -49,6 +49,7 @@ class JournalFiles:
         self._files: list[_File] = []
         self._made = 0
         self._usable = False
+        self._is_refused = False
 
     def __len__(self) -> int:
         """How many turns are under way."""
@@ -122,9 +123,13 @@ class JournalFiles:
             file.append(_HEAD.pack(len(body), zlib.crc32(body)) + body)
             file.path.stat()
         except OSError as problem:
-            log.warning("what turns record goes to the database", extra={"problem": problem.strerror or str(problem)})
+            if not self._is_refused:  # once: there are many writes a second, and the log may be on that disk
+                self._is_refused = True
+                fields = {"problem": problem.strerror or str(problem)}
+                log.warning("what turns record goes to the database", extra=fields)
             self.look()  # if it is but the disk, that may be well again
             return False
+        self._is_refused = False
         for entry in entries:
             file.turns.add(entry.key)
             file.names.add(entry.key)

@@ -32,7 +32,7 @@ WriteRows = Callable[[sqlite3.Connection, Sequence[Any]], Sequence[Any]]
 _DISTANCE = 0.001
 """Seconds from one group to the next while many write."""
 _NOBODYS_FAULT = ("SQLITE_BUSY", "SQLITE_LOCKED", "SQLITE_IOERR", "SQLITE_READONLY", "SQLITE_CORRUPT", "SQLITE_NOTADB")
-_FULL = ("SQLITE_FULL", "SQLITE_IOERR_WRITE")
+_FULL = ("SQLITE_FULL", "SQLITE_IOERR_WRITE", "SQLITE_IOERR_SHMSIZE")
 _COUNTS = (64, 32, 16, 12, 8, 7, 6, 5, 4, 3, 2, 1)
 
 

@@ -397,6 +397,23 @@ async def test_a_server_that_goes_away_is_told_before_the_next_message(browser: 
         assert await visit.page.locator(".welcome").is_visible()
 
 
+async def test_a_chat_whose_answer_ends_while_the_server_leaves_is_not_shown_as_being_answered_for_ever(
+    browser: Browser,
+) -> None:
+    steps: list[Step] = [Say(text="one"), Hold(gate="end")]
+    async with ScriptedSite(lambda _: steps) as site, visiting(browser, site.origin, "/#/new") as visit:
+        await ask(visit, "a")
+        dot = visit.page.locator(".chat-row .pulse")
+        await dot.wait_for()
+        await visit.page.route("**/api/sessions**", lambda route: route.fulfill(status=500))
+        async with visit.page.expect_response("**/api/sessions**"):
+            site.gate("end").set()
+        await answered(visit)
+        assert await dot.is_visible()
+        await visit.page.unroute("**/api/sessions**")
+        await dot.wait_for(state="detached")
+
+
 async def test_the_drawer_of_a_phone_opens_closes_and_leads_to_a_chat(browser: Browser) -> None:
     async with ScriptedSite(lambda _: []) as site:
         site.add_chat("Past", [("q", "past answer")])

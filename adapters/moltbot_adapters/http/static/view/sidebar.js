@@ -29,7 +29,7 @@ export class Sidebar {
     return this.sessions.find((session) => session.id === sid);
   }
 
-  /** Loads the newest page again; older pages that were loaded stay. Answers whether it worked. */
+  /** Loads the newest page again; older ones stay. Answers if it worked. */
   async refresh() {
     clearTimeout(this.timer);
     this.timer = 0;
@@ -42,9 +42,10 @@ export class Sidebar {
       if (!older.length) this.next = page.next_page_token;
       this.#draw();
       return true;
-    } catch {
+    } catch (error) {
+      if (error.status !== 401) this.timer = setTimeout(() => this.refresh(), REFRESH_MS);
       if (!this.sessions.length) this.list.replaceChildren(say(h("p", { class: "list-note" }), "chats.failed"));
-      return false; // the list is a convenience: the chat itself reports what is wrong
+      return false;
     }
   }
 
