@@ -321,6 +321,8 @@ def _write_new(path: Path, text: str) -> bool:
         os.link(draft, path)  # unlike a rename, it never replaces what another process wrote meanwhile
     except FileExistsError:
         return False
+    except OSError as error:  # writing names no file
+        raise OSError(error.errno, error.strerror, str(path)) from None
     finally:
         draft.unlink()
     return True

@@ -100,7 +100,8 @@ async def test_nothing_is_taken_from_a_core_that_has_lost_its_turn(store: Store,
     store = await reopen()
     await store.take_over()
 
-    await store.append([wrote(turn, "stale"), wrote(turn, "fresh", first=7, epoch=2)])
+    assert list(await store.append([wrote(turn, "stale")])) == [turn.key]
+    assert list(await store.append([wrote(turn, "fresh", first=7, epoch=2)])) == []
     with pytest.raises(TurnInterrupted):
         await store.finish(ended(turn))
     await store.finish(msgspec.structs.replace(ended(turn, answer="right"), epoch=2))

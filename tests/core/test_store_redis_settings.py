@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import asyncio
 from pathlib import Path
 
 import pytest
 from kept_turns import keep, new
 from moltbot_server.errors import MoltBotError, StorageUnavailable
 from moltbot_server.store.redis import RedisStore
+from redis.asyncio import Redis
 from redis_process import RedisProcess, free_port
 
 
@@ -63,3 +65,53 @@ async def test_a_wrong_password_is_nothing_that_waiting_helps_against() -> None:
     finally:
         await process.kill()
     assert told.value.retry_after is None
+
+
+@pytest.mark.parametrize("command", [("SET", "moltbot:schema", "abc"), ("RPUSH", "moltbot:schema", "a")])
+async def test_a_redis_whose_keys_are_another_programs_is_refused(command: tuple[str, ...]) -> None:
+    async with RedisProcess() as process:
+        async with Redis(port=process.port) as client:
+            await client.execute_command(*command)  # type: ignore[no-untyped-call]  # redis-py has no types for it
+        with pytest.raises(StorageUnavailable, match=r"another program's: choose another store\.prefix"):
+            await RedisStore(host="127.0.0.1", port=process.port).open()
+
+
+async def comes_back(redis: RedisProcess, store: RedisStore, caplog: pytest.LogCaptureFixture) -> list[str]:
+    """Start a Redis that the store waits for; return what is said of it once it was judged."""
+    caplog.clear()
+    before = store._fitness._judging
+    await redis.start()
+    async with asyncio.timeout(10):
+        while (judging := store._fitness._judging) is before or judging is None:  # noqa: ASYNC110 - nothing tells
+            await asyncio.sleep(0.01)
+        await judging
+    name = "moltbot_server.store.redis_settings"
+    return [getattr(record, "problem", "") for record in caplog.records if record.name == name]
+
+
+async def test_a_redis_that_comes_back_empty_or_set_otherwise_is_told_once(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level("INFO", "moltbot_server.store")
+    process = RedisProcess.keeping(tmp_path)
+    other = RedisProcess("", "--maxmemory-policy", "allkeys-lru")
+    other.port, other._command[2] = process.port, str(process.port)
+    await process.start()
+    store = RedisStore(host="127.0.0.1", port=process.port)
+    await store.open()
+    try:
+        await process.kill()
+        assert await comes_back(process, store, caplog) == [], "as it was"
+        await process.kill()
+        empty, *settings = await comes_back(other, store, caplog)
+        assert "put a backup in its place" in empty
+        assert [text.rpartition(": ")[2] for text in settings] == [
+            "set maxmemory-policy noeviction",
+            "set appendonly yes and appendfsync always",
+        ]
+        await other.kill()
+        assert await comes_back(other, store, caplog) == [empty], "what is known is not told again"
+    finally:
+        await store.close()
+        await process.kill()
+        await other.kill()

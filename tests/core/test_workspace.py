@@ -7,10 +7,13 @@ import os
 import stat
 from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
+from types import SimpleNamespace
+from typing import cast
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from moltbot_server.cli.starting import _Site
 from moltbot_server.workspace import LINK_LIFE, Workspace, WorkspaceError, find_workspace, make_key, parse_key
 
 
@@ -169,6 +172,23 @@ def test_a_link_is_kept_as_a_digest_with_its_end_and_the_ended_ones_are_cleared(
     assert {mode(workspace.links / name) for name in names} == {0o600}
     workspace.mint_link(1061.0)
     assert sorted(path.name for path in workspace.links.iterdir() if path.name in names) == [names[0]]
+
+
+def test_a_link_that_cannot_be_written_is_named_and_leaves_nothing(
+    workspace: Workspace, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(_: int) -> None:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr(os, "fsync", full)
+    with pytest.raises(OSError, match="No space left on device") as caught:
+        workspace.mint_link(1000.0)
+    assert Path(caught.value.filename).parent == workspace.links
+    assert list(workspace.links.iterdir()) == []
+    # A start goes on without it.
+    shown = _Site._web_chat(cast("_Site", SimpleNamespace(_workspace=workspace, http="127.0.0.1:8000")))
+    assert shown[0] == "  Web chat    http://127.0.0.1:8000"
+    assert "no link that opens it (No space left on device): make room, then type" in shown[1]
 
 
 def test_what_a_crash_left_of_a_link_is_cleared_when_its_time_is_over(workspace: Workspace) -> None:

@@ -87,10 +87,11 @@ def _try_test(name: str, tree: Path) -> Verdict:
 
 def _run(tree: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
     path = os.pathsep.join((str(tree / "server"), str(tree / "clients/python")))
+    programs = os.pathsep.join((str(ROOT / ".tools/bin"), os.environ["PATH"]))
     return subprocess.run(
         [sys.executable, *arguments],
         cwd=tree,
-        env={**os.environ, "PYTHONPATH": path, "PYTHONDONTWRITEBYTECODE": "1"},
+        env={**os.environ, "PATH": programs, "PYTHONPATH": path, "PYTHONDONTWRITEBYTECODE": "1"},
         capture_output=True,
         text=True,
         check=False,

@@ -1,6 +1,7 @@
 """The adapter as a process: its ready line, its exit statuses, what it logs."""
 
 import asyncio
+import errno
 import json
 import os
 import signal
@@ -12,6 +13,8 @@ from pathlib import Path
 
 import aiohttp
 import pytest
+from moltbot_adapters.http import process
+from moltbot_adapters.http.settings import parse
 from scripted_core import KEY
 
 ASK = {"model": "moltbot", "messages": [{"role": "user", "content": "planted words"}], "stream": True}
@@ -115,6 +118,20 @@ async def test_a_place_for_its_socket_that_cannot_be_used_is_told_with_status_78
         status, said = await _end(process)
     assert status == 78
     assert said.startswith(f"moltbot http: the socket {tmp_path}/nowhere/http.sock cannot be made")
+
+
+@pytest.mark.parametrize("what", ["build_app", "pulse.listen"])
+async def test_a_full_disk_is_told_with_status_69_which_services_try_again(settings, monkeypatch, capsys, what):
+    def full(*_):
+        try:
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), "place")
+        except OSError as error:
+            raise (OSError("a socket cannot be made") if "pulse" in what else error) from error
+
+    monkeypatch.setattr(f"moltbot_adapters.http.process.{what}", full)
+    words = ["--key-file", str(settings.key_file), "--state", str(settings.state), "--pulse", "socket"]
+    assert await process.serve(parse([*words, "--core", settings.core])) == 69
+    assert capsys.readouterr().err == "moltbot http: the disk is full: make room, and start it again\n"
 
 
 async def test_a_port_in_use_is_one_clear_line_and_status_1(settings):

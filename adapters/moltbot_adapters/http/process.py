@@ -29,8 +29,8 @@ log = logging.getLogger("moltbot.http")
 def main(arguments: Sequence[str]) -> int:
     """Runs the adapter until it is told to leave.
 
-    Returns 0 after a signal, 1 when it cannot listen, 78 when the settings, the key file, the state folder or the place
-    of its own socket are not usable.
+    Returns 0 after a signal, 1 when it cannot listen, 69 when the disk is full, 78 when the settings, the key file, the
+    state folder or the place of its own socket are not usable.
     """
     try:
         settings = parse(arguments)
@@ -57,6 +57,9 @@ async def serve(settings: Settings) -> int:
         runner = Runner(build_app(settings), settings)
         end_pulse = await pulse.listen(settings.pulse) if settings.pulse else None
     except (OSError, ValueError) as error:
+        if _is_full(error) or _is_full(error.__cause__):
+            print("moltbot http: the disk is full: make room, and start it again", file=sys.stderr)
+            return os.EX_UNAVAILABLE
         print(f"moltbot http: {error}", file=sys.stderr)
         return os.EX_CONFIG
     try:
@@ -102,6 +105,10 @@ async def _clean_up(runner: Runner, at_once: asyncio.Event) -> None:
         os._exit(0)  # asked for twice: nothing here needs to be saved
     hurry.cancel()
     await cleaning
+
+
+def _is_full(error: BaseException | None) -> bool:
+    return isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT)
 
 
 def _why(error: OSError, settings: Settings) -> str:

@@ -244,16 +244,14 @@ class _Site:
         what, name = answering(self._model, self._route)
         self.write()
         problem = str(core_said.get("problem", ""))
-        code = self._workspace.mint_link(time.time())
         took = time.monotonic() - self._began
         key = shown(self._workspace.key_file)
-        link, chat = command("link", self._workspace), command("chat", self._workspace)
+        chat = command("chat", self._workspace)
         lines = [
             f"MoltBot is ready ({took:.1f} s). {what}: {name or 'unknown'}.",
             *([f"It cannot answer yet: {as_typed(problem, self._workspace)}"] if problem else []),
             "",
-            f"  Web chat    http://{self.http}/login?code={code}",
-            f"              opens once, within {LINK_LIFE / 60:g} minutes; another link: {link}",
+            *self._web_chat(),
             f"  OpenAI API  http://{self.http}/v1   (API key: the line in {key})",
             f"  gRPC        {self.grpc}",
             f"  Health      http://{self.http}/health",
@@ -268,6 +266,17 @@ class _Site:
         if self._asking and self._asking.stdin:
             with contextlib.suppress(BrokenPipeError), self._asking.stdin as pipe:  # it has told why it left
                 pipe.write(json.dumps({"address": self.grpc}).encode() + b"\n")
+
+    def _web_chat(self) -> tuple[str, str]:
+        """Return where the chat page is, and how it opens; a full disk has no room for the link, and ends nothing."""
+        link = command("link", self._workspace)
+        try:
+            code = self._workspace.mint_link(time.time())
+        except OSError as problem:
+            why = f"no link that opens it ({problem.strerror}): make room, then type  {link}"
+            return f"  Web chat    http://{self.http}", f"              {why}"
+        opens = f"opens once, within {LINK_LIFE / 60:g} minutes; another link: {link}"
+        return f"  Web chat    http://{self.http}/login?code={code}", f"              {opens}"
 
     def write(self) -> None:
         """Write down what runs, for `moltbot status` and the others. A full disk ends nothing that runs."""

@@ -60,7 +60,7 @@ from moltbot_server.store.redis_rows import (
     turn_from,
 )
 from moltbot_server.store.redis_scripts import loading, scripts
-from moltbot_server.store.redis_settings import claim, judge, refusals, require_fit
+from moltbot_server.store.redis_settings import Fitness, claim, judge, refusals
 from moltbot_server.store.redis_takeover import Takeover
 from moltbot_server.store.redis_usage import REMEMBERED, Row, addition, list_usage, row_of
 from moltbot_server.turns import Message, Session, SessionKey, TurnKey, encode
@@ -142,11 +142,12 @@ class RedisStore:
         for line in (self._writing, self._reading):
             line.when_connected(self._known.clear)
         self._probe = WriteProbe(self._writing, self._presence, self.prefix)
+        self._fitness = Fitness(self._reading, self.prefix, self.address)
         try:
             await self._writing.open(_START)
             await self._reading.open(_START)
             if fit:
-                await require_fit(self._reading, self.prefix, self.address)
+                await self._fitness.require()
             if join:
                 await claim(self._reading, self.prefix, self.address)
             self._lease = NodeLease(
@@ -160,6 +161,7 @@ class RedisStore:
             )
             if join:
                 await self._lease.join()
+                self._fitness.watch()
         except BaseException as problem:
             self._probe.end()
             await self._reading.close()
@@ -198,6 +200,7 @@ class RedisStore:
             return
         self._closed = True
         self._probe.end()
+        await self._fitness.end()
         # What waits is still this node's; after the lease it is anybody's.
         await self._writing.close()
         await self._lease.leave()

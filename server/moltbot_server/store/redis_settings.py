@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import asyncio
 import logging
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 
 from moltbot_server.errors import StorageUnavailable
 from moltbot_server.store.findings import Finding
@@ -15,22 +16,67 @@ log = logging.getLogger(__name__)
 
 SCHEMA_VERSION = 1
 _OLDEST = (6, 2)
+_LEVELS = {"grave": logging.ERROR, "warning": logging.WARNING, "note": logging.INFO}
 _NAMES = ("appendonly", "appendfsync", "maxmemory-policy")
 
 
-async def require_fit(line: RedisLine, prefix: str, address: str) -> None:
-    """Refuse a Redis that would lose what it is given, and warn of one that may. Nothing is written.
+class Fitness:
+    """Judges a Redis when a store is opened, and again when it has been away: it may have been started otherwise.
 
-    Raises:
-        StorageUnavailable: with what to change.
+    The log hears of what is wrong when it begins. Turns go on meanwhile: to refuse them would lose more than it keeps.
     """
-    findings = await judge(line, prefix)
-    grave = [finding.text for finding in findings if finding.weight == "grave"]
-    if grave:
-        raise StorageUnavailable(f"Redis at {address} cannot be the store: {'; '.join(grave)}")
-    for finding in findings:
-        level = logging.WARNING if finding.weight == "warning" else logging.INFO
-        log.log(level, "Redis may lose turns", extra={"at": address, "problem": finding.text})
+
+    def __init__(self, line: RedisLine, prefix: str, address: str) -> None:
+        self._line = line
+        self._prefix = prefix
+        self._address = address
+        self._told: frozenset[str] = frozenset()
+        self._judging: asyncio.Task[None] | None = None
+
+    async def require(self) -> None:
+        """Refuse a Redis that would lose what it is given, and warn of one that may. Nothing is written.
+
+        Raises:
+            StorageUnavailable: with what to change.
+        """
+        findings = await judge(self._line, self._prefix)
+        grave = [finding.text for finding in findings if finding.weight == "grave"]
+        if grave:
+            raise StorageUnavailable(f"Redis at {self._address} cannot be the store: {'; '.join(grave)}")
+        self._tell(findings)
+
+    def watch(self) -> None:
+        """Judge it again whenever its line is connected again, from now on."""
+        self._line.when_connected(self._judge_soon)
+
+    async def end(self) -> None:
+        """Judge it no more."""
+        if self._judging is not None:
+            self._judging.cancel()
+            await asyncio.wait([self._judging])
+
+    def _judge_soon(self) -> None:
+        if self._judging is None or self._judging.done():
+            self._judging = asyncio.create_task(self._judge_again())
+
+    async def _judge_again(self) -> None:
+        try:
+            findings = await judge(self._line, self._prefix)
+            place = f"{self._prefix}:schema"
+            (is_new,) = await self._line.put(Call(("SET", place, SCHEMA_VERSION, "NX"), read=list, tolerant=True))
+        except StorageUnavailable:
+            return  # it is away again, and judged when it is back
+        if is_new == b"OK":
+            advice = "to have again what was kept, stop MoltBot and put a backup in its place"
+            log.error("Redis has come back empty", extra={"at": self._address, "problem": advice})
+        self._tell(findings)
+
+    def _tell(self, findings: Sequence[Finding]) -> None:
+        for finding in findings:
+            if finding.text not in self._told:
+                fields = {"at": self._address, "problem": finding.text}
+                log.log(_LEVELS[finding.weight], "Redis may lose turns", extra=fields)
+        self._told = frozenset(finding.text for finding in findings)
 
 
 async def claim(line: RedisLine, prefix: str, address: str) -> None:
@@ -41,7 +87,7 @@ async def claim(line: RedisLine, prefix: str, address: str) -> None:
     """
     place = f"{prefix}:schema"
     _, schema = await line.put(Call(("SET", place, SCHEMA_VERSION, "NX"), ("GET", place), read=list))
-    for finding in _of_schema(int(schema)):
+    for finding in _of_schema(schema):
         raise StorageUnavailable(f"Redis at {address} cannot be the store: {finding.text}")
 
 
@@ -58,8 +104,8 @@ async def judge(line: RedisLine, prefix: str) -> list[Finding]:
     findings = [*_of_server(parse_info(text)), *_of_settings(settings)]
     if any(finding.weight == "grave" for finding in findings):
         return findings
-    (schema,) = await line.put(Call(("GET", f"{prefix}:schema"), read=list))
-    return [*findings, *_of_schema(int(schema or 0))]
+    (schema,) = await line.put(Call(("GET", f"{prefix}:schema"), read=list, tolerant=True))
+    return [*findings, *_of_schema(schema or b"0")]
 
 
 async def refusals(line: RedisLine, prefix: str) -> list[Finding]:
@@ -106,7 +152,11 @@ def _of_settings(settings: Mapping[str, str] | None) -> Iterator[Finding]:
         yield Finding(text=text, weight="note")
 
 
-def _of_schema(schema: int) -> Iterator[Finding]:
-    if schema > SCHEMA_VERSION:
+def _of_schema(told: bytes | Exception) -> Iterator[Finding]:
+    if isinstance(told, Exception) or not told.isdigit():
+        yield Finding(
+            text="its key for the schema is another program's: choose another store.prefix, or delete that key"
+        )
+    elif (schema := int(told)) > SCHEMA_VERSION:
         text = f"its data was written by a newer release (schema {schema}, this one reads {SCHEMA_VERSION})"
         yield Finding(text=text)
