@@ -124,7 +124,7 @@ async def _start_core(
         "route": core.route,
         "problem": core.catalog.entry("").message,
     }
-    return ready, lambda: core.stop(settings.drain_grace)
+    return ready, lambda: core.stop(settings.drain_grace, lame_duck=settings.lame_duck_time)
 
 
 async def _start_engine(

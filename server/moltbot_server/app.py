@@ -209,9 +209,17 @@ class Core:
         seconds = round(time.perf_counter() - started, 3)
         log.info("the core serves", extra={"grpc": self.server.address, "seconds": seconds})
 
-    async def stop(self, grace: float) -> None:
-        """Leave well: no new turns, those under way end within `grace` seconds, what is written is on the disk."""
+    async def stop(self, grace: float, *, lame_duck: float = 0.0) -> None:
+        """Leave well: no new turns, those under way end within `grace` seconds, what is written is on the disk.
+
+        Health checkers hear at once that it leaves; for `lame_duck` seconds before the rest new turns are taken all the
+        same, from callers that have not heard of it yet.
+        """
         self._serving = False
+        if lame_duck:
+            await self.server.tell_leaving()
+            log.info("the core leaves; what comes is still taken for a moment", extra={"seconds": lame_duck})
+            await asyncio.sleep(lame_duck)
         await self.server.retire(grace + _AFTER_GRACE)
         for duty in self._duties:
             duty.cancel()

@@ -63,6 +63,7 @@ INLINE = "inline"
 
 _EVERYWHERE = frozenset({"0.0.0.0", "::", "[::]", ""})
 _CONNECTION_AGE = 600.0
+_LAME_DUCK = 2.0
 _ADDRESS = re.compile(r"unix:.+|(dns:///)?(\[[0-9A-Fa-f:.]+\]|[^:/\[\]\s]+):\d{1,5}")
 _TAKEN = frozenset({DEFAULT_ROUTE, "moltbot", "local", "builtin", "built-in"})
 _NEED_NO_PATH = frozenset({"", "moltbot-demo", "builtin", "built-in", "scripted"})
@@ -86,6 +87,7 @@ class Settings:
     `engine` is empty for models of MoltBot's own choosing, `inline`, or the address of an engine that runs elsewhere.
     `workers` are cores that share the work of this machine; as many serve HTTP unless `http_workers` says otherwise.
     `advertise` is where other nodes reach this one, `HOST:PORT`; empty: at what it is bound to, or by its name.
+    `lame_duck` None: where callers have other nodes to go to, one that was told to leave goes on for a moment.
     `max_connection_age` None: where connections are shared by several cores, they end now and then; 0: never.
     `shares` are weights of workspaces: how they share a model when all of them want it; 1 for those not named.
     `models` is the route of turns that name no model, `routes` are the others; prices and budgets are in `currency`.
@@ -122,6 +124,7 @@ class Settings:
     queue_limit: int = 256
     shares: tuple[tuple[str, int], ...] = ()
     drain_grace: float = 10.0
+    lame_duck: float | None = None
     advertise: str = ""
     advertise_ca: Path | None = None
     max_connection_age: float | None = None
@@ -165,6 +168,21 @@ class Settings:
         if self.max_connection_age is not None:
             return self.max_connection_age
         return _CONNECTION_AGE if self.workers > 1 or self.store.type == "redis" else 0.0
+
+    @property
+    def lame_duck_time(self) -> float:
+        """For how many seconds a core that was told to leave still takes new turns.
+
+        Balancers that ask for its health need them to find another node; a single one has nobody to send callers to.
+        """
+        if self.lame_duck is not None:
+            return self.lame_duck
+        return _LAME_DUCK if self.store.type == "redis" else 0.0
+
+    @property
+    def leaving_time(self) -> float:
+        """Within how many seconds a core that was told to leave has ended what is under way, or handed it over."""
+        return self.lame_duck_time + self.drain_grace
 
     def reached_at(self, port: int) -> str:
         """Return where other nodes reach this one, which listens on a port."""

@@ -133,6 +133,20 @@ def test_connections_end_now_and_then_where_several_cores_share_them(workspace: 
     assert age("max_connection_age: 90s") == 90
 
 
+def test_a_core_that_leaves_goes_on_for_a_moment_where_others_can_be_called_in_its_place(
+    workspace: Path, elsewhere: Path
+) -> None:
+    def leaving(yaml: str) -> tuple[float, float]:
+        (workspace / "moltbot.yaml").write_text(yaml)
+        settings = load_settings(workspace, {}, current=elsewhere)
+        return settings.lame_duck_time, settings.leaving_time
+
+    assert leaving("") == leaving("workers: 4") == (0, 10)
+    assert leaving("store: {type: redis}") == (2, 12)
+    assert leaving("store: {type: redis}\nlame_duck: 0") == (0, 10)
+    assert leaving("lame_duck: 15s\ndrain_grace: 30s") == (15, 45)
+
+
 def test_a_later_source_wins_over_an_earlier_one(workspace: Path, elsewhere: Path) -> None:
     (workspace / "moltbot.yaml").write_text("port: 1001\n")
 

@@ -193,6 +193,17 @@ def test_a_part_that_is_none_is_refused_by_name(
     assert list(caught.value.fields) == [field]
 
 
+def test_a_rule_for_busy_sessions_that_this_core_does_not_know_is_refused_by_name() -> None:
+    said = chat_pb2.TurnInput(session="sessions/s", parts=[message_pb2.Part(text="x")])
+    assert READER.turn(said).when_busy is None
+    said.when_busy = chat_pb2.WHEN_BUSY_JOIN
+    assert READER.turn(said).when_busy is turns.WhenBusy.JOIN
+    said.when_busy = 99  # type: ignore[assignment]  # of a later contract
+    with pytest.raises(InvalidField) as caught:
+        READER.turn(said)
+    assert list(caught.value.fields) == ["turn.when_busy"]
+
+
 def test_a_float_of_the_wire_is_the_decimal_that_was_meant() -> None:
     options = READER.options(
         message_pb2.GenerationOptions(temperature=0.7, top_p=0.9, repetition_penalty=1.1), "options"

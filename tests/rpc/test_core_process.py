@@ -89,6 +89,33 @@ async def test_a_core_told_to_leave_ends_its_turns_and_leaves_with_zero(tmp_path
     assert "Traceback" not in await core.whole_log()
 
 
+async def test_a_core_that_leaves_takes_what_comes_until_callers_can_have_heard_of_it(tmp_path: Path) -> None:
+    async with core_process(tmp_path, MOLTBOT_LAME_DUCK="1.5", MOLTBOT_DRAIN_GRACE="30") as core:
+        api = (await core.serving()).api()
+        call = api.stream(turn("#300 pace=0.01"))
+        await call.read()
+        health = health_pb2_grpc.HealthStub(api.channel).Watch(health_pb2.HealthCheckRequest())
+        assert (await health.read()).status == health_pb2.HealthCheckResponse.SERVING
+        told = time.monotonic()
+        core.signal(signal.SIGTERM)
+        assert (await health.read()).status == health_pb2.HealthCheckResponse.NOT_SERVING
+        taken, refusal = 0, None
+        while refusal is None:
+            try:
+                assert (await api.run(turn("in between"))).completed.text == "You said: in between"
+                taken += 1
+            except aio.AioRpcError as error:
+                refusal = error
+        assert taken > 0
+        assert (refusal.code(), reason_of(refusal)) == (grpc.StatusCode.UNAVAILABLE, "NOT_SERVING")
+        assert time.monotonic() - told >= 1.5
+
+        assert kinds(await drained(call))[-1] == "completed"
+        assert await core.end() == 0
+        await api.channel.close()
+    assert "Traceback" not in await core.whole_log()
+
+
 async def test_turns_that_outlast_the_grace_are_handed_to_the_next_core(tmp_path: Path) -> None:
     async with core_process(tmp_path, MOLTBOT_DRAIN_GRACE="0.5") as core:
         api = (await core.serving()).api()

@@ -109,6 +109,24 @@ async def test_a_mistyped_command_is_told_the_one_that_was_meant(home: Home) -> 
     assert listed.endswith(", link, status, version, bench, mock-provider\n")
 
 
+@pytest.mark.parametrize(
+    ("typed", "said"),
+    [
+        (
+            ("start", "--worker", "2"),
+            "moltbot start: error: unrecognized arguments: --worker 2; did you mean --workers?",
+        ),
+        (("start", "--prot=1"), "moltbot start: error: unrecognized arguments: --prot=1; did you mean --port?"),
+        (("chat", "Hi", "there"), "moltbot chat: error: unrecognized arguments: there"),
+        (("-x", "status"), "moltbot status: error: unrecognized arguments: -x"),
+    ],
+)
+async def test_a_mistyped_option_is_told_the_one_that_was_meant(home: Home, typed: tuple[str, ...], said: str) -> None:
+    ended = await home.run(*typed)
+    assert (ended.status, ended.out) == (2, "")
+    assert ended.err.endswith(f"\n{said}\n")
+
+
 async def test_what_needs_a_running_moltbot_says_how_to_start_it(home: Home) -> None:
     await home.run("init")
     with socket.create_server(("127.0.0.1", 0)) as taken, socket.create_server(("127.0.0.1", 0)) as web:

@@ -200,7 +200,7 @@ async def test_another_program_on_the_shared_port_is_told_as_ever(home: Home, st
 
 
 async def test_a_worker_that_is_killed_while_it_starts_is_started_again(home: Home) -> None:
-    home.variables |= {"WORKERS": "2", "MOLTBOT_DRAIN_GRACE": "1"}
+    home.variables["MOLTBOT_DRAIN_GRACE"] = "1"
 
     async def kill_the_second() -> None:
         while True:
@@ -213,7 +213,7 @@ async def test_a_worker_that_is_killed_while_it_starts_is_started_again(home: Ho
 
     killing = asyncio.create_task(kill_the_second())
     try:
-        async with home.started() as started:
+        async with home.started("--workers", "2") as started:
             assert killing.done()
             assert "a process ended and is started again" in started.said
             assert len(started.told()["cores"]) == 2

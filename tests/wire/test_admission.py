@@ -66,6 +66,12 @@ async def test_a_malformed_key_is_refused_without_asking_the_core(http, core, va
     assert core.calls == []
 
 
+async def test_a_key_that_the_core_does_not_know_is_refused_as_http_wants_it(http):
+    async with http.get("/v1/models", headers={"Authorization": f"Bearer {KEY[:-1]}"}) as answer:
+        assert (answer.status, (await answer.json())["error"]["code"]) == (401, "invalid_api_key")
+        assert answer.headers["WWW-Authenticate"] == "Bearer"
+
+
 async def test_the_page_is_shown_to_all_and_says_who_is_signed_in(browser, http):
     async with browser.get("/") as answer:
         assert (answer.status, answer.content_type) == (200, "text/html")

@@ -121,7 +121,7 @@ def from_core(error: MoltBotClientError) -> HttpError:
         code = _CODES.get(error.reason, error.reason.lower())
         status = _STATUSES.get(error.reason, status)
         kind = _KINDS.get(error.reason, SERVER if status >= 500 else kind)
-    headers: dict[str, str] = {}
+    headers = {"WWW-Authenticate": "Bearer"} if status == 401 else {}
     if status in (429, 503) and (error.reason not in _IN_VAIN or error.retry_after is not None):
         wait_s = 1.0 if error.retry_after is None else error.retry_after
         headers["Retry-After"] = str(max(1, -int(-wait_s // 1)))

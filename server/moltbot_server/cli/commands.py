@@ -11,9 +11,11 @@ import errno
 import json
 import os
 import platform
+import re
+import shlex
 import sys
 import time
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from importlib import metadata
 from pathlib import Path
 
@@ -49,7 +51,10 @@ def run(arguments: Sequence[str] | None = None) -> None:
         parser, names = _parser()
         if words and not words[0].startswith("-") and words[0] not in names:
             parser.error(_mistyped(words[0], names))
-        given = parser.parse_args(words or ["--help"])
+        given, rest = parser.parse_known_args(words or ["--help"])
+        if rest:
+            asked = next((names[word] for word in words if word in names), parser)
+            asked.error(_not_known(rest, asked.format_usage()))
         sys.exit(given.run(given))
     except Failure as failure:
         _leave(failure.message, failure.status)
@@ -89,8 +94,17 @@ def _mistyped(word: str, names: Collection[str]) -> str:
     return f"there is no command {word!r}; {hint}"
 
 
-def _parser() -> tuple[argparse.ArgumentParser, Collection[str]]:
-    """Return the parser and the names of its commands."""
+def _not_known(words: Sequence[str], usage: str) -> str:
+    """Return what is wrong with words that a command did not take, whose usage names all that it does."""
+    import difflib
+
+    options = re.findall(r"--[a-z-]+", usage) if words[0].startswith("--") else []
+    near = difflib.get_close_matches(words[0].partition("=")[0], options, n=1)
+    return f"unrecognized arguments: {shlex.join(words)}" + (f"; did you mean {near[0]}?" if near else "")
+
+
+def _parser() -> tuple[argparse.ArgumentParser, Mapping[str, argparse.ArgumentParser]]:
+    """Return the parser and those of its commands by name."""
     parser = argparse.ArgumentParser(
         prog="moltbot",
         description="A chatbot core that speaks gRPC, with a web chat and an OpenAI-compatible API beside it.",
@@ -159,6 +173,7 @@ def _add_start(add: _Add) -> None:
     start.add_argument("--port", type=int, help="port of the web chat and HTTP API (default: 8000)")
     start.add_argument("--grpc-port", type=int, metavar="PORT", help="port of the core (default: 50051)")
     start.add_argument("--metrics-port", type=int, metavar="PORT", help="port of the core's metrics (default: 9464)")
+    start.add_argument("--workers", type=int, metavar="COUNT", help="cores that share the work (default: 1)")
     start.add_argument("--log-level", metavar="LEVEL", help="debug, info, warning or error (default: info)")
     start.add_argument("--reload", action="store_true", help="start again when code or configuration changes")
     start.add_argument("--first-question", metavar="TEXT", default="", help="ask this as soon as MoltBot is ready")
@@ -236,7 +251,8 @@ def _init(given: argparse.Namespace) -> int:
 def _start(given: argparse.Namespace) -> int:
     from moltbot_server.cli.starting import start
 
-    flags = {name: getattr(given, name) for name in ("host", "port", "grpc_port", "metrics_port", "log_level")}
+    names = ("host", "port", "grpc_port", "metrics_port", "workers", "log_level")
+    flags = {name: getattr(given, name) for name in names}
     workspace = find_workspace(os.environ, given.workspace)
     return start(workspace, flags, reload=given.reload, first_question=given.first_question)
 

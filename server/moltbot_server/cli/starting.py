@@ -54,14 +54,14 @@ def start(workspace: Workspace, flags: Mapping[str, object], *, reload: bool, fi
         log.info("several cores share the work", extra={"workers": settings.workers})
     extra = ["--reload"] * reload + ["--first-question", first_question] * bool(first_question)
     beside = partial(_beside, settings, flags, extra)
-    with only_one(workspace, beside, grace=settings.drain_grace):
+    with only_one(workspace, beside, grace=settings.leaving_time):
         settings = _with_ports(settings, lambda others: _typed(workspace, {**flags, **others}, extra))
         ports = _more_ports(settings)
         site = _Site(workspace=workspace, settings=settings, ports=ports, flags=flags, began=began, notices=odd)
         site.ask_early(first_question)
         supervisor = Supervisor(
             site.children,
-            grace=settings.drain_grace,
+            grace=settings.leaving_time,
             serving=site.serving,
             on_ready=site.ready,
             on_change=site.write,

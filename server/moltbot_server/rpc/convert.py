@@ -97,7 +97,7 @@ class Reader:
             reply_to=Place(channel=spec.reply_to.channel, address=spec.reply_to.address)
             if spec.HasField("reply_to")
             else None,
-            when_busy=_WHEN_BUSY.get(spec.when_busy),
+            when_busy=_when_busy(spec.when_busy),
         )
 
     def messages(self, entries: Iterable[message_pb2.Message], field: str) -> tuple[Message, ...]:
@@ -182,6 +182,12 @@ class Reader:
 
 
 _NO_OPTIONS = GenerationOptions()
+
+
+def _when_busy(value: chat_pb2.WhenBusy.ValueType) -> WhenBusy | None:
+    if value and value not in _WHEN_BUSY:
+        raise InvalidField("turn.when_busy", f"{value} is not known to this core")
+    return _WHEN_BUSY.get(value)
 
 
 def seconds(value: duration_pb2.Duration, field: str) -> float:

@@ -235,13 +235,17 @@ class GrpcServer:
         known = health_pb2.HealthCheckResponse
         await self._health.set(STORE_SERVICE, known.NOT_SERVING if away else known.SERVING)
 
+    async def tell_leaving(self) -> None:
+        """Tell health checkers that no new work is wanted here; what comes all the same is still taken."""
+        await self._health.enter_graceful_shutdown()
+
     async def retire(self, grace: float = 0.0) -> None:
-        """Tell health checkers that no new work is wanted here.
+        """Take nothing new, and tell health checkers so.
 
         A shared port is closed at once, so that callers go to the others that have it; calls under way may go on for
         `grace` seconds.
         """
-        await self._health.enter_graceful_shutdown()
+        await self.tell_leaving()
         if self._inference is not None:
             self._inference.leave()
         if self._private is not None:
