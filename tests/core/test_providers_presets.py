@@ -48,6 +48,7 @@ def test_what_is_configured_goes_before_what_is_known() -> None:
     )
     providers = (own, mirror)
     assert resolve("gpt-4o", providers) == (mirror, ProviderModel(name="gpt-4o"))
+    assert terms(mirror, ProviderModel(name="gpt-4o")).title == "mirror", "it is not OpenAI that answers there"
     assert resolve("gpt-mine", providers)[0] is own
     owner, model = resolve("own/gpt-mine", providers)
     assert (owner, model.name, model.id, model.context_length) == (own, "own/gpt-mine", "llama", 4096)

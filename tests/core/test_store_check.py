@@ -66,7 +66,7 @@ async def test_files_of_turns_that_were_cut_are_told(path: Path) -> None:
         assert not await store.append([JournalEntry(key=orphan.turn.key, events=(event,), epoch=orphan.epoch)])
     await store.close()
     (file,) = path.parent.glob("moltbot.db-turns/*/*")
-    waits = ("note", "1 turns wait to be carried on by the next start")
+    waits = ("note", "1 turn waits to be carried on by the next start")
     assert checked(path) == [waits]
 
     file.write_bytes(file.read_bytes()[:-3] + bytes(13))
@@ -79,8 +79,15 @@ async def test_files_of_turns_that_were_cut_are_told(path: Path) -> None:
 
 
 async def test_a_database_that_is_whole_has_nothing_but_turns_that_wait(path: Path) -> None:
-    assert checked(path) == [("note", "1 turns wait to be carried on by the next start")]
+    assert checked(path) == [("note", "1 turn waits to be carried on by the next start")]
     assert checked(path, in_use=True) == []
+
+
+def test_a_database_that_was_emptied_is_not_taken_for_a_good_one(path: Path) -> None:
+    path.write_bytes(b"")
+    ((weight, text),) = checked(path)
+    assert weight == "warning"
+    assert text.startswith("it is empty, and the next start takes it for a new one")
 
 
 @pytest.mark.parametrize(("pages", "told_of_room"), [(100, []), (1000, ["3 MiB of its 3 MiB are free"])])

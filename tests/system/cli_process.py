@@ -76,7 +76,8 @@ class Home:
         started = Started(self, await self.spawn("start", *ANY_PORTS, *arguments, stderr=STDOUT))
         try:
             await started.line("MoltBot is ready")
-            await started.line("Stop: Ctrl-C")
+            if self.variables.get("MOLTBOT_LOG_JSON") != "true":
+                await started.line("Stop: Ctrl-C")
             yield started
         finally:
             if started.process.returncode is None:

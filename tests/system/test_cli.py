@@ -153,7 +153,7 @@ async def test_what_needs_a_running_moltbot_says_how_to_start_it(home: Home) -> 
 async def test_without_a_workspace_the_message_says_how_to_make_one(home: Home, arguments: tuple[str, ...]) -> None:
     ended = await home.run(*arguments)
     assert (ended.status, ended.out) == (78, "")
-    assert "make one with `moltbot init`" in ended.err
+    assert " init`, or name one with --workspace" in ended.err
 
 
 async def test_all_mistakes_of_a_configuration_end_the_start_with_status_78(home: Home) -> None:

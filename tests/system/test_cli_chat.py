@@ -91,6 +91,10 @@ async def test_a_failure_ends_with_a_message_in_words_or_as_json(home: Home) -> 
     assert (ended.status, ended.out) == (69, "one two\n")
     assert ended.err.startswith("moltbot: ")
     assert "(MODEL_UNAVAILABLE)" in ended.err
+    assert "answer is kept" not in ended.err, "it has failed, and none comes"
+    assert (await home.run("chat", "--session", "broken", "#5 fail=2")).status == 69
+    shown = (await home.run("session", "show", "broken")).out
+    assert shown.endswith("\n(There is no answer: the turn has failed, or was cancelled before its first word.)\n")
     ended = await home.run("chat", "--json", "#5 fail=2")
     assert (ended.status, ended.err) == (69, "")
     assert (ended.json["error"]["reason"], ended.json["error"]["retryable"]) == ("MODEL_UNAVAILABLE", True)
@@ -103,6 +107,7 @@ async def test_a_key_that_the_core_does_not_know_is_not_allowed(home: Home) -> N
     home.variables["MOLTBOT_KEY"] = "mb_live_wrong"
     ended = await home.run("chat", "Hi")
     assert (ended.status, ended.out) == (77, "")
+    assert "MoltBot does not know the key in MOLTBOT_KEY: unset that" in ended.err
 
 
 async def test_an_address_may_be_given_or_come_from_the_environment(home: Home) -> None:
@@ -228,6 +233,18 @@ async def test_a_refusal_in_a_conversation_is_told_and_the_conversation_goes_on(
         place = await screen.until("From now on", after=place)
         screen.type("Hi\r")
         await screen.until("You said: Hi", after=place)
+
+
+async def test_who_waits_behind_an_answer_is_told(home: Home) -> None:
+    async with terminal(home, "--session", "busy", "#120 pace=0.05") as first:
+        await first.until("one two")
+        async with terminal(home, "--session", "busy", "and me?") as second:
+            place = await second.until("[one is ahead; waiting for its end]")
+            shown = await home.run("session", "show", "busy")
+            assert shown.out.endswith("\n(An answer is being written, or waits for its turn.)\n")
+            told = (await home.run("session", "show", "busy", "--json")).json
+            assert told["session"]["active_turn"].startswith("sessions/busy/turns/")
+            await second.until("You said: and me?", after=place)
 
 
 async def test_an_answer_cannot_command_the_terminal_but_reaches_a_file_as_it_is(home: Home) -> None:

@@ -125,8 +125,10 @@ async def test_logs_in_json_name_the_process_too(home: Home) -> None:
     async with home.started() as started:
         pass
     logged = [json.loads(line) for line in started.said.splitlines() if line.startswith("{")]
-    writers = {line["process"] for line in logged}
-    assert writers - {"start"} == {"engine", "core", "http"}, "start itself writes only of what is out of the ordinary"
+    assert {line["process"] for line in logged} == {"start", "engine", "core", "http"}
+    (ready,) = (line for line in logged if line["message"] == "MoltBot is ready")
+    assert ready["link"].endswith(" link")
+    assert "login?code=" not in started.said, "whoever reads the log would get in"
 
 
 @pytest.mark.parametrize(

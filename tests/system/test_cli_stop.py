@@ -12,6 +12,7 @@ from urllib.request import Request, urlopen
 import psutil
 import pytest
 from cli_process import Home
+from cli_terminal import terminal
 from moltbot import MoltBot, MoltBotClientError
 from moltbot_server.workspace import Workspace
 
@@ -47,6 +48,25 @@ async def test_streams_over_http_have_as_long_as_the_configuration_says_at_a_sto
             assert await started.rest() == 0
     assert "grace_s=1.0" in started.said
     assert "did not leave in time" not in started.said
+
+
+async def test_who_is_cut_off_is_told_where_the_answer_will_be(home: Home) -> None:
+    home.variables["MOLTBOT_DRAIN_GRACE"] = "0"
+    async with home.started() as started:
+        chat = await home.spawn("chat", "--session", "once", "#1000 pace=0.1")
+        assert chat.stdout is not None
+        await chat.stdout.read(1)
+        async with terminal(home, "--session", "talk") as screen:
+            place = await screen.until("Ctrl-D leaves")
+            screen.type("#1000 pace=0.1\r")
+            place = await screen.until("one two", after=place)
+            started.process.send_signal(signal.SIGTERM)
+            assert await started.rest() == 0
+            place = await screen.until("sessions/talk` has it once it is there", after=place)
+        _, told = await chat.communicate()
+        assert chat.returncode == 69
+        assert "its answer is kept: `" in told.decode()
+        assert "session show sessions/once` has it once it is there." in told.decode()
 
 
 async def _asked_again_and_again(bot: MoltBot, *, until: float) -> None:

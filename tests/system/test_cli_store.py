@@ -41,7 +41,7 @@ async def test_a_workspace_without_a_store_says_what_to_do(home: Home) -> None:
     told = await home.run("store", "check")
     assert (told.status, "there is no database yet" in told.out) == (0, True)
     told = await home.run("store", "export", "x.jsonl")
-    assert (told.status, "moltbot init" in told.err) == (78, True)
+    assert (told.status, " init`, or name" in told.err) == (78, True)
     assert (await home.run("init")).status == 0
     told = await home.run("store", "export", "x.jsonl")
     assert (told.status, "made by the first" in told.err) == (1, True)
@@ -60,6 +60,15 @@ async def test_a_store_is_checked_exported_and_imported_into_another_workspace(h
     told = await home.run("store", "export", "all.jsonl")
     assert (told.status, told.out.startswith("5 records were written to all.jsonl")) == (0, True)
     assert "a line for each between a first line and a last one" in told.out
+    assert told.err == ""
+    async with home.started():
+        beside = await home.run("store", "export", "beside.jsonl")
+        assert (beside.status, beside.out.startswith("5 records were written to beside.jsonl")) == (0, True)
+        assert beside.err.startswith(
+            "moltbot: MoltBot runs meanwhile (~/.moltbot), and what is said from now on is not "
+        )
+        told = await home.run("store", "export", "beside2.jsonl", "--json")
+        assert (told.err, told.json["beside_cores"]) == ("", True)
     assert stat.S_IMODE(file.stat().st_mode) == 0o600
     told = await home.run("store", "export", "all.jsonl", "--json")
     assert (told.status, "exists already" in told.json["error"]["message"]) == (2, True)
@@ -154,6 +163,12 @@ async def test_a_workspace_moves_to_redis_where_a_core_serves_it_and_back(home: 
             assert (told.status, "is there (" in told.out) == (0, True)
             told = await home.run("store", "import", "all.jsonl", "--merge")
             assert (told.status, "stop it first" in told.err) == (69, True)
+            home.variables |= {"MOLTBOT_WORKSPACE": "elsewhere"}  # of a node on another machine, say
+            assert (await home.run("init")).status == 0
+            (home.folder / "elsewhere" / "key").write_bytes((home.workspace / "key").read_bytes())
+            told = await home.run("store", "export", "beside.jsonl")
+            assert (told.status, "MoltBot runs meanwhile (" in told.err) == (0, True)
+            del home.variables["MOLTBOT_WORKSPACE"]
         assert (await home.run("store", "export", "back.jsonl")).status == 0
         home.variables |= {"MOLTBOT_STORE_TYPE": "sqlite"}
     told = await home.run("store", "import", "back.jsonl", "--merge", "--json")

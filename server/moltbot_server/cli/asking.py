@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+import os
 import signal
 import sys
 import time
@@ -40,7 +41,7 @@ class Place:
     show: str = "moltbot session show"
 
     def failure(self, error: MoltBotClientError, turn: str) -> Failure:
-        """Return a client's error as the end of a command, which has heard of a turn or not (empty)."""
+        """Return a client's error as the end of a command; `turn` is one whose end it has not heard, or empty."""
         found = failure(error)
         message = self.words(found.message).replace("`moltbot start`", f"`{self.start}`")
         if turn and found.status is Exit.UNAVAILABLE:
@@ -64,6 +65,11 @@ def failure(error: MoltBotClientError) -> Failure:
         "UNAUTHENTICATED": Exit.NOT_ALLOWED,
         "PERMISSION_DENIED": Exit.NOT_ALLOWED,
     }
+    if error.code.name == "UNAUTHENTICATED" and os.environ.get("MOLTBOT_KEY"):
+        text = (
+            "MoltBot does not know the key in MOLTBOT_KEY: unset that, or set it to the line in the workspace's `key`"
+        )
+        return Failure(f"{text} file. ({error.reason})", Exit.NOT_ALLOWED)
     return Failure(
         f"{error.message}{wait} ({error.reason or error.code.name})", statuses.get(error.code.name, Exit.FAILED)
     )
@@ -122,6 +128,7 @@ async def ask(place: Place, text: str, *, session: str, model: str, form: str) -
     shown = Shown(place.store_away)
     async with place.connect(shown.waits if form == "text" else None) as bot, interrupts() as pressed:
         turn: list[str] = []
+        heard = False
         completed: chat_pb2.Completed | None = None
         notices: list[chat_pb2.Notice] = []
         show = {"text": shown.show, "events": _print_event}.get(form)
@@ -129,6 +136,7 @@ async def ask(place: Place, text: str, *, session: str, model: str, form: str) -
             stream = bot.stream_turn(text, session=session, model=_model(model), channel=CHANNEL)
             async with aclosing(stream) as events, cancelling(bot, turn, pressed):
                 async for event in attended(events, shown) if form == "text" else events:
+                    heard = True
                     if event.HasField("accepted"):
                         turn.append(event.accepted.turn)
                         if pressed.is_set():
@@ -140,6 +148,7 @@ async def ask(place: Place, text: str, *, session: str, model: str, form: str) -
                     elif event.HasField("completed"):
                         completed = event.completed
                     elif event.HasField("failed"):
+                        turn.clear()  # that was its end
                         raise from_event(event.failed)
             shown.end()
             if form == "text" and completed is not None and (what := remark(completed, cancelled=pressed.is_set())):
@@ -148,7 +157,7 @@ async def ask(place: Place, text: str, *, session: str, model: str, form: str) -
             shown.end()
             if form == "text":
                 raise place.failure(error, turn[0] if turn else "") from None
-            if form == "json" or not turn:
+            if form == "json" or not heard:
                 print(json.dumps({"error": _as_json(error)}, ensure_ascii=False), flush=True)
             return int(failure(error).status)
         if form == "json" and completed is not None:

@@ -35,8 +35,8 @@ from moltbot_server.config import ConfigError, load_settings
 from moltbot_server.workspace import Workspace, WorkspaceError, find_workspace
 
 _STATUSES = """\
-exit status: 0 done; 1 failed; 2 wrong usage; 69 not running, a port is taken, or the store does not answer;
-77 not allowed; 78 wrong configuration; 130 interrupted"""
+exit status: 0 done; 1 failed; 2 wrong usage; 69 not running, a port is taken, or the store or the model
+does not answer; 77 not allowed; 78 wrong configuration; 130 interrupted"""
 
 
 def run(arguments: Sequence[str] | None = None) -> None:
@@ -47,11 +47,12 @@ def run(arguments: Sequence[str] | None = None) -> None:
         os.execv(sys.executable, [sys.executable, "-m", "moltbot_server.bench", *words[1:]])
     if words[:1] == ["--version"]:
         words[0] = "version"
+    given = argparse.Namespace()
     try:
         parser, names = _parser()
         if words and not words[0].startswith("-") and words[0] not in names:
             parser.error(_mistyped(words[0], names))
-        given, rest = parser.parse_known_args(words or ["--help"])
+        given, rest = parser.parse_known_args(words or ["--help"], given)
         if rest:
             asked = next((names[word] for word in words if word in names), parser)
             asked.error(_not_known(rest, asked.format_usage()))
@@ -59,7 +60,8 @@ def run(arguments: Sequence[str] | None = None) -> None:
     except Failure as failure:
         _leave(failure.message, failure.status)
     except WorkspaceError as error:
-        _leave(str(error), Exit.CONFIG)
+        init = command("init", find_workspace(os.environ, getattr(given, "workspace", None)))
+        _leave(str(error).replace("`moltbot init`", f"`{init}`"), Exit.CONFIG)
     except ConfigError as error:
         count = f"{len(error.problems)} things are" if len(error.problems) > 1 else "one thing is"
         problems = "\n".join(f"  {problem}" for problem in error.problems)

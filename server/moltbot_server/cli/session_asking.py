@@ -56,7 +56,8 @@ def show_session(given: argparse.Namespace) -> int:
     session, messages = asyncio.run(_asked(given, ask))
     if given.json:
         spoken = [MessageToDict(message, preserving_proto_field_name=True) for message in messages]
-        print(json.dumps({"session": _entry(session), "messages": spoken}, ensure_ascii=False))
+        shape = {**_entry(session), "active_turn": session.active_turn.name}
+        print(json.dumps({"session": shape, "messages": spoken}, ensure_ascii=False))
         return int(Exit.OK)
     entry = _entry(session)
     about = (text for text in (entry["title"], entry["user"], entry["channel"], f"last used {entry['used']}") if text)
@@ -66,6 +67,10 @@ def show_session(given: argparse.Namespace) -> int:
         who = (entry["user"] or "user") if asked else message.model.removeprefix("models/") or "assistant"
         head = f"{harmless(who)}, {moment(message.create_time)}:"
         print(f"\n{dim(head) if sys.stdout.isatty() else head}\n{harmless(_text(message))}")
+    if session.HasField("active_turn"):
+        print("\n(An answer is being written, or waits for its turn.)")
+    elif messages and messages[-1].role == message_pb2.ROLE_USER:
+        print("\n(There is no answer: the turn has failed, or was cancelled before its first word.)")
     return int(Exit.OK)
 
 

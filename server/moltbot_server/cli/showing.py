@@ -35,10 +35,12 @@ class Shown:
         self._away_since: float | None = None
         self._told_away = False
         self._begun = False
+        self._is_next = False
 
     def show(self, event: chat_pb2.Event) -> None:
         """Write what an event adds."""
         self._away_since, self._told_away, self._begun = None, False, True
+        self._is_next = event.HasField("queued") and event.queued.position == 1
         match event.WhichOneof("kind"):
             case "text_delta":
                 self._say(event.text_delta.text)
@@ -68,13 +70,18 @@ class Shown:
         self._aside(text)
 
     def silent(self) -> None:
-        """Say, once, that the core cannot use its store, if that is why no event comes. May run on another thread."""
-        if not self._told_away and (problem := self._away()):
+        """Say, once, why no event comes, if the core's store is away or others are first. May run on another thread."""
+        if self._told_away:
+            return
+        if problem := self._away():
             self._told_away = True
             text = (
                 f"the core cannot {problem}; {'the answer goes on when it can' if self._begun else 'waiting for it'} …"
             )
             self._aside(text)
+        elif self._is_next:
+            self._told_away = True
+            self._remark("one is ahead; waiting for its end")
 
     def end(self) -> None:
         """End the last line."""

@@ -245,6 +245,23 @@ class _Site:
         self.write()
         problem = str(core_said.get("problem", ""))
         took = time.monotonic() - self._began
+        if self._settings.log_json:
+            self._tell_as_json(took, what, name, problem)
+        else:
+            self._tell(took, what, name, problem)
+        self.measure_once()
+        if self._asking and self._asking.stdin:
+            with contextlib.suppress(BrokenPipeError), self._asking.stdin as pipe:  # it has told why it left
+                pipe.write(json.dumps({"address": self.grpc}).encode() + b"\n")
+
+    def _tell_as_json(self, took: float, what: str, name: str, problem: str) -> None:
+        """Say that it is ready as a line of the log, which many may read: without the link that opens the chat page."""
+        fields = {"seconds": round(took, 1), what.lower(): name, "grpc": self.grpc, "metrics": f"http://{self.metrics}"}
+        fields |= {"http": f"http://{self.http}", "link": command("link", self._workspace)}
+        fields |= {"problem": as_typed(problem, self._workspace)} if problem else {}
+        log.info("MoltBot is ready", extra=fields)
+
+    def _tell(self, took: float, what: str, name: str, problem: str) -> None:
         key = shown(self._workspace.key_file)
         chat = command("chat", self._workspace)
         lines = [
@@ -262,10 +279,6 @@ class _Site:
             f"Talk in another terminal: {chat}   Stop: Ctrl-C",
         ]
         print("\n".join(lines), flush=True)
-        self.measure_once()
-        if self._asking and self._asking.stdin:
-            with contextlib.suppress(BrokenPipeError), self._asking.stdin as pipe:  # it has told why it left
-                pipe.write(json.dumps({"address": self.grpc}).encode() + b"\n")
 
     def _web_chat(self) -> tuple[str, str]:
         """Return where the chat page is, and how it opens; a full disk has no room for the link, and ends nothing."""

@@ -232,6 +232,10 @@ def _in_words(found: Mapping[str, Any]) -> str:
         keyless = found["model_reason"] == "MODEL_CREDENTIAL"
         told = "lacks a key: its line says how to add one." if keyless else "cannot answer: its line says why."
         lines.append(f"All of it serves, but the default {what.lower()} {told}")
+    elif found["processes"]["supervisor"]["memory"] is None:  # and somebody else holds the workspace
+        lines.append(
+            "The `moltbot start` that ran here was killed; another one waits until what it had begun has ended."
+        )
     elif not found["healthy"]:
         lines.append("Not everything serves: the output of `moltbot start` says why; what crashed is started again.")
     return "\n".join(lines)

@@ -6,6 +6,7 @@ import argparse
 import asyncio
 import json
 import os
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import BinaryIO
@@ -33,7 +34,7 @@ def export_store(given: argparse.Namespace) -> int:
         raise Failure(f"{shown(path)} cannot be written: {error.strerror}.") from None
     try:
         with os.fdopen(descriptor, "wb") as file, Progress("Exporting", quiet=given.json) as progress:
-            written = asyncio.run(_export(models, file, progress))
+            written, beside = asyncio.run(_export(models, file, progress))
             file.flush()
             os.fsync(file.fileno())
     except BaseException as problem:
@@ -44,17 +45,33 @@ def export_store(given: argparse.Namespace) -> int:
         raise
     size = path.stat().st_size
     if given.json:
-        print(json.dumps({"file": str(path), "records": written, "bytes": size}))
+        print(json.dumps({"file": str(path), "records": written, "bytes": size, "beside_cores": bool(beside)}))
     else:
         what = "sessions, turns, deliveries and usage, a line for each between a first line and a last one"
         print(f"{written} records were written to {shown(path)} ({readable(size)}), readable by you alone: {what}.")
+        if beside:
+            text = f"MoltBot runs meanwhile ({beside}), and what is said from now on is not in the file"
+            print(f"moltbot: {text}: stop it and export again if the file is to be kept or moved.", file=sys.stderr)
     return int(Exit.OK)
 
 
-async def _export(models: Models, file: BinaryIO, progress: Progress) -> int:
-    async with open_records(models.workspace, models.settings, held=is_held(models.workspace), make=False) as records:
+async def _export(models: Models, file: BinaryIO, progress: Progress) -> tuple[int, str]:
+    """Return how many records were written, and where cores ran meanwhile; empty for nowhere."""
+    held = is_held(models.workspace)
+    async with open_records(models.workspace, models.settings, held=held, make=False) as records:
         total = await records.count()
-        return await export(records, file, lambda written: progress.reach(min(written / max(total, 1), 1.0)))
+        written = await export(records, file, lambda written: progress.reach(min(written / max(total, 1), 1.0)))
+    return written, shown(models.workspace.folder) if held else await _nodes(models)
+
+
+async def _nodes(models: Models) -> str:
+    """Return which cores use the Redis that is the store; empty where there is none, or it is none."""
+    if models.settings.store.type != "redis":
+        return ""
+    from moltbot_server.store.redis_check import nodes_there  # late: only where Redis is the store
+
+    async with open_redis(models.settings, fit=False) as store:
+        return ", ".join((await nodes_there(store)).values())
 
 
 @told
@@ -94,13 +111,8 @@ async def _import(models: Models, path: Path, progress: Callable[[int], None], *
     held = is_held(workspace)
     if held:
         raise Failure(f"MoltBot runs in {shown(workspace.folder)}: stop it first.", Exit.UNAVAILABLE)
-    if settings.store.type == "redis":
-        from moltbot_server.store.redis_check import nodes_there  # late: only where Redis is the store
-
-        async with open_redis(settings) as store:
-            if there := await nodes_there(store):
-                running = ", ".join(there.values())
-                raise Failure(f"cores use this Redis ({running}): stop them first.", Exit.UNAVAILABLE)
+    if running := await _nodes(models):
+        raise Failure(f"cores use this Redis ({running}): stop them first.", Exit.UNAVAILABLE)
     async with open_records(workspace, settings, held=held, make=True) as records:
         if merge or not await records.count():
             return await take_in(records, path, progress)

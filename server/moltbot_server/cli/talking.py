@@ -45,6 +45,7 @@ class Talk:
         self._shown = Shown(place.store_away)
         self._listed: list[session_pb2.Session] = []
         self._leaving = False
+        self._under_way = ""  # the turn whose end nobody has told yet
         self.commands: Mapping[str, Callable[[str], Awaitable[None]]] = {
             "/new": self._new,
             "/sessions": self._sessions,
@@ -68,10 +69,11 @@ class Talk:
                 continue
             if text.lower() in _LEAVING:
                 return
+            self._under_way = ""
             try:
                 await self.take(text)
             except MoltBotClientError as error:
-                print(f"! {self._failure(error, '').message}", file=sys.stderr, flush=True)
+                print(f"! {self._failure(error, self._under_way).message}", file=sys.stderr, flush=True)
             except KeyboardInterrupt:  # pressed twice: nobody answered the first
                 print(" [left the answer]", flush=True)
 
@@ -100,6 +102,9 @@ class Talk:
                     if event.HasField("accepted"):
                         turn.append(event.accepted.turn)
                         self._session = event.accepted.session
+                        self._under_way = event.accepted.turn
+                    elif event.HasField("failed"):
+                        self._under_way = ""
                         if pressed.is_set():
                             await self.bot.cancel_turn(turn[0])
                     _show(shown, event)

@@ -54,6 +54,10 @@ def check_database(path: Path, *, in_use: bool, progress: Callable[[float, str],
         if version < 0:
             yield Finding(text=f"{unknown_schema(version)}: put a backup in its place")
             return
+        if not version and not connection.execute("SELECT count(*) FROM sqlite_schema").fetchone()[0]:
+            text = "it is empty, and the next start takes it for a new one"
+            yield Finding(text=f"{text}: if it ever held anything, put a backup in its place", weight="warning")
+            return
         if version != SCHEMA_VERSION:
             newer = version > SCHEMA_VERSION
             text = f"its schema is {version}, and this release writes {SCHEMA_VERSION}"
@@ -112,7 +116,8 @@ def _unreadable(connection: sqlite3.Connection, progress: Callable[[float, str],
 def _notes(connection: sqlite3.Connection, in_use: bool) -> Iterator[Finding]:
     running = connection.execute("SELECT count(*) FROM turns WHERE state = 'running'").fetchone()[0]
     if running and not in_use:
-        yield Finding(text=f"{running} turns wait to be carried on by the next start", weight="note")
+        turns = "1 turn waits" if running == 1 else f"{running} turns wait"
+        yield Finding(text=f"{turns} to be carried on by the next start", weight="note")
     if dead := connection.execute("SELECT count(*) FROM outbox WHERE state = 'dead'").fetchone()[0]:
         yield Finding(text=dead_letters(dead), weight="note")
     pages, free, size = (

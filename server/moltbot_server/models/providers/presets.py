@@ -165,7 +165,8 @@ def terms(provider: Provider, model: ProviderModel) -> Terms:
     default = preset.default
     return Terms(
         provider=provider.name,
-        title=preset.title,
+        # Somebody else's address speaks as the preset does, and is not the company that the preset is named for.
+        title=provider.name if provider.preset and provider.base_url else preset.title,
         model=model.name,
         id=own,
         dialect=dialect,
