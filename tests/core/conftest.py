@@ -13,6 +13,7 @@ from moltbot_server.store import Store
 from moltbot_server.store.memory import MemoryStore
 from moltbot_server.store.redis import RedisStore
 from moltbot_server.store.sqlite import SqliteStore
+from redis_nodes import Nodes
 from redis_process import KeepingRedis
 
 settings.register_profile("any machine", deadline=None)  # how long an example takes says more of the machine
@@ -24,6 +25,15 @@ def redis_port(tmp_path_factory: pytest.TempPathFactory) -> Iterator[int]:
     """The port of a Redis that keeps what it is given; each test has a prefix of its own in it."""
     with KeepingRedis(tmp_path_factory.mktemp("redis")) as redis:
         yield redis.port
+
+
+@pytest.fixture
+async def nodes(redis_port: int) -> AsyncIterator[Nodes]:
+    """Nodes on the Redis of all tests."""
+    nodes = Nodes(redis_port)
+    yield nodes
+    for store in nodes.opened:
+        await store.close()
 
 
 def _sqlite(request: pytest.FixtureRequest) -> Callable[[], Store]:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import random
-import secrets
 import time
 from collections.abc import AsyncIterator
 from pathlib import Path
@@ -15,14 +14,13 @@ import pytest
 from kept_turns import ended, everything, keep, key, new, said, texts
 from moltbot_server import tasks
 from moltbot_server.errors import StorageFull, StorageUnavailable, TurnInterrupted
-from moltbot_server.store import Elsewhere, NewTurn, UsageQuery, UsageRow
-from moltbot_server.store.protocol import JournalEntry
+from moltbot_server.store import Elsewhere, UsageQuery, UsageRow
 from moltbot_server.store.redis import RedisStore
-from moltbot_server.turns import Event, TextDelta, TurnInput, TurnState
-from redis.asyncio import Redis
+from moltbot_server.store.redis_line import Call
+from moltbot_server.turns import TextDelta, TurnInput, TurnState
+from redis_nodes import LEASE, Nodes, wrote
 from redis_process import RedisProcess
 
-LEASE = 0.5
 ASKED = TurnInput(parts=said("question"))
 
 
@@ -31,35 +29,6 @@ async def redis(tmp_path: Path) -> AsyncIterator[RedisProcess]:
     """A Redis of the test's own, that writes down all that it is given."""
     async with RedisProcess.keeping(tmp_path) as process:
         yield process
-
-
-class Nodes:
-    """Stores of several nodes on one Redis."""
-
-    def __init__(self, port: int) -> None:
-        self.port = port
-        self.prefix = f"test-{secrets.token_hex(4)}"
-        self.opened: list[RedisStore] = []
-
-    async def join(self, *, lease: float = LEASE) -> RedisStore:
-        """Return an open store."""
-        store = RedisStore(host="127.0.0.1", port=self.port, prefix=self.prefix, lease=lease)
-        await store.open()
-        self.opened.append(store)
-        return store
-
-    def keys(self) -> Redis:
-        """Return a client that looks at the keys."""
-        return Redis(host="127.0.0.1", port=self.port, protocol=2)
-
-
-@pytest.fixture
-async def nodes(redis_port: int) -> AsyncIterator[Nodes]:
-    """Nodes on the Redis of all tests."""
-    nodes = Nodes(redis_port)
-    yield nodes
-    for store in nodes.opened:
-        await store.close()
 
 
 @pytest.fixture
@@ -77,11 +46,6 @@ def stop_renewing(store: RedisStore) -> None:
     """Let a node be as one that was stopped: its lease ends."""
     assert store._lease._task is not None
     store._lease._task.cancel()
-
-
-def wrote(turn: NewTurn, *words: str, first: int = 1, epoch: int = 1) -> JournalEntry:
-    events = (Event(sequence=first + place, at=1.0, kind=TextDelta(text=word)) for place, word in enumerate(words))
-    return JournalEntry(key=turn.key, events=tuple(events), epoch=epoch)
 
 
 async def there_again(store: RedisStore) -> None:
@@ -450,51 +414,13 @@ async def test_a_turn_that_was_refused_is_withdrawn_with_its_session(nodes: Node
     assert await texts(store) == ["question", "answer", "question"]
 
 
-# --- keys ------------------------------------------------------------------------------------------------------------
-
-
-async def test_every_key_of_a_workspace_begins_alike_whatever_its_name_is(nodes: Nodes) -> None:
+async def test_what_is_withdrawn_is_the_turn_that_was_refused_and_not_the_next_in_its_place(nodes: Nodes) -> None:
     store = await nodes.join()
-    for workspace in ("a}:t:1:x", "{", "å b"):
-        await keep(store, new(workspace=workspace, user="u", text=workspace))
-        await store.add_usage([UsageRow(workspace=workspace, day="2026-01-01", turns=1)])
-    async with nodes.keys() as client:
-        names = [name async for name in client.scan_iter(f"*{nodes.prefix}*", count=10_000)]
+    refused, stored = new(request_id="refused", rest=ASKED), new(request_id="stored", rest=ASKED)
+    (undo,) = store.accept(refused).undo  # type: ignore[attr-defined]
+    await store.delete_session(key())
+    assert await store.accept(stored) is None
 
-    rests = ("schema", "workspaces", "nodes", "left", f"node:{store.node}", f"connection:{store.node}")
-    apart = {f"{nodes.prefix}:{rest}".encode() for rest in rests}
-    begins = [store.base(workspace).encode() for workspace in ("a}:t:1:x", "{", "å b")]
-    assert all(len([1 for begin in begins if name.startswith(begin)]) == 1 for name in set(names) - apart)
-    for workspace in ("a}:t:1:x", "{", "å b"):
-        (message, _) = await store.list_messages(key(workspace=workspace), after=(0, 0), limit=10)
-        assert message.text == workspace
-
-
-async def test_no_key_is_left_over_when_all_sessions_are_deleted(nodes: Nodes) -> None:
-    store = await nodes.join()
-    async with nodes.keys() as client:
-
-        async def names() -> set[bytes]:
-            return {name async for name in client.scan_iter(f"{store.base('w')}*", count=10_000)}
-
-        await keep(store, new(session="x"))
-        await store.delete_session(key("x"))
-        before = await names()
-        for number in range(40):
-            name = f"s{number}"
-            await keep(store, new(1, session=name, user="u", ephemeral=number % 2 == 0))
-            await store.reaccept(new(2, session=name, request_id=f"f{number}", rest=ASKED))
-            await store.append([wrote(new(2, session=name), "word")])
-            assert await store.reaccept(new(3, session=name, request_id=f"f{number}", rest=ASKED)) is None
-            await store.append([wrote(new(3, session=name), "word")])
-        for number in range(40):
-            assert await store.delete_session(key(f"s{number}")) is True
-        assert await names() == before
-        assert {name.rpartition(b":")[2] for name in before} == {b"accepted", b"nodes"}
-
-
-async def test_data_of_a_newer_release_is_left_alone(nodes: Nodes) -> None:
-    async with nodes.keys() as client:
-        await client.set(f"{nodes.prefix}:schema", 2)
-    with pytest.raises(StorageUnavailable, match="newer release"):
-        await nodes.join()
+    await store._writing.put(Call(undo, read=list))
+    assert await store.find_turn(stored.key) is not None
+    assert await texts(store) == ["question"]

@@ -36,8 +36,19 @@ async def test_a_redis_that_would_lose_turns_is_refused_with_what_to_change(
         await process.kill()
 
 
-async def test_a_redis_that_keeps_nothing_is_warned_of(caplog: pytest.LogCaptureFixture) -> None:
-    process = RedisProcess("secret")
+@pytest.mark.parametrize(
+    ("options", "level", "told"),
+    [
+        ((), "WARNING", "all is lost when it stops: set appendonly yes and appendfsync always"),
+        (("--appendonly", "yes", "--appendfsync", "no"), "WARNING", "half a minute is lost"),
+        (("--appendonly", "yes", "--appendfsync", "everysec"), "INFO", "a second is lost with a power failure"),
+    ],
+)
+async def test_a_redis_that_keeps_little_is_warned_of(
+    options: tuple[str, ...], level: str, told: str, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level("INFO", "moltbot_server.store")
+    process = RedisProcess("secret", "--dir", str(tmp_path), *options)
     await process.start()
     store = RedisStore(host="127.0.0.1", port=process.port, password="secret")
     await store.open()
@@ -45,8 +56,9 @@ async def test_a_redis_that_keeps_nothing_is_warned_of(caplog: pytest.LogCapture
     await store.close()
     await process.kill()
 
-    told = [getattr(record, "problem", "") for record in caplog.records if record.levelname == "WARNING"]
-    assert [text for text in told if "set appendonly yes" in text] != []
+    (record,) = [record for record in caplog.records if record.message == "Redis may lose turns"]
+    assert record.levelname == level
+    assert told in getattr(record, "problem", "")
 
 
 async def test_a_redis_that_is_not_there_is_named(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -202,6 +202,50 @@ async def test_a_core_that_leaves_is_asked_nothing_while_another_one_serves(tmp_
         await stopping
 
 
+class RepeatingCore(chat_pb2_grpc.ChatServiceServicer):
+    """A core whose stream breaks in mid-answer, and that then says all events again, whatever was seen."""
+
+    TURN = "sessions/s/turns/1"
+
+    def __init__(self) -> None:
+        self.asked_after = 0
+        self.events = [
+            chat_pb2.Event(sequence=1, accepted=chat_pb2.Accepted(turn=self.TURN)),
+            chat_pb2.Event(sequence=2, text_delta=chat_pb2.TextDelta(text="one ")),
+            chat_pb2.Event(sequence=3, text_delta=chat_pb2.TextDelta(text="two")),
+            chat_pb2.Event(sequence=4, completed=chat_pb2.Completed(text="one two")),
+        ]
+
+    async def StreamTurn(  # noqa: N802 (the contract's name)
+        self, request: chat_pb2.StreamTurnRequest, context: grpc.aio.ServicerContext
+    ) -> AsyncIterator[chat_pb2.StreamTurnResponse]:
+        for event in self.events[:2]:
+            yield chat_pb2.StreamTurnResponse(event=event)
+        await context.abort(grpc.StatusCode.UNAVAILABLE, "broken")
+
+    async def ResumeTurn(  # noqa: N802 (the contract's name)
+        self, request: chat_pb2.ResumeTurnRequest, context: grpc.aio.ServicerContext
+    ) -> AsyncIterator[chat_pb2.ResumeTurnResponse]:
+        self.asked_after = request.after_sequence
+        for event in self.events:
+            yield chat_pb2.ResumeTurnResponse(event=event)
+
+
+async def test_events_that_a_core_says_again_are_heard_once() -> None:
+    core, server = RepeatingCore(), grpc.aio.server()
+    chat_pb2_grpc.add_ChatServiceServicer_to_server(core, server)
+    port = server.add_insecure_port("127.0.0.1:0")
+    await server.start()
+    try:
+        async with MoltBot(f"127.0.0.1:{port}", "key") as bot:
+            events = [event async for event in bot.stream_turn("Hi")]
+    finally:
+        await server.stop(None)
+    assert core.asked_after == 2
+    assert [event.sequence for event in events] == [1, 2, 3, 4]
+    assert shown(events) == "one two"
+
+
 # --- what may be repeated, and when --------------------------------------------------------------------------------
 
 
