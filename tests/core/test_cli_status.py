@@ -2,7 +2,14 @@
 
 from __future__ import annotations
 
-from moltbot_server.cli.status import _Health, store_away
+import os
+import time
+from pathlib import Path
+
+from moltbot_server.cli.running import Running
+from moltbot_server.cli.status import _Health, state, store_away
+from moltbot_server.ops import OpsServer
+from moltbot_server.workspace import Workspace
 
 WELL = _Health(True, {"status": "ok", "store": "ok", "store_address": "sqlite"})
 FULL = _Health(False, {"status": "store away", "store": "away: the disk is full", "store_address": "the database m.db"})
@@ -24,3 +31,27 @@ def test_a_core_whose_default_model_cannot_answer_serves_all_the_same() -> None:
     assert [
         core.serves for core in (_Health(False, {"status": "model failed"}), _Health(False, {"status": "leaving"}))
     ] == [True, False]
+
+
+def test_an_engine_is_asked_itself_while_no_core_says_how_it_is(tmp_path: Path) -> None:
+    nobody, said = "http://127.0.0.1:1", {"status": "ok"}
+    engine = OpsServer(host="127.0.0.1", port=0, metrics=lambda: b"", health=lambda: said)
+    running = Running(
+        pid=os.getpid(),
+        started=time.time(),
+        version="1",
+        http=nobody,
+        grpc="127.0.0.1:1",
+        metrics=nobody,
+        model="m",
+        processes={},
+        engine_metrics=f"http://{engine.address}",
+    )
+    try:
+        found = state(Workspace(folder=tmp_path), running)
+        assert (found["core"]["healthy"], found["engine"]["healthy"]) == (False, True)
+        said["status"] = "model failed"
+        assert not state(Workspace(folder=tmp_path), running)["engine"]["healthy"]
+    finally:
+        engine.close()
+    assert not state(Workspace(folder=tmp_path), running)["engine"]["healthy"]

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+import shutil
 import sqlite3
 import time
 from collections.abc import AsyncIterator, Sequence
@@ -88,6 +90,25 @@ def test_a_database_that_was_emptied_is_not_taken_for_a_good_one(path: Path) -> 
     ((weight, text),) = checked(path)
     assert weight == "warning"
     assert text.startswith("it is empty, and the next start takes it for a new one")
+
+
+def test_a_database_whose_disk_has_no_room_or_takes_no_writes_is_told(
+    path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    full = shutil.disk_usage(path)._replace(free=4096)
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: full)
+    (found, *_) = checked(path)
+    assert found == (
+        "grave",
+        f"its disk has 4 KiB of room, so nothing new can be stored: make room on the disk of {path.parent}",
+    )
+    monkeypatch.setattr(os, "access", lambda place, _: place != path)
+    (found, *rest) = checked(path)
+    assert found == (
+        "grave",
+        f"{path} may not be written by us, so nothing new can be stored: let MoltBot write there",
+    )
+    assert [weight for weight, _ in rest] == ["note"]
 
 
 @pytest.mark.parametrize(("pages", "told_of_room"), [(100, []), (1000, ["3 MiB of its 3 MiB are free"])])

@@ -245,6 +245,7 @@ async def test_a_file_that_is_not_whole_is_refused_before_anything_is_stored(mak
     for content, text in (
         (b"".join((*lines[:4], b"nonsense\n", *lines[5:])), "line 5 cannot be read"),
         (b"".join((*lines[:4], *lines[5:])), r"should have \d+ records"),
+        (whole.replace(b'"ordinal":1,', b'"ordinal":-1,'), r"line \d+ cannot be read: .*ordinal"),
     ):
         path.write_bytes(content)
         async with make("sqlite").records() as records:

@@ -182,6 +182,7 @@ async def test_workers_are_started_again_one_after_the_other_while_turns_go_on(s
         while any(started.told()["processes"][name] == before[name] for name in before if name != "engine"):
             assert not any(task.done() for task in talking), "somebody heard of it"
             await asyncio.sleep(0.1)
+    await started.line("cores and adapters have been started again")
     await until_all_serve(started.home)
     over.set()
     assert min(await asyncio.gather(*talking)) > 0

@@ -78,7 +78,7 @@ def state(workspace: Workspace, running: Running) -> dict[str, Any]:
         },
         "store": _store(_troubled(cores.values())),
         "engine": {
-            "healthy": core.said.get("engine") == "serving",
+            "healthy": _engine_serves(core, running),
             "where": core.said.get("engine_address", ""),
             "metrics": running.engine_metrics,
         },
@@ -91,6 +91,13 @@ def state(workspace: Workspace, running: Running) -> dict[str, Any]:
         "processes": processes,
         "memory": sum(item["memory"] or 0 for item in processes.values()),
     }
+
+
+def _engine_serves(core: _Health, running: Running) -> bool:
+    """Tell whether the engine serves: as a core sees it, or as it says itself while no core says anything."""
+    if core.said or not running.engine_metrics:
+        return core.said.get("engine") == "serving"
+    return _health(running.engine_metrics).healthy
 
 
 class _Health(NamedTuple):

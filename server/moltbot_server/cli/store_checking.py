@@ -58,14 +58,18 @@ def _check_sqlite(models: Models, *, quiet: bool) -> Sequence[Finding]:
     path = models.workspace.database
     if not path.exists():
         return [Finding(text="there is no database yet; the first start makes it", weight="note")]
+    findings: list[Finding] = []
     with Progress("Checking", quiet=quiet) as progress:
         try:
             in_use = is_held(models.workspace) or DatabaseLock(path, alone=True).is_held()
-            return list(check_database(path, in_use=in_use, progress=_reach(progress)))
+            findings += check_database(path, in_use=in_use, progress=_reach(progress))
+            return findings
         except sqlite3.DatabaseError as error:
             name = getattr(error, "sqlite_errorname", "") or str(error)
             if name.startswith(("SQLITE_NOTADB", "SQLITE_CORRUPT")):
                 return [Finding(text=f"it is damaged, or no database ({name}): put a backup in its place")]
+            if findings:  # SQLite reads nothing where it may not write what readers share
+                return findings
             raise Failure(f"{shown(path)} cannot be read now ({name}).", Exit.UNAVAILABLE) from None
 
 

@@ -78,6 +78,7 @@ class Supervisor:
         self._wanted_anew = False
         self._turn: list[Child] = []  # which are to be started again, one after the other
         self._leaves_by = 0.0  # until when the first of them has to have left; 0 before it was told to
+        self._told_anew = True  # whether it was said that all of them have been started again
         self._stage: int | None = None  # which children are being stopped
         self._grace_ends = 0.0  # when they need not be waited for any more, if they stand still
         self._deadline = 0.0
@@ -156,6 +157,8 @@ class Supervisor:
             times.append(now + EVERY)
         if self._turn:
             times.append(now + _LOOK if self._leaves_by == 0.0 else self._leaves_by)
+        elif not self._told_anew:
+            times.append(now + _LOOK)
         # Without a time there is nothing to do before an event; the wait is cut all the same, as a net.
         for key, _ in self._selector.select(max(0.0, min(times, default=now + 60) - now)):
             key.data()
@@ -208,6 +211,10 @@ class Supervisor:
     @property
     def _all_said(self) -> bool:
         return all(child.plan.name in self._said for child in self._children if child.plan.tells)
+
+    @property
+    def _all_serve(self) -> bool:
+        return self._all_said and all(child.process for child in self._children) and self._serving()
 
     def _start(self, child: Child) -> None:
         self._said.pop(child.plan.name, None)
@@ -264,8 +271,12 @@ class Supervisor:
             if not self._turn and self._renew():
                 log.info("cores and adapters are started again, one after the other")
                 self._turn = [child for child in self._children if child.plan.stage < ENGINE_STAGE]
+                self._told_anew = False
         if self._turn:
             self._go_round(now)
+        elif not self._told_anew and self._all_serve:
+            self._told_anew = True
+            log.info("cores and adapters have been started again")
         if self._watcher and (changed := self._watcher.changed()):
             log.info("a file has changed", extra={"file": changed[0].name})
             if self._renew():
@@ -301,7 +312,7 @@ class Supervisor:
                 self._leaves_by = now + _LONGEST_START
         elif child.process is None:
             del self._turn[0]  # it has died by itself, and is started again anyway
-        elif self._all_said and all(other.process for other in self._children) and self._serving():
+        elif self._all_serve:
             self._leaves_by = now + self._grace + _AFTER_GRACE
             child.send(signal.SIGTERM)
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 import time
 from collections.abc import AsyncIterator, Callable, Sequence
 from pathlib import Path
-from typing import BinaryIO, Protocol
+from typing import Annotated, BinaryIO, Protocol
 
 import msgspec
 
@@ -21,6 +21,9 @@ NOWHERE = "imported"
 """The node of turns that ran in another store: it is never there, so whoever looks takes them over."""
 _TOGETHER = 200
 _LONGEST_END = 4096
+
+Ordinal = Annotated[int, msgspec.Meta(ge=0, le=2**53)]
+"""The number of a turn in its session, from 1 on; 0 before the first. Redis keeps it as a double."""
 
 
 class Header(Value, frozen=True, kw_only=True, tag="moltbot-store"):
@@ -40,7 +43,7 @@ class SessionRecord(Value, frozen=True, kw_only=True, tag="session"):
     channel: str
     create_time: float
     update_time: float
-    base_ordinal: int
+    base_ordinal: Ordinal
     ephemeral: bool
 
 
@@ -49,7 +52,7 @@ class TurnRecord(Value, frozen=True, kw_only=True, tag="turn"):
 
     workspace: str
     session: str
-    ordinal: int
+    ordinal: Ordinal
     request_id: str
     digest: bytes
     state: TurnState
@@ -78,7 +81,7 @@ class DeliveryRecord(Value, frozen=True, kw_only=True, tag="delivery"):
     channel: str
     address: str
     session: str
-    ordinal: int
+    ordinal: Ordinal
     request_id: str
     ending: Completed | Failed | None
     create_time: float

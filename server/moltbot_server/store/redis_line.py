@@ -142,10 +142,14 @@ class RedisLine:
         Raises:
             StorageUnavailable: Redis cannot be used; the text says why. Without `retry_after`, waiting does not help.
         """
-        until = asyncio.get_running_loop().time() + within
+        until, told = asyncio.get_running_loop().time() + within, False
         while (problem := await self._reconnect()) is not None:
             if _shut_out(problem):
                 raise StorageUnavailable(why(problem)) from None
+            if not told:
+                fields = {"at": self._presence.address, "problem": why(problem), "for_seconds": within}
+                log.info("Redis cannot be used and is tried again", extra=fields)
+                told = True
             if asyncio.get_running_loop().time() >= until:
                 raise StorageUnavailable(why(problem), retry_after=_RETRY_AFTER) from None
             await self._rest()

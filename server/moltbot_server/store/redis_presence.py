@@ -29,7 +29,7 @@ class Presence:
 
     def __init__(self, address: str) -> None:
         """`address` is for whoever runs it."""
-        self._address = address
+        self.address = address
         self._missing: set[object] = set()
         self._unreachable: Away | None = None
         self._refusing: Away | None = None
@@ -54,7 +54,7 @@ class Presence:
         self._missing.add(line)
         if self._unreachable is None:
             self._unreachable = self._away(problem)
-            fields = {"at": self._address, "problem": problem}
+            fields = {"at": self.address, "problem": problem}
             log.warning("Redis is away; turns are refused until it is there again", extra=fields)
 
     def found(self, line: object) -> None:
@@ -70,7 +70,7 @@ class Presence:
         problem = why_no_writes(refusal)
         if problem and self._refusing is None:
             self._refusing = self._away(problem)
-            fields = {"at": self._address, "problem": problem}
+            fields = {"at": self.address, "problem": problem}
             log.error("Redis takes no writes; turns are refused until it does again", extra=fields)
             self._look()
 
@@ -82,10 +82,10 @@ class Presence:
             log.info("Redis takes writes again", extra=fields)
 
     def _away(self, problem: str) -> Away:
-        return Away(where=f"Redis at {self._address}", problem=problem, since=time.time())
+        return Away(where=f"Redis at {self.address}", problem=problem, since=time.time())
 
     def _lasted(self, away: Away) -> dict[str, object]:
-        return {"at": self._address, "seconds": round(time.time() - away.since, 1)}
+        return {"at": self.address, "seconds": round(time.time() - away.since, 1)}
 
 
 def why_no_writes(refusal: Exception) -> str:

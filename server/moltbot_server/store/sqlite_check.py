@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import contextlib
+import os
+import shutil
 import sqlite3
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -23,6 +25,7 @@ from moltbot_server.store.sqlite_rows import IS_DELETED
 from moltbot_server.store.sqlite_schema import SCHEMA_VERSION, unknown_schema
 
 _TELL_FREE = 0.25
+_LEAST_ROOM = 1 << 20  # bytes of the disk without which nothing new is stored
 _QUESTIONS = (
     (
         f"SELECT count(*) FROM turns t WHERE NOT ({IS_DELETED}) AND NOT EXISTS "
@@ -48,6 +51,7 @@ def check_database(path: Path, *, in_use: bool, progress: Callable[[float, str],
     Raises:
         sqlite3.Error: it cannot be read at all.
     """
+    yield from _unwritable(path)
     uri = f"{path.absolute().as_uri()}?mode=ro"
     with contextlib.closing(sqlite3.connect(uri, uri=True, isolation_level=None, timeout=5.0)) as connection:
         version = connection.execute("PRAGMA user_version").fetchone()[0]
@@ -78,6 +82,18 @@ def check_database(path: Path, *, in_use: bool, progress: Callable[[float, str],
             yield from _broken_files(path)
         yield from _unreadable(connection, progress)
         yield from _notes(connection, in_use)
+
+
+def _unwritable(path: Path) -> Iterator[Finding]:
+    """Yield why a core could store nothing new there."""
+    for place in (path.parent, path):
+        if not os.access(place, os.W_OK):
+            text = "is on a read-only disk" if os.statvfs(place).f_flag & os.ST_RDONLY else "may not be written by us"
+            yield Finding(text=f"{place} {text}, so nothing new can be stored: let MoltBot write there")
+            return
+    if (room := shutil.disk_usage(path.parent).free) < _LEAST_ROOM:
+        text = f"its disk has {room >> 10} KiB of room, so nothing new can be stored"
+        yield Finding(text=f"{text}: make room on the disk of {path.parent}")
 
 
 def _damaged_pages(connection: sqlite3.Connection) -> list[str]:
