@@ -294,7 +294,7 @@ class TurnRun:
 
     def wrote(self, text: str, tokens: int) -> None:
         """Record another piece of the answer; the engine calls this."""
-        if not self._pieces:
+        if not (self._pieces and self._first_text):
             self._first_text = time.perf_counter()
         self._pieces.append(text)
         self._live.say(text)

@@ -227,7 +227,7 @@ async def test_a_redis_that_is_whole_has_nothing_but_its_cores(store: RedisStore
     assert (weight, f"the core {store.node} is there" in text) == ("note", True)
     await store.close()
     ((weight, text),) = await looked_at(store)
-    assert (weight, "1 turns of workspace w wait to be carried on" in text) == ("note", True)
+    assert (weight, "1 turn of workspace w waits to be carried on" in text) == ("note", True)
 
 
 async def test_a_redis_that_is_only_looked_at_is_left_as_it_was(redis_port: int, tmp_path: Path) -> None:

@@ -72,6 +72,8 @@ async def test_an_answer_goes_on_where_it_was_when_its_core_was_killed(
     numbers = [event.sequence for event in events]
     assert numbers == sorted(set(numbers))
     assert numbers[-1] > 1_000_000
+    told = events[-1].completed.timings
+    assert told.generation.ToTimedelta() > told.first_token.ToTimedelta(), "the first text here is no end"
 
 
 async def test_an_answer_to_which_the_model_has_nothing_to_add_is_given_anew(

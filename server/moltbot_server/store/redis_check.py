@@ -54,7 +54,9 @@ async def _nodes(store: RedisStore) -> AsyncIterator[Finding]:
         for name in sorted(name.decode() for name in nodes):
             (running,) = await store.ask(("ZCARD", f"{base}run:{name}"))
             if running and name not in there:
-                text = f"{running} turns of workspace {workspace} wait to be carried on: their core ({name}) is gone"
+                turns = "1 turn" if running == 1 else f"{running} turns"
+                waits = "waits" if running == 1 else "wait"
+                text = f"{turns} of workspace {workspace} {waits} to be carried on: their core ({name}) is gone"
                 yield Finding(text=text, weight="note")
 
 
