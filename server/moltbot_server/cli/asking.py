@@ -13,6 +13,7 @@ from contextlib import aclosing, asynccontextmanager
 from dataclasses import dataclass
 from typing import Any
 
+import grpc
 from google.protobuf.duration_pb2 import Duration
 from google.protobuf.json_format import MessageToDict
 from moltbot import MoltBot, MoltBotClientError
@@ -34,6 +35,9 @@ class Place:
     key: str
     store_away: Callable[[], str] = lambda: ""
 
+    roots: str | None = None
+    """Certificates in PEM that are believed, empty for those that gRPC believes; None where nothing is encrypted."""
+
     words: Callable[[str], str] = str
     """Puts what that core said as it is typed for its workspace, such as a command for a key."""
     start: str = "moltbot start"
@@ -53,7 +57,10 @@ class Place:
 
     def connect(self, on_repeat: Callable[[str], None] | None = None) -> MoltBot:
         """Return a client; `on_repeat` hears when something is asked for again, because the core was away."""
-        return MoltBot(self.address, self.key, patience=_PATIENCE, on_repeat=on_repeat)
+        credentials = None
+        if self.roots is not None:
+            credentials = grpc.ssl_channel_credentials(self.roots.encode() or None)
+        return MoltBot(self.address, self.key, credentials=credentials, patience=_PATIENCE, on_repeat=on_repeat)
 
 
 def failure(error: MoltBotClientError) -> Failure:

@@ -199,6 +199,8 @@ def _add_chat(add: _Add) -> None:
     form.add_argument("--json", action="store_true", help="print the whole answer as one JSON object")
     form.add_argument("--events", action="store_true", help="print every event as a JSON line")
     chat.add_argument("--address", metavar="HOST:PORT", default="", help="the core (default: MOLTBOT_ADDRESS, or ours)")
+    chat.add_argument("--tls", action="store_true", help="encrypt what passes to a core elsewhere")
+    chat.add_argument("--tls-ca", metavar="FILE", default="", help="the same, believing who this PEM file names alone")
 
 
 def _add_engine(add: _Add) -> None:
@@ -289,14 +291,17 @@ def _talk_or_ask(given: argparse.Namespace) -> int:
     from moltbot import MoltBotClientError
 
     from moltbot_server.cli.asking import Place, ask
+    from moltbot_server.cli.looking import Trust
     from moltbot_server.cli.reaching import find_core, store_away, words_of
 
     workspace = find_workspace(os.environ, given.workspace)
     key = os.environ.get("MOLTBOT_KEY", "").strip() or workspace.read_key()
-    address = find_core(workspace, given.address)
+    trust = Trust.of(given.tls, given.tls_ca)
+    address = find_core(workspace, given.address, trust)
     place = Place(
         address=address,
         key=key,
+        roots=None if trust is None else trust.pem,
         store_away=lambda: store_away(workspace, address),
         words=words_of(workspace, address),
         start=command("start", workspace),
@@ -337,7 +342,7 @@ def _link(given: argparse.Namespace) -> int:
 
 def _adapter_alone(workspace: Workspace) -> str:
     """Return where an adapter listens that was not started by `moltbot start`, as in a container; empty for none."""
-    from moltbot_server.cli.reaching import connects
+    from moltbot_server.cli.looking import connects
 
     settings = load_settings(workspace.folder, os.environ)
     address = joined(reachable(settings.host), settings.port)
