@@ -23,7 +23,7 @@ async def test_every_key_of_a_workspace_begins_alike_whatever_its_name_is(nodes:
     async with nodes.keys() as client:
         names = [name async for name in client.scan_iter(f"*{nodes.prefix}*", count=10_000)]
 
-    rests = ("schema", "workspaces", "nodes", "left", f"node:{store.node}", f"connection:{store.node}")
+    rests = ("schema", "data", "workspaces", "nodes", "left", f"node:{store.node}", f"connection:{store.node}")
     apart = {f"{nodes.prefix}:{rest}".encode() for rest in rests}
     begins = [store.base(workspace).encode() for workspace in ("a}:t:1:x", "{", "å b")]
     assert all(len([1 for begin in begins if name.startswith(begin)]) == 1 for name in set(names) - apart)

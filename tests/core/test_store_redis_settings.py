@@ -88,15 +88,20 @@ async def test_a_redis_whose_keys_are_another_programs_is_refused(command: tuple
             await RedisStore(host="127.0.0.1", port=process.port).open()
 
 
+async def judged(store: RedisStore, before: asyncio.Task[None] | None) -> None:
+    """Wait until a store has judged its Redis again."""
+    async with asyncio.timeout(10):
+        while (judging := store._fitness._judging) is before or judging is None:  # noqa: ASYNC110 - nothing tells
+            await asyncio.sleep(0.01)
+        await judging
+
+
 async def comes_back(redis: RedisProcess, store: RedisStore, caplog: pytest.LogCaptureFixture) -> list[str]:
     """Start a Redis that the store waits for; return what is said of it once it was judged."""
     caplog.clear()
     before = store._fitness._judging
     await redis.start()
-    async with asyncio.timeout(10):
-        while (judging := store._fitness._judging) is before or judging is None:  # noqa: ASYNC110 - nothing tells
-            await asyncio.sleep(0.01)
-        await judging
+    await judged(store, before)
     name = "moltbot_server.store.redis_settings"
     return [getattr(record, "problem", "") for record in caplog.records if record.name == name]
 
@@ -127,3 +132,23 @@ async def test_a_redis_that_comes_back_empty_or_set_otherwise_is_told_once(
         await store.close()
         await process.kill()
         await other.kill()
+
+
+async def test_each_core_tells_of_a_redis_that_has_come_back_empty(caplog: pytest.LogCaptureFixture) -> None:
+    process = RedisProcess()
+    await process.start()
+    stores = [RedisStore(host="127.0.0.1", port=process.port) for _ in range(2)]
+    for store in stores:
+        await store.open()
+    try:
+        for times in (1, 2):
+            before = stores[1]._fitness._judging
+            await process.kill()
+            await comes_back(process, stores[0], caplog)
+            await judged(stores[1], before)
+            told = [record for record in caplog.records if record.message == "Redis has come back empty"]
+            assert len(told) == 2, f"emptied for the {times}. time"
+    finally:
+        for store in stores:
+            await store.close()
+        await process.kill()

@@ -148,8 +148,7 @@ class RedisStore:
             await self._reading.open(_START)
             if fit:
                 await self._fitness.require()
-            if join:
-                await claim(self._reading, self.prefix, self.address)
+            data = await claim(self._reading, self.prefix, self.address) if join else ""
             self._lease = NodeLease(
                 self._reading,
                 prefix=self.prefix,
@@ -161,7 +160,7 @@ class RedisStore:
             )
             if join:
                 await self._lease.join()
-                self._fitness.watch()
+                self._fitness.watch(data)
         except BaseException as problem:
             self._probe.end()
             await self._reading.close()

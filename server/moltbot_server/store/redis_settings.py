@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import secrets
 from collections.abc import Iterator, Mapping, Sequence
 
 from moltbot_server.errors import StorageUnavailable
@@ -30,6 +31,7 @@ class Fitness:
         self._line = line
         self._prefix = prefix
         self._address = address
+        self._data = ""
         self._told: frozenset[str] = frozenset()
         self._judging: asyncio.Task[None] | None = None
 
@@ -45,8 +47,9 @@ class Fitness:
             raise StorageUnavailable(f"Redis at {self._address} cannot be the store: {'; '.join(grave)}")
         self._tell(findings)
 
-    def watch(self) -> None:
-        """Judge it again whenever its line is connected again, from now on."""
+    def watch(self, data: str) -> None:
+        """Judge it again whenever its line is connected again, from now on; `data` is what `claim` has told."""
+        self._data = data
         self._line.when_connected(self._judge_soon)
 
     async def end(self) -> None:
@@ -62,11 +65,11 @@ class Fitness:
     async def _judge_again(self) -> None:
         try:
             findings = await judge(self._line, self._prefix)
-            place = f"{self._prefix}:schema"
-            (is_new,) = await self._line.put(Call(("SET", place, SCHEMA_VERSION, "NX"), read=list, tolerant=True))
+            data = await _name_data(self._line, self._prefix)
         except StorageUnavailable:
             return  # it is away again, and judged when it is back
-        if is_new == b"OK":
+        known, self._data = self._data, data or self._data
+        if known and self._data != known:
             advice = "to have again what was kept, stop MoltBot and put a backup in its place"
             log.error("Redis has come back empty", extra={"at": self._address, "problem": advice})
         self._tell(findings)
@@ -79,8 +82,8 @@ class Fitness:
         self._told = frozenset(finding.text for finding in findings)
 
 
-async def claim(line: RedisLine, prefix: str, address: str) -> None:
-    """Write down the version of what is kept, unless there is one.
+async def claim(line: RedisLine, prefix: str, address: str) -> str:
+    """Write down the version of what is kept, unless there is one; return a name of this data, by which it is known.
 
     Raises:
         StorageUnavailable: a newer release was there first; or Redis takes no writes.
@@ -89,6 +92,15 @@ async def claim(line: RedisLine, prefix: str, address: str) -> None:
     _, schema = await line.put(Call(("SET", place, SCHEMA_VERSION, "NX"), ("GET", place), read=list))
     for finding in _of_schema(schema):
         raise StorageUnavailable(f"Redis at {address} cannot be the store: {finding.text}")
+    return await _name_data(line, prefix)
+
+
+async def _name_data(line: RedisLine, prefix: str) -> str:
+    """Return the name of the data that is there, empty where it cannot be told; what has none yet is given one."""
+    version, place = ("SET", f"{prefix}:schema", SCHEMA_VERSION, "NX"), f"{prefix}:data"
+    naming = ("SET", place, secrets.token_hex(8), "NX")
+    *_, name = await line.put(Call(version, naming, ("GET", place), read=list, tolerant=True))
+    return name.decode() if isinstance(name, bytes) else ""
 
 
 async def judge(line: RedisLine, prefix: str) -> list[Finding]:

@@ -136,7 +136,7 @@ class ListSessionsRequest(_message.Message):
     USER_FIELD_NUMBER: _builtins.int
     CHANNEL_FIELD_NUMBER: _builtins.int
     page_size: _builtins.int
-    """Most sessions to answer: 1 to 200. 0: 50."""
+    """Most sessions to answer: 1 to 200, and more count as 200. 0: 50."""
     page_token: _builtins.str
     """`next_page_token` of the page before. Empty: the first page."""
     user: _builtins.str
@@ -199,7 +199,7 @@ class ListMessagesRequest(_message.Message):
     parent: _builtins.str
     """`sessions/{session}`. Required."""
     page_size: _builtins.int
-    """Most messages to answer: 1 to 500. 0: 100."""
+    """Most messages to answer: 1 to 500, and more count as 500. 0: 100."""
     page_token: _builtins.str
     """`next_page_token` of the page before. Empty: the first page."""
     def __init__(

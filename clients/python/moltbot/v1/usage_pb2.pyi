@@ -123,7 +123,7 @@ class ListUsageRequest(_message.Message):
     user: _builtins.str
     """Only this user. Empty: all."""
     page_size: _builtins.int
-    """Most records to answer: 1 to 1000. 0: 100."""
+    """Most records to answer: 1 to 1000, and more count as 1000. 0: 100."""
     page_token: _builtins.str
     """`next_page_token` of the page before. Empty: the first page."""
     @_builtins.property
