@@ -56,7 +56,7 @@ KEYS: Mapping[str, Kind] = {
     "shares": records({"workspace": text(64, blank=False), "weight": whole(1, 1000)}),
     "drain_grace": duration(0, 3600),
     "lame_duck": duration(0, 300),
-    "max_connection_age": duration(0, 7 * 86400),
+    "max_connection_age": duration(1, 7 * 86400, never=True),
     "max_connection_age_grace": duration(0, 3600),
     "providers": PROVIDERS,
     **{f"models.{key}": kind for key, kind in ROUTE_KEYS.items()},

@@ -61,20 +61,24 @@ def whole(lowest: int, highest: int, meaning: str = "a whole number") -> Kind:
     return Kind(read=read, expected=f"{meaning} from {lowest} to {highest}")
 
 
-def duration(lowest: float, highest: float, *, bare: bool = True) -> Kind:
-    """A duration in seconds: `3000ms`, `2s`, `5m`, `1h`; a bare number is seconds where `bare` allows it."""
+def duration(lowest: float, highest: float, *, bare: bool = True, never: bool = False) -> Kind:
+    """A duration in seconds: `3000ms`, `2s`, `5m`, `1h`; a bare number is seconds where `bare` allows it.
+
+    With `never`, it may be 0 as well, below the lowest.
+    """
 
     def read(given: Given) -> float:
         match = _DURATION.fullmatch(_text_of(given))
         if match is None or not (match[2] or bare):
             raise ValueError
         seconds = float(match[1]) * _SECONDS[match[2] or "s"]
-        if not lowest <= seconds <= highest:
+        if not lowest <= seconds <= highest and not (never and seconds == 0):
             raise ValueError
         return seconds
 
     example = "a duration such as 20ms, 3s or 5m" if bare else "a duration with its unit, such as 3000ms or 3s"
-    return Kind(read=read, expected=f"{example}, from {lowest:g} to {highest:g} seconds")
+    rest = ", or 0 for never" if never else ""
+    return Kind(read=read, expected=f"{example}, from {lowest:g} to {highest:g} seconds{rest}")
 
 
 def size(lowest: int, highest: int) -> Kind:

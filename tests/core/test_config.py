@@ -131,6 +131,8 @@ def test_connections_end_now_and_then_where_several_cores_share_them(workspace: 
     assert age("workers: 2") == age("store: {type: redis}") == 600
     assert age("workers: 2\nmax_connection_age: 0") == 0
     assert age("max_connection_age: 90s") == 90
+    with pytest.raises(ConfigError, match=r"found '0\.1ms', expected .* from 1 to 604800 seconds, or 0 for never"):
+        age("max_connection_age: 0.1ms")  # no call would come to its end
 
 
 def test_a_core_that_leaves_goes_on_for_a_moment_where_others_can_be_called_in_its_place(

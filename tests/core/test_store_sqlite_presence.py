@@ -108,9 +108,18 @@ async def test_a_store_that_takes_no_writes_is_closed_at_once(store: SqliteStore
     assert time.monotonic() - began < 1
 
 
-@pytest.mark.parametrize("name", ["SQLITE_FULL", "SQLITE_IOERR_WRITE", "SQLITE_IOERR_SHMSIZE"])
+@pytest.mark.parametrize("name", ["SQLITE_FULL", "SQLITE_IOERR_SHMSIZE"])
 def test_a_database_that_finds_no_room_to_be_opened_in_is_not_a_matter_of_configuration(name: str) -> None:
     error = sqlite3.OperationalError("disk I/O error")
     error.sqlite_errorname = name
     assert isinstance(unusable(Path("moltbot.db"), error), StorageFull)
     assert isinstance(storage_error(error), StorageFull)
+
+
+@pytest.mark.parametrize("name", ["SQLITE_IOERR_WRITE", "SQLITE_IOERR_FSYNC"])
+def test_a_disk_that_fails_is_not_told_to_be_full(name: str) -> None:
+    error = sqlite3.OperationalError("disk I/O error")
+    error.sqlite_errorname = name
+    found = storage_error(error)
+    assert isinstance(found, StorageUnavailable)
+    assert found.message == f"the disk fails, or a quota of it is used up ({name}): nothing was stored"

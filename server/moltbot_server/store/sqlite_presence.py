@@ -16,7 +16,7 @@ PROBE_EVERY = 1.0
 _PROBE_BYTES = 65536
 _WHY = {
     "SQLITE_FULL": "the disk is full",
-    "SQLITE_IOERR": "the disk fails",
+    "SQLITE_IOERR": "the disk fails, or a quota of it is used up",
     "SQLITE_READONLY": "it can be read alone",
     "SQLITE_BUSY": "another program writes to it and does not end",
     "SQLITE_LOCKED": "another program writes to it and does not end",

@@ -32,7 +32,7 @@ WriteRows = Callable[[sqlite3.Connection, Sequence[Any]], Sequence[Any]]
 _DISTANCE = 0.001
 """Seconds from one group to the next while many write."""
 _NOBODYS_FAULT = ("SQLITE_BUSY", "SQLITE_LOCKED", "SQLITE_IOERR", "SQLITE_READONLY", "SQLITE_CORRUPT", "SQLITE_NOTADB")
-_FULL = ("SQLITE_FULL", "SQLITE_IOERR_WRITE", "SQLITE_IOERR_SHMSIZE")
+_FULL = ("SQLITE_FULL", "SQLITE_IOERR_SHMSIZE")
 _COUNTS = (64, 32, 16, 12, 8, 7, 6, 5, 4, 3, 2, 1)
 
 
@@ -81,6 +81,9 @@ def storage_error(error: sqlite3.Error) -> MoltBotError:
     name = error_name(error)
     if name.startswith(_FULL):
         return StorageFull("the disk is full: nothing was stored", retry_after=5.0)
+    if name.startswith("SQLITE_IOERR"):
+        text = f"the disk fails, or a quota of it is used up ({name}): nothing was stored"
+        return StorageUnavailable(text, retry_after=5.0)
     if is_damage(error):
         text = f"the database is damaged ({name}): `moltbot store check` tells what cannot be read"
         return StorageUnavailable(text, retry_after=1.0)
