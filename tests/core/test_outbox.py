@@ -168,6 +168,26 @@ async def test_deliveries_are_counted_and_old_ones_given_up_while_nobody_receive
     assert any(f'moltbot_outbox{{channel="slack",state="{state}"}} 2.0' in page for state in ("open", "dead"))
 
 
+async def test_what_was_posted_is_remembered_for_a_day_and_what_is_open_as_long_as_is_configured() -> None:
+    asked: asyncio.Future[dict[str, float]] = asyncio.get_running_loop().create_future()
+
+    class Watched:
+        """An outbox that hears what is to be kept of it."""
+
+        async def count(self) -> dict[tuple[str, str], int]:
+            return {}
+
+        async def prune(self, **kept: float) -> int:
+            if not asked.done():
+                asked.set_result(kept)
+            return 0
+
+    deliveries = Deliveries(Watched, Delivering(keep=1234.0), Metrics())  # type: ignore[arg-type]  # no more is asked
+    deliveries.open()
+    assert await asyncio.wait_for(asked, 10) == {"keep": 1234.0, "delivered": 86_400.0}
+    await deliveries.close()
+
+
 def test_pauses_grow_with_each_attempt_and_differ() -> None:
     assert all(0.5 <= pause(1) <= 1.0 for _ in range(100))
     assert len({pause(1) for _ in range(100)}) > 90

@@ -424,3 +424,14 @@ async def test_what_is_withdrawn_is_the_turn_that_was_refused_and_not_the_next_i
     await store._writing.put(Call(undo, read=list))
     assert await store.find_turn(stored.key) is not None
     assert await texts(store) == ["question"]
+
+
+async def test_a_session_that_is_used_after_it_was_found_to_be_old_is_not_deleted(nodes: Nodes) -> None:
+    store = await nodes.join()
+    await keep(store, new())
+    await keep(store, new(session="old"))
+    before = time.time() + 3600
+    await store.accept(new(2, create_time=before + 1, rest=ASKED))
+
+    assert [await store._forget(key(name), repr(before)) for name in ("s", "old")] == [0, 1]
+    assert await everything(store) == ["s"]

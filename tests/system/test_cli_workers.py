@@ -183,6 +183,12 @@ async def test_workers_are_started_again_one_after_the_other_while_turns_go_on(s
             assert not any(task.done() for task in talking), "somebody heard of it"
             await asyncio.sleep(0.1)
     await started.line("cores and adapters have been started again")
+    renewed = started.said.partition("are started again, one after the other")[2]
+    told = re.findall(r"info (\S+)/\w+: (?:the core )?(has left|serves|leaving|listening)", renewed)
+    gone, back = {"has left", "leaving"}, {"serves", "listening"}
+    assert all(what in (gone, back)[place % 2] for place, (_, what) in enumerate(told)), renewed
+    assert [name for name, _ in told[::2]] == [name for name, _ in told[1::2]]
+    assert len(told) == 2 * len([name for name in before if name != "engine"])
     await until_all_serve(started.home)
     over.set()
     assert min(await asyncio.gather(*talking)) > 0
