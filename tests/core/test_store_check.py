@@ -141,7 +141,7 @@ async def test_places_that_nothing_leaves_and_dead_letters_are_told(path: Path) 
     changed(path, f"INSERT INTO outbox ({columns}) VALUES {rows}")
     assert checked(path, in_use=True) == [
         ("warning", "1 places have deliveries, and not just the first of them can be given out"),
-        ("note", "1 answers could not be delivered: `moltbot deadletters list` tells which"),
+        ("note", "1 answer could not be delivered: `moltbot deadletters list` tells which"),
     ]
 
 

@@ -13,7 +13,7 @@ from typing import Any
 import msgspec
 import pytest
 from kept_turns import ended, keep, key, new, said
-from moltbot_server.store import NewTurn, Store, UsageQuery, UsageRow
+from moltbot_server.store import Deleted, NewTurn, Store, UsageQuery, UsageRow
 from moltbot_server.store.moving import NotMovable, Records, check_file, export, take_in
 from moltbot_server.store.outbox import Held, delivery_of
 from moltbot_server.store.protocol import JournalEntry
@@ -157,6 +157,9 @@ async def everything(store: Store) -> list[Any]:
             seen.append(await store.list_messages(session, after=(0, 0), limit=100))
             turns = [await store.find_turn(TurnKey(session=session, ordinal=number)) for number in range(1, 6)]
             seen += [turn and msgspec.structs.replace(turn, node="") for turn in turns]
+    again = [new(1, session="elsewhere", request_id=f"reset-{number}") for number in (1, 2)]
+    seen += [await store.accept(turn) for turn in again]
+    assert seen[-2:] == [Deleted(), Deleted()]
     query = UsageQuery(first="2026-01-01", last="2026-12-31", by=("day", "model", "user"))
     seen.append(await store.list_usage(query, after=None, limit=-1))
     return seen
@@ -237,7 +240,7 @@ async def test_a_file_that_is_not_whole_is_refused_before_anything_is_stored(mak
         (b"{}\n", "was not written by"),
         (whole[:-30], "end is missing"),
         (b"".join(lines[:-1]), "end is missing"),
-        (whole.replace(b'"version":2', b'"version":3'), "a newer release"),
+        (whole.replace(b'"version":3', b'"version":4'), "a newer release"),
     ):
         path.write_bytes(content)
         with pytest.raises(NotMovable, match=text):

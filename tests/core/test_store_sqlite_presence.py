@@ -68,6 +68,11 @@ async def test_a_full_disk_is_said_once_and_since_when_and_that_there_is_room_ag
     assert store._writing.execute("SELECT count(*) FROM journal").fetchone() == (0,)
 
 
+def waits(store: SqliteStore) -> int:
+    """Return how many milliseconds a write waits for another program's."""
+    return int(store._writing.execute("PRAGMA busy_timeout").fetchone()[0])
+
+
 async def test_a_database_that_another_program_holds_takes_no_writes(
     store: SqliteStore, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
@@ -79,8 +84,13 @@ async def test_a_database_that_another_program_holds_takes_no_writes(
         away = store.away
         assert away is not None
         assert "SQLITE_BUSY" in away.problem
+        with pytest.raises(StorageUnavailable):
+            await store.accept(new(2))
+        assert waits(store) == 250, "whoever comes now need not wait for as long again"
     await there_again(store)
     assert said(caplog) == [BEGINS, ENDS]
+    await store.accept(new(3))
+    assert waits(store) == 5000
 
 
 async def test_a_database_that_can_only_be_read_takes_no_writes(store: SqliteStore) -> None:

@@ -1,4 +1,4 @@
-"""Reads a history and says what it breaks of what must hold: I1 to I7 of docs/faults.md."""
+"""Reads a history and says what it breaks of what must hold: I1 to I8 of docs/faults.md."""
 
 from __future__ import annotations
 
@@ -8,7 +8,20 @@ from collections.abc import Callable, Collection, Iterable
 from dataclasses import dataclass, field
 from itertools import pairwise
 
-from fault_history import Cancelled, Closed, Entry, Kept, KeptEvent, Left, Listed, Opened, Read, Told, ordinal_of
+from fault_history import (
+    Cancelled,
+    Closed,
+    Counted,
+    Entry,
+    Kept,
+    KeptEvent,
+    Left,
+    Listed,
+    Opened,
+    Read,
+    Told,
+    ordinal_of,
+)
 
 LOST, DUPLICATED, MIXED, OUT_OF_ORDER, LATE, BROKEN = (
     "lost",
@@ -24,7 +37,7 @@ _ENDS = frozenset({"completed", "failed"})
 _SAYS = frozenset({"text_delta", "reset"})
 _EPOCH = 1_000_000
 _QUESTION = re.compile(r"q\d+\.\d+")
-"""A question is its request_id too, and looks like nothing that a model says."""
+"""A question is its request_id too, and looks like nothing that a model says: wherever it is found, it is that one."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -76,6 +89,7 @@ class Checker:
         self._reads: dict[str, list[Read]] = defaultdict(list)
         self._kept: dict[str, Kept] = {}
         self._listed: dict[str, Listed] = {}
+        self._counted: Counted | None = None
         steps: dict[type, Callable[..., None]] = {
             Opened: self._opened,
             Told: self._told,
@@ -85,6 +99,7 @@ class Checker:
             Read: lambda entry: self._reads[entry.question].append(entry),
             Kept: lambda entry: self._kept.__setitem__(entry.turn, entry),
             Listed: lambda entry: self._listed.__setitem__(entry.session, entry),
+            Counted: lambda entry: setattr(self, "_counted", entry),
         }
         for entry in history:
             if (step := steps.get(type(entry))) is not None:
@@ -196,6 +211,8 @@ class Checker:
             self._check_kept(kept)
         self._check_shown()
         self._check_sessions()
+        self._check_isolation()
+        self._check_count()
         for turn in self._cancelled:
             kept_turn = self._kept.get(turn)
             if kept_turn is not None and kept_turn.state != "cancelled":
@@ -315,6 +332,34 @@ class Checker:
             self._check_listed(session, turns)
             if turns[-1].request in self._joined:
                 self._break(LOST, turns[-1].turn, "it was joined, and no later turn answers it")
+
+    def _check_isolation(self) -> None:
+        """What was said in one session is in no other: not shown, not kept, not listed, not read by a model."""
+        for turn, _, shown in self._shown:
+            self._only_of(turn, turn.split("/")[1], shown)
+        for turn, ends in self._ends.items():
+            for _, _, text in ends:
+                self._only_of(turn, turn.split("/")[1], text)
+        for kept in self._kept.values():
+            self._only_of(kept.turn, kept.turn.split("/")[1], *(event.text for event in kept.events))
+        for listed in self._listed.values():
+            self._only_of(listed.session, listed.session, *listed.texts)
+        for question, reads in self._reads.items():
+            if (request := self._requests.get(question)) is not None:
+                self._only_of(question, request.session, *(text for read in reads for text in read.history))
+
+    def _only_of(self, subject: str, session: str, *texts: str) -> None:
+        for text in texts:
+            for question in _QUESTION.findall(text):
+                request = self._requests.get(question)
+                if request is not None and request.session not in ("", session):
+                    self._break(MIXED, subject, f"it has {question}, which was said in {request.session}: {text!r}")
+
+    def _check_count(self) -> None:
+        """Each end that is kept was counted once."""
+        ended = sum(kept.state != "running" and bool(kept.events) for kept in self._kept.values())
+        if self._counted is not None and self._counted.turns != ended:
+            self._break(BROKEN, "metrics", f"the cores have counted {self._counted.turns} turns, and {ended} ended")
 
     def _check_listed(self, session: str, turns: list[Kept]) -> None:
         listed = self._listed.get(session)

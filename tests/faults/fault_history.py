@@ -117,7 +117,13 @@ class Listed(_Entry, frozen=True, kw_only=True):
     texts: tuple[str, ...]
 
 
-Entry = Opened | Told | Closed | Left | Cancelled | Fault | Read | Kept | Listed
+class Counted(_Entry, frozen=True, kw_only=True):
+    """How many ends of turns the cores have counted; of cores alone that have lived since the run began."""
+
+    turns: int
+
+
+Entry = Opened | Told | Closed | Left | Cancelled | Fault | Read | Kept | Listed | Counted
 
 _encoder = msgspec.json.Encoder()
 _decoder = msgspec.json.Decoder(Entry)

@@ -135,6 +135,14 @@ class Node:
         """Wait until it serves."""
         await asyncio.wait_for(self.serving.wait(), START)
 
+    async def ends_counted(self) -> int:
+        """Return how many turns it has counted that ended."""
+        reader, writer = await asyncio.open_connection(*self.told["metrics"].rsplit(":", 1))
+        writer.write(b"GET /metrics HTTP/1.0\r\n\r\n")
+        page = (await reader.read(-1)).decode()
+        writer.close()
+        return sum(int(float(line.split()[1])) for line in page.splitlines() if line.startswith("moltbot_turns_total"))
+
     def send(self, number: signal.Signals, what: str) -> None:
         """Send it a signal."""
         assert self._process is not None

@@ -173,6 +173,9 @@ class Leg:
             await node.ready()
         async with asyncio.timeout(180):
             await self.load.finish()
+        if self.orders.how == "store" or self.adapters:  # all cores are those that began
+            counted = [await node.ends_counted() for node in self.nodes]
+            self._note(fault_history.Counted(at=time.monotonic(), turns=sum(counted)))
         for node in (*self.adapters, *self.nodes):
             node.send(signal.SIGTERM, "stop at the end")
             await node.end()

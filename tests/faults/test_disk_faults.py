@@ -69,6 +69,7 @@ async def test_nothing_is_acknowledged_when_the_disk_does_not_confirm_it(node: N
         code, reason = await caller.refused("new")
         assert (code, reason) == (grpc.StatusCode.UNAVAILABLE, "STORAGE_UNAVAILABLE")
         await asyncio.sleep(0.5)
+    assert await caller.accepted("when it confirms again")
     await caller.channel.close()
     await node.kill()
     await node.start()

@@ -8,7 +8,7 @@ from pathlib import Path
 import fault_history
 import pytest
 from fault_checker import BROKEN, DUPLICATED, LATE, LOST, MIXED, OUT_OF_ORDER, check
-from fault_history import Cancelled, Closed, Entry, Kept, KeptEvent, Left, Listed, Opened, Read, Told, name_of
+from fault_history import Cancelled, Closed, Counted, Entry, Kept, KeptEvent, Left, Listed, Opened, Read, Told, name_of
 
 FIRST, SECOND = name_of("s", 1), name_of("s", 2)
 
@@ -297,3 +297,31 @@ def test_a_failed_turn_whose_reader_hears_of_it_late_is_no_duplicate() -> None:
     ]
 
     assert check(history) == []
+
+
+def test_words_of_another_session_are_found_wherever_they_are() -> None:
+    other = [
+        opened(8, "q2.1", session="other"),
+        accepted(8, name_of("other", 1)),
+        completed(8, 2, ""),
+        Closed(stream=8),
+        kept(name_of("other", 1), "q2.1", BEGIN, event(2, "completed")),
+    ]
+    assert check([*good(), *other]) == []
+    for found in (
+        Listed(session="s", texts=("q1.1", "one two", "q2.1")),
+        Read(generation="g", question="q1.1", history=("said q2.1",), answer="one two"),
+    ):
+        broken = check([*good(), *other, found])
+        assert (MIXED, "which was said in other") in [
+            (violation.kind, "which was said in other" if "said in other" in violation.problem else "")
+            for violation in broken
+        ]
+
+
+def test_ends_that_were_not_counted_or_counted_twice_are_found() -> None:
+    turns = len([entry for entry in good() if isinstance(entry, Kept)])
+    assert check([*good(), Counted(turns=turns)]) == []
+    for wrong in (turns - 1, turns + 1):
+        (violation,) = check([*good(), Counted(turns=wrong)])
+        assert (violation.kind, violation.subject) == (BROKEN, "metrics")

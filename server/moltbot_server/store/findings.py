@@ -18,4 +18,5 @@ class Finding:
 
 def dead_letters(number: int) -> str:
     """Return what is told of answers that were given up."""
-    return f"{number} answers could not be delivered: `moltbot deadletters list` tells which"
+    answers = "1 answer" if number == 1 else f"{number} answers"
+    return f"{answers} could not be delivered: `moltbot deadletters list` tells which"

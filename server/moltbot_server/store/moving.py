@@ -1,7 +1,8 @@
 """What a store holds as lines of JSON, to be kept, looked at, or put into another store.
 
 The first line says what the file is, the last one how much is in it: a file that was cut off has none. Between them is
-a line for each session, turn, delivery and row of usage; sessions come before their turns.
+a line for each session, turn, `request_id` of a deleted turn, delivery and row of usage. Sessions come before their
+turns.
 """
 
 from __future__ import annotations
@@ -16,7 +17,7 @@ import msgspec
 from moltbot_server.store.protocol import UsageRow
 from moltbot_server.turns import Completed, Event, Failed, Part, TurnInput, TurnState, Value
 
-FORMAT = 2
+FORMAT = 3
 NOWHERE = "imported"
 """The node of turns that ran in another store: it is never there, so whoever looks takes them over."""
 _TOGETHER = 200
@@ -69,6 +70,14 @@ class TurnRecord(Value, frozen=True, kw_only=True, tag="turn"):
     kept: tuple[Event, ...]
 
 
+class DeletedRecord(Value, frozen=True, kw_only=True, tag="deleted"):
+    """The `request_id` of a turn that was deleted with its session, and until when it is known (Unix seconds)."""
+
+    workspace: str
+    request_id: str
+    until: float
+
+
 class DeliveryRecord(Value, frozen=True, kw_only=True, tag="delivery"):
     """An answer on its way, or one that was delivered, of which nothing is said any more, or given up.
 
@@ -104,7 +113,7 @@ class End(Value, frozen=True, kw_only=True, tag="end"):
     records: int
 
 
-Record = SessionRecord | TurnRecord | DeliveryRecord | UsageRecord
+Record = SessionRecord | TurnRecord | DeletedRecord | DeliveryRecord | UsageRecord
 Line = Header | Record | End
 
 

@@ -2,13 +2,22 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import AsyncIterator, Sequence
 from typing import Any
 
 import msgspec
 
 from moltbot_server.store.damage import reading_delivery, reading_turn
-from moltbot_server.store.moving import NOWHERE, DeliveryRecord, Record, SessionRecord, TurnRecord, UsageRecord
+from moltbot_server.store.moving import (
+    NOWHERE,
+    DeletedRecord,
+    DeliveryRecord,
+    Record,
+    SessionRecord,
+    TurnRecord,
+    UsageRecord,
+)
 from moltbot_server.store.redis import RedisStore
 from moltbot_server.store.redis_line import Argument, Command
 from moltbot_server.store.redis_rows import key_of
@@ -54,6 +63,10 @@ class RedisRecords:
             async for session in self.names(workspace, "o:"):
                 async for turn in self._turns(workspace, session):
                     yield turn
+            async for request in self.names(workspace, "x:"):
+                (left,) = await self._store.ask(("PTTL", f"{self._store.base(workspace)}x:{request}"))
+                if left > 0:
+                    yield DeletedRecord(workspace=workspace, request_id=request, until=time.time() + left / 1000)
             async for delivery in self._deliveries(workspace):
                 yield delivery
             async for row in self._store.usage_rows(workspace, "", "\x7f"):
@@ -114,6 +127,9 @@ class RedisRecords:
                 commands.append(self._store.run("restore_session", workspace, *_session_arguments(record)))
             elif isinstance(record, TurnRecord):
                 commands.append(self._store.run("restore_turn", workspace, *_turn_arguments(record)))
+            elif isinstance(record, DeletedRecord):
+                place = f"{self._store.base(workspace)}x:{record.request_id}"
+                commands.append(("SET", place, "", "NX", "PXAT", int(record.until * 1000)))
             elif isinstance(record, DeliveryRecord):
                 commands.append(self._store.run("restore_delivery", workspace, *_delivery_arguments(record)))
             else:
@@ -122,10 +138,10 @@ class RedisRecords:
                 commands += (("ZADD", f"{base}days", 0, day), ("HSETNX", f"{base}used:{day}", field, sums))
         replies = await self._store.write(*commands) if commands else []
         # Of the two commands for a row of usage, the second one says whether it is new.
-        new, place = 0, introduced
+        new, count = 0, introduced
         for record in records:
-            place += 1 + isinstance(record, UsageRecord)
-            new += replies[place - 1]
+            count += 1 + isinstance(record, UsageRecord)
+            new += bool(replies[count - 1])
         return new
 
 

@@ -314,13 +314,15 @@ class SqliteStore:
         version = connection.execute("PRAGMA user_version").fetchone()[0]
         if not 0 <= version <= SCHEMA_VERSION:
             connection.close()
-            newer = f"the database was written by a newer release (schema {version}, this one reads {SCHEMA_VERSION})"
+            newer = f"{self._path} was written by a newer release (schema {version}, this one reads {SCHEMA_VERSION})"
             raise StorageUnavailable(
-                newer if version > 0 else f"{self._path} cannot be used: {unknown_schema(version)}"
+                f"{newer}: start that release, or put a backup from before the upgrade in its place"
+                if version > 0
+                else f"{self._path} cannot be used: {unknown_schema(version)}"
             )
         connection.executescript(
             # Turns of many sessions touch pages all over the file; small pages halve what a commit writes.
-            "PRAGMA page_size = 2048; PRAGMA journal_mode = WAL; PRAGMA synchronous = FULL; PRAGMA busy_timeout = 5000;"
+            "PRAGMA page_size = 2048; PRAGMA journal_mode = WAL; PRAGMA synchronous = FULL;"
             "PRAGMA wal_autocheckpoint = 8000;"
             "PRAGMA trusted_schema = OFF; PRAGMA cell_size_check = ON;"
         )

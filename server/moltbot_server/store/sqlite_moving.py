@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import sqlite3
+import time
 from collections.abc import AsyncIterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -12,8 +13,16 @@ import msgspec
 
 from moltbot_server.errors import StorageDamaged
 from moltbot_server.store.damage import is_damage, reading_delivery, reading_turn
-from moltbot_server.store.moving import NOWHERE, DeliveryRecord, Record, SessionRecord, TurnRecord, UsageRecord
-from moltbot_server.store.protocol import UsageRow
+from moltbot_server.store.moving import (
+    NOWHERE,
+    DeletedRecord,
+    DeliveryRecord,
+    Record,
+    SessionRecord,
+    TurnRecord,
+    UsageRecord,
+)
+from moltbot_server.store.protocol import KEEP_REQUESTS, UsageRow
 from moltbot_server.store.sqlite_damage import first_lost, remedy
 from moltbot_server.store.sqlite_journal_files import folder_of, recorded
 from moltbot_server.store.sqlite_rows import IS_DELETED, MARK, names_of
@@ -28,6 +37,7 @@ _TURN = (
 _USAGE = tuple(UsageRow.__struct_fields__)
 _DELIVERY = tuple(DeliveryRecord.__struct_fields__)
 _EMPTY = encode(())
+_DELETED = f"SELECT workspace, request_id, create_time FROM turns WHERE {IS_DELETED} AND create_time > ?"
 
 _parts = msgspec.msgpack.Decoder(tuple[Part, ...])
 _events = msgspec.msgpack.Decoder(tuple[Event, ...])
@@ -63,6 +73,8 @@ class SqliteRecords:
                 with reading_turn(*row[:3]):
                     turn = _turn_of(connection, row, kept)
                 yield turn
+            for workspace, request, accepted in connection.execute(_DELETED, (time.time() - KEEP_REQUESTS,)):
+                yield DeletedRecord(workspace=workspace, request_id=request, until=accepted + KEEP_REQUESTS)
             for row in connection.execute(f"SELECT {', '.join(_DELIVERY)} FROM outbox ORDER BY number"):
                 with reading_delivery(*row[:2]):
                     delivery = _delivery_of(row)
@@ -160,6 +172,8 @@ def _put(connection: sqlite3.Connection, record: Record) -> int:
         return _put_session(connection, record)
     if isinstance(record, TurnRecord):
         return _put_turn(connection, record)
+    if isinstance(record, DeletedRecord):
+        return _put_deleted(connection, record)
     if isinstance(record, DeliveryRecord):
         return _put_delivery(connection, record)
     values = [getattr(record.row, name) for name in _USAGE]
@@ -203,6 +217,16 @@ def _put_turn(connection: sqlite3.Connection, record: TurnRecord) -> int:
             (*names, record.kept[0].sequence, encode(record.kept)),
         )
     return new
+
+
+def _put_deleted(connection: sqlite3.Connection, record: DeletedRecord) -> int:
+    """Store an empty turn that has the request_id, in a session of its own that nobody can have."""
+    values = (record.workspace, f"{MARK}{record.request_id}", record.request_id, record.until - KEEP_REQUESTS, _EMPTY)
+    return connection.execute(
+        "INSERT INTO turns (workspace, session, ordinal, request_id, digest, state, create_time, question) "
+        "VALUES (?, ?, 0, ?, x'', 'failed', ?, ?) ON CONFLICT DO NOTHING",
+        values,
+    ).rowcount
 
 
 def _delivery_of(row: Sequence[Any]) -> DeliveryRecord:

@@ -33,6 +33,8 @@ _DISTANCE = 0.001
 """Seconds from one group to the next while many write."""
 _NOBODYS_FAULT = ("SQLITE_BUSY", "SQLITE_LOCKED", "SQLITE_IOERR", "SQLITE_READONLY", "SQLITE_CORRUPT", "SQLITE_NOTADB")
 _FULL = ("SQLITE_FULL", "SQLITE_IOERR_SHMSIZE")
+_WAITS, _WAITS_BRIEFLY = 5000, 250
+"""Milliseconds that a write waits for another program's: longer, unless that has held the database already."""
 _COUNTS = (64, 32, 16, 12, 8, 7, 6, 5, 4, 3, 2, 1)
 
 
@@ -135,6 +137,7 @@ class GroupWriter(GroupThread[_Job]):
         self._pen = pen or contextlib.nullcontext()
         self._presence = presence
         self._looks = False
+        self._waits = _WAITS  # as it is connected
 
     def submit(self, write: Write, *, row: Any = None) -> Pending[Any]:
         """Queue a write, of a `row` if it is of one; it is answered with what it returned once that is on the disk."""
@@ -167,6 +170,7 @@ class GroupWriter(GroupThread[_Job]):
     def _write(self, connection: sqlite3.Connection, group: list[_Job]) -> list[tuple[_Job, Any]]:
         rows = [job.row for job in group if job.write is None]
         try:
+            self._wait_as_is_due(connection)
             if len(rows) == len(group) and self._at_once(connection, rows):
                 outcomes: list[tuple[_Job, Any]] = [(job, None) for job in group]
             else:
@@ -196,6 +200,12 @@ class GroupWriter(GroupThread[_Job]):
             return [(group[0], storage_error(error))]
         self._transaction_over(True)
         return outcomes
+
+    def _wait_as_is_due(self, connection: sqlite3.Connection) -> None:
+        waits = _WAITS if self._presence.away is None else _WAITS_BRIEFLY
+        if waits != self._waits:
+            connection.execute(f"PRAGMA busy_timeout = {waits}")
+            self._waits = waits
 
     def _write_all(self, connection: sqlite3.Connection, group: list[_Job]) -> list[tuple[_Job, Any]]:
         outcomes: list[tuple[_Job, Any]] = []
