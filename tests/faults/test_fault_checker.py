@@ -325,3 +325,5 @@ def test_ends_that_were_not_counted_or_counted_twice_are_found() -> None:
     for wrong in (turns - 1, turns + 1):
         (violation,) = check([*good(), Counted(turns=wrong)])
         assert (violation.kind, violation.subject) == (BROKEN, "metrics")
+    refused = [opened(9), Closed(stream=9, code="UNAVAILABLE", reason="STORAGE_UNAVAILABLE")]
+    assert check([*refused, *good(), Counted(turns=turns - 1)]) == []
