@@ -316,6 +316,13 @@ class TurnDeleted(MoltBotError):
     advice = "Leave it: its turn was carried out. Make a new request_id to ask again."
 
 
+class SlowConsumer(MoltBotError):
+    """Nothing was taken from the stream for a minute; the turn goes on and is stored."""
+
+    status, reason, retryable = Status.RESOURCE_EXHAUSTED, "SLOW_CONSUMER", True
+    advice = "Resume the turn after the last event that you saw, and read it as it comes."
+
+
 class AddressTaken(OSError):
     """Another program listens where this process is to listen."""
 

@@ -28,6 +28,7 @@ from moltbot_server.rpc import convert, names
 from moltbot_server.rpc.interceptors import Call, PassedOn
 from moltbot_server.rpc.peers import Peers
 from moltbot_server.rpc.remote_errors import error_of
+from moltbot_server.rpc.slow_readers import SlowReaders
 from moltbot_server.store import StoredTurn
 from moltbot_server.turns import Failed, TextDelta, TurnKey
 
@@ -46,6 +47,7 @@ class ChatService(chat_pb2_grpc.ChatServiceServicer):
         self._journal = journal
         self._peers = peers
         self._reader = reader
+        self._readers = SlowReaders()
 
     def _start(self, spec: chat_pb2.TurnInput, call: Call) -> Coroutine[Any, Any, LiveTurn | StoredTurn]:
         turn = self._reader.turn(spec)
@@ -106,13 +108,14 @@ class ChatService(chat_pb2_grpc.ChatServiceServicer):
         call: Call,
     ) -> None:
         """Write a turn's events after a sequence number. All text goes out in one message: `write` copies it."""
-        write = call.context.write
         said = make()
         event, delta = said.event, said.event.text_delta
-        with self._journal.follow(turn, after) as batches:
+        write = call.context.write
+        with self._readers.new() as reader, self._journal.follow(turn, after) as batches:
             async for batch in batches:
                 for recorded in batch:
                     kind = recorded.kind
+                    reader.steps += 1
                     if isinstance(kind, TextDelta):
                         event.sequence = recorded.sequence
                         delta.text = kind.text
@@ -121,12 +124,16 @@ class ChatService(chat_pb2_grpc.ChatServiceServicer):
                         response = make()
                         convert.fill_event(response.event, _key(turn), recorded)
                         await write(response)
+                    reader.steps += 1
 
     async def _pass_through(self, method: str, request: Any, call: Call, elsewhere: NotServing) -> None:
         """Write what another node streams."""
-        async with aclosing(self._peers.stream(method, request, call, elsewhere)) as responses:
-            async for response in responses:
-                await call.context.write(response)
+        with self._readers.new() as reader:
+            async with aclosing(self._peers.stream(method, request, call, elsewhere)) as responses:
+                async for response in responses:
+                    reader.steps += 1
+                    await call.context.write(response)
+                    reader.steps += 1
 
     def _resumed(self, request: chat_pb2.ResumeTurnRequest, call: Call) -> tuple[TurnKey, int]:
         if request.after_sequence < 0:

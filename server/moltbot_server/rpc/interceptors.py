@@ -20,7 +20,7 @@ from google.rpc import error_details_pb2, status_pb2
 from grpc import aio
 
 from moltbot_server.auth.keys import Authenticator
-from moltbot_server.errors import InternalError, InvalidField, MoltBotError, NotServing, TurnFailed
+from moltbot_server.errors import InternalError, InvalidField, MoltBotError, NotServing, SlowConsumer, TurnFailed
 from moltbot_server.metrics import Metrics
 from moltbot_server.turns import Principal
 
@@ -32,6 +32,7 @@ _CODES = {code.value[0]: code for code in grpc.StatusCode}
 _STATUS_KEY = "grpc-status-details-bin"
 _PUSHBACK_KEY = "grpc-retry-pushback-ms"
 _HANDOFF_KEY = "moltbot-handoff"
+_TELLING = 1.0  # seconds for what a peer is told who has taken nothing for long
 _TOLD = frozenset({_STATUS_KEY, _PUSHBACK_KEY, _HANDOFF_KEY})
 
 
@@ -138,6 +139,10 @@ class Guard:
                 # The peer left while a write was under way; grpcio says so in this way.
                 status = "CANCELLED"
                 raise asyncio.CancelledError from error
+            except SlowConsumer as error:
+                errors.add(error.reason)
+                status = error.status.name
+                await _leave_behind(context, error)
             except MoltBotError as error:
                 errors.add(error.reason)
                 status = error.status.name
@@ -171,6 +176,15 @@ async def _refuse(context: Any, error: MoltBotError | TurnFailed) -> None:
         key = (error.reason, error.message, error.retry_after, getattr(error, "handed_over", False))
         trailers = _WRITTEN.get(key) or _keep(key, _trailers(error))
     await _abort(context, _CODES[int(error.status)], error.message, trailers)
+
+
+async def _leave_behind(context: Any, error: SlowConsumer) -> None:
+    """Refuse to go on, and wait no longer: what is told comes behind what the peer has not taken yet."""
+    try:
+        async with asyncio.timeout(_TELLING):
+            await _refuse(context, error)
+    except TimeoutError:
+        raise asyncio.CancelledError from None
 
 
 async def _abort(context: Any, code: grpc.StatusCode, message: str, trailers: _Trailers) -> None:

@@ -98,6 +98,8 @@ class _ErrorReasonEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[_ErrorReas
     """ALREADY_EXISTS: the request_id started a turn that was deleted with its
     session within the last day.
     """
+    ERROR_REASON_SLOW_CONSUMER: _ErrorReason.ValueType  # 35
+    """RESOURCE_EXHAUSTED: nothing was taken from the stream for a minute."""
 
 class ErrorReason(_ErrorReason, metaclass=_ErrorReasonEnumTypeWrapper):
     """Why a call failed. Every error status carries `google.rpc.ErrorInfo` with
@@ -181,4 +183,6 @@ ERROR_REASON_TURN_DELETED: ErrorReason.ValueType  # 34
 """ALREADY_EXISTS: the request_id started a turn that was deleted with its
 session within the last day.
 """
+ERROR_REASON_SLOW_CONSUMER: ErrorReason.ValueType  # 35
+"""RESOURCE_EXHAUSTED: nothing was taken from the stream for a minute."""
 Global___ErrorReason: _TypeAlias = ErrorReason  # noqa: Y015
