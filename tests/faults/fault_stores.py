@@ -20,7 +20,7 @@ from moltbot_server.store.sqlite import SqliteStore
 from moltbot_server.store.sqlite_rows import IS_DELETED
 
 _ALWAYS_THERE = re.compile(
-    r"moltbot:(schema|workspaces|nodes|left|node|connection|salt|owner)|\{moltbot:\w+\}:(accepted|days|used|added|nodes)"
+    r"moltbot:(schema|data|workspaces|nodes|left|node|connection|salt|owner)|\{moltbot:\w+\}:(accepted|days|used|added|nodes)"
 )
 _TOOLS = Path(__file__).parents[2] / ".tools" / "bin"
 
