@@ -121,7 +121,7 @@ class LiveTurn:
         self._end_waiters: list[asyncio.Future[None]] = []
         self._interval = interval
         self._journal = journal
-        self._ticker = journal.ticker if journal else Ticker()
+        self._ticker = Ticker() if journal is None else journal.ticker  # an empty journal is false
         self._held: list[str] = []
         self._spoke = False
         self._timer: asyncio.TimerHandle | None = None

@@ -153,38 +153,14 @@ async def test_text_is_gathered_within_the_interval_and_the_first_piece_goes_at_
     assert text(await read(live)) == "abcdefg"
 
 
-async def test_a_callback_that_fails_or_forgets_another_stops_neither_the_rest_nor_the_ticking(
-    caplog: pytest.LogCaptureFixture,
-) -> None:
-    ticker, called, over = Ticker(), [], asyncio.Event()
-
-    def fails() -> None:
-        called.append("fails")
-        raise RuntimeError
-
-    def forgets() -> None:
-        called.append("forgets")
-        ticker.forget(forgotten)
-        ticker.call_within(0, later)
-
-    def forgotten() -> None:
-        called.append("forgotten")
-
-    def goes_on() -> None:
-        called.append("goes on")
-
-    def later() -> None:
-        called.append("later")
-        over.set()
-
-    for callback in (fails, forgets, forgotten, goes_on):
-        ticker.call_within(0, callback)
-    await asyncio.wait_for(over.wait(), 5)
-
-    assert called == ["fails", "forgets", "goes on", "later"]
-    assert [(record.message, record.exc_info is not None) for record in caplog.records] == [
-        ("a callback of the ticker failed", True)
-    ]
+async def test_the_first_of_all_turns_shares_the_one_timer(monkeypatch: pytest.MonkeyPatch) -> None:
+    journal = Journal(MemoryStore())
+    live = begun(interval=10.0, journal=journal)  # nothing is under way yet, so the journal is empty
+    asked: list[Any] = []
+    monkeypatch.setattr(journal.ticker, "call_within", lambda *what: asked.append(what))
+    live.say("first")
+    live.say("held back")
+    assert len(asked) == 1
 
 
 async def test_text_that_waits_is_part_of_the_end() -> None:

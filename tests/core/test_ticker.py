@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 from typing import Any
 
+import pytest
 from moltbot_server.ticker import Ticker, timer_at
 
 
@@ -62,3 +63,37 @@ def test_what_waits_is_called_in_time_though_the_clock_jumps() -> None:
         runner.run(wait())
 
     assert called == ["first", "second"]
+
+
+async def test_a_callback_that_fails_or_forgets_another_stops_neither_the_rest_nor_the_ticking(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    ticker, called, over = Ticker(), [], asyncio.Event()
+
+    def fails() -> None:
+        called.append("fails")
+        raise RuntimeError
+
+    def forgets() -> None:
+        called.append("forgets")
+        ticker.forget(forgotten)
+        ticker.call_within(0, later)
+
+    def forgotten() -> None:
+        called.append("forgotten")
+
+    def goes_on() -> None:
+        called.append("goes on")
+
+    def later() -> None:
+        called.append("later")
+        over.set()
+
+    for callback in (fails, forgets, forgotten, goes_on):
+        ticker.call_within(0, callback)
+    await asyncio.wait_for(over.wait(), 5)
+
+    assert called == ["fails", "forgets", "goes on", "later"]
+    assert [(record.message, record.exc_info is not None) for record in caplog.records] == [
+        ("a callback of the ticker failed", True)
+    ]

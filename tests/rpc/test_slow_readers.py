@@ -54,6 +54,35 @@ async def test_who_takes_nothing_is_told_to_resume_and_has_the_whole_answer_then
         await api.channel.close()
 
 
+async def test_a_conversation_of_which_nothing_is_taken_ends_and_its_turns_go_on(tmp_path: Path) -> None:
+    async with running_server(tmp_path) as core:
+        api = Api(aio.insecure_channel(core.address, options=NARROW), core.metadata)
+        call = api.chat.Converse(metadata=core.metadata)
+        await call.write(chat_pb2.ConverseRequest(ref="long", start=turn(LONG)))
+        await call.write(chat_pb2.ConverseRequest(ref="other", start=turn("#3")))
+        name = ""
+        while not name:
+            response = await call.read()
+            name = response.turn if response.ref == "long" else ""
+        async with asyncio.timeout(20):
+            while not given_up(core):  # noqa: ASYNC110 - nothing tells
+                await asyncio.sleep(0.05)
+        told = None
+        try:
+            while await call.read():
+                pass
+        except aio.AioRpcError as error:
+            told = error
+        assert told is not None
+        assert (told.code(), reason_of(told)) == (StatusCode.RESOURCE_EXHAUSTED, "SLOW_CONSUMER")
+
+        events = [response.event async for response in api.chat.ResumeTurn(
+            chat_pb2.ResumeTurnRequest(name=name), metadata=core.metadata
+        )]  # fmt: skip
+        assert len(events[-1].completed.text.split()) == 40_000
+        await api.channel.close()
+
+
 async def test_the_python_client_goes_on_by_itself_when_its_user_reads_again(tmp_path: Path) -> None:
     async with running_server(tmp_path) as core, MoltBot(core.address, core.key) as bot:
         shown = ""

@@ -28,7 +28,7 @@ from moltbot_server.rpc import convert, names
 from moltbot_server.rpc.interceptors import Call, PassedOn
 from moltbot_server.rpc.peers import Peers
 from moltbot_server.rpc.remote_errors import error_of
-from moltbot_server.rpc.slow_readers import SlowReaders
+from moltbot_server.rpc.slow_readers import Reader, SlowReaders
 from moltbot_server.store import StoredTurn
 from moltbot_server.turns import Failed, TextDelta, TurnKey
 
@@ -91,14 +91,15 @@ class ChatService(chat_pb2_grpc.ChatServiceServicer):
 
     async def Converse(self, requests: AsyncIterator[chat_pb2.ConverseRequest], call: Call) -> None:  # type: ignore[override]
         """Carry out commands as they come; the stream ends when the caller has no more and all turns are delivered."""
-        conversation = _Conversation(self, call)
-        try:
-            async with asyncio.TaskGroup() as group:
-                async for request in requests:
-                    await conversation.take(request, group)
-        except ExceptionGroup as failed:
-            # What breaks the stream itself, such as a request that is no message; commands fail in-band.
-            raise failed.exceptions[0] from None
+        with self._readers.new() as reader:
+            conversation = _Conversation(self, call, reader)
+            try:
+                async with asyncio.TaskGroup() as group:
+                    async for request in requests:
+                        await conversation.take(request, group)
+            except ExceptionGroup as failed:
+                # What breaks the stream itself, such as a request that is no message; commands fail in-band.
+                raise failed.exceptions[0] from None
 
     async def _write_events(
         self,
@@ -157,9 +158,10 @@ class ChatService(chat_pb2_grpc.ChatServiceServicer):
 class _Conversation:
     """One `Converse` stream: its commands run side by side, its answers are written one at a time."""
 
-    def __init__(self, service: ChatService, call: Call) -> None:
+    def __init__(self, service: ChatService, call: Call, reader: Reader) -> None:
         self._service = service
         self._call = call
+        self._reader = reader
         self._writing = asyncio.Lock()
         self._free = asyncio.Semaphore(_COMMANDS_AT_ONCE)
         self._cancels = asyncio.Semaphore(_COMMANDS_AT_ONCE)
@@ -244,7 +246,9 @@ class _Conversation:
 
     async def _send(self, response: chat_pb2.ConverseResponse) -> None:
         async with self._writing:
+            self._reader.steps += 1
             await self._call.context.write(response)
+            self._reader.steps += 1
 
 
 def _key(turn: LiveTurn | StoredTurn) -> TurnKey:
