@@ -73,6 +73,14 @@ async def test_what_becomes_of_a_turn_in_a_busy_session_is_said_in_the_words_of_
         await bot.run_turn("Hi", when_busy="jion")
 
 
+async def test_a_model_is_named_with_or_without_its_collection(bot: MoltBot) -> None:
+    for name in ("scripted", "models/scripted"):
+        assert (await bot.run_turn("Hi", model=name)).completed.model == "models/scripted"
+    with pytest.raises(MoltBotClientError) as refused:
+        await bot.run_turn("Hi", model="scritped")
+    assert refused.value.reason == "MODEL_NOT_FOUND"
+
+
 async def test_a_cancelled_turn_keeps_its_text(bot: MoltBot) -> None:
     turn, text, last = "", "", None
     async for event in bot.stream_turn("#1000 pace=0.01"):

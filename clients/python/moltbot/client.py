@@ -241,6 +241,8 @@ def _turn(
     parts = [message_pb2.Part(text=content)] if isinstance(content, str) else content
     if isinstance(busy := fields.get("when_busy"), str):
         fields["when_busy"] = _when_busy(busy)
+    if model := fields.get("model"):
+        fields["model"] = _named("models", model)
     return chat_pb2.TurnInput(
         parts=parts,
         session=_named("sessions", session) if session else "",
