@@ -300,6 +300,7 @@ class Core:
             "store": "ok" if away is None else f"away: {away.problem}",
             "store_address": _place_of(self.settings),
             "store_away_s": None if away is None else round(time.time() - away.since, 1),
+            "store_warnings": list(self.store.warnings),
             "turns_under_way": len(self.journal),
         }
 

@@ -7,7 +7,7 @@ import time
 from pathlib import Path
 
 from moltbot_server.cli.running import Running
-from moltbot_server.cli.status import _Health, state, store_away
+from moltbot_server.cli.status import _Health, _store, _store_in_words, state, store_away
 from moltbot_server.ops import OpsServer
 from moltbot_server.workspace import Workspace
 
@@ -25,6 +25,13 @@ def test_one_core_that_cannot_write_is_enough_for_a_store_that_is_away() -> None
 def test_cores_that_are_well_or_silent_have_a_store_as_far_as_is_known() -> None:
     assert store_away({"core-1": WELL, "core-2": SILENT}) == ""
     assert store_away({"core-1": SILENT}) == ""
+
+
+def test_what_a_store_has_lost_or_may_lose_is_told_below_it() -> None:
+    lossy = _Health(True, {**WELL.said, "store_warnings": ["it came back empty", "appendonly is no"]})
+    assert list(_store_in_words(_store(lossy)))[1:] == ["    ! it came back empty", "    ! appendonly is no"]
+    assert len(list(_store_in_words(_store(WELL)))) == 1
+    assert list(_store_in_words(_store(SILENT))) == []
 
 
 def test_a_core_whose_default_model_cannot_answer_serves_all_the_same() -> None:

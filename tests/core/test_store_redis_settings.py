@@ -119,6 +119,7 @@ async def test_a_redis_that_comes_back_empty_or_set_otherwise_is_told_once(
     try:
         await process.kill()
         assert await comes_back(process, store, caplog) == [], "as it was"
+        assert store.warnings == ()
         await process.kill()
         empty, *settings = await comes_back(other, store, caplog)
         assert "put a backup in its place" in empty
@@ -128,6 +129,10 @@ async def test_a_redis_that_comes_back_empty_or_set_otherwise_is_told_once(
         ]
         await other.kill()
         assert await comes_back(other, store, caplog) == [empty], "what is known is not told again"
+        lost, *risks = store.warnings
+        assert lost.startswith("it came back empty at ")
+        assert lost.endswith(empty)
+        assert risks == settings
     finally:
         await store.close()
         await process.kill()

@@ -152,6 +152,7 @@ def _store(core: _Health) -> dict[str, Any]:
         "where": core.said.get("store_address", ""),
         "problem": told.removeprefix("away: ") if told != "ok" else "",
         "away_s": core.said.get("store_away_s"),
+        "warnings": list(core.said.get("store_warnings", ())),
     }
 
 
@@ -281,3 +282,4 @@ def _store_in_words(store: Mapping[str, Any]) -> Iterator[str]:
         yield f"  Store   {'there':12} {store['where']}"
     elif store["healthy"] is False:
         yield f"  Store   {'AWAY':12} {store['where']} for {lasting(store['away_s'] or 0.0)}: {store['problem']}"
+    yield from (f"    ! {warning}" for warning in store["warnings"])

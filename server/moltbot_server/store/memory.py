@@ -47,6 +47,7 @@ class MemoryStore:
 
     shared = False
     away = None
+    warnings: Sequence[str] = ()
 
     def __init__(self) -> None:
         self.node = secrets.token_hex(8)

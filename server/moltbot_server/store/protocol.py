@@ -212,6 +212,10 @@ class Store(Protocol):
         """Why the store cannot be reached, or takes no writes, now; None while all is well, as far as is known."""
 
     @property
+    def warnings(self) -> Sequence[str]:
+        """What whoever runs the store should know of it: that something is lost, or may be."""
+
+    @property
     def outbox(self) -> Outbox:
         """Where deliveries of turns that ended are kept; there is one while the store is open."""
 

@@ -193,6 +193,11 @@ class RedisStore:
         """Why Redis cannot be reached, or takes no writes, now; None while all is well, as far as is known."""
         return self._presence.away
 
+    @property
+    def warnings(self) -> Sequence[str]:
+        """That Redis has come back empty, and what it is set to that may lose turns."""
+        return self._fitness.warnings
+
     async def close(self) -> None:
         """Write what waits, then leave."""
         if self._closed:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import logging
 import secrets
+import time
 from collections.abc import Iterator, Mapping, Sequence
 
 from moltbot_server.errors import StorageUnavailable
@@ -33,7 +34,14 @@ class Fitness:
         self._address = address
         self._data = ""
         self._told: frozenset[str] = frozenset()
+        self._lost: Sequence[str] = ()
+        self._risks: Sequence[str] = ()
         self._judging: asyncio.Task[None] | None = None
+
+    @property
+    def warnings(self) -> Sequence[str]:
+        """What of it was lost while this store was open, and may be, as it is set."""
+        return (*self._lost, *self._risks)
 
     async def require(self) -> None:
         """Refuse a Redis that would lose what it is given, and warn of one that may. Nothing is written.
@@ -72,6 +80,7 @@ class Fitness:
         if known and self._data != known:
             advice = "to have again what was kept, stop MoltBot and put a backup in its place"
             log.error("Redis has come back empty", extra={"at": self._address, "problem": advice})
+            self._lost = (f"it came back empty at {time.strftime('%Y-%m-%d %H:%M:%S')}: {advice}",)
         self._tell(findings)
 
     def _tell(self, findings: Sequence[Finding]) -> None:
@@ -80,6 +89,7 @@ class Fitness:
                 fields = {"at": self._address, "problem": finding.text}
                 log.log(_LEVELS[finding.weight], "Redis may lose turns", extra=fields)
         self._told = frozenset(finding.text for finding in findings)
+        self._risks = tuple(finding.text for finding in findings if finding.weight != "note")
 
 
 async def claim(line: RedisLine, prefix: str, address: str) -> str:

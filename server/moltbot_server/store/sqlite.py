@@ -63,6 +63,8 @@ _SESSION_COLUMNS = """s.workspace, s.id, s.title, s.user, s.channel, s.create_ti
 class SqliteStore:
     """A `Store` in one file."""
 
+    warnings: Sequence[str] = ()
+
     def __init__(self, path: Path, *, address: str = "") -> None:
         """With an `address`, at which others reach this node, several processes share the file."""
         self._path = path
