@@ -1,13 +1,17 @@
 """The short commands: what they print, how they end, and that each message says what to do next."""
 
+import asyncio
+import json
 import os
 import shlex
 import socket
 import stat
 import subprocess
 import sys
+from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
 from importlib import metadata
 from pathlib import Path
+from threading import Thread
 
 import pytest
 from cli_process import ANY_PORTS, COMMAND, Home
@@ -143,10 +147,32 @@ async def test_what_needs_a_running_moltbot_says_how_to_start_it(home: Home) -> 
     link = await home.run("link")
     assert (link.status, link.out) == (69, "")
     assert "MoltBot is not running" in link.err
-    with socket.create_server(("127.0.0.1", port)):  # an adapter that was started by itself
+
+
+async def test_a_link_leads_to_an_adapter_that_was_started_by_itself_and_to_no_other_program(home: Home) -> None:
+    await home.run("init")
+    paths = ("--key-file", str(home.workspace / "key"), "--state", str(home.workspace / "http"))
+    adapter = await asyncio.create_subprocess_exec(
+        sys.executable, "-m", "moltbot_adapters", "http", *paths, "--port", "0", "--core", "127.0.0.1:1",
+        stdout=asyncio.subprocess.PIPE,
+    )  # fmt: skip
+    assert adapter.stdout is not None
+    try:
+        port = json.loads(await asyncio.wait_for(adapter.stdout.readline(), 20))["port"]
+        (home.workspace / ".env").write_text(f"MOLTBOT_PORT={port}\n")
         link = await home.run("link")
+    finally:
+        adapter.terminate()
+        await adapter.wait()
     assert (link.status, link.err) == (0, "")
     assert link.out.startswith(f"http://127.0.0.1:{port}/login?code=")
+    with ThreadingHTTPServer(("127.0.0.1", 0), SimpleHTTPRequestHandler) as other:
+        Thread(target=other.serve_forever, daemon=True).start()
+        (home.workspace / ".env").write_text(f"MOLTBOT_PORT={other.server_port}\n")
+        link = await home.run("link")
+        other.shutdown()
+    assert (link.status, link.out) == (69, "")
+    assert "MoltBot is not running" in link.err
 
 
 @pytest.mark.parametrize("arguments", [("chat", "Hi"), ("link",)])

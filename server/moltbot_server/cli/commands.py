@@ -342,11 +342,11 @@ def _link(given: argparse.Namespace) -> int:
 
 def _adapter_alone(workspace: Workspace) -> str:
     """Return where an adapter listens that was not started by `moltbot start`, as in a container; empty for none."""
-    from moltbot_server.cli.looking import connects
+    from moltbot_server.cli.status import adapter_listens
 
     settings = load_settings(workspace.folder, os.environ)
     address = joined(reachable(settings.host), settings.port)
-    return f"http://{address}" if settings.port and connects(address) else ""
+    return f"http://{address}" if settings.port and adapter_listens(address) else ""
 
 
 def _status(given: argparse.Namespace) -> int:

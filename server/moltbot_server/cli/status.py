@@ -156,6 +156,11 @@ def _store(core: _Health) -> dict[str, Any]:
     }
 
 
+def adapter_listens(address: str) -> bool:
+    """Return whether an HTTP adapter of ours listens at `HOST:PORT`: another program may do so."""
+    return _health(f"http://{address}").said.get("status") in ("ok", "store away", "unavailable")
+
+
 def _health(address: str, timeout: float = 2.0) -> _Health:
     connection: HTTPConnection
     if address.startswith("unix:"):
