@@ -17,6 +17,7 @@ from moltbot_server.store.outbox import delivery_of
 from moltbot_server.store.redis import RedisStore
 from moltbot_server.store.redis_moving import RedisRecords
 from moltbot_server.store.sqlite import SqliteStore
+from moltbot_server.store.sqlite_check import check_database
 from moltbot_server.store.sqlite_moving import SqliteRecords
 from moltbot_server.turns import Completed, Place, TurnInput
 from redis.asyncio import Redis
@@ -137,6 +138,27 @@ async def test_a_database_with_text_that_is_none_is_not_moved_and_its_session_is
     told = r"moltbot\.db is damaged: .+ session s in workspace w cannot be read\. .+delete that session"
     with pytest.raises(StorageDamaged, match=told):
         _ = [record async for record in SqliteRecords(path).read()]
+
+
+@pytest.mark.parametrize(
+    ("column", "asked"),
+    [("events", "find_turn"), ("question", "load_session"), ("answer", "load_session"), ("answer", "list_messages")],
+)
+async def test_a_flipped_bit_within_a_text_is_noticed_and_never_told(tmp_path: Path, column: str, asked: str) -> None:
+    path = tmp_path / "moltbot.db"
+    store = SqliteStore(path)
+    await store.open()
+    await keep(store, new())
+    with closing(sqlite3.connect(path)) as connection, connection:
+        ((kept,),) = connection.execute(f"SELECT {column} FROM turns").fetchall()
+        at = kept.index(b"question" if column == "question" else b"answer")
+        changed = kept[:at] + bytes([kept[at] ^ 0b10]) + kept[at + 1 :]  # another letter: still a value like it
+        connection.execute(f"UPDATE turns SET {column} = ?", (changed,))
+    with pytest.raises(StorageDamaged, match="turn 1 of this session is damaged"):
+        await ASKED[asked](store)
+    await store.close()
+    (found, *_) = check_database(path, in_use=False, progress=lambda *_: None)
+    assert found.text == "turn 1 of session s in workspace w cannot be read"
 
 
 @pytest.mark.parametrize("kind", ["sqlite", "redis"])

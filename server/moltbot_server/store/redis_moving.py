@@ -6,8 +6,6 @@ import time
 from collections.abc import AsyncIterator, Sequence
 from typing import Any
 
-import msgspec
-
 from moltbot_server.store.damage import reading_delivery, reading_turn
 from moltbot_server.store.moving import (
     NOWHERE,
@@ -22,6 +20,7 @@ from moltbot_server.store.redis import RedisStore
 from moltbot_server.store.redis_line import Argument, Command
 from moltbot_server.store.redis_rows import key_of
 from moltbot_server.store.redis_usage import packed, usage_row
+from moltbot_server.store.sealed import Sealed
 from moltbot_server.turns import Completed, Event, Failed, Part, TurnInput, TurnKey, TurnState, encode
 
 _STEP = 200
@@ -30,10 +29,10 @@ _SESSION = ("title", "user", "channel", "create", "update", "base", "ephemeral")
 _DELIVERY = ("s", "c", "a", "t", "r", "v", "n", "k", "b", "e", "g", "m")
 _TURN = ("r", "d", "s", "c", "e", "m", "f", "q", "a", "v", "x", "l", "p")
 
-_parts = msgspec.msgpack.Decoder(tuple[Part, ...])
-_events = msgspec.msgpack.Decoder(tuple[Event, ...])
-_ending = msgspec.msgpack.Decoder(Completed | Failed)
-_rest = msgspec.msgpack.Decoder(TurnInput)
+_parts: Sealed[tuple[Part, ...]] = Sealed(tuple[Part, ...])
+_events: Sealed[tuple[Event, ...]] = Sealed(tuple[Event, ...])
+_ending: Sealed[Completed | Failed] = Sealed(Completed | Failed)
+_rest: Sealed[TurnInput] = Sealed(TurnInput)
 
 
 class RedisRecords:

@@ -5,8 +5,6 @@ from __future__ import annotations
 from collections.abc import Callable, Collection, Mapping, Sequence
 from typing import Any, Protocol, TypeVar
 
-import msgspec
-
 from moltbot_server.errors import MoltBotError
 from moltbot_server.store.outbox import (
     UNSAID,
@@ -22,6 +20,7 @@ from moltbot_server.store.outbox import (
     not_found,
 )
 from moltbot_server.store.redis_line import Argument, Call, Command, RedisLine
+from moltbot_server.store.sealed import Sealed
 from moltbot_server.turns import Completed, Failed, Place, SessionKey, TurnKey, encode
 
 _STEP = 200
@@ -30,7 +29,7 @@ _DEAD = ("e", "g", "k", "c", "a", "t", "r", "v", "n")
 
 T = TypeVar("T")
 
-_ending = msgspec.msgpack.Decoder(Completed | Failed)
+_ending: Sealed[Completed | Failed] = Sealed(Completed | Failed)
 
 
 class _Redis(Protocol):

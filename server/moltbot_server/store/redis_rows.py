@@ -12,6 +12,7 @@ from moltbot_server.store.damage import BROKEN, Unreadable
 from moltbot_server.store.protocol import EndedTurn, NewTurn, Orphan, StoredSession, StoredTurn
 from moltbot_server.store.redis_line import Argument
 from moltbot_server.store.redis_outbox import posting_arguments
+from moltbot_server.store.sealed import Sealed
 from moltbot_server.store.sqlite_rows import end_columns, read_messages, session_of, turn_of
 from moltbot_server.turns import Event, Message, Part, Session, SessionKey, TurnInput, TurnKey, TurnState, encode
 
@@ -20,9 +21,9 @@ TURN_FIELDS = ("r", "d", "s", "c", "e", "v", "n")
 ORPHAN_FIELDS = ("r", "d", "c", "q", "x", "l")
 SESSION_FIELDS = ("title", "user", "channel", "create", "update", "messages", "ephemeral")
 
-_events = msgspec.msgpack.Decoder(tuple[Event, ...])
-_parts = msgspec.msgpack.Decoder(tuple[Part, ...])
-_rest = msgspec.msgpack.Decoder(TurnInput)
+_events: Sealed[tuple[Event, ...]] = Sealed(tuple[Event, ...])
+_parts: Sealed[tuple[Part, ...]] = Sealed(tuple[Part, ...])
+_rest: Sealed[TurnInput] = Sealed(TurnInput)
 
 
 def base_of(prefix: str, workspace: str) -> str:
@@ -65,7 +66,8 @@ def accept_arguments(node: str, turn: NewTurn) -> tuple[Argument, ...]:
 
 def finish_arguments(node: str, turn: EndedTurn) -> tuple[Argument, ...]:
     """Return what the script that ends a turn is told."""
-    state, end_time, model, answer, events, finish = end_columns(turn)
+    # Without checksums: cores of an earlier release, which may share this Redis, could not read them.
+    state, end_time, model, answer, events, finish = end_columns(turn, encode)
     key = turn.key
     return (
         node, key.session.session, key.ordinal, turn.epoch, state, end_time, model, answer or b"", events, finish,

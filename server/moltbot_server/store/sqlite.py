@@ -368,7 +368,7 @@ class SqliteStore:
             connection, writing = self._connect(), self._connect()
             version = connection.execute("PRAGMA user_version").fetchone()[0]
             steps = "".join(STEPS[step] for step in range(version, SCHEMA_VERSION)) if version else SCHEMA
-            if steps:
+            if version != SCHEMA_VERSION:
                 connection.executescript(f"BEGIN; {steps} PRAGMA user_version = {SCHEMA_VERSION}; COMMIT;")
             connection.execute(CATCH_UP)
             set_up(writing)

@@ -15,8 +15,9 @@ from itertools import chain
 from typing import Any
 
 from moltbot_server.store.protocol import GUESSED, EndedTurn, JournalEntry, NewTurn
+from moltbot_server.store.sealed import seal
 from moltbot_server.store.sqlite_rows import end_columns, names_of, rest_columns
-from moltbot_server.turns import TurnKey, encode
+from moltbot_server.turns import TurnKey
 
 Row = NewTurn | EndedTurn | tuple[JournalEntry, ...]
 """What is written together: turns, how they ended, and what happened in them."""
@@ -123,7 +124,7 @@ def _turn(turn: NewTurn, ends: dict[TurnKey, EndedTurn], node: str) -> tuple[Any
         turn.request_id,
         turn.digest,
         turn.create_time,
-        encode(turn.question),
+        seal(turn.question),
         *rest_columns(turn, ends),
         turn.version == GUESSED,
         turn.version not in (0, GUESSED),

@@ -14,10 +14,11 @@ from typing import Any
 import msgspec
 
 from moltbot_server.store.protocol import JournalEntry, Orphan, StoredTurn
+from moltbot_server.store.sealed import Sealed, seal
 from moltbot_server.store.sqlite_journal_files import JournalFiles
 from moltbot_server.store.sqlite_rows import Names, names_of
 from moltbot_server.store.writer import Rows
-from moltbot_server.turns import Event, Part, SessionKey, TurnInput, TurnKey, TurnState, encode
+from moltbot_server.turns import Event, Part, SessionKey, TurnInput, TurnKey, TurnState
 
 JOURNAL_SCHEMA = """
 ALTER TABLE turns ADD COLUMN rest BLOB;
@@ -60,9 +61,9 @@ SELECT workspace, session, ordinal, request_id, digest, create_time, question, r
 FROM turns WHERE rowid = ?
 """
 
-_events = msgspec.msgpack.Decoder(tuple[Event, ...])
-_parts = msgspec.msgpack.Decoder(tuple[Part, ...])
-_rest = msgspec.msgpack.Decoder(TurnInput)
+_events: Sealed[tuple[Event, ...]] = Sealed(tuple[Event, ...])
+_parts: Sealed[tuple[Part, ...]] = Sealed(tuple[Part, ...])
+_rest: Sealed[TurnInput] = Sealed(TurnInput)
 
 
 def append_entries(connection: sqlite3.Connection, node: str, entries: Sequence[JournalEntry]) -> Collection[TurnKey]:
@@ -78,7 +79,7 @@ def append_entries(connection: sqlite3.Connection, node: str, entries: Sequence[
 
 
 def _row(entry: JournalEntry, node: str) -> tuple[Any, ...]:
-    return *names_of(entry.key), entry.events[0].sequence, encode(entry.events), entry.epoch, node
+    return *names_of(entry.key), entry.events[0].sequence, seal(entry.events), entry.epoch, node
 
 
 def forget_entries(connection: sqlite3.Connection, names: Iterable[Names]) -> None:

@@ -9,8 +9,6 @@ from collections.abc import AsyncIterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import msgspec
-
 from moltbot_server.errors import StorageDamaged
 from moltbot_server.store.damage import is_damage, reading_delivery, reading_turn
 from moltbot_server.store.moving import (
@@ -23,6 +21,7 @@ from moltbot_server.store.moving import (
     UsageRecord,
 )
 from moltbot_server.store.protocol import KEEP_REQUESTS, UsageRow
+from moltbot_server.store.sealed import Sealed, seal
 from moltbot_server.store.sqlite_damage import first_lost, remedy
 from moltbot_server.store.sqlite_journal_files import folder_of, recorded
 from moltbot_server.store.sqlite_rows import IS_DELETED, MARK, names_of
@@ -39,10 +38,10 @@ _DELIVERY = tuple(DeliveryRecord.__struct_fields__)
 _EMPTY = encode(())
 _DELETED = f"SELECT workspace, request_id, create_time FROM turns WHERE {IS_DELETED} AND create_time > ?"
 
-_parts = msgspec.msgpack.Decoder(tuple[Part, ...])
-_events = msgspec.msgpack.Decoder(tuple[Event, ...])
-_ending = msgspec.msgpack.Decoder(Completed | Failed)
-_rest = msgspec.msgpack.Decoder(TurnInput)
+_parts: Sealed[tuple[Part, ...]] = Sealed(tuple[Part, ...])
+_events: Sealed[tuple[Event, ...]] = Sealed(tuple[Event, ...])
+_ending: Sealed[Completed | Failed] = Sealed(Completed | Failed)
+_rest: Sealed[TurnInput] = Sealed(TurnInput)
 
 
 class SqliteRecords:
@@ -202,19 +201,19 @@ def _put_turn(connection: sqlite3.Connection, record: TurnRecord) -> int:
     # Of several turns with one request_id, the one with the question has it.
     request = record.request_id if record.question else f"{record.request_id}{MARK}{record.session}:{record.ordinal}"
     values = (*names, request, record.digest, record.state.value, record.create_time, record.end_time)
-    answer = None if record.answer is None else encode(record.answer)
-    blobs = (encode(record.question) if record.question else _EMPTY, answer)
-    rest = None if record.rest is None else encode(record.rest)
+    answer = None if record.answer is None else seal(record.answer)
+    blobs = (seal(record.question) if record.question else _EMPTY, answer)
+    rest = None if record.rest is None else seal(record.rest)
     node = NOWHERE if record.state is TurnState.RUNNING else ""
     new = connection.execute(
         f"INSERT INTO turns ({_TURN}, node) VALUES ({', '.join('?' * 17)}) ON CONFLICT DO NOTHING",
-        (*values, record.model, record.finish, *blobs, encode(record.events) if record.events else None, rest,
+        (*values, record.model, record.finish, *blobs, seal(record.events) if record.events else None, rest,
          record.deadline, record.epoch, node),
     ).rowcount  # fmt: skip
     if new and record.kept:
         connection.execute(
             "INSERT INTO journal (workspace, session, ordinal, sequence, events) VALUES (?, ?, ?, ?, ?)",
-            (*names, record.kept[0].sequence, encode(record.kept)),
+            (*names, record.kept[0].sequence, seal(record.kept)),
         )
     return new
 
@@ -238,7 +237,7 @@ def _delivery_of(row: Sequence[Any]) -> DeliveryRecord:
 def _put_delivery(connection: sqlite3.Connection, record: DeliveryRecord) -> int:
     """Store a delivery behind those of its place; what was leased can be leased anew."""
     fields = {name: getattr(record, name) for name in _DELIVERY}
-    fields["ending"] = b"" if record.ending is None else encode(record.ending)
+    fields["ending"] = b"" if record.ending is None else seal(record.ending)
     place = (record.workspace, record.channel, record.address)
     waits = connection.execute(
         "SELECT 1 FROM outbox WHERE workspace = ? AND channel = ? AND address = ? AND state = 'open' LIMIT 1", place

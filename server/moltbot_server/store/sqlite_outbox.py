@@ -10,8 +10,6 @@ import time
 from collections.abc import Awaitable, Callable, Collection, Iterable, Mapping, Sequence
 from typing import Any, TypeVar
 
-import msgspec
-
 from moltbot_server.errors import MoltBotError
 from moltbot_server.store.outbox import (
     UNSAID,
@@ -27,7 +25,8 @@ from moltbot_server.store.outbox import (
     not_found,
 )
 from moltbot_server.store.protocol import EndedTurn
-from moltbot_server.turns import Completed, Failed, Place, SessionKey, TurnKey, encode
+from moltbot_server.store.sealed import Sealed, seal
+from moltbot_server.turns import Completed, Failed, Place, SessionKey, TurnKey
 
 OUTBOX_SCHEMA = """
 CREATE TABLE outbox (
@@ -79,7 +78,7 @@ SELECT number, channel, address, state, leased, attempt, spared, note FROM outbo
 _EMPTY = b""
 _TOGETHER = 500
 
-_ending = msgspec.msgpack.Decoder(Completed | Failed)
+_ending: Sealed[Completed | Failed] = Sealed(Completed | Failed)
 T = TypeVar("T")
 
 Run = Callable[[Callable[[sqlite3.Connection], Any]], Awaitable[Any]]
@@ -102,7 +101,7 @@ def post(connection: sqlite3.Connection, turn: EndedTurn) -> None:
 def _columns(turn: EndedTurn, delivery: NewDelivery) -> tuple[Any, ...]:
     session, place = turn.key.session, delivery.place
     names = session.workspace, delivery.id, place.channel, place.address
-    return *names, session.session, turn.key.ordinal, delivery.request_id, encode(delivery.ending), turn.end_time
+    return *names, session.session, turn.key.ordinal, delivery.request_id, seal(delivery.ending), turn.end_time
 
 
 def withdraw(connection: sqlite3.Connection, workspace: str, request_id: str, now: float) -> None:

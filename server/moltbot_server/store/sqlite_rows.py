@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Container, Sequence
+from collections.abc import Callable, Container, Sequence
 from typing import Any
 
 import msgspec
 
 from moltbot_server.store.damage import BROKEN, Unreadable
 from moltbot_server.store.protocol import EndedTurn, NewTurn, StoredTurn
+from moltbot_server.store.sealed import Sealed, seal
 from moltbot_server.turns import (
     Event,
     Failed,
@@ -20,7 +21,6 @@ from moltbot_server.turns import (
     SessionKey,
     TurnKey,
     TurnState,
-    encode,
 )
 
 MARK = "\x1f"
@@ -31,8 +31,8 @@ IS_DELETED = "session >= char(31) AND session < ' '"
 TURN_COLUMNS = "workspace, session, ordinal, request_id, digest, state, create_time, end_time, events, node"
 """What `turn_of` makes a turn of."""
 
-_parts = msgspec.msgpack.Decoder(tuple[Part, ...])
-_events = msgspec.msgpack.Decoder(tuple[Event, ...])
+_parts: Sealed[tuple[Part, ...]] = Sealed(tuple[Part, ...])
+_events: Sealed[tuple[Event, ...]] = Sealed(tuple[Event, ...])
 
 
 Names = tuple[str, str, int]
@@ -65,20 +65,23 @@ def session_of(
     )
 
 
-def end_columns(turn: EndedTurn | None) -> tuple[Any, ...]:
-    """Return the columns that say how a turn ended: state, end_time, model, answer, events, finish."""
+def end_columns(turn: EndedTurn | None, keep: Callable[[Any], bytes] = seal) -> tuple[Any, ...]:
+    """Return the columns that say how a turn ended: state, end_time, model, answer, events, finish.
+
+    `keep` makes values what is kept of them.
+    """
     if turn is None:
         return TurnState.RUNNING.value, 0.0, "", None, None, ""
-    answer = encode(turn.answer) if turn.answer else None
+    answer = keep(turn.answer) if turn.answer else None
     finish = turn.finish_reason.value if turn.finish_reason else ""
-    return turn.state.value, turn.end_time, turn.model, answer, encode(turn.events), finish
+    return turn.state.value, turn.end_time, turn.model, answer, keep(turn.events), finish
 
 
 def rest_columns(turn: NewTurn, ended: Container[TurnKey]) -> tuple[bytes | None, float]:
     """Return what it takes to carry a turn on; nothing for one that has ended."""
     if turn.rest is None or turn.key in ended:
         return None, 0.0
-    return encode(msgspec.structs.replace(turn.rest, parts=())), turn.deadline
+    return seal(msgspec.structs.replace(turn.rest, parts=())), turn.deadline
 
 
 def turn_of(row: tuple[Any, ...] | None) -> StoredTurn | None:

@@ -7,7 +7,7 @@ from moltbot_server.store.sqlite_outbox import OUTBOX_SCHEMA
 from moltbot_server.store.sqlite_sessions import SESSIONS_SCHEMA
 from moltbot_server.store.sqlite_usage import USAGE_SCHEMA
 
-SCHEMA_VERSION = 6
+SCHEMA_VERSION = 7
 """The version of the schema that this release writes."""
 
 SCHEMA = f"""
@@ -41,5 +41,6 @@ STEPS = {
     3: JOURNAL_SCHEMA,
     4: OUTBOX_SCHEMA,
     5: SESSIONS_SCHEMA,
+    6: "",  # what is kept has a checksum from here on, which earlier releases cannot read
 }
 """From each version of the schema to the next. Of answers that were kept before, only a cancelled one can be told."""

@@ -8,6 +8,7 @@ from typing import Any
 
 from moltbot_server.errors import TurnInterrupted
 from moltbot_server.store.protocol import EndedTurn, NewTurn, Taken
+from moltbot_server.store.sealed import seal
 from moltbot_server.store.sqlite_at_once import Row, write_at_once
 from moltbot_server.store.sqlite_journal import append_entries, forget_entries
 from moltbot_server.store.sqlite_outbox import post_ends, withdraw
@@ -15,7 +16,7 @@ from moltbot_server.store.sqlite_rows import end_columns, names_of, rest_columns
 from moltbot_server.store.sqlite_sessions import Places
 from moltbot_server.store.sqlite_use import LastUse
 from moltbot_server.store.writer import Rows
-from moltbot_server.turns import TurnKey, encode
+from moltbot_server.turns import TurnKey
 
 _INSERT_TURN = Rows(
     "INSERT INTO turns (workspace, session, ordinal, request_id, digest, create_time, question, "
@@ -125,7 +126,7 @@ class TurnWriter:
                 turn.request_id,
                 turn.digest,
                 turn.create_time,
-                encode(turn.question),
+                seal(turn.question),
                 self._node,
                 *rest_columns(turn, ends),
                 *end_columns(ends.get(turn.key)),
