@@ -282,9 +282,10 @@ class Core:
     def health(self) -> Mapping[str, Any]:
         """Return how the core is, for `/health`."""
         entry, away = self.catalog.entries[0], self.store.away
+        locked_out = entry.locked_out
         if not self._serving:
             status = "leaving"
-        elif entry.state != "ready":
+        elif entry.state != "ready" or locked_out is not None:
             status = "model failed"
         else:
             status = "ok" if away is None else "store away"
@@ -293,8 +294,8 @@ class Core:
             "model": entry.engine.id,
             "route": self.route,
             "model_state": str(entry.state),
-            "model_problem": entry.message,
-            "model_reason": entry.reason,
+            "model_problem": locked_out.message if locked_out else entry.message,
+            "model_reason": locked_out.reason if locked_out else entry.reason,
             "engine": "away" if self._link is not None and self._link.lost_for else "serving",
             "engine_address": INLINE if self._link is None else self._link.address,
             "store": "ok" if away is None else f"away: {away.problem}",

@@ -50,7 +50,8 @@ class Provider:
     """A provider of remote models. Its keys are no part of the configuration; they lie in the vault under its name.
 
     An empty `preset` is the one of the provider's own name, if there is one; an empty `dialect` or `base_url` is the
-    preset's. Timeouts are seconds: to connect, and between two pieces of a stream.
+    preset's. Timeouts are seconds: to connect, between two pieces of a stream, and for an answer from its request to
+    its end.
     """
 
     name: str
@@ -62,6 +63,7 @@ class Provider:
     api_version: str = ""
     connect_timeout: float = 5.0
     idle_timeout: float = 60.0
+    answer_timeout: float = 300.0
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -97,6 +97,7 @@ _PROVIDER_KEYS: Mapping[str, Kind] = {
     "api_version": shaped(r"[A-Za-z0-9._-]{0,64}", "a version such as 2024-10-21"),
     "connect_timeout": duration(0.01, 60),
     "idle_timeout": duration(0.01, 3600),
+    "answer_timeout": duration(0.01, 86400),
     "models": Kind(read=lambda given: given, expected=""),
 }
 

@@ -6,7 +6,7 @@ import asyncio
 import logging
 from collections.abc import Callable, Sequence
 
-from moltbot_server.auth.provider_keys import HeldKeys, ProviderKeys, variables_of
+from moltbot_server.auth.provider_keys import HeldKeys, Known, ProviderKeys, variables_of
 from moltbot_server.config import ConfigError, Settings
 from moltbot_server.config_keys import KEYS
 from moltbot_server.config_sources import read_text
@@ -121,7 +121,7 @@ class Reloading:
             )
 
     def _read_keys(self, settings: Settings) -> HeldKeys[ProviderKey]:
-        known = {name: preset.key_env for name, preset in presets().items()}
+        known = {name: Known(preset.key_env, preset.base_url) for name, preset in presets().items()}
         try:
             return self._keys.read(variables_of(settings.providers, known))
         except (ConfigError, WorkspaceError) as problem:

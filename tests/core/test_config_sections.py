@@ -73,7 +73,7 @@ def test_a_provider_is_read_whole_and_its_models_as_a_list_or_a_mapping(tmp_path
         "providers:\n  office:\n    preset: azure\n    dialect: anthropic\n"
         "    base_url: https://llm.example.com/v1/\n"
         "    headers: {X-Team: support}\n    api_version: 2024-10-21\n"
-        "    connect_timeout: 500ms\n    idle_timeout: 2m\n"
+        "    connect_timeout: 500ms\n    idle_timeout: 2m\n    answer_timeout: 10m\n"
         f"    models: {models}\n"
     )
     large = ProviderModel(
@@ -89,6 +89,7 @@ def test_a_provider_is_read_whole_and_its_models_as_a_list_or_a_mapping(tmp_path
             api_version="2024-10-21",
             connect_timeout=0.5,
             idle_timeout=120.0,
+            answer_timeout=600.0,
             models=(ProviderModel(name="small"), large),
         ),
     )
@@ -194,7 +195,7 @@ def test_every_mistake_in_a_section_is_told_at_its_own_line(tmp_path: Path) -> N
     [
         ("providers: [openai]\n", "providers: found a list, expected names, and under each what it is"),
         ("providers: {Open AI: {}}\n", "providers: found 'Open AI' as a name, expected 1 to 63 of"),
-        ("providers: {x: gpt-4}\n", "providers.x: found 'gpt-4', expected the keys api_version, base_url, "),
+        ("providers: {x: gpt-4}\n", "providers.x: found 'gpt-4', expected the keys answer_timeout, api_version, "),
         ("providers: {x: {models: gpt-4}}\n", "providers.x.models: found 'gpt-4', expected a list or a mapping"),
         ("providers: {x: {models: [a, a]}}\n", "providers.x.models: `a` is given twice; keep one"),
         ("providers: {x: {models: [{id: a}]}}\n", "providers.x.models: found '', expected a model's name"),

@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
-from moltbot_server.auth.provider_keys import ProviderKeys, variables_of
+from moltbot_server.auth.provider_keys import Known, ProviderKeys, variables_of
 from moltbot_server.auth.vault import Vault, VaultError
 from moltbot_server.config import Provider
 from moltbot_server.models.providers.keys import KeyRing, ProviderKey
@@ -13,9 +13,9 @@ from moltbot_server.workspace import Workspace
 
 STORED, SECOND, TOLD = (f"sk-{name}-0123456789abcdef" for name in ("stored", "second", "told"))
 PRESETS = {
-    "openai": ("OPENAI_API_KEY",),
-    "zhipu": ("ZHIPUAI_API_KEY", "ZAI_API_KEY"),
-    "azure": ("AZURE_OPENAI_API_KEY",),
+    "openai": Known(("OPENAI_API_KEY",), "https://api.openai.com/v1"),
+    "zhipu": Known(("ZHIPUAI_API_KEY", "ZAI_API_KEY"), "https://open.bigmodel.cn/api/paas/v4"),
+    "azure": Known(("AZURE_OPENAI_API_KEY",)),
 }
 
 
@@ -85,6 +85,17 @@ def test_a_key_of_a_preset_is_not_told_to_another_address(workspace: Workspace) 
     }
     keys = ring(workspace, {"OPENAI_API_KEY": TOLD, "OFFICE_EU_API_KEY": STORED}, office)
     assert [key.text for key in keys.keys("office-eu")] == [STORED]
+
+
+def test_nor_is_it_where_the_provider_has_the_presets_own_name(workspace: Workspace) -> None:
+    elsewhere = Provider(name="openai", base_url="http://127.0.0.1:9390")
+    zai = Provider(name="zai", base_url="https://llm.example.com/v1")  # another preset's variable by its own name
+    there = Provider(name="zhipu", base_url="https://open.bigmodel.cn/api/paas/v4/")
+    found = variables_of((elsewhere, zai, there), PRESETS)
+    assert (found["openai"], found["zai"]) == ((), ())
+    assert found["zhipu"] == ("ZHIPUAI_API_KEY", "ZAI_API_KEY", "ZHIPU_API_KEY")
+    keys = ring(workspace, {"OPENAI_API_KEY": TOLD}, elsewhere)
+    assert keys.keys("openai") == ()
 
 
 def test_it_changes_by_use_alone_and_stays_when_reading_fails(workspace: Workspace) -> None:

@@ -149,6 +149,15 @@ async def test_each_fault_is_told_by_what_it_means(
 
 
 @pytest.mark.parametrize("dialect", DIALECTS)
+async def test_an_answer_that_comes_to_no_end_is_ended(mock: MockProvider, dialect: str) -> None:
+    follow(mock, {"kind": "endless"}, pace="5ms")
+    async with started(provider(mock.address, dialect, idle_timeout=5.0, answer_timeout=0.4)) as engine:
+        with pytest.raises(ModelUnavailable, match=r"mock did not come to an end within 0\.4 s\.$"):
+            await asyncio.wait_for(answered(engine), 5)
+        assert engine.numbers["answers"] == 0
+
+
+@pytest.mark.parametrize("dialect", DIALECTS)
 async def test_characters_that_are_cut_in_two_arrive_whole(mock: MockProvider, dialect: str) -> None:
     follow(mock, {"kind": "split_utf8"}, reasoning="想一想")
     async with started(provider(mock.address, dialect)) as engine:

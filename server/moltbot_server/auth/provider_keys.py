@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Generic, Protocol, TypeVar
+from typing import Generic, NamedTuple, Protocol, TypeVar
 
 from moltbot_server.auth.vault import Vault, VaultError, check_text, tail
 from moltbot_server.auth.vault_master import KEY, KEY_FILE, NEW_KEY
@@ -116,19 +116,37 @@ class ProviderKeys(Generic[K]):
         return by_provider
 
 
-def variables_of(providers: Iterable[Provider], presets: Mapping[str, Sequence[str]]) -> Mapping[str, Sequence[str]]:
+class Known(NamedTuple):
+    """The variables in which a provider's own tools look for its key, and its address; empty: each has its own."""
+
+    variables: Sequence[str]
+    address: str = ""
+
+
+def variables_of(providers: Iterable[Provider], presets: Mapping[str, Known]) -> Mapping[str, Sequence[str]]:
     """Return the names under which the environment may have the keys of each provider.
 
-    `presets` has them of each preset. A provider that is at another address than its preset is not given the preset's
-    key: it would be told to whoever is there. Its own name with `_API_KEY` is always one.
+    A provider that is at another address than a preset is not given that preset's key, whatever its own name is: it
+    would be told to whoever is there. Otherwise its own name with `_API_KEY` is one of the names.
     """
-    found: dict[str, Sequence[str]] = dict(presets)
+    found: dict[str, Sequence[str]] = {name: known.variables for name, known in presets.items()}
+    owners = {variable: known.address for known in presets.values() for variable in known.variables}
     for provider in providers:
         own = re.sub(r"[^A-Z0-9]", "_", provider.name.upper()) + "_API_KEY"
         preset = provider.preset or provider.name
-        known = presets.get(preset, ()) if not provider.base_url or provider.name == preset else ()
-        found[provider.name] = tuple(dict.fromkeys((*known, own)))
+        known = presets.get(preset, _UNKNOWN)
+        is_there = not provider.base_url or _same(provider.base_url, known.address)
+        theirs = known.variables if is_there or (provider.name == preset and not known.address) else ()
+        is_told = bool(provider.base_url and owners.get(own)) and not _same(provider.base_url, owners[own])
+        found[provider.name] = tuple(dict.fromkeys((*theirs, *(() if is_told else (own,)))))
     return found
+
+
+_UNKNOWN = Known(())
+
+
+def _same(one: str, other: str) -> bool:
+    return one.rstrip("/") == other.rstrip("/")
 
 
 def _environ(workspace: Workspace, environ: Mapping[str, str]) -> tuple[Mapping[str, str], Mapping[str, str]]:

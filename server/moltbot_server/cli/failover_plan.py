@@ -48,6 +48,7 @@ class Candidate:
             api_version=own.api_version,
             connect_timeout=own.connect_timeout,
             idle_timeout=own.idle_timeout,
+            answer_timeout=own.answer_timeout,
         )
 
 

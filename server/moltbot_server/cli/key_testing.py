@@ -117,7 +117,7 @@ def _target(settings: Settings, name: str, asked: str) -> tuple[Provider, Provid
     if exact:
         cheapest = min(exact, key=lambda model: exact[model].price or (float("inf"),))
         return resolve(f"{name}/{cheapest}", settings.providers)
-    raise ModelNotFound(f"Which model of {name} is to be asked? Name one with --model.")
+    raise ModelNotFound(f"Which model of {name} is to be asked? Name one with --model, or in a route.")
 
 
 def _tell(given: argparse.Namespace, tried: Sequence[_Tried]) -> None:
@@ -136,6 +136,6 @@ def _tell(given: argparse.Namespace, tried: Sequence[_Tried]) -> None:
         print(json.dumps({"tried": rows}, ensure_ascii=False))
         return
     for one in tried:
-        key = f"key {one.key}" if one.key else "no key"
+        key = f"key {one.key}  " if one.key else "no key  " if one.model else ""
         outcome = one.problem or f"works ({one.model} answered in {one.seconds:.2f} s)"
-        print(f"{one.provider}  {key}  {outcome}")
+        print(f"{one.provider}  {key}{outcome}")

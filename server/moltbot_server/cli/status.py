@@ -243,7 +243,9 @@ def _in_words(found: Mapping[str, Any]) -> str:
         lines.append("The engine runs elsewhere and cannot be reached: start it there, or correct `engine` here.")
     elif found["model_problem"] and _all_serve(found):
         keyless = found["model_reason"] == "MODEL_CREDENTIAL"
-        told = "lacks a key: its line says how to add one." if keyless else "cannot answer: its line says why."
+        told = (
+            "lacks a key that works: its line says how to add one." if keyless else "cannot answer: its line says why."
+        )
         lines.append(f"All of it serves, but the default {what.lower()} {told}")
     elif found["processes"]["supervisor"]["memory"] is None:  # and somebody else holds the workspace
         lines.append(

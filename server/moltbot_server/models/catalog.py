@@ -9,7 +9,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from enum import StrEnum
 
 from moltbot_server.errors import ModelInUse, ModelNotFound, ModelUnavailable, MoltBotError
-from moltbot_server.models.engine import NOBODY, Engine
+from moltbot_server.models.engine import NOBODY, Engine, NeedsKeys
 
 _log = logging.getLogger(__name__)
 
@@ -54,6 +54,13 @@ class CatalogEntry:
         """What the engine's own refusal is called, such as `MODEL_CREDENTIAL`; empty when there is none."""
         problem = self._problem() if self.stopped else None
         return problem.reason if problem else ""
+
+    @property
+    def locked_out(self) -> MoltBotError | None:
+        """What a model says that is ready and has keys of which its provider takes none; None where that is not so."""
+        if self.state is not ModelState.READY or not isinstance(self.engine, NeedsKeys):
+            return None
+        return self.engine.locked_out
 
     @property
     def stopped(self) -> bool:

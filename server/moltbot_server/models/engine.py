@@ -5,9 +5,9 @@ from __future__ import annotations
 import asyncio
 from collections import deque
 from collections.abc import AsyncGenerator, Mapping, Sequence
-from typing import NamedTuple, Protocol
+from typing import NamedTuple, Protocol, runtime_checkable
 
-from moltbot_server.errors import Unimplemented
+from moltbot_server.errors import MoltBotError, Unimplemented
 from moltbot_server.turns import (
     Attempt,
     FinishReason,
@@ -125,6 +125,15 @@ class Generation(Protocol):
 
     def stop(self) -> None:
         """Free the engine within one step; the listener hears no more. Does nothing after the end."""
+
+
+@runtime_checkable
+class NeedsKeys(Protocol):
+    """An engine that keys of a provider let in."""
+
+    @property
+    def locked_out(self) -> MoltBotError | None:
+        """Why it answers nobody although it has keys: each of them is refused. Any thread may ask."""
 
 
 class Engine(Protocol):

@@ -32,6 +32,7 @@ _LARGEST_REFUSAL = 64 << 10
 _LARGEST_BODY = 128 << 20
 _REFUSAL_WITHIN = 5.0  # seconds that the text of a refusal may take; the status alone says most
 _NOTHING = Usage()
+_SOON = 0.001  # seconds
 
 
 class Asked(Protocol):
@@ -84,6 +85,7 @@ class ProviderAnswer:
 
     __slots__ = (
         "_again",
+        "_asked",
         "_begun",
         "_body",
         "_collected",
@@ -120,7 +122,7 @@ class ProviderAnswer:
         self._task: asyncio.Task[None] | None = None
         self._timer: asyncio.TimerHandle | None = None
         self._over = self._again = False
-        self._heard = self._loop.time()
+        self._asked = self._heard = self._loop.time()
         self._begun = perf_counter()
         self._first = 0.0
         self._renew()
@@ -187,17 +189,24 @@ class ProviderAnswer:
         self._connection = connection
         self._heard = self._loop.time()
         if self._timer is None:
-            self._timer = self._loop.call_later(self._model.provider.idle_timeout, self._look)
+            self._timer = self._loop.call_later(min(self._model.provider.idle_timeout, self._left()), self._look)
         connection.ask(self._model.head(self._key, len(self._body)) + self._body, self)
 
     def _look(self) -> None:
-        """Give up when nothing has come for too long; else look again when it might be so."""
-        limit = self._model.provider.idle_timeout
-        left = self._heard + limit - self._loop.time()
-        if left > 0.001:
-            self._timer = self._loop.call_later(left, self._look)
+        """Give up when nothing has come for too long, or no end; else look again when it might be so."""
+        provider, whole = self._model.provider, self._left()
+        left = self._heard + provider.idle_timeout - self._loop.time()
+        if whole <= _SOON:
+            text = f"did not come to an end within {provider.answer_timeout:g} s"
+            self.fail(ModelUnavailable(f"{self._model.terms.title} {text}."))
+        elif left > _SOON:
+            self._timer = self._loop.call_later(min(left, whole), self._look)
         else:
-            self.fail(ModelUnavailable(f"{self._model.terms.title} sent nothing for {limit:g} s."))
+            self.fail(ModelUnavailable(f"{self._model.terms.title} sent nothing for {provider.idle_timeout:g} s."))
+
+    def _left(self) -> float:
+        """Return how many seconds the answer may still take."""
+        return self._asked + self._model.provider.answer_timeout - self._loop.time()
 
     # --- hear: the connection calls these ----------------------------------------------------------------------------
 

@@ -102,6 +102,20 @@ class ProviderEngine:
         return max(whole, min((self.cooldowns.rest(self.place(key)) for key in keys), default=0.0))
 
     @property
+    def locked_out(self) -> MoltBotError | None:
+        """Why it answers nobody although it has keys: each of them is refused; see `NeedsKeys`."""
+        keys = self._keys()
+        places = [self.place(key) for key in keys]
+        if not keys or not all(
+            self.cooldowns.rest(place) and self.cooldowns.cause(place) is Cause.CREDENTIAL for place in places
+        ):
+            return None
+        if keys is _KEYLESS:
+            return self.keyless()
+        refused = f"{self.terms.title} refused each key that it was given for {self.id}"
+        return ModelCredential(f"{refused}; {self._way_to_a_key}")
+
+    @property
     def numbers(self) -> Mapping[str, float]:
         """Answers under way, its keys, and how many of them rest."""
         keys = self._keys()
@@ -164,10 +178,8 @@ class ProviderEngine:
         places = [self.place(key) for key in keys]
         if any(not self.cooldowns.rest(place) for place in places):
             return
-        if all(self.cooldowns.cause(place) is Cause.CREDENTIAL for place in places):
-            if keys is _KEYLESS:
-                raise self.keyless()
-            raise ModelCredential(f"{self.terms.title} refused each key that it was given for {self.id}.")
+        if (refusal := self.locked_out) is not None:
+            raise refusal
         text = f"{self.terms.title} takes no more requests for {self.id} now."
         raise QueueFull(text, retry_after=self.rest)
 

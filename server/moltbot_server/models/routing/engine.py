@@ -10,7 +10,7 @@ from typing import NamedTuple
 import msgspec
 
 from moltbot_server.config_models import DEFAULT_ROUTE, ModelRoute
-from moltbot_server.errors import ModelUnavailable, MoltBotError
+from moltbot_server.errors import ModelCredential, ModelUnavailable, MoltBotError
 from moltbot_server.models.catalog import CatalogEntry, ModelState
 from moltbot_server.models.engine import (
     NOBODY,
@@ -94,6 +94,12 @@ class RouteEngine:
         return min((engine.rest for engine in self._look().engines), default=0.0)
 
     @property
+    def locked_out(self) -> MoltBotError | None:
+        """What the first of its models says, where each lacks a key that works; see `NeedsKeys`."""
+        problems = [entry.locked_out or (entry.refuse() if entry.stopped else None) for entry in self._entries()]
+        return problems[0] if problems and all(isinstance(one, ModelCredential) for one in problems) else None
+
+    @property
     def names(self) -> tuple[str, ...]:
         """What the configuration calls its models, first choice first."""
         return tuple(candidate.name for candidate in self._candidates)
@@ -154,7 +160,7 @@ class RouteEngine:
 
     def admit(self, asker: Asker) -> None:
         """Refuse a turn that none of its models would take now; see `Engine.admit`."""
-        now = self._time().time()
+        now = self._now()
         refusals: list[Refusal] = []
         hope: list[CatalogEntry] = []
         for candidate in self._candidates:
@@ -192,7 +198,7 @@ class RouteEngine:
         return self._clock
 
     def _now(self) -> float:
-        """Return the time; metrics ask for it from a thread without a loop, before there was a turn."""
+        """Return the time; metrics and health ask for it from a thread without a loop, before there was a turn."""
         return time.monotonic() if self._clock is None else self._clock.time()
 
     def _look(self) -> _Seen:
