@@ -246,7 +246,8 @@ class Settings:
                     yield self._problem(key, f"{key} and {other} are both {port}; give each its own")
 
     def _wrong_routes(self) -> Iterator[Problem]:
-        yield from (self._problem("models.primary", f"models: {text}") for text in route_problems(self.models))
+        place = "models.primary" if self.models.primary or not self.models.fallback else "models.fallback"
+        yield from (self._problem(place, f"models: {text}") for text in route_problems(self.models))
         names = {route.name for route in self.routes}
         for name in sorted(names & _TAKEN):
             text = f"routes.{name}: this name has a meaning of its own; give the route another one"

@@ -245,6 +245,8 @@ def route_problems(one: ModelRoute) -> Iterator[str]:
     candidates = [one.primary, *one.fallback]
     if one.name and not one.primary:
         yield "it needs a `primary`, the model that is asked first"
+    elif one.fallback and not one.primary:
+        yield "`fallback` is for a route, which needs a `primary`: name the model that is asked first"
     for twice in sorted({name for name in candidates if candidates.count(name) > 1}):
         yield f"`{twice}` is named twice; keep one" if twice else "a fallback has no name"
     for name, _ in one.weights:

@@ -193,6 +193,10 @@ def test_every_mistake_in_a_section_is_told_at_its_own_line(tmp_path: Path) -> N
 @pytest.mark.parametrize(
     ("yaml", "said"),
     [
+        (
+            "port: 8001\nmodels: {fallback: [b]}\n",
+            "moltbot.yaml:2: models: `fallback` is for a route, which needs a `primary`: name the model that is asked",
+        ),
         ("providers: [openai]\n", "providers: found a list, expected names, and under each what it is"),
         ("providers: {Open AI: {}}\n", "providers: found 'Open AI' as a name, expected 1 to 63 of"),
         ("providers: {x: gpt-4}\n", "providers.x: found 'gpt-4', expected the keys answer_timeout, api_version, "),

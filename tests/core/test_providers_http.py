@@ -127,6 +127,14 @@ def test_the_name_of_an_event_is_left_out_and_its_data_is_whole(event: str, payl
     assert EventLines().feed(f"{event}\n\n".encode()) == payload
 
 
+@pytest.mark.parametrize("first", ["data: one", "event: x\ndata: one", "data:one"])
+def test_a_byte_order_mark_before_the_first_event_hides_it_not(first: str) -> None:
+    events = EventLines()
+    assert events.feed(f"\ufeff{first}\n\ndata: two\n\n".encode()) == [b"one", b"two"]
+    events = EventLines()
+    assert (events.feed(f"\ufeff{first}".encode()), events.end()) == ([], [b"one"])
+
+
 def test_an_event_without_an_end_is_given_up() -> None:
     events = EventLines()
     events.feed(b"data: " + b"x" * (1 << 19))

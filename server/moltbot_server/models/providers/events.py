@@ -61,6 +61,7 @@ class EventLines:
 
 
 def _data(event: bytes) -> bytes | None:
+    event = event.removeprefix(b"\xef\xbb\xbf")  # a stream may begin with a byte order mark
     lines = [line[5:].removeprefix(b" ") for line in event.split(b"\n") if line.startswith(b"data:")]
     if lines:
         return b"\n".join(lines)
