@@ -9,6 +9,7 @@ import gc
 import json
 import logging
 import os
+import resource
 import signal
 import sys
 from collections.abc import Awaitable, Callable, Mapping, Sequence
@@ -35,6 +36,7 @@ Start = Callable[[], Awaitable[tuple[Mapping[str, Any], Leave]]]
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the core or an engine until it is told to leave; return the process' exit code."""
     flags = _parser().parse_args(arguments)
+    _leave_no_dump()
     workspace = find_workspace(os.environ, flags.workspace)
     try:
         key = workspace.read_key()
@@ -56,6 +58,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
     else:
         starting = functools.partial(_start_core, settings, key, reread, flags.worker)
     return uvloop.run(_run(starting, problems_as_json=flags.problems_as_json))
+
+
+def _leave_no_dump() -> None:
+    """Keep what is in memory, as keys of providers and what people say, out of a file that a crash would leave."""
+    _, most = resource.getrlimit(resource.RLIMIT_CORE)
+    resource.setrlimit(resource.RLIMIT_CORE, (0, most))
 
 
 async def _run(start: Start, *, problems_as_json: bool) -> int:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import resource
 import signal
 import socket
 import sqlite3
@@ -69,6 +70,20 @@ async def test_a_killed_core_keeps_its_sessions_and_the_next_one_carries_its_tur
             "before", "You said: before", "#150 pace=0.01", text, "waits", unary.completed.text,
         ]  # fmt: skip
         await api.channel.close()
+
+
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="others are not asked for their limits")
+async def test_a_core_leaves_no_dump_of_its_memory_whatever_its_parent_allows(
+    tmp_path: Path, request: pytest.FixtureRequest
+) -> None:
+    before = resource.getrlimit(resource.RLIMIT_CORE)
+    if not before[1]:
+        pytest.skip("this machine allows nobody a core dump")
+    request.addfinalizer(lambda: resource.setrlimit(resource.RLIMIT_CORE, before))
+    resource.setrlimit(resource.RLIMIT_CORE, (before[1], before[1]))
+    async with core_process(tmp_path) as core:
+        await core.serving()
+        assert psutil.Process(core.process.pid).rlimit(psutil.RLIMIT_CORE)[0] == 0
 
 
 async def test_a_core_told_to_leave_ends_its_turns_and_leaves_with_zero(tmp_path: Path) -> None:
