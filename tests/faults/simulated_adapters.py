@@ -6,15 +6,15 @@ import sqlite3
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, Protocol
 
-import msgspec
 from fault_deliveries import Given, Note, Owed, Posted, Row
 from fault_history import name_of
 from moltbot_server.store.outbox import Delivery
+from moltbot_server.store.sealed import Sealed
 from moltbot_server.turns import Completed, Event, Failed, FinishReason
 from simulated_core import WORKSPACE, Node
 from simulated_world import World
 
-_events = msgspec.msgpack.Decoder(tuple[Event, ...])
+_events: Sealed[tuple[Event, ...]] = Sealed(tuple[Event, ...])
 _SILENT = frozenset({FinishReason.CANCELLED, FinishReason.JOINED})
 _PATIENCE = 60.0
 """Seconds without any news after which an adapter gives up; none should ever need so many."""

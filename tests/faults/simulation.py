@@ -20,6 +20,7 @@ import msgspec
 from fault_checker import Violation, check
 from fault_deliveries import Note, check_deliveries
 from fault_history import Entry, Fault, Kept, KeptEvent, Listed, name_of
+from moltbot_server.store.sealed import Sealed
 from moltbot_server.store.sqlite_rows import messages_of
 from moltbot_server.turns import Completed, Event, Place, Reset, TextDelta, WhenBusy
 from simulated_adapters import Adapter, Platform, kept_deliveries
@@ -28,7 +29,7 @@ from simulated_core import CHANNEL, Node, virtual_time
 from simulated_disk import Disk
 from simulated_world import World
 
-_events = msgspec.msgpack.Decoder(tuple[Event, ...])
+_events: Sealed[tuple[Event, ...]] = Sealed(tuple[Event, ...])
 _LIVELY = 60
 """A core takes about so many steps for a few turns; faults come at any of them."""
 
