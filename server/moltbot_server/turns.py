@@ -209,6 +209,7 @@ class FinishReason(StrEnum):
     CONTENT_FILTER = "content_filter"
     TOOL_CALLS = "tool_calls"
     JOINED = "joined"
+    UPSTREAM_ERROR = "upstream_error"
 
 
 class TurnState(StrEnum):

@@ -158,6 +158,24 @@ async def test_an_answer_that_comes_to_no_end_is_ended(mock: MockProvider, diale
 
 
 @pytest.mark.parametrize("dialect", DIALECTS)
+async def test_a_provider_that_ignores_the_limit_is_stopped_beyond_it(mock: MockProvider, dialect: str) -> None:
+    follow(mock, text="word and word again " * 1000, chunks=4000, pace="1ms")
+    async with started(provider(mock.address, dialect)) as engine:
+        heard, end = await answered(engine, options=GenerationOptions(max_output_tokens=100))
+    assert end.finish_reason is FinishReason.LENGTH
+    assert 100 < len(heard.text.split()) < 1000
+    assert end.usage.output_tokens > 100
+
+
+@pytest.mark.parametrize("dialect", DIALECTS)
+async def test_an_answer_in_tiny_pieces_is_not_taken_for_a_long_one(mock: MockProvider, dialect: str) -> None:
+    follow(mock, text="letter by letter " * 20, chunks=340)
+    async with started(provider(mock.address, dialect)) as engine:
+        heard, end = await answered(engine, options=GenerationOptions(max_output_tokens=64))
+    assert (heard.text, end.finish_reason) == ("letter by letter " * 20, FinishReason.STOP)
+
+
+@pytest.mark.parametrize("dialect", DIALECTS)
 async def test_characters_that_are_cut_in_two_arrive_whole(mock: MockProvider, dialect: str) -> None:
     follow(mock, {"kind": "split_utf8"}, reasoning="想一想")
     async with started(provider(mock.address, dialect)) as engine:

@@ -43,7 +43,7 @@ def test_five_failures_in_a_row_put_a_model_to_rest() -> None:
         reason=BROKE,
         error_rate=1.0,
         recent_attempts=5,
-        rest=pytest.approx(0.7, abs=0.1),
+        rest=pytest.approx(5.4, abs=0.1),
         first_token=None,
         attempts=5,
     )
@@ -100,7 +100,7 @@ def test_answers_that_break_in_the_middle_put_a_model_to_rest() -> None:
 def test_one_turn_at_a_time_tries_a_model_that_has_rested() -> None:
     rig = Rig(fails(), ANSWERS)
     asked(rig, 5)
-    rig.clock.pass_by(1)
+    rig.clock.pass_by(6)
     rig.a.does = replace(ANSWERS, first=0.5)
     assert rig.route.models[0].state is BreakerState.HALF_OPEN
     first, second = rig.begin(), rig.begin()
@@ -130,14 +130,22 @@ def test_a_trial_that_fails_is_seen_by_nobody_and_pauses_grow_to_the_cooldown_at
     asked(rig, 700, every=0.1)
     at = [call.at for call in rig.a.calls[4:]]
     pauses = [round(later - earlier, 1) for earlier, later in pairwise(at)]
-    assert pauses[:4] == [
-        pytest.approx(0.9),
-        pytest.approx(1.7, abs=0.1),
-        pytest.approx(3.3, abs=0.1),
-        pytest.approx(6.6, abs=0.1),
-    ]
-    assert len(pauses) > 8
-    assert max(pauses) <= 8.4
+    assert pauses[:2] == [pytest.approx(5.6, abs=0.1), pytest.approx(8.3, abs=0.1)]
+    assert len(pauses) > 6
+    assert 5 <= min(pauses) <= max(pauses) <= 8.4
+
+
+def test_a_model_that_is_ill_and_not_dead_is_tried_again_sooner() -> None:
+    breaker = Breaker(Limits(error_rate=0.2), draw=lambda: 0.0)
+    now, rests = 0.0, []
+    for _ in range(4):
+        while not breaker.is_open:
+            breaker.spoke(breaker.begin(now), now, in_time=True)
+            breaker.failed(breaker.begin(now), now, "why")
+        rests.append(breaker.rest(now))
+        now += rests[-1]
+        breaker.spoke(breaker.begin(now), now, in_time=True)
+    assert rests == [0.75, 1.5, 3.0, 6.0]
 
 
 @pytest.mark.parametrize("broken", [fails(), HANGS, fails(after=1)])
@@ -158,7 +166,7 @@ def test_a_healed_model_is_back_within_ten_seconds_however_it_failed(broken: Doe
 def test_a_trial_that_is_stopped_by_its_user_is_left_to_the_next_turn() -> None:
     rig = Rig(fails(), ANSWERS)
     asked(rig, 5)
-    rig.clock.pass_by(1)
+    rig.clock.pass_by(6)
     rig.a.does = HANGS
     rig.begin()
     rig.generation.stop()
@@ -171,12 +179,12 @@ def test_what_was_under_way_before_a_model_was_put_to_rest_changes_nothing() -> 
     late = [breaker.begin(0.0) for _ in range(4)]
     for _ in range(5):
         breaker.failed(breaker.begin(0.0), 0.1, "why")
-    assert breaker.rest(0.1) == pytest.approx(0.825)
+    assert breaker.rest(0.1) == pytest.approx(6.7 * 0.825)
     breaker.spoke(late[0], 0.2, in_time=True)
     breaker.failed(late[1], 0.2, "later")
     breaker.finished(late[2])
     breaker.unknown(late[3])
-    assert (breaker.rest(0.1), breaker.reason, breaker.recent_attempts(0.2)) == (pytest.approx(0.825), "why", 5)
+    assert (breaker.rest(0.1), breaker.reason, breaker.recent_attempts(0.2)) == (pytest.approx(6.7 * 0.825), "why", 5)
 
 
 def test_a_model_that_comes_back_only_to_fail_rests_longer_each_time() -> None:
@@ -189,11 +197,11 @@ def test_a_model_that_comes_back_only_to_fail_rests_longer_each_time() -> None:
         now += rests[-1]
         breaker.spoke(breaker.begin(now), now, in_time=True)
         now += 1
-    assert rests == [0.75, 1.5, 3.0, 6.0, 7.5, 7.5]
+    assert rests == pytest.approx([5.025, *[7.5] * 5])
     now += 60
     for _ in range(5):
         breaker.failed(breaker.begin(now), now, "why")
-    assert breaker.rest(now) == 0.75
+    assert breaker.rest(now) == pytest.approx(5.025)
 
 
 # --- when all are ill ------------------------------------------------------------------------------------------------
@@ -206,13 +214,13 @@ def test_when_all_are_dead_turns_are_refused_at_once_and_say_when_to_come_back()
     before = (rig.a.asked, rig.b.asked)
     with pytest.raises(ModelUnavailable) as caught:
         rig.route.admit(Asker())
-    assert 0 < (caught.value.retry_after or 0) <= 1
+    assert 5 < (caught.value.retry_after or 0) <= 6
     ear = rig.begin()
     assert isinstance(ear.error, ModelUnavailable), "at once"
-    assert 0 < (ear.error.retry_after or 0) <= 1
+    assert 5 < (ear.error.retry_after or 0) <= 6
     assert (rig.a.asked, rig.b.asked) == before
     assert "a rests: The provider answered 500" in ear.error.message
-    rig.clock.pass_by(1)
+    rig.clock.pass_by(6)
     rig.a.does = ANSWERS
     rig.route.admit(Asker())
     assert rig.ask().end.model == "a"

@@ -256,15 +256,23 @@ def test_continue_with_nothing_to_add_is_a_whole_answer() -> None:
     assert (ear.text, ear.end.model) == ("Hello there", "b")
 
 
-def test_stop_fails_the_turn_so_that_it_can_be_repeated() -> None:
-    rig = Rig(fails(ContentTooLarge("parts", "too big"), after=1), ANSWERS, on_failure="stop")
-    ear = rig.ask()
-    assert (ear.text, rig.b.asked) == ("Hello", 0)
+def test_stop_ends_the_answer_where_it_broke_and_says_so() -> None:
+    for error in (ContentTooLarge("parts", "too big"), TurnInterrupted("It stopped."), ModelUnavailable(BROKE)):
+        rig = Rig(fails(error, after=2), ANSWERS, on_failure="stop")
+        ear = rig.ask()
+        notice = Notice(code="UPSTREAM_ERROR", origin="models/a", target="", reason=error.message)
+        assert ear.heard[:-1] == [FIRST, "Hello", " there", notice]
+        assert (ear.end.finish_reason, ear.end.model) == (FinishReason.UPSTREAM_ERROR, "a")
+        assert ear.end.usage.output_tokens == 2
+        assert ear.attempts == [("a", error.reason)]
+        assert (rig.b.asked, rig.route.numbers["route_failed"]) == (0, 1)
+        assert rig.clock.waiting == 0
+
+
+def test_stop_is_no_good_end_of_a_turn_whose_time_is_over() -> None:
+    rig = Rig(fails(after=1), ANSWERS, on_failure="stop")
+    ear = rig.ask(asker=Asker(deadline=rig.clock.time() + 0.05))
     assert isinstance(ear.error, ModelUnavailable)
-    assert ear.error.retryable
-    assert ear.error.message == "The answer broke off: parts: too big"
-    same = Rig(fails(TurnInterrupted("It stopped."), after=1), on_failure="stop").ask()
-    assert isinstance(same.error, TurnInterrupted)
 
 
 def test_a_model_that_falls_silent_in_its_answer_has_broken() -> None:

@@ -19,6 +19,8 @@ from moltbot.v1 import (
     model_pb2_grpc,
     route_pb2,
     route_pb2_grpc,
+    session_pb2,
+    session_pb2_grpc,
     usage_pb2,
     usage_pb2_grpc,
 )
@@ -155,6 +157,29 @@ async def test_a_model_that_breaks_in_mid_answer_is_begun_anew_by_another_one(tm
         shown = event.reset.text if event.WhichOneof("kind") == "reset" else shown + event.text_delta.text
     assert shown == events[-1].completed.text == again.text
     assert "Half" not in shown
+
+
+async def test_an_answer_that_broke_off_is_kept_as_it_is_where_the_route_says_so(tmp_path: Path) -> None:
+    cut = {"text": "Half of this is lost.", "chunks": 4, "pace": "20ms", "faults": [{"kind": "cut", "after": 2}]}
+    route = ModelRoute(primary="first-model", fallback=("second-model",), on_failure="stop")
+    async with rig(tmp_path, cut, WELL, models=route) as core:
+        events = await core.events(flush_interval={"seconds": 0}, request_id="once")
+        again = await core.answer(request_id="once")
+        session = next(event.accepted.session for event in events if event.WhichOneof("kind") == "accepted")
+        sessions: Any = session_pb2_grpc.SessionServiceStub(core.channel)
+        asked = session_pb2.ListMessagesRequest(parent=session)
+        kept = (await sessions.ListMessages(asked, metadata=core.server.metadata)).messages
+
+    done = events[-1].completed
+    assert done.finish_reason == message_pb2.FINISH_REASON_UPSTREAM_ERROR
+    assert "".join(event.text_delta.text for event in events) == done.text == again.text
+    assert done.text
+    assert "Half of this is lost.".startswith(done.text)
+    assert (done.model, done.usage.output_tokens, core.mocks[1].calls.shown()["calls"]) == ("models/first-model", 2, [])
+    (notice,) = [event.notice for event in events if event.WhichOneof("kind") == "notice"]
+    assert (notice.code, getattr(notice, "from"), notice.to) == ("UPSTREAM_ERROR", "models/first-model", "")
+    assert [attempt.outcome for attempt in done.timings.attempt_log] == ["MODEL_UNAVAILABLE"]
+    assert [message.parts[0].text for message in kept] == ["hello", done.text]
 
 
 async def test_a_model_that_is_named_is_the_one_that_answers_or_nobody(tmp_path: Path) -> None:

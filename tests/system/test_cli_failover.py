@@ -83,7 +83,7 @@ class TestFailoverTest:
 
         assert (report["failed"], report["skipped"] > 0) == (0, True)
         assert {row["result"] for row in rows(report, "S24")} == {"skipped"}
-        assert rows(report, "S22")[0]["seen"] == "a part of the answer, then MODEL_UNAVAILABLE"
+        assert rows(report, "S22")[0]["seen"] == "the beginning of an answer by local"
         assert "A scripted model stands in for each local one." in report["notes"]
 
     async def test_without_a_route_a_sample_is_proved_and_that_is_said(self, home: Home) -> None:

@@ -23,11 +23,13 @@ SECOND = Script(id="second", rules=(Rule(template="From the second."),))
 
 
 @pytest.fixture
-async def client(tmp_path) -> AsyncIterator[openai.AsyncOpenAI]:
-    """The official client of an adapter whose core answers by a route of two models."""
+async def client(tmp_path, request) -> AsyncIterator[openai.AsyncOpenAI]:
+    """The official client of an adapter whose core answers by a route of two models; its parameter is `on_failure`."""
     models = Catalog([ScriptedEngine(FIRST), ScriptedEngine(SECOND)])
     await models.start()
-    route = RouteEngine(ModelRoute(name="both", primary="first", fallback=("second",)), models.entry)
+    on_failure = getattr(request, "param", "restart")
+    spec = ModelRoute(name="both", primary="first", fallback=("second",), on_failure=on_failure)
+    route = RouteEngine(spec, models.entry)
     async with running_server(tmp_path / "workspace", engine=route, grace=0.2) as server:
         key_file = tmp_path / "key"
         key_file.write_text(server.key)
@@ -74,3 +76,13 @@ async def test_words_that_are_taken_back_end_a_stream_and_no_whole_answer(client
         await listen()
     assert "".join(heard) == "Half of "
     assert caught.value.code == "answer_replaced"
+
+
+@pytest.mark.parametrize("client", ["stop"], indirect=True)
+async def test_an_answer_that_broke_off_is_no_whole_one(client):
+    asked = {"model": "both", "messages": _user("It breaks off")}
+    whole = (await client.chat.completions.create(**asked)).choices[0]
+    assert (whole.message.content, whole.finish_reason) == ("Half of ", "length")
+    chunks = [chunk async for chunk in await client.chat.completions.create(**asked, stream=True)]
+    assert "".join(chunk.choices[0].delta.content or "" for chunk in chunks) == "Half of "
+    assert chunks[-1].choices[0].finish_reason == "length"

@@ -13,11 +13,12 @@ from moltbot_adapters.http import web_events
 
 DONE = b"data: [DONE]\n\n"
 
-# The API has no word for a turn that was cancelled: that is an error there.
+# The API has no word for a turn that was cancelled: that is an error there. One that broke off is not whole either.
 FINISH = {
     message_pb2.FINISH_REASON_STOP: "stop",
     message_pb2.FINISH_REASON_STOP_TEXT: "stop",
     message_pb2.FINISH_REASON_LENGTH: "length",
+    message_pb2.FINISH_REASON_UPSTREAM_ERROR: "length",
     message_pb2.FINISH_REASON_CONTENT_FILTER: "content_filter",
     message_pb2.FINISH_REASON_TOOL_CALLS: "tool_calls",
 }

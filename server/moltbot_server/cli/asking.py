@@ -189,6 +189,8 @@ def remark(completed: chat_pb2.Completed, *, cancelled: bool) -> str:
         return "" if cancelled else "somebody else cancelled the answer: it is not whole"
     if completed.finish_reason == message_pb2.FINISH_REASON_LENGTH:
         return "the answer was cut at the limit of its length"
+    if completed.finish_reason == message_pb2.FINISH_REASON_UPSTREAM_ERROR:
+        return "the answer broke off: its model failed, and the route keeps what it had said (`on_failure: stop`)"
     return "" if completed.text.strip() or completed.attachments else "the answer is empty"
 
 

@@ -45,6 +45,7 @@ class Heard:
     attempts: list[str] = field(default_factory=list)
     switches: int = 0
     resets: int = 0
+    broke_off: bool = False
     first_token: float | None = None
     total: float = 0.0
     error: MoltBotClientError | None = None
@@ -65,6 +66,7 @@ class Heard:
             self.switches += event.notice.code == "FAILOVER"
         elif kind == "completed":
             self.told, self.model = event.completed.text, event.completed.model.removeprefix("models/")
+            self.broke_off = event.completed.finish_reason == message_pb2.FINISH_REASON_UPSTREAM_ERROR
             self._tried(event.completed.timings)
         elif kind == "failed":
             self.error = from_event(event.failed)

@@ -132,6 +132,8 @@ def seen(heard: Heard, ids: Mapping[str, Candidate]) -> str:
     who = ids.get(heard.model)
     if who is None or not heard.shown.strip():
         return "an empty answer"
+    if heard.broke_off:
+        return f"the beginning of an answer by {who.name}"
     if heard.resets:
         return f"an answer begun anew by {who.name}"
     if heard.shown != who.text and heard.shown.endswith(who.text):
@@ -182,13 +184,13 @@ def stood_in(scene: Scene, heard: Heard, *, within: float) -> None:
 def _broken(scene: Scene, heard: Heard) -> None:
     """Hold that an answer which broke after its first word became what the route says."""
     policy = scene.drill.route.on_failure
-    if policy == "stop" and heard.error is not None:
-        if not heard.error.retryable or not heard.shown.strip():
-            raise Wrong("an answer that broke did not end with its beginning and an error that can be tried again")
-        return
     if heard.error is not None:
         raise Wrong(f"the user saw an error: {heard.error.message}")
     candidate = scene.ids.get(heard.model)
+    if heard.broke_off:
+        if policy != "stop" or candidate is not scene.first or heard.told != heard.shown or not heard.shown.strip():
+            raise Wrong("an answer that broke did not end with its beginning")
+        return
     if candidate is None or candidate is scene.first:
         raise Wrong("the model that broke is said to have answered")
     if heard.told != heard.shown or not heard.shown.endswith(candidate.text):

@@ -17,8 +17,9 @@ _RETRY_AFTER = 2
 _BACK_WITHIN = 3.0
 _EVERY = 0.1
 _FURTHER_TURNS = 5
-_OUTAGE = 3.0
-_SHORTEST_PAUSE = 0.7  # seconds: a model that rests is not tried more often
+_OUTAGE = 6.5
+_SHORTEST_PAUSE = 5.0  # seconds: a dead model is not tried more often, unless its route's cooldown is shorter
+_SHARE_OF_COOLDOWN = 0.75
 _REFUSED_WITHIN = 0.05
 _AT_DEATH = 12  # so many turns at most until each model has failed often enough
 _DOWN = "Is anybody there while all is down?"
@@ -117,7 +118,8 @@ async def _all_down(scene: Scene) -> tuple[str, float]:
         took.append(last.total)
         _refused(last)
         await asyncio.sleep(_EVERY)
-    most = 1 + int(_OUTAGE / _SHORTEST_PAUSE)
+    pause = min(_SHORTEST_PAUSE, _SHARE_OF_COOLDOWN * scene.drill.route.cooldown)
+    most = 1 + int(_OUTAGE / pause)
     for name, mock in scene.mocks.items():
         if (count := len(await mock.calls())) > most:
             raise Wrong(f"{name} was tried {count} times in {_OUTAGE:g} s")

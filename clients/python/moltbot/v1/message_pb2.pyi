@@ -106,6 +106,8 @@ class _FinishReasonEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[_FinishRe
     """The model asks for tools to be called."""
     FINISH_REASON_JOINED: _FinishReason.ValueType  # 7
     """The turn was answered together with a later one, which it names."""
+    FINISH_REASON_UPSTREAM_ERROR: _FinishReason.ValueType  # 8
+    """The model broke off, and its route keeps what it had said (`on_failure: stop`). A notice before says why."""
 
 class FinishReason(_FinishReason, metaclass=_FinishReasonEnumTypeWrapper):
     """Why an answer ended."""
@@ -126,6 +128,8 @@ FINISH_REASON_TOOL_CALLS: FinishReason.ValueType  # 6
 """The model asks for tools to be called."""
 FINISH_REASON_JOINED: FinishReason.ValueType  # 7
 """The turn was answered together with a later one, which it names."""
+FINISH_REASON_UPSTREAM_ERROR: FinishReason.ValueType  # 8
+"""The model broke off, and its route keeps what it had said (`on_failure: stop`). A notice before says why."""
 Global___FinishReason: _TypeAlias = FinishReason  # noqa: Y015
 
 @_typing.final

@@ -24,7 +24,7 @@ from moltbot_server.models.providers.pool import Pool, Unreachable
 from moltbot_server.models.providers.presets import Terms
 from moltbot_server.models.providers.refusals import Refusal, refusal, refusal_in_stream
 from moltbot_server.models.providers.withholding import Withholding
-from moltbot_server.turns import FinishReason, Part, Tool, ToolCallPart, Usage
+from moltbot_server.turns import FinishReason, GenerationOptions, Part, ToolCallPart, Usage
 
 log = logging.getLogger(__name__)
 
@@ -99,6 +99,7 @@ class ProviderAnswer:
         "_listener",
         "_loop",
         "_model",
+        "_most",
         "_over",
         "_reading",
         "_size",
@@ -109,12 +110,21 @@ class ProviderAnswer:
         "_worst",
     )
 
-    def __init__(self, model: Asked, key: ProviderKey, body: bytes, tools: Sequence[Tool], listener: Listener) -> None:
+    def __init__(
+        self,
+        model: Asked,
+        key: ProviderKey,
+        body: bytes,
+        options: GenerationOptions,
+        listener: Listener,
+    ) -> None:
+        """Take the body of a request that was made with `options`."""
         self._loop = asyncio.get_running_loop()
         self._model = model
         self._key = key
         self._body = body
-        self._tools = tools
+        self._tools = options.tools
+        self._most = options.max_output_tokens
         self._listener = listener
         self._tried: list[str] = []
         self._worst: MoltBotError | None = None
@@ -251,6 +261,8 @@ class ProviderAnswer:
         else:
             if complete:
                 self._complete()
+            elif self._most is not None and self._reading.draft.exceeds(self._most):
+                self._end(FinishReason.LENGTH, Usage(output_tokens=self._reading.draft.written))
             elif last:
                 self.fail(ModelUnavailable(f"{self._model.terms.title} broke off: {self._reading.missing()}."))
 

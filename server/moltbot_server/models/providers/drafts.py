@@ -15,6 +15,7 @@ from moltbot_server.turns import FinishReason, Tool, ToolCallPart, Usage
 LARGEST_ANSWER = 1 << 20
 """Characters that an answer, its thoughts and its calls of tools have together at most: what a message can carry."""
 _MOST_CALLS = 128
+_LONG_TOKEN = 8  # characters; twice as many as most have
 
 
 class Reading(Protocol):
@@ -145,6 +146,10 @@ class Draft:
     def written(self) -> int:
         """How many pieces of text came."""
         return self._count
+
+    def exceeds(self, tokens: int) -> bool:
+        """Tell whether there is more than so many tokens can be: each piece has one, and few are longer than this."""
+        return self._count > tokens and self._size > _LONG_TOKEN * tokens
 
     def attachments(self) -> tuple[ToolCallPart, ...]:
         """Return the calls of tools, in their order.

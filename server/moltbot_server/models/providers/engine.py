@@ -199,7 +199,7 @@ class ProviderEngine:
         key = self.next_key(())
         if key is None:  # `admit` has found one
             raise QueueFull(f"{self.terms.title} takes no more requests for {self.id} now.", retry_after=self.rest)
-        answer = ProviderAnswer(self, key, body, options.tools, listener)
+        answer = ProviderAnswer(self, key, body, options, listener)
         self._answers.add(answer)
         answer.begin()
         return answer

@@ -47,6 +47,7 @@ class AttemptUnderWay:
         "last_sign",
         "model",
         "said",
+        "tokens",
         "trimmed",
         "turn",
     )
@@ -61,7 +62,7 @@ class AttemptUnderWay:
         self.began = self.last_sign = now
         self.first_token: float | None = None
         self.is_slow = self.said = False
-        self.trimmed = 0
+        self.tokens = self.trimmed = 0
         self._entry = entry
         self._breaker = breaker
         self._trial: Trial = breaker.begin(now)
@@ -84,6 +85,7 @@ class AttemptUnderWay:
 
     def wrote(self, text: str, tokens: int) -> None:
         """Hear a piece of the answer."""
+        self.tokens += tokens
         if self._straight is not None:
             self.last_sign = self._time()
             self._straight(text, tokens)

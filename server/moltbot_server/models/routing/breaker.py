@@ -5,7 +5,8 @@ it again; if that fails the next pause is longer, up to the route's cooldown. Pa
 began, so that a model that is well again is back within the cooldown however long its last trial took to fail.
 
 A model that rests is one of two kinds. *Ill*: it fails now and then, or is slow; it is still worth asking when nobody
-else is left. *Dead*: everything that was asked of it of late broke at once; asking it is a waste of everybody's time.
+else is left. *Dead*: everything that was asked of it of late broke at once; asking it is a waste of everybody's time,
+and it is not tried again before five seconds have passed.
 """
 
 from __future__ import annotations
@@ -24,6 +25,7 @@ IN_A_ROW = 5
 """So many failures in a row put a model to rest, whatever its rate."""
 
 _FIRST_PAUSE = 1.0
+_FIRST_PAUSE_OF_DEAD = 6.7  # five seconds at least, as long as the cooldown allows that
 _BUCKETS = 12
 _FIRST_TOKENS_KEPT = 50
 
@@ -194,7 +196,8 @@ class Breaker:
     def _put_to_rest(self, since: float, why: str) -> None:
         soon = self._open or since - self._closed_at <= self.limits.cooldown
         self._level = self._level + 1 if soon else 0
-        pause = self._pause(_FIRST_PAUSE * 2.0 ** min(self._level, 16))
+        first = _FIRST_PAUSE_OF_DEAD if self._is_dead() else _FIRST_PAUSE
+        pause = self._pause(first * 2.0 ** min(self._level, 16))
         if not self._open:
             _log.warning("a model rests", extra={**self._names, "reason": why, "seconds": round(pause, 3)})
         self._until = since + pause

@@ -29,7 +29,7 @@ from moltbot_server.models.routing.choice import Choice, Pick
 from moltbot_server.models.routing.clock import Clock, Timer
 from moltbot_server.models.routing.outcome import Refusal, final_error, message_of
 from moltbot_server.models.routing.suitability import Conversation
-from moltbot_server.turns import Attempt, FinishReason, Message, Notice, Reset, Role, Routed, TextPart
+from moltbot_server.turns import Attempt, FinishReason, Message, Notice, Reset, Role, Routed, TextPart, Usage
 
 _log = logging.getLogger(__name__)
 
@@ -316,7 +316,10 @@ class RouteRun:
         if attempt is self._winner:
             self._winner = None
             if self._visible and self._terms.spec.on_failure == "stop":
-                self._give_up()
+                if self._is_late(now):
+                    self._give_up()
+                else:
+                    self._stop_short(attempt, told)
                 return
             self._stale = not self._visible or self._terms.spec.on_failure == "restart"
             self._carried = self._tokens
@@ -339,6 +342,14 @@ class RouteRun:
     def _is_late(self, now: float) -> bool:
         """Tell whether the caller's time is over, which is nobody's fault."""
         return self._asker.deadline is not None and now >= self._asker.deadline - _EARLY
+
+    def _stop_short(self, attempt: AttemptUnderWay, why: str) -> None:
+        """End the answer with what was said of it, and say why there is no more."""
+        self._terms.counts.failed += 1
+        self._listener.noted(Notice(code="UPSTREAM_ERROR", origin=f"models/{attempt.model}", target="", reason=why))
+        if not self._over:  # stopped by who heard of it
+            usage = Usage(output_tokens=attempt.tokens)
+            self._answer(attempt, Finished(finish_reason=FinishReason.UPSTREAM_ERROR, usage=usage))
 
     def _give_up(self) -> None:
         """End the turn badly: nobody is left to ask."""

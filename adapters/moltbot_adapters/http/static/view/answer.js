@@ -138,6 +138,7 @@ export class AnswerView {
   #ending(reason) {
     if (reason === "cancelled") this.chipBelow("stop", "stopped");
     else if (reason === "length") this.chipBelow("alert", "end.length");
+    else if (reason === "upstream_error") this.chipBelow("alert", "error.partial");
     else if (reason === "joined") this.chipBelow("down", "end.joined");
     else if (reason === "content_filter") this.chipBelow("alert", "end.filter");
     else if (this.text.trim() === "" && this.attached === 0) this.chipBelow("alert", "empty");
