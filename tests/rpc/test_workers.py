@@ -172,6 +172,42 @@ async def test_caches_are_cleared_and_counted_for_all_workers_together(tmp_path:
         assert [len(core.sessions) for core in rig.cores.values()] == [0, 0]
 
 
+async def test_a_model_of_a_route_is_as_all_workers_have_seen_it(tmp_path: Path) -> None:
+    route = ModelRoute(primary="far-model", fallback=("scripted",))
+    asked = route_pb2.ListRoutesRequest()
+    async with workers(tmp_path / "w", 2, providers=(PROVIDER,), models=route) as rig:
+        stub = route_pb2_grpc.RouteServiceStub(rig.at(2).channel)
+        for number in (1, 1, 1, 1, 1, 2):
+            await rig.at(number).run(turn("Hi"))
+        far, scripted = (await stub.ListRoutes(asked, metadata=rig.metadata)).routes[0].models
+        assert (far.state, far.attempts, far.recent_attempts, far.error_rate) == (route_pb2.BREAKER_STATE_OPEN, 6, 6, 1)
+        assert far.reason.endswith("(for 1 of 2 workers)")
+        assert (scripted.state, scripted.attempts, scripted.reason) == (route_pb2.BREAKER_STATE_CLOSED, 6, "")
+        assert scripted.HasField("first_token")
+
+        await rig.stop(1)
+        far, _ = (await stub.ListRoutes(asked, metadata=rig.metadata)).routes[0].models
+        assert (far.state, far.attempts) == (route_pb2.BREAKER_STATE_CLOSED, 1)
+
+
+async def test_a_worker_that_does_not_answer_keeps_nobody_from_the_list(tmp_path: Path) -> None:
+    route = ModelRoute(primary="scripted")
+    async with workers(tmp_path / "w", 2, models=route) as rig:
+        stub = route_pb2_grpc.RouteServiceStub(rig.at(1).channel)
+        hangs = asyncio.Event()
+
+        async def silent(*_: Any) -> Any:
+            await hangs.wait()
+
+        rig.cores[2].siblings.hear = silent  # type: ignore[method-assign]
+        request = route_pb2.ListRoutesRequest()
+        try:
+            listed = await stub.ListRoutes(request, metadata=rig.metadata, timeout=10)
+        finally:
+            hangs.set()
+        assert [found.name for found in listed.routes] == ["routes/default"]
+
+
 async def test_streams_end_while_their_worker_leaves_and_new_calls_go_to_the_others(tmp_path: Path) -> None:
     async with workers(tmp_path / "w", 2) as rig:
         streams = [rig.anywhere().stream(turn("#20 pace=0.05", request_id=f"slow-{number}")) for number in range(16)]

@@ -152,4 +152,6 @@ def _rows(routes: Sequence[Mapping[str, Any]], words: Callable[[str], str]) -> I
 def _state(model: Mapping[str, Any]) -> str:
     if model["state"] == "closed" and not model["attempts"]:
         return "not asked yet"
+    if model["state"] == "half_open" and not model["rest_ms"]:
+        return "to be tried"
     return _STATES.get(model["state"].upper(), str(model["state"]))

@@ -51,7 +51,7 @@ class CacheService(cache_pb2_grpc.CacheServiceServicer):
     async def ListCaches(self, request: cache_pb2.ListCachesRequest, call: Call) -> cache_pb2.ListCachesResponse:  # type: ignore[override]
         """Answer the caches with their counters, which are those of all workers together."""
         found = {cache.name: cache for cache in map(_message, self._caches.values())}
-        others = await self._siblings.carry(
+        others = await self._siblings.hear(
             call, lambda channel, common: cache_pb2_grpc.CacheServiceStub(channel).ListCaches(request, **common)
         )
         for theirs in (cache for answer in others for cache in answer.caches):

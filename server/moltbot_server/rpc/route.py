@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 from moltbot.v1 import route_pb2, route_pb2_grpc
 
 from moltbot_server.models.catalog import Catalog
@@ -11,11 +13,17 @@ from moltbot_server.rpc import convert
 from moltbot_server.rpc.interceptors import Call
 from moltbot_server.rpc.siblings import Siblings
 
+_WORSE = (
+    route_pb2.BREAKER_STATE_UNSPECIFIED,
+    route_pb2.BREAKER_STATE_CLOSED,
+    route_pb2.BREAKER_STATE_HALF_OPEN,
+    route_pb2.BREAKER_STATE_OPEN,
+)
 _STATES = {state: route_pb2.BreakerState.Value(f"BREAKER_STATE_{state.value.upper()}") for state in BreakerState}
 
 
 class RouteService(route_pb2_grpc.RouteServiceServicer):
-    """Serves routes: how their models are is what this worker has seen of them."""
+    """Serves routes: how their models are is what all workers together have seen of them."""
 
     def __init__(self, reloading: Reloading, catalog: Catalog, siblings: Siblings) -> None:
         self._reloading = reloading
@@ -24,7 +32,11 @@ class RouteService(route_pb2_grpc.RouteServiceServicer):
 
     async def ListRoutes(self, request: route_pb2.ListRoutesRequest, call: Call) -> route_pb2.ListRoutesResponse:  # type: ignore[override]
         """Answer the routes and how their models are."""
-        return route_pb2.ListRoutesResponse(routes=self._routes())
+        others = await self._siblings.hear(
+            call, lambda channel, common: route_pb2_grpc.RouteServiceStub(channel).ListRoutes(request, **common)
+        )
+        seen = [[*self._routes()], *([*answer.routes] for answer in others)]
+        return route_pb2.ListRoutesResponse(routes=together(seen))
 
     async def ReloadRoutes(self, request: route_pb2.ReloadRoutesRequest, call: Call) -> route_pb2.ReloadRoutesResponse:  # type: ignore[override]
         """Read the configuration and the keys again, here and by the other workers."""
@@ -47,6 +59,40 @@ async def reload_others(siblings: Siblings, call: Call | None) -> None:
     await siblings.carry(
         call, lambda channel, common: route_pb2_grpc.RouteServiceStub(channel).ReloadRoutes(request, **common)
     )
+
+
+def together(seen: Sequence[Sequence[route_pb2.Route]]) -> list[route_pb2.Route]:
+    """Return the routes of the first worker with what all of them have seen of their models."""
+    by_worker = [{(route.name, model.model): model for route in routes for model in route.models} for routes in seen]
+    return [
+        route_pb2.Route(
+            name=route.name,
+            is_default=route.is_default,
+            models=[
+                _sum([found[key] for found in by_worker if (key := (route.name, model.model)) in found])
+                for model in route.models
+            ],
+        )
+        for route in seen[0]
+    ]
+
+
+def _sum(seen: Sequence[route_pb2.RouteModel]) -> route_pb2.RouteModel:
+    """Return what workers have seen of one model: it is as it is for the one for whom it is worst."""
+    worst = max(seen, key=lambda model: (_WORSE.index(model.state), model.rest.ToNanoseconds()))
+    found = route_pb2.RouteModel()
+    found.CopyFrom(worst)
+    concerned = sum(model.state != route_pb2.BREAKER_STATE_CLOSED for model in seen)
+    if found.reason and concerned < len(seen):
+        found.reason = f"{found.reason} (for {concerned} of {len(seen)} workers)"
+    found.attempts = sum(model.attempts for model in seen)
+    found.recent_attempts = sum(model.recent_attempts for model in seen)
+    failures = sum(model.error_rate * model.recent_attempts for model in seen)
+    found.error_rate = failures / found.recent_attempts if found.recent_attempts else worst.error_rate
+    told = max(seen, key=lambda model: (model.HasField("first_token"), model.recent_attempts))
+    if told.HasField("first_token"):
+        found.first_token.CopyFrom(told.first_token)
+    return found
 
 
 def _route(engine: RouteEngine, *, is_default: bool) -> route_pb2.Route:

@@ -24,6 +24,7 @@ FORWARDED = "moltbot-forwarded"
 """The metadata of a call that another node has made for its caller: it is answered here and goes no further."""
 
 _LONGEST = 120.0  # seconds that a sibling may take, which may have to load a model first
+_LONGEST_LOOK = 2.0  # seconds that it may take to say what it has seen
 _OPTIONS = (("grpc.use_local_subchannel_pool", 1), ("grpc.enable_retries", 0))
 
 A = TypeVar("A")
@@ -60,7 +61,7 @@ class Siblings:
         if call is not None and is_forwarded(call):
             return []
         names = list(self._sockets)
-        outcomes = await asyncio.gather(*(self._ask(self._sockets[name], ask) for name in names))
+        outcomes = await self._ask_all(ask, _LONGEST)
         failed = {
             name: outcome
             for name, outcome in zip(names, outcomes, strict=True)
@@ -72,13 +73,24 @@ class Siblings:
             raise NotServing(f"done, but not by all workers; repeat the call ({told})", retry_after=1.0)
         return [outcome for outcome in outcomes if outcome is not None and not isinstance(outcome, MoltBotError)]
 
-    async def _ask(self, socket: Path, ask: Ask[A]) -> A | MoltBotError | None:
+    async def hear(self, call: Call, ask: Ask[A]) -> list[A]:
+        """Ask all of them what they know, and return what they answered; one that does not answer soon is left out."""
+        if is_forwarded(call):
+            return []
+        outcomes = await self._ask_all(ask, _LONGEST_LOOK)
+        return [outcome for outcome in outcomes if outcome is not None and not isinstance(outcome, MoltBotError)]
+
+    async def _ask_all(self, ask: Ask[A], within: float) -> list[A | MoltBotError | None]:
+        """Return what each of them answered, or why not, in their order."""
+        return await asyncio.gather(*(self._ask(socket, ask, within) for socket in self._sockets.values()))
+
+    async def _ask(self, socket: Path, ask: Ask[A], within: float) -> A | MoltBotError | None:
         """Return what a worker answered or why it refused; None if it does not run."""
         if not await _listens(socket):
             return None
         async with aio.insecure_channel(f"unix:{socket}", options=_OPTIONS) as channel:
             try:
-                return await ask(channel, {"metadata": self._metadata, "timeout": _LONGEST})
+                return await ask(channel, {"metadata": self._metadata, "timeout": within})
             except aio.AioRpcError as problem:
                 if problem.code() is grpc.StatusCode.UNAVAILABLE and not await _listens(socket):
                     return None  # it has ended meanwhile, and reads everything anew when it comes back
