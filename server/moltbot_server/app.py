@@ -90,7 +90,12 @@ class Core:
             ttl=max(settings.cache.ttl, _SHORTEST_AT_HAND),
         )
         self.keys = ProviderKeys(Workspace(folder=settings.workspace), environ, make=ProviderKey)
-        self.lineup = Lineup(self.catalog, self.keys, exhausted=lambda model: self.ledger.exhausted(WORKSPACE, model))
+        self.lineup = Lineup(
+            self.catalog,
+            self.keys,
+            exhausted=lambda model: self.ledger.exhausted(WORKSPACE, model),
+            metadata=self.caches.metadata,
+        )
         self.models = ModelManager(self.catalog, loader, on_switch=self._switched, stays=self.lineup.owns)
         self.reloading = Reloading(
             settings,

@@ -102,13 +102,16 @@ async def answered(
 class Wire:
     """A server that answers each request with given bytes; `requests` are what it was sent, `connections` how many.
 
-    `asked` is set with the first request, `empty` while no connection is open after one was.
+    `asked` is set with the first request, `empty` while no connection is open after one was. The list of its models is
+    asked for by GET, is `listing`, and counts in `looks` alone.
     """
 
     def __init__(self, *answers: bytes, close: bool = False) -> None:
         """The last of the answers is given again and again; `|PAUSE|` parts what is sent. `close`: after each."""
         self.answers = list(answers)
         self.requests: list[bytes] = []
+        self.looks: list[bytes] = []
+        self.listing = b"HTTP/1.1 404 Not Found\r\nContent-Length: 0\r\n\r\n"
         self.connections = 0
         self.asked, self.empty = asyncio.Event(), asyncio.Event()
         self._close = close
@@ -135,6 +138,10 @@ class Wire:
         try:
             while True:
                 head = await reader.readuntil(b"\r\n\r\n")
+                if head.startswith(b"GET "):
+                    self.looks.append(head)
+                    writer.write(self.listing)
+                    continue
                 length = int(head.lower().partition(b"content-length:")[2].split(b"\r\n")[0])
                 self.requests.append(head + await reader.readexactly(length))
                 self.asked.set()

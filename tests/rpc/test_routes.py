@@ -32,6 +32,7 @@ from moltbot_server.models.catalog import Catalog
 from moltbot_server.testing import RunningServer, ScriptedEngine
 from moltbot_server.testing_provider import MockProvider, Script
 from moltbot_server.workspace import Workspace
+from rpc_calls import until
 
 WELL = {"text": "I am well.", "chunks": 3}
 DOWN = {"faults": [{"kind": "error", "status": "500"}]}
@@ -180,6 +181,24 @@ async def test_an_answer_that_broke_off_is_kept_as_it_is_where_the_route_says_so
     assert (notice.code, getattr(notice, "from"), notice.to) == ("UPSTREAM_ERROR", "models/first-model", "")
     assert [attempt.outcome for attempt in done.timings.attempt_log] == ["MODEL_UNAVAILABLE"]
     assert [message.parts[0].text for message in kept] == ["hello", done.text]
+
+
+async def test_how_much_a_model_reads_is_learned_from_its_provider(tmp_path: Path) -> None:
+    tells = {**WELL, "context_length": 5000}
+    models = (ProviderModel(name="mock-model"),)
+    async with MockProvider(Script.read(tells)).running() as mock:
+        where = (provider("first", mock, models=models),)
+        async with rig(tmp_path, WELL, WELL, providers=where, models=ModelRoute(primary="mock-model")) as core:
+
+            async def reads(model: str) -> int:
+                asked = model_pb2.GetModelRequest(name=f"models/{model}")
+                found = (await core.models.GetModel(asked, metadata=core.server.metadata)).model
+                return int(found.capabilities.context_length)
+
+            assert await reads("mock-model") == 32_768
+            await core.answer()
+            await until(lambda: core.core.caches.metadata.entries == 1)
+            assert await reads("mock-model") == 5000
 
 
 async def test_a_model_that_is_named_is_the_one_that_answers_or_nobody(tmp_path: Path) -> None:

@@ -24,7 +24,7 @@ how often: share=10% of the calls, every=3 for each third one, until="5 calls" o
 
 _FIELDS = (
     *("seed", "text", "echo", "reasoning", "use_tools", "chunks", "first_token", "pace"),
-    *("faults", "keys", "out_of_quota"),
+    *("faults", "keys", "out_of_quota", "context_length"),
 )
 _Add = Callable[..., argparse.ArgumentParser]
 
@@ -56,6 +56,7 @@ def add_mock_provider(add: _Add) -> None:
     added.add_argument(
         "--key", metavar="K", dest="keys", help="a good key, others get 401; may be repeated", action="append"
     )
+    added.add_argument("--context-length", metavar="N", help="what its list of models says that they read, in tokens")
     added.add_argument("--out-of-quota", metavar="K", help="a key that gets 429; may be repeated", action="append")
 
 

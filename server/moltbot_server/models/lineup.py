@@ -15,6 +15,7 @@ from dataclasses import dataclass, field, replace
 
 from moltbot_server.config_models import DEFAULT_ROUTE, ModelRoute, Price, Provider, ProviderModel
 from moltbot_server.errors import BudgetExceeded, InvalidConfiguration, ModelNotFound
+from moltbot_server.models.caching.metadata import MetadataCache
 from moltbot_server.models.catalog import Catalog, CatalogEntry
 from moltbot_server.models.engine import Engine
 from moltbot_server.models.providers import Cooldowns, KeyRing, Pools, ProviderEngine, resolve
@@ -61,8 +62,19 @@ class _Lines:
 class Lineup:
     """Keeps a catalog's remote models and routes as the configuration says. Belongs to the event loop's thread."""
 
-    def __init__(self, catalog: Catalog, keys: KeyRing, *, exhausted: Callable[[str], str] = lambda model: "") -> None:
-        """`exhausted` tells why a model must not be asked now for what it has cost; empty when it may."""
+    def __init__(
+        self,
+        catalog: Catalog,
+        keys: KeyRing,
+        *,
+        exhausted: Callable[[str], str] = lambda model: "",
+        metadata: MetadataCache | None = None,
+    ) -> None:
+        """`exhausted` tells why a model must not be asked now for what it has cost; empty when it may.
+
+        `metadata` keeps what providers say of their models; without it they are not asked.
+        """
+        self._metadata = metadata
         self._catalog = catalog
         self._keys = keys
         self._exhausted = exhausted
@@ -132,7 +144,11 @@ class Lineup:
                 engines[name] = RouteEngine(source, self._find, breakers=self._breakers)
             else:
                 engines[name] = ProviderEngine(
-                    *remote[name], keys=self._keys, cooldowns=self._cooldowns, pools=self._pools
+                    *remote[name],
+                    keys=self._keys,
+                    cooldowns=self._cooldowns,
+                    pools=self._pools,
+                    metadata=self._metadata,
                 )
         prices = {
             # What a preset knows is of use in its own currency only.

@@ -29,9 +29,10 @@ def error(status: int, message: str, *, reason: str = "", param: str | None = No
     return compact({"error": {"message": message, "type": kind, "param": param, "code": reason or _CODES.get(status)}})
 
 
-def models() -> bytes:
+def models(context_length: int | None) -> bytes:
     """Return the list of models; requests may name any other."""
-    listed = [{"id": name, "object": "model", "created": 1_700_000_000, "owned_by": "mock"} for name in MODELS]
+    told = {} if context_length is None else {"context_length": context_length}
+    listed = [{"id": name, "object": "model", "created": 1_700_000_000, "owned_by": "mock", **told} for name in MODELS]
     return compact({"object": "list", "data": listed})
 
 

@@ -108,6 +108,7 @@ class Script:
     faults: tuple[Fault, ...] = ()
     keys: tuple[str, ...] = field(default=(), repr=False)
     out_of_quota: tuple[str, ...] = field(default=(), repr=False)
+    context_length: int | None = None
     seed: int = 0
 
     @classmethod
@@ -142,6 +143,7 @@ class Script:
             "faults": [fault.shown() for fault in self.faults],
             "keys": list(self.keys),
             "out_of_quota": list(self.out_of_quota),
+            "context_length": self.context_length,
             "seed": self.seed,
         }
 
@@ -268,5 +270,6 @@ _READERS: Mapping[str, Callable[[object, str], Any]] = {
     "faults": _each(_fault),
     "keys": _each(_of(text(500, blank=False))),
     "out_of_quota": _each(_of(text(500, blank=False))),
+    "context_length": _of(whole(1, _MOST)),
     "seed": _of(whole(0, _MOST)),
 }

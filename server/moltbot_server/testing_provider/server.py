@@ -154,7 +154,7 @@ class MockProvider:
     async def _models(self, request: web.Request) -> web.Response:
         # A call for the list is no call for an answer: it is not counted and meets no fault.
         refused = self._refused(anthropic.key_of(request.headers), openai)
-        return refused[1] if refused else _json(200, openai.models())
+        return refused[1] if refused else _json(200, openai.models(self.script.context_length))
 
     async def _show_script(self, request: web.Request) -> web.Response:
         return _json(200, compact(self.script.shown()))

@@ -19,6 +19,7 @@ from moltbot_server.models.providers.pool import Origin, proxy_for, proxy_header
 from moltbot_server.models.providers.presets import Terms
 from moltbot_server.turns import GenerationOptions, Message, Tool
 
+_CHAT = "/chat/completions"
 _NAME = re.compile(r"[A-Za-z0-9!#$%&'*+.^_`|~-]+")
 _OURS = frozenset({"host", "content-length", "transfer-encoding", "connection", "content-type", "accept-encoding"})
 
@@ -53,15 +54,11 @@ class Heads:
         _check(terms)
         parts = urlsplit(terms.url)
         origin = Origin.of(parts)
-        target = f"{parts.path}?{parts.query}" if parts.query else parts.path
         proxy = None if origin.tls else proxy_for(origin)
-        if proxy is not None:  # one without a tunnel wants the whole address
-            target = f"{parts.scheme}://{parts.netloc}{target}"
-        lines = [
-            f"POST {target} HTTP/1.1",
+        before = f"{parts.scheme}://{parts.netloc}" if proxy is not None else ""  # without a tunnel: the whole address
+        target = f"{parts.path}?{parts.query}" if parts.query else parts.path
+        shared = [
             f"Host: {parts.netloc}",
-            "Content-Type: application/json",
-            "Accept: text/event-stream",
             "Accept-Encoding: identity",
             *(proxy_headers(proxy) if proxy is not None else ()),
         ]
@@ -69,10 +66,23 @@ class Heads:
         usual = {"user-agent": ("User-Agent", f"moltbot/{_version()}")}
         if terms.dialect == "anthropic":
             usual["anthropic-version"] = ("anthropic-version", terms.api_version or anthropic_request.VERSION)
-        lines += [f"{name}: {value}" for name, value in (usual | given).values()]
+        shared += [f"{name}: {value}" for name, value in (usual | given).values()]
         self._key_header = "" if terms.key_header in given else terms.key_header
-        self._common = "\r\n".join(lines).encode("latin-1")
+        wants = ("Content-Type: application/json", "Accept: text/event-stream")
+        self._common = "\r\n".join((f"POST {before}{target} HTTP/1.1", *shared, *wants)).encode("latin-1")
         self._heads: dict[str, bytes] = {}
+        path = "" if parts.query or terms.dialect != "openai" else parts.path.removesuffix(_CHAT)
+        looking = (f"GET {before}{path}/models HTTP/1.1", *shared, "Accept: application/json")
+        self._look = "\r\n".join(looking).encode("latin-1") if path and path != parts.path else b""
+
+    @property
+    def has_list(self) -> bool:
+        """Whether the provider may have a list of its models: those of the OpenAI dialect do."""
+        return bool(self._look)
+
+    def look(self, key: ProviderKey) -> bytes:
+        """Return the whole request for the list of the provider's models."""
+        return self._look + self._opening(key) + b"\r\n\r\n"
 
     def head(self, key: ProviderKey, length: int) -> bytes:
         """Return the head of a request with a body of so many bytes; a key without a text is none."""

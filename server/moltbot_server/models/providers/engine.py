@@ -2,8 +2,13 @@
 
 from __future__ import annotations
 
+import asyncio
+import logging
 from collections.abc import Mapping, Sequence
+from time import monotonic
 from urllib.parse import urlsplit
+
+import msgspec
 
 from moltbot_server.config_models import Price, Provider, ProviderModel
 from moltbot_server.errors import (
@@ -14,6 +19,7 @@ from moltbot_server.errors import (
     QueueFull,
     UnsupportedOption,
 )
+from moltbot_server.models.caching.metadata import MetadataCache
 from moltbot_server.models.engine import (
     NOBODY,
     Asker,
@@ -30,12 +36,16 @@ from moltbot_server.models.providers.calls import DIALECTS, Heads
 from moltbot_server.models.providers.contents import estimate
 from moltbot_server.models.providers.cooldowns import Cause, Cooldowns, Place
 from moltbot_server.models.providers.keys import KeyRing, NoKeys, ProviderKey
+from moltbot_server.models.providers.listing import NotTold, context_lengths
 from moltbot_server.models.providers.pool import Origin, Pool
 from moltbot_server.models.providers.pools import Pools
 from moltbot_server.models.providers.presets import Terms, terms
 from moltbot_server.models.providers.wellness import Wellness
 from moltbot_server.turns import GenerationOptions, Message, ToolMode
 
+log = logging.getLogger(__name__)
+
+_LOOK_AGAIN = 60.0  # seconds until a provider is asked again what it lists; what it listed is kept for longer
 _KEYLESS = (ProviderKey(id="", text=""),)
 _OPTIONS = ("max_output_tokens", "temperature", "top_p", "top_k", "repetition_penalty", "seed")
 
@@ -58,8 +68,11 @@ class ProviderEngine:
         keys: KeyRing | None = None,
         cooldowns: Cooldowns | None = None,
         pools: Pools | None = None,
+        metadata: MetadataCache | None = None,
     ) -> None:
-        """`cooldowns` and `pools` are shared by all engines, so that what they know outlives a new configuration.
+        """`cooldowns`, `pools` and `metadata` are shared by all engines: what they know outlives a new configuration.
+
+        With `metadata` the provider is asked how much a model reads of which that is not known, beside its first turn.
 
         Raises:
             InvalidConfiguration: the model cannot be asked as the configuration has it.
@@ -81,6 +94,9 @@ class ProviderEngine:
         self._answers: set[ProviderAnswer] = set()
         self._wellness = Wellness(provider=provider.name, model=model.name)
         self._heads = Heads(self.terms)
+        self._metadata = metadata if not self.terms.context_known and self._heads.has_list else None
+        self._look_at = 0.0
+        self._look: asyncio.Task[None] | None = None
 
     @property
     def price(self) -> Price | None:
@@ -129,6 +145,8 @@ class ProviderEngine:
 
     async def close(self) -> None:
         """End the answers under way, and let the connections go."""
+        if self._look is not None:
+            self._look.cancel()
         if self._pool is None:
             return
         self._pool = None
@@ -202,7 +220,27 @@ class ProviderEngine:
         answer = ProviderAnswer(self, key, body, options, listener)
         self._answers.add(answer)
         answer.begin()
+        if self._metadata is not None and self._look is None and monotonic() >= self._look_at:
+            self._look = asyncio.create_task(self._learn(self._metadata, key))
         return answer
+
+    async def _learn(self, metadata: MetadataCache, key: ProviderKey) -> None:
+        """Take on what the provider says of how much the model reads; where it says nothing, ask again later."""
+        terms = self.terms
+        place = f"models of {terms.provider} at {terms.url}"
+        self._look_at = monotonic() + _LOOK_AGAIN
+        try:
+            told = await metadata.get(place, None, lambda: context_lengths(self.pool, self._heads.look(key)))
+        except (NotTold, ModelUnavailable) as problem:
+            why = {"provider": terms.provider, "problem": str(problem)}
+            log.debug("a provider does not list its models", extra=why)
+        else:
+            reads = told.get(terms.id, 0)
+            if reads and reads != self.capabilities.context_length:
+                self.capabilities = msgspec.structs.replace(self.capabilities, context_length=reads)
+                log.info("a provider tells how much a model reads", extra={"model": self.id, "tokens": reads})
+        finally:
+            self._look = None
 
     def keyless(self) -> ModelCredential:
         """Return the refusal of a provider that was given no key and wants one."""

@@ -110,6 +110,7 @@ class Terms(Value, frozen=True, kw_only=True):
     max_temperature: float
     asks_usage: bool
     context_length: int
+    context_known: bool
     max_output_tokens: int
     vision: bool
     tools: bool
@@ -181,6 +182,7 @@ def terms(provider: Provider, model: ProviderModel) -> Terms:
         max_temperature=1.0 if dialect == "anthropic" else preset.max_temperature,
         asks_usage=preset.asks_usage,
         context_length=model.context_length or facts.context_length or default.context_length or _CONTEXT,
+        context_known=bool(model.context_length or (facts is not default and facts.context_length)),
         max_output_tokens=model.max_output_tokens or facts.max_output_tokens or default.max_output_tokens or _OUTPUT,
         vision=can["vision"] if can["vision"] is not None else bool(default.vision),
         tools=can["tools"] is not False,
