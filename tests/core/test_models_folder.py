@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import re
 import shutil
 from pathlib import Path
@@ -10,7 +11,7 @@ from pathlib import Path
 import pytest
 from moltbot_server.errors import ModelUnavailable
 from moltbot_server.models.engines.local import LocalEngine
-from moltbot_server.models.folder import families, read_folder
+from moltbot_server.models.folder import families, is_encoder, read_folder
 from moltbot_server.models.tuning import Tuning
 from tiny_model import TEMPLATE, describe, make_tiny_model
 
@@ -114,7 +115,7 @@ def test_a_family_that_the_folder_denies_is_refused(folder: Path) -> None:
         ({"chat_template": TEMPLATE | {"sytem": {}}}, "unknown field `sytem`"),
         ({"chat_template": TEMPLATE | {"user": {"prefix": 1}}}, "Expected `str`, got `int`"),
         ({"context_length": "long"}, "Expected `int`, got `str`"),
-        ({"context_length": 4}, "context_length is 4; expected 16 or more"),
+        ({"context_length": 4}, "context_length is 4; expected 16 to 16777216"),
     ],
 )
 def test_a_wrong_description_says_which_field(folder: Path, changes: dict[str, object], words: str) -> None:
@@ -256,3 +257,24 @@ def test_every_family_lays_a_conversation_out(folder: Path) -> None:
         assert family.context_length >= 512, name
         assert family.chat_template.stop, name
         assert family.chat_template.user.prefix, name
+
+
+@pytest.mark.parametrize("name", ["model.bin", "config.json", "tokenizer.model", "moltbot.yaml", "notes"])
+def test_a_pipe_is_not_waited_for(folder: Path, name: str) -> None:
+    (folder / name).unlink(missing_ok=True)
+    os.mkfifo(folder / name)
+    assert f"{name} is no plain file" in problem(folder)
+    assert not is_encoder(folder)
+
+
+@pytest.mark.parametrize("name", ["config.json", "tokenizer_config.json", "moltbot.yaml"])
+def test_what_is_nested_too_deeply_is_told(folder: Path, name: str) -> None:
+    (folder / name).write_text("[" * 200_000 + "]" * 200_000)
+    assert f"{name}" in (told := problem(folder))
+    assert "nested too deeply" in told
+
+
+@pytest.mark.parametrize("length", [15, 99_999_999_999_999])
+def test_a_context_that_no_model_has_is_refused(folder: Path, length: int) -> None:
+    describe(folder, context_length=length)
+    assert f"context_length is {length}; expected 16 to" in problem(folder)

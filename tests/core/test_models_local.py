@@ -12,7 +12,7 @@ from pathlib import Path
 import ctranslate2
 import pytest
 import sentencepiece
-from moltbot_server.errors import ContextLengthExceeded, ModelUnavailable, QueueFull, UnsupportedOption
+from moltbot_server.errors import ContentTooLarge, ContextLengthExceeded, ModelUnavailable, QueueFull, UnsupportedOption
 from moltbot_server.models.engine import Chunk, Finished
 from moltbot_server.models.engine import stream as streamed
 from moltbot_server.models.engines.local import LocalEngine
@@ -188,6 +188,17 @@ async def test_stop_texts_end_an_answer_wherever_tokens_are_cut(endless: Path) -
             engine, "hello", GenerationOptions(max_output_tokens=120, stop=(whole[-1] + "!!",))
         )
         assert (text_of(chunks), finished.finish_reason) == (whole, FinishReason.LENGTH), "what was held back is shown"
+
+
+async def test_the_tokens_of_a_text_are_counted_however_long_it_is(tiny: Path) -> None:
+    async with running(tiny, replicas=1) as engine:
+        one = await engine.tokens("a b c d ")
+        for times in (100, 1000, 10_000):
+            assert await engine.tokens("a b c d " * times) >= times * (one - 1)
+        alone = await engine.tokens(user("a b c d " * 10_000))
+        assert alone > await engine.tokens("a b c d " * 10_000)
+        with pytest.raises(ContentTooLarge, match=r"count at most 1048576 at once"):
+            await engine.tokens("a" * 2_000_000)
 
 
 async def test_what_was_written_after_a_stop_text_is_not_counted(endless: Path) -> None:

@@ -142,6 +142,13 @@ def test_the_count_of_messages_adds_up_to_the_prompt(folder: Path, text: str) ->
     assert len(tokenizer.prompt(messages)) == sum(map(tokenizer.count, messages)) + 2
 
 
+def test_a_text_of_any_length_is_counted_when_that_is_asked_for(folder: Path) -> None:
+    tokenizer = Tokenizer(read_folder(folder))
+    words = "a b c d " * 4000
+    assert tokenizer.count_whole(user(words)) > 10_000 > tokenizer.count(user(words))
+    assert tokenizer.count_whole(user("a b <|im_start|> c")) == tokenizer.count(user("a b <|im_start|> c"))
+
+
 def test_a_text_that_no_context_can_hold_is_counted_without_reading_it(folder: Path) -> None:
     tokenizer = Tokenizer(read_folder(folder))
     assert tokenizer.count(user("a" * 30_000_000)) > read_folder(folder).context_length

@@ -13,7 +13,7 @@ from google.protobuf import duration_pb2
 from moltbot.v1 import inference_pb2, message_pb2
 from moltbot_server.rpc import inference_stream
 from moltbot_server.testing import RunningServer
-from rpc_calls import Api, WatchedEngine
+from rpc_calls import Api, WatchedEngine, reason_of, refused
 
 
 def generation(
@@ -139,3 +139,43 @@ async def test_there_is_a_most(stream: Stream, monkeypatch: pytest.MonkeyPatch) 
     assert stream.failed[3].reason == "QUEUE_FULL"
     assert stream.failed[3].retry_delay == duration_pb2.Duration(seconds=1)
     assert set(stream.finished) == {1, 2}
+
+
+@pytest.mark.parametrize("seconds", [11, 86_400, 315_576_000_000])
+async def test_a_generation_may_take_as_long_as_a_duration_says(stream: Stream, seconds: int) -> None:
+    start = generation(1, "hello")
+    start.timeout.CopyFrom(duration_pb2.Duration(seconds=seconds))
+    await stream.start(start)
+    await stream.until(1)
+    assert stream.texts[1] == "You said: hello"
+
+
+@pytest.mark.parametrize("span", [{"seconds": -1}, {"nanos": -1}, {"seconds": 1, "nanos": 10**9}])
+async def test_a_time_that_is_no_span_is_refused(stream: Stream, span: dict[str, int]) -> None:
+    start = generation(1, "hello")
+    start.timeout.CopyFrom(duration_pb2.Duration(**span))
+    await stream.start(start)
+    await stream.until(1)
+    assert (stream.failed[1].reason, stream.failed[1].field) == ("INVALID_FIELD", "start.timeout")
+
+
+async def test_more_than_anybody_begins_at_once_ends_the_stream_and_holds_up_nobody(stream: Stream, api: Api) -> None:
+    await stream.start(generation(1, "#20 pace=0.02"))
+    for request in (
+        inference_pb2.GenerateManyRequest(start=[inference_pb2.NumberedGeneration()] * 100_000),
+        inference_pb2.GenerateManyRequest(cancel=range(100_000)),
+    ):
+        flood = Stream(api)
+        await flood.call.write(request)
+        error = await refused(flood.call)
+        assert (error.code(), reason_of(error)) == (grpc.StatusCode.INVALID_ARGUMENT, "INVALID_FIELD")
+    await stream.until(1)
+    assert stream.texts[1].startswith("one two three")
+
+
+async def test_refusals_that_nobody_reads_end_the_stream(stream: Stream, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(inference_stream, "MOST", 8)
+    await stream.start(*[generation(0, "hello")] * 32)
+    await stream.until(0)
+    await stream.start(*[generation(0, "hello")] * 33)
+    assert reason_of(await refused(stream.call)) == "QUEUE_FULL"

@@ -170,6 +170,31 @@ async def test_a_history_that_is_too_long_is_cut_where_it_can_be_counted(api: Ap
     assert len(engine.read[-1]) == timings.history_messages + 1
 
 
+def generate(api: Api, *texts: str, trim: bool, timeout: float | None = None) -> aio.UnaryStreamCall:
+    """Ask the core's own InferenceService for an answer to a conversation."""
+    roles = (message_pb2.ROLE_USER, message_pb2.ROLE_ASSISTANT)
+    messages = [
+        message_pb2.Message(role=roles[at % 2], parts=[message_pb2.Part(text=text)]) for at, text in enumerate(texts)
+    ]
+    request = inference_pb2.GenerateRequest(prompt=inference_pb2.Prompt(messages=messages, trim=trim))
+    return api.inference.Generate(request, metadata=api.metadata, timeout=timeout)
+
+
+async def test_a_generation_may_have_much_time(api: Api) -> None:
+    for timeout in (11.0, 3600.0, 1e8):
+        *_, last = [piece async for piece in generate(api, "#3", trim=False, timeout=timeout)]
+        assert last.finished.finish_reason == message_pb2.FINISH_REASON_STOP
+
+
+async def test_a_conversation_that_does_not_fit_is_cut_for_those_alone_who_want_that(api: Api) -> None:
+    long = ["word " * 3000] * 9
+    error = await refused(generate(api, *long, trim=False))
+    assert (error.code(), reason_of(error)) == (grpc.StatusCode.INVALID_ARGUMENT, "CONTEXT_LENGTH_EXCEEDED")
+    assert fields_of(error) == ["prompt.messages"]
+    *_, last = [piece async for piece in generate(api, *long, trim=True)]
+    assert last.finished.trimmed_messages > 0
+
+
 async def test_who_attaches_with_more_time_keeps_a_turn_going_over_there(api: Api) -> None:
     said = turn("#3 wait=0.6", session="sessions/s", request_id="same")
     first = asyncio.ensure_future(api.run(said, timeout=0.3))

@@ -5,7 +5,15 @@ from __future__ import annotations
 from pathlib import Path
 
 from moltbot_server.errors import ModelUnavailable
-from moltbot_server.models.folder import DESCRIPTION, Description, is_encoder, listing, read_description, slug
+from moltbot_server.models.folder import (
+    DESCRIPTION,
+    Description,
+    check_plain,
+    is_encoder,
+    listing,
+    read_description,
+    slug,
+)
 from moltbot_server.models.tokenizer_config import TOKENIZER_CONFIG, read_json
 from moltbot_server.turns import Value
 
@@ -42,6 +50,7 @@ def read_encoder_folder(path: Path, *, model_id: str = "") -> EncoderFolder:
     """
     if not is_encoder(path):
         raise ModelUnavailable(f"{path}: found {listing(path)}; expected model.bin of an encoder, which embeds texts.")
+    check_plain(path)
     if not (path / "tokenizer.json").is_file():
         raise ModelUnavailable(f"{path}: found {listing(path)}; expected tokenizer.json.")
     check_modules(path)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 from collections import deque
-from collections.abc import AsyncGenerator, Mapping, Sequence
+from collections.abc import AsyncGenerator, Callable, Mapping, Sequence
 from typing import NamedTuple, Protocol, runtime_checkable
 
 from moltbot_server.errors import MoltBotError, Unimplemented
@@ -89,13 +89,15 @@ class Asker(Value, frozen=True, kw_only=True):
     """Who an answer is for, and until when it is of use: what a queue is fair between, and what it need not start.
 
     `deadline` is on the event loop's clock, None for no hurry. `wanted_by` is when whoever asks hopes to have it: an
-    answer that is not begun in good time before is better asked for elsewhere, but is of use later too.
+    answer that is not begun in good time before is better asked for elsewhere, but is of use later too. To who wants
+    the `whole` conversation read, an answer to a part of it is of none.
     """
 
     workspace: str = ""
     session: str = ""
     deadline: float | None = None
     wanted_by: float | None = None
+    whole: bool = False
 
 
 NOBODY = Asker()
@@ -253,10 +255,15 @@ def no_embeddings(engine: Engine) -> Unimplemented:
 
 def counted(engine: Engine, content: str | Sequence[Message]) -> int:
     """Return what `Engine.tokens` does, by `Engine.count`, for engines that count here."""
+    return counted_by(engine.count, content)
+
+
+def counted_by(count: Callable[[Message], int], content: str | Sequence[Message]) -> int:
+    """Return how many tokens a text or a conversation takes, by what counts a message with its markers."""
     if not isinstance(content, str):
-        return sum(map(engine.count, content))
+        return sum(map(count, content))
     said, silent = (Message(role=Role.USER, parts=(TextPart(text=text),)) for text in (content, ""))
-    return engine.count(said) - engine.count(silent)
+    return count(said) - count(silent)
 
 
 async def stream(

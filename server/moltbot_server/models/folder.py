@@ -14,7 +14,8 @@ import msgspec
 from moltbot_server.demo_model import ARTIFACT
 from moltbot_server.errors import ModelUnavailable
 from moltbot_server.models.chat_template import ChatTemplate, Entry, TemplateRefused, end_of_answer
-from moltbot_server.models.tokenizer_config import CHAT_TEMPLATE, Declared, read_declared, read_json
+from moltbot_server.models.plain_yaml import read_plain_yaml
+from moltbot_server.models.tokenizer_config import CHAT_TEMPLATE, LONGEST_CONTEXT, Declared, read_declared, read_json
 from moltbot_server.turns import Value
 
 DESCRIPTION = "moltbot.yaml"
@@ -99,6 +100,7 @@ def read_folder(path: Path, model_type: str = "", *, model_id: str = "") -> Mode
     if not path.is_dir():
         found = "a file" if path.exists() else "nothing"
         raise ModelUnavailable(f"{path}: found {found}; expected the folder of a CTranslate2 model.")
+    check_plain(path)
     description = _describe(path, model_type)
     _require_weights(path)  # whoever named no family hears first of what no family would mend
     tokenizer, vocabulary = _tokenizer(path), _vocabulary(path)
@@ -189,17 +191,35 @@ def read_description(path: Path) -> Description | None:
     if not file.is_file():
         return None
     try:
-        description = msgspec.yaml.decode(file.read_bytes(), type=Description)
-    except (OSError, msgspec.DecodeError) as problem:
+        description = read_plain_yaml(file, Description)
+    except (OSError, ValueError) as problem:
         raise ModelUnavailable(f"{file} does not describe a model: {problem}.") from None
-    if description.context_length < 16:
-        raise ModelUnavailable(f"{file}: context_length is {description.context_length}; expected 16 or more.")
+    if not 16 <= description.context_length <= LONGEST_CONTEXT:
+        raise ModelUnavailable(
+            f"{file}: context_length is {description.context_length}; expected 16 to {LONGEST_CONTEXT}."
+        )
     return description
+
+
+def check_plain(path: Path) -> None:
+    """Refuse a folder with a pipe, a socket or a device in it: whoever reads such a thing may wait for ever.
+
+    Raises:
+        ModelUnavailable: with the name of it, or why the folder cannot be read.
+    """
+    try:
+        for entry in sorted(path.iterdir()):
+            if entry.exists() and not (entry.is_file() or entry.is_dir()):
+                raise ModelUnavailable(f"{entry} is no plain file, but a pipe, a socket or a device; remove it.")
+    except OSError as problem:
+        raise ModelUnavailable(f"{path} cannot be read: {problem.strerror}.") from None
 
 
 def is_encoder(path: Path) -> bool:
     """Return whether a folder holds a model that embeds texts, and not one that writes."""
     try:
+        if not (path / "model.bin").is_file():
+            return False
         with (path / "model.bin").open("rb") as file:
             head = file.read(64)
         size = struct.unpack_from("<H", head, 4)[0]

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import OrderedDict
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 
 from moltbot_server.errors import ModelUnavailable
 from moltbot_server.models.chat_template import JinjaLayout, Layout, PrefixLayout, Said, TemplateRefused
@@ -59,9 +59,16 @@ class Tokenizer:
         text = message.text
         if len(text) > self._most_characters:
             return len(text) // self._pieces.longest
+        return sum(map(len, self._tokens(self._laid_out(message))))
+
+    def count_whole(self, message: Message) -> int:
+        """Return how many tokens a message takes however long it is; may be called from any thread."""
+        return sum(map(len, self._tokens(self._laid_out(message), self._encode)))
+
+    def _laid_out(self, message: Message) -> str:
         said = self._said(message)
         around = self._layout.around[said.role]
-        return sum(map(len, self._tokens(around.prefix + said.text + around.suffix)))
+        return around.prefix + said.text + around.suffix
 
     def prompt(self, messages: Sequence[Message], begun: str = "") -> list[str]:
         """Return the tokens of a conversation, ready for the answer, or for more of the one that is `begun`.
@@ -86,32 +93,35 @@ class Tokenizer:
                 text = text.replace(word[0] + CUT + word[1:], word)
         return Said(role, text)
 
-    def _tokens(self, text: str) -> Iterator[tuple[str, ...]]:
-        """Yield the tokens of a text that was laid out, from one marker to the next."""
+    def _tokens(self, text: str, part: Callable[[str], tuple[str, ...]] | None = None) -> Iterator[tuple[str, ...]]:
+        """Yield the tokens of a text that was laid out, from one marker to the next; `part` makes them."""
+        part = part or self._part
         for whole in text.split(APART):
             begin = 0
             for border, _ in self._pieces.borders.places(whole):
                 if border > begin:
-                    yield self._part(whole[begin:border])
+                    yield part(whole[begin:border])
                 begin = border
             if begin < len(whole):
-                yield self._part(whole[begin:])
+                yield part(whole[begin:])
 
     def _part(self, text: str) -> tuple[str, ...]:
         kept = self._kept.get(text)
         if kept is not None:
             self._kept.move_to_end(text)
             return kept
-        first, *rest = text.split(CUT)
-        encode = self._pieces.encode
-        tokens = (*(encode(first) if first else ()), *(token for part in rest for token in encode(part, joined=True)))
-        if self._repeats:
-            tokens = without_repeats(tokens, self._repeats)
+        tokens = self._encode(text)
         if len(text) <= _KEPT_CHARACTERS:
             self._kept[text] = tokens
             if len(self._kept) > _KEPT:
                 self._kept.popitem(last=False)
         return tokens
+
+    def _encode(self, text: str) -> tuple[str, ...]:
+        first, *rest = text.split(CUT)
+        encode = self._pieces.encode
+        tokens = (*(encode(first) if first else ()), *(token for part in rest for token in encode(part, joined=True)))
+        return without_repeats(tokens, self._repeats) if self._repeats else tokens
 
     def _measure_overhead(self) -> int:
         """Return how many tokens of a prompt belong to no message."""

@@ -11,7 +11,7 @@ from moltbot_server.errors import ModelUnavailable
 CHAT_TEMPLATE = "chat_template.jinja"
 TOKENIZER_CONFIG = "tokenizer_config.json"
 GENERATION_CONFIG = "generation_config.json"
-_LONGEST_CONTEXT = 1 << 24
+LONGEST_CONTEXT = 1 << 24
 _SPECIAL = ("bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls_token", "mask_token")
 
 
@@ -58,6 +58,8 @@ def read_json(file: Path, default: Any) -> Any:
         return default
     except (OSError, ValueError) as problem:
         raise ModelUnavailable(f"{file} cannot be read: {problem}; expected JSON.") from None
+    except RecursionError:
+        raise ModelUnavailable(f"{file} cannot be read: it is nested too deeply; expected JSON.") from None
 
 
 def _mapping(file: Path) -> dict[str, Any]:
@@ -94,7 +96,7 @@ def _token(value: Any) -> str:
 
 def _length(value: Any) -> int:
     """Return a context length, 0 where there is none: files without one say so by an astronomical number."""
-    return value if isinstance(value, int) and 16 <= value <= _LONGEST_CONTEXT else 0
+    return value if isinstance(value, int) and 16 <= value <= LONGEST_CONTEXT else 0
 
 
 def _ids(config: dict[str, Any]) -> list[int]:

@@ -59,6 +59,9 @@ _FINISH = {
 _WHEN_BUSY = {chat_pb2.WhenBusy.Value(f"WHEN_BUSY_{what.value.upper()}"): what for what in WhenBusy}
 _STATES = {state: chat_pb2.TurnState.Value(f"TURN_STATE_{state.value.upper()}") for state in TurnState}
 
+LONGEST_FLUSH = 10
+"""Seconds that pieces of an answer may wait for each other."""
+
 _MOST_PARTS = 32
 _MOST_MESSAGES = 2000
 
@@ -91,7 +94,7 @@ class Reader:
             user=spec.user,
             channel=spec.channel,
             cancel_on_disconnect=spec.cancel_on_disconnect,
-            flush_interval=seconds(spec.flush_interval, "turn.flush_interval")
+            flush_interval=seconds(spec.flush_interval, "turn.flush_interval", most=LONGEST_FLUSH)
             if spec.HasField("flush_interval")
             else None,
             reply_to=Place(channel=spec.reply_to.channel, address=spec.reply_to.address)
@@ -190,15 +193,15 @@ def _when_busy(value: chat_pb2.WhenBusy.ValueType) -> WhenBusy | None:
     return _WHEN_BUSY.get(value)
 
 
-def seconds(value: duration_pb2.Duration, field: str) -> float:
-    """Return a flush interval in seconds.
+def seconds(value: duration_pb2.Duration, field: str, *, most: int) -> float:
+    """Return a span of time in seconds.
 
     Raises:
-        InvalidField: it is not 0 to 10 seconds, or no Duration: nanos are below 10^9, with the sign of the seconds.
+        InvalidField: it is not 0 to `most` seconds, or no Duration: nanos are below 10^9, with the sign of the seconds.
     """
     length = value.seconds + value.nanos / 1e9
-    if not 0 <= length <= 10 or not 0 <= value.nanos < 1_000_000_000:
-        raise InvalidField(field, "use 0 to 10 seconds")
+    if not 0 <= length <= most or not 0 <= value.nanos < 1_000_000_000:
+        raise InvalidField(field, f"use 0 to {most} seconds")
     return length
 
 

@@ -173,7 +173,7 @@ class Generation:
                 queue=convert.duration(end.queue),
                 first_token=convert.duration(end.first_token),
                 generation=convert.duration(end.generation),
-                trimmed_messages=self._trimmed,
+                trimmed_messages=self._trimmed + end.trimmed_messages,
             ),
         )
 

@@ -109,7 +109,7 @@ class InferenceService(inference_pb2_grpc.InferenceServiceServicer):
                 raise error.under(f"prompt.messages[{index}]") from None
         interval = _FLUSH_INTERVAL
         if request.HasField("flush_interval"):
-            interval = convert.seconds(request.flush_interval, "flush_interval")
+            interval = convert.seconds(request.flush_interval, "flush_interval", most=convert.LONGEST_FLUSH)
         key = (asker.workspace, request.request_id)
         if request.request_id and key in self._under_way:
             raise InvalidField("request_id", "a generation of this name is under way")
@@ -136,7 +136,8 @@ class InferenceService(inference_pb2_grpc.InferenceServiceServicer):
         """Return who asks: as a core says, or the workspace of the caller's key."""
         asker = request.asker
         workspace = asker.workspace if self._trusted else call.principal.workspace
-        return Asker(workspace=workspace, session=asker.session, deadline=deadline)
+        whole = not request.prompt.trim
+        return Asker(workspace=workspace, session=asker.session, deadline=deadline, whole=whole)
 
     async def CountTokens(  # type: ignore[override]
         self, request: inference_pb2.CountTokensRequest, call: Call

@@ -21,6 +21,9 @@ log = logging.getLogger(__name__)
 MOST = 4096
 """Generations that a stream may have at a time."""
 
+_MOST_AT_ONCE = 4096
+_MOST_UNREAD = 4  # refusals that a caller has not read, of as many as generations may be under way
+
 Begin = Callable[
     [inference_pb2.GenerateRequest, float | None, Callable[[], None]], tuple[Generation, Callable[[], None]]
 ]
@@ -30,6 +33,9 @@ is returned beside it lets it go."""
 
 Ended = Callable[[str, str, float], None]
 """Hears how a generation ended: its status and, of one that failed, its reason, and after how many seconds."""
+
+
+_LONGEST = 315_576_000_000  # seconds that a Duration can say
 
 
 class GenerationStream:
@@ -70,6 +76,8 @@ class GenerationStream:
     async def _read(self, requests: AsyncIterator[inference_pb2.GenerateManyRequest]) -> None:
         try:
             async for request in requests:
+                if max(len(request.start), len(request.cancel)) > _MOST_AT_ONCE:
+                    raise InvalidField("start", f"begin and cancel at most {_MOST_AT_ONCE} with one message")
                 for start in request.start:
                     self._start(start)
                 for number in request.cancel:
@@ -89,17 +97,24 @@ class GenerationStream:
                 raise NotServing("the engine is leaving; ask another one", retry_after=1.0)
             if len(self._under_way) >= MOST:
                 raise QueueFull(f"{MOST} generations are under way on this stream already", retry_after=1.0)
-            within = convert.seconds(start.timeout, "start.timeout") if start.HasField("timeout") else None
-            until = None if within is None else asyncio.get_running_loop().time() + within
-            numbered = _Numbered(number, until)
+            numbered = _Numbered(number, self._until(start))
             numbered.begin(self._begin, start.request, self._speaks)
         except Exception as problem:
             error = _understood(problem)
+            if len(self._refused) >= _MOST_UNREAD * MOST:
+                raise QueueFull("too many refusals of this stream are not read yet", retry_after=1.0) from None
             self._refused.append(_failed(number, error))
             self._ended(error.status.name, error.reason, time.perf_counter() - arrived)
             self._wake.set()
         else:
             self._under_way[number] = numbered
+
+    def _until(self, start: inference_pb2.NumberedGeneration) -> float | None:
+        """Return when a generation is to be over, on the event loop's clock; None for as long as the stream."""
+        if not start.HasField("timeout"):
+            return None
+        within = convert.seconds(start.timeout, "start.timeout", most=_LONGEST)
+        return asyncio.get_running_loop().time() + within
 
     # --- to the caller -----------------------------------------------------------------------------------------------
 

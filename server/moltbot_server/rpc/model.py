@@ -16,6 +16,7 @@ from moltbot_server.rpc.interceptors import Call
 from moltbot_server.rpc.siblings import Siblings
 
 _LIST = ("models",)
+_LONGEST_PATH = 4095  # bytes, as Linux has it
 
 
 class ModelService(model_pb2_grpc.ModelServiceServicer):
@@ -46,6 +47,8 @@ class ModelService(model_pb2_grpc.ModelServiceServicer):
         name = _named(request.name)
         if not request.path and not request.type:
             raise InvalidField("path", "name the model's folder on the core's machine")
+        if len(request.path.encode()) > _LONGEST_PATH or "\0" in request.path:
+            raise InvalidField("path", f"is no path: it has at most {_LONGEST_PATH} bytes, and none of them is NUL")
         if not request.context_length >= 0:
             raise InvalidField("context_length", "must be a number of tokens, or 0 for what the folder says")
         steps: asyncio.Queue[tuple[str, float]] = asyncio.Queue()

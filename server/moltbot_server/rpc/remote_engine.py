@@ -350,7 +350,7 @@ class RemoteEngine:
             raise ModelUnavailable(f"The engine of {self.id} has been away for {self._link.lost_for:.0f} s.")
         request = inference_pb2.GenerateRequest(
             model=f"models/{self.id}",
-            prompt=inference_pb2.Prompt(messages=map(remote_convert.message, messages), trim=True),
+            prompt=inference_pb2.Prompt(messages=map(remote_convert.message, messages), trim=not asker.whole),
             asker=inference_pb2.Asker(workspace=asker.workspace, session=asker.session),
         )
         request.flush_interval.FromNanoseconds(int(_FLUSH * 1e9))

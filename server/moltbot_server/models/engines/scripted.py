@@ -24,7 +24,7 @@ from typing import ClassVar
 
 import msgspec
 
-from moltbot_server.errors import InvalidField, ModelUnavailable, MoltBotError, every_error
+from moltbot_server.errors import ContextLengthExceeded, InvalidField, ModelUnavailable, MoltBotError, every_error
 from moltbot_server.models.engine import (
     NOBODY,
     Asker,
@@ -38,6 +38,7 @@ from moltbot_server.models.engine import (
     no_embeddings,
 )
 from moltbot_server.models.limits import check_options
+from moltbot_server.models.plain_yaml import read_plain_yaml
 from moltbot_server.models.stops import StopTexts
 from moltbot_server.turns import FinishReason, GenerationOptions, Message, Role, Usage, Value
 
@@ -123,11 +124,11 @@ def load_script(path: Path) -> Script:
         ModelUnavailable: the file is missing or is not a script.
     """
     try:
-        return msgspec.yaml.decode(path.read_bytes(), type=Script)
+        return read_plain_yaml(path, Script)
     except OSError as problem:
         found = problem.strerror or type(problem).__name__
         raise ModelUnavailable(f"MODEL_PATH {path}: {found}; expected a YAML file with a script.") from None
-    except msgspec.DecodeError as problem:
+    except ValueError as problem:
         raise ModelUnavailable(f"MODEL_PATH {path} is not a script: {problem}.") from None
 
 
@@ -201,6 +202,8 @@ class ScriptedEngine:
         """Tell the scripted answer to the last user message, or what is left of it: at once, or at a pace."""
         if not self.healthy:
             raise ModelUnavailable("The scripted model is not started.")
+        if asker.whole and (size := counted(self, messages)) >= (room := self.capabilities.context_length):
+            raise ContextLengthExceeded("messages", f"takes {size} of the model's {room} tokens")
         begun = messages[-1].text if messages[-1].role is Role.ASSISTANT else ""
         if begun:
             messages = messages[:-1]

@@ -89,7 +89,9 @@ class Choice:
         return None
 
     def cut(self, now: float) -> Pick | None:
-        """Return the next one that can read the conversation only without its oldest turns."""
+        """Return the next one that can read the conversation only without its oldest turns, where that will do."""
+        if self._asker.whole:
+            return None
         while self._too_short:
             candidate = self._too_short.pop(0)
             found = candidate.obstacle(now)

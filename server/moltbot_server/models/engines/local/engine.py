@@ -13,7 +13,7 @@ from collections import deque
 from collections.abc import Mapping, Sequence
 from time import perf_counter
 
-from moltbot_server.errors import ContextLengthExceeded, InvalidField, ModelUnavailable
+from moltbot_server.errors import ContentTooLarge, ContextLengthExceeded, InvalidField, ModelUnavailable
 from moltbot_server.models.detokenizer import Continued, Detokenizer
 from moltbot_server.models.engine import (
     NOBODY,
@@ -22,7 +22,7 @@ from moltbot_server.models.engine import (
     Embedded,
     Generation,
     Listener,
-    counted,
+    counted_by,
     no_embeddings,
     stream,
 )
@@ -46,6 +46,10 @@ MAX_WAITING = 256
 
 SMALL = 32 << 20
 """Bytes of weights up to which each replica may have its own, in a process of its own."""
+
+_SOON_COUNTED = 8192
+_MOST_COUNTED = 1 << 20
+"""Characters of which the tokens are counted at once; more would keep a processor busy for seconds."""
 
 _TOLD_EVERY = 0.25
 _PROBED = 8  # tokens of the answers by which a model is proved, and its pace guessed
@@ -213,7 +217,13 @@ class LocalEngine:
 
     async def tokens(self, content: str | Sequence[Message]) -> int:
         """Return how many tokens a text or a conversation takes; see `Engine.tokens`."""
-        return counted(self, content)
+        size = len(content) if isinstance(content, str) else sum(len(message.text) for message in content)
+        if size > _MOST_COUNTED:
+            raise ContentTooLarge("input", f"has {size} characters; count at most {_MOST_COUNTED} at once")
+        count = self._tokenizer.count_whole
+        if size <= _SOON_COUNTED:
+            return counted_by(count, content)
+        return await asyncio.to_thread(counted_by, count, content)
 
     async def embed(self, texts: Sequence[str]) -> Embedded:
         """Refuse: a decoder writes."""
