@@ -131,6 +131,7 @@ async def _start_core(
         "model": core.catalog.default,
         "route": core.route,
         "problem": core.catalog.entry("").message,
+        "notices": core.reloading.notices,
     }
     return ready, lambda: core.stop(settings.drain_grace, lame_duck=settings.lame_duck_time)
 

@@ -34,6 +34,8 @@ from moltbot_server.config_sources import (
     ConfigError,
     Given,
     Problem,
+    place_of,
+    places,
     read_env_file,
     read_environ,
     read_flags,
@@ -82,7 +84,8 @@ class Autoscaling:
 class Settings:
     """The server's settings. Durations are seconds, sizes bytes; a port of 0 takes any free one.
 
-    `origins` maps a key to the place that set it, such as `.env:4`, for messages about a value that turns out wrong.
+    `origins` maps a key to the place that set it, such as `.env:4`, for messages about a value that turns out wrong;
+    what lies inside sections has a place too, such as `routes.careful.fallback.0`.
     `beneath` has what files and the environment, or else the default, say of the keys that a flag decided.
     `engine` is empty for models of MoltBot's own choosing, `inline`, or the address of an engine that runs elsewhere.
     `workers` are cores that share the work of this machine; as many serve HTTP unless `http_workers` says otherwise.
@@ -251,14 +254,14 @@ class Settings:
         names = {route.name for route in self.routes}
         for name in sorted(names & _TAKEN):
             text = f"routes.{name}: this name has a meaning of its own; give the route another one"
-            yield self._problem("routes", text)
+            yield self._problem(f"routes.{name}", text)
         for one in (self.models, *self.routes):
             for model in names.intersection((one.primary, *one.fallback)):
-                key, title = ("routes", f"routes.{one.name}") if one.name else ("models.primary", "models")
+                key, title = (f"routes.{one.name}", f"routes.{one.name}") if one.name else ("models.primary", "models")
                 yield self._problem(key, f"{title}: `{model}` is a route; a route names models")
 
     def _problem(self, key: str, text: str) -> Problem:
-        return Problem(where=self.origins.get(key, ""), text=text)
+        return Problem(where=place_of(self.origins, key), text=text)
 
 
 def is_loopback(host: str) -> bool:
@@ -311,7 +314,7 @@ def load_settings(
     values = read(given, KEYS, problems)
     if check is not None:
         problems += (Problem(where=given[key].where, text=text) for key, text in check(values))
-    settings = _settings(workspace, values, {key: place.where for key, place in given.items()}, problems)
+    settings = _settings(workspace, values, dict(places(given)), problems)
     return replace(settings, beneath={key: beneath[key] for key in flags if key in beneath})
 
 

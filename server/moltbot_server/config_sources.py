@@ -51,6 +51,25 @@ class Given:
         return "a list" if isinstance(self.value, tuple) else "a mapping"
 
 
+def places(given: Mapping[str, Given], prefix: str = "") -> Iterator[tuple[str, str]]:
+    """Yield each key and all inside it, by dotted keys and the numbers of items, with its place."""
+    for name, value in given.items():
+        key = f"{prefix}{name}"
+        yield key, value.where
+        inside = value.value
+        if isinstance(inside, tuple):
+            inside = {str(number): item for number, item in enumerate(inside)}
+        if isinstance(inside, Mapping):
+            yield from places(inside, f"{key}.")
+
+
+def place_of(places: Mapping[str, str], key: str) -> str:
+    """Return where a key stands, or else the nearest section that it lies in; empty where nothing of it is written."""
+    while key and key not in places:
+        key = key.rpartition(".")[0]
+    return places.get(key, "")
+
+
 def read_text(path: Path) -> str | None:
     """Return a configuration file's text, or None when there is no such file.
 

@@ -9,11 +9,12 @@ from collections.abc import Callable, Sequence
 from moltbot_server.auth.provider_keys import HeldKeys, Known, ProviderKeys, variables_of
 from moltbot_server.config import ConfigError, Settings
 from moltbot_server.config_keys import KEYS
-from moltbot_server.config_sources import read_text
+from moltbot_server.config_sources import Problem, place_of, read_text
 from moltbot_server.errors import InvalidConfiguration
 from moltbot_server.models.caching.answers import AnswerCache
 from moltbot_server.models.caching.building import routing_digest
 from moltbot_server.models.lineup import Lineup, Plan
+from moltbot_server.models.plan_check import budget_notice
 from moltbot_server.models.providers import ProviderKey, presets
 from moltbot_server.models.routing import RouteEngine
 from moltbot_server.usage import Ledger
@@ -54,6 +55,17 @@ class Reloading:
         """The routes that are in use, the default one first."""
         return tuple(self._lineup.routes())
 
+    @property
+    def notices(self) -> Sequence[str]:
+        """What of the configuration is followed and hardly meant as things are now: a sentence each, with its place."""
+        settings, models = self._settings, self._lineup.models
+        told = (
+            Problem(where=place_of(settings.origins, f"budgets.{number}"), text=notice)
+            for number, budget in enumerate(settings.budgets)
+            if budget.scope == "model" and (notice := budget_notice(budget.model, models))
+        )
+        return tuple(map(str, told))
+
     async def open(self) -> None:
         """Put the configuration to use that the core was started with.
 
@@ -63,7 +75,7 @@ class Reloading:
         settings = self._started_with
         self._use_keys(self._read_keys(settings))
         await self._lineup.open(_plan(settings))
-        self._look_for_slips(settings)
+        self._look_for_slips()
         self.renew_answers()
 
     def renew_answers(self) -> None:
@@ -93,7 +105,7 @@ class Reloading:
             self._lineup.keys_changed([name for name in providers if before.get(name) != held.by_provider.get(name)])
             self._settings = settings
             self.renew_answers()
-            self._look_for_slips(settings)
+            self._look_for_slips()
             log.info("the configuration was read again", extra={"routes": len(self.routes)})
             return _needs_restart(self._started_with, settings)
 
@@ -127,11 +139,10 @@ class Reloading:
         except (ConfigError, WorkspaceError) as problem:
             raise InvalidConfiguration(str(problem)) from None
 
-    def _look_for_slips(self, settings: Settings) -> None:
+    def _look_for_slips(self) -> None:
         """Warn of budgets that no turn will ever count for, as far as can be told: a model may be loaded later."""
-        for budget in settings.budgets:
-            if budget.scope == "model" and not self._lineup.has(budget.model):
-                log.warning("a budget is of a model that is not there now", extra={"model": budget.model})
+        for notice in self.notices:
+            log.warning("a budget is of a model that is not there now", extra={"notice": notice})
 
     def _use_keys(self, held: HeldKeys[ProviderKey]) -> None:
         for problem in held.problems:
@@ -141,7 +152,11 @@ class Reloading:
 
 def _plan(settings: Settings) -> Plan:
     return Plan(
-        providers=settings.providers, default=settings.models, routes=settings.routes, currency=settings.currency
+        providers=settings.providers,
+        default=settings.models,
+        routes=settings.routes,
+        currency=settings.currency,
+        places=settings.origins,
     )
 
 

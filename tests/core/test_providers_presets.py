@@ -69,6 +69,15 @@ def test_a_name_that_nobody_serves_is_told_with_the_way_out(name: str) -> None:
         resolve(name, ())
 
 
+@pytest.mark.parametrize(
+    ("name", "meant"), [("opnai/gpt-4o", "openai/gpt-4o"), ("ofice/m", "office/m"), ("team-lrge", "team-large")]
+)
+def test_a_name_that_is_nearly_one_that_is_known_is_told_with_that(name: str, meant: str) -> None:
+    office = Provider(name="office", base_url="http://localhost/v1", models=(ProviderModel(name="team-large"),))
+    with pytest.raises(ModelNotFound, match=f"did you mean '{meant}'\\? Otherwise write `provider/model`"):
+        resolve(name, (office,))
+
+
 def test_a_preset_that_is_not_there_is_told_with_those_that_are() -> None:
     with pytest.raises(
         InvalidConfiguration, match=r"providers\.x\.preset: there is no 'opneai'; known: anthropic, azure"

@@ -220,6 +220,15 @@ async def test_a_context_beyond_the_models_is_told_by_file_and_line_before_anyth
     assert "listening" not in ended.err
 
 
+async def test_a_route_to_nobody_is_told_by_file_and_line_before_anything_starts(home: Home) -> None:
+    home.workspace.mkdir()
+    (home.workspace / "moltbot.yaml").write_text("models:\n  primary: opnai/gpt-4o\n")
+    ended = await home.run("start", *ANY_PORTS)
+    assert ended.status == 78
+    assert f"{home.workspace}/moltbot.yaml:2: models.primary: No provider is known to serve 'opnai/gpt-4o'" in ended.err
+    assert "listening" not in ended.err
+
+
 async def test_a_family_that_is_not_known_is_told_at_the_line_of_the_model_type(home: Home) -> None:
     home.variables = {}
     home.workspace.mkdir()

@@ -125,6 +125,25 @@ async def test_budgets_are_told_by_a_core_that_serves(home: Home) -> None:
     }
 
 
+async def test_a_budget_for_a_model_that_is_not_there_is_told_at_the_start_and_when_it_is_read_again(
+    home: Home,
+) -> None:
+    assert (await home.run("init")).status == 0
+    (home.workspace / "moltbot.yaml").write_text(BUDGETS)
+    told = "a budget is for the model `{}`, which is not here now: nothing counts for it"
+    async with home.started() as started:
+        (home.workspace / "moltbot.yaml").write_text(BUDGETS.replace("dear", "scriptd"))
+        reloaded = await home.run("route", "reload")
+        as_json = (await home.run("route", "reload", "--json")).json
+
+    assert f"Take note: {home.workspace}/moltbot.yaml:5: {told.format('dear')}." in started.said
+    assert (reloaded.status, f"Take note: {told.format('scriptd')}; did you mean `scripted`?" in reloaded.out) == (
+        0,
+        True,
+    )
+    assert as_json["notices"] == [f"{told.format('scriptd')}; did you mean `scripted`?"]
+
+
 async def test_without_budgets_it_says_where_they_are_explained(home: Home) -> None:
     async with home.started():
         told = await home.run("usage", "--budgets")

@@ -9,7 +9,7 @@ from moltbot_server.cli.terminal import Exit, Failure
 from moltbot_server.config import Settings
 from moltbot_server.config_models import ModelRoute, Provider, ProviderModel
 from moltbot_server.errors import MoltBotError
-from moltbot_server.models.lineup import LOCAL
+from moltbot_server.models.plan_check import LOCAL
 from moltbot_server.models.providers import presets, resolve
 
 _LATENCY, _AFTER_LATENCY, _COOLDOWN = 3.0, 1.0, 5.0

@@ -27,7 +27,7 @@ from moltbot_server.config_models import Cache
 from moltbot_server.models.catalog import Catalog
 from moltbot_server.models.engines.scripted import Rule, ScriptedEngine
 from moltbot_server.models.engines.scripted import Script as LocalScript
-from moltbot_server.models.lineup import LOCAL
+from moltbot_server.models.plan_check import LOCAL
 from moltbot_server.workspace import Workspace
 
 _LONGEST_TURN = 30.0

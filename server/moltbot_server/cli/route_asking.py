@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 import asyncio
 import json
-from collections.abc import Awaitable, Callable, Iterator, Mapping, Sequence
+from collections.abc import Awaitable, Callable, Collection, Iterator, Mapping, Sequence
 from typing import Any, TypeVar
 
 import grpc
@@ -16,9 +16,12 @@ from moltbot.errors import from_status
 from moltbot.v1 import route_pb2, route_pb2_grpc
 
 from moltbot_server.cli.asking import Place
+from moltbot_server.cli.model_looking import loaded_models
 from moltbot_server.cli.model_place import Models, told
 from moltbot_server.cli.tables import table
 from moltbot_server.cli.terminal import Exit, Failure, harmless
+from moltbot_server.cli.usage_telling import ask_budgets
+from moltbot_server.models.plan_check import budget_notice
 
 _Answer = TypeVar("_Answer")
 _PATIENCE = 30.0
@@ -70,16 +73,30 @@ def reload_routes(given: argparse.Namespace) -> int:
             f"nothing was changed, the core goes on as before:\n{_problems(error.message)}", Exit.CONFIG
         ) from None
     routes = [_entry(route) for route in answer.routes]
+    notices = _notices(core, {route["name"] for route in routes})
     if given.json:
-        print(json.dumps({"routes": routes, "needs_restart": list(answer.needs_restart)}, ensure_ascii=False))
+        found = {"routes": routes, "needs_restart": list(answer.needs_restart), "notices": notices}
+        print(json.dumps(found, ensure_ascii=False))
         return int(Exit.OK)
     count = "1 route is" if len(routes) == 1 else f"{len(routes) or 'no'} routes are"
     print(f"The configuration and the keys were read again; {count} in use.")
     if answer.needs_restart:
         print(f"A restart is needed for what else was changed: {', '.join(answer.needs_restart)}.")
+    for notice in notices:
+        print(f"Take note: {harmless(notice)}")
     if routes:
         print(_table(routes, core.words))
     return int(Exit.OK)
+
+
+def _notices(core: Place, routes: Collection[str]) -> list[str]:
+    """Return what is followed and hardly meant: budgets for models that the core does not have now."""
+    scopes = {budget.scope for budget in asyncio.run(ask_budgets(core)).budgets}
+    named = {scope.removeprefix("models/") for scope in scopes if scope.startswith("models/")}
+    if not named:
+        return []
+    models = loaded_models(core).keys() - routes
+    return [notice for name in sorted(named) if (notice := budget_notice(name, models))]
 
 
 def _problems(message: str) -> str:

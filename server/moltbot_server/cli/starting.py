@@ -22,6 +22,7 @@ from moltbot_server.cli.children import Child, Plan
 from moltbot_server.cli.model_check import model_problems
 from moltbot_server.cli.plans import ADAPTERS, plans
 from moltbot_server.cli.ports import Wanted, kept_port, near_port, spare_ports, take_ports
+from moltbot_server.cli.route_check import check_routes
 from moltbot_server.cli.running import Running, joined, only_one, reachable
 from moltbot_server.cli.supervisor import Supervisor, log
 from moltbot_server.cli.terminal import Exit, Failure, answering, as_typed, command, shown
@@ -42,6 +43,7 @@ def start(workspace: Workspace, flags: Mapping[str, object], *, reload: bool, fi
     for done in workspace.create():
         print(done[0].upper() + done[1:] + ".", flush=True)
     settings = load_settings(workspace.folder, os.environ, flags, check=model_problems)
+    check_routes(settings)
     configure_logging(settings.log_level, as_json=settings.log_json, process="start")
     for notice in (*misspelled(os.environ), *overlooked(workspace.folder, os.environ)):
         log.warning("not used", extra={"notice": notice})
@@ -219,6 +221,7 @@ class _Site:
         was = self._settings
         try:
             found = load_settings(self._workspace.folder, os.environ, self._flags, check=model_problems)
+            check_routes(found)
         except ConfigError as error:
             log.error("the configuration is wrong, so nothing is started again", extra={"problems": str(error)})
             return False
@@ -243,12 +246,12 @@ class _Site:
         self._model, self._route = str(core_said.get("model", "")), tuple(core_said.get("route", ()))
         what, name = answering(self._model, self._route)
         self.write()
-        problem = str(core_said.get("problem", ""))
+        problem, notices = str(core_said.get("problem", "")), tuple(map(str, core_said.get("notices", ())))
         took = time.monotonic() - self._began
         if self._settings.log_json:
             self._tell_as_json(took, what, name, problem)
         else:
-            self._tell(took, what, name, problem)
+            self._tell(took, what, name, problem, notices)
         self.measure_once()
         if self._asking and self._asking.stdin:
             with contextlib.suppress(BrokenPipeError), self._asking.stdin as pipe:  # it has told why it left
@@ -261,12 +264,13 @@ class _Site:
         fields |= {"problem": as_typed(problem, self._workspace)} if problem else {}
         log.info("MoltBot is ready", extra=fields)
 
-    def _tell(self, took: float, what: str, name: str, problem: str) -> None:
+    def _tell(self, took: float, what: str, name: str, problem: str, notices: Sequence[str]) -> None:
         key = shown(self._workspace.key_file)
         chat = command("chat", self._workspace)
         lines = [
             f"MoltBot is ready ({took:.1f} s). {what}: {name or 'unknown'}.",
             *([f"It cannot answer yet: {as_typed(problem, self._workspace)}"] if problem else []),
+            *(f"Take note: {notice}" for notice in notices),
             "",
             *self._web_chat(),
             f"  OpenAI API  http://{self.http}/v1   (API key: the line in {key})",

@@ -64,7 +64,7 @@ def tell_usage(given: argparse.Namespace) -> int:
             raise Failure(
                 f"MoltBot is not running, and only it counts budgets: start it with `{start}`.", Exit.UNAVAILABLE
             )
-        answer = asyncio.run(_ask_budgets(place))
+        answer = asyncio.run(ask_budgets(place))
         budgets = [_budget(budget) for budget in answer.budgets]
         as_json: dict[str, Any] = {"currency": answer.currency, "budgets": budgets}
         print(json.dumps(as_json, ensure_ascii=False) if given.json else _budget_table(budgets, answer.currency))
@@ -122,7 +122,9 @@ async def _ask_usage(place: Place, asked: _Asked) -> _Told:
     return await _call(place, all_pages)
 
 
-async def _ask_budgets(place: Place) -> usage_pb2.ListBudgetsResponse:
+async def ask_budgets(place: Place) -> usage_pb2.ListBudgetsResponse:
+    """Return the budgets of a core and what was used of each; raises MoltBotClientError."""
+
     async def once(stub: Any, metadata: Any) -> usage_pb2.ListBudgetsResponse:
         answer: usage_pb2.ListBudgetsResponse = await stub.ListBudgets(
             usage_pb2.ListBudgetsRequest(), metadata=metadata

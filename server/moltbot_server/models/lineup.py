@@ -10,14 +10,16 @@ from __future__ import annotations
 import asyncio
 import logging
 import re
-from collections.abc import Callable, Collection, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
 
 from moltbot_server.config_models import DEFAULT_ROUTE, ModelRoute, Price, Provider, ProviderModel
-from moltbot_server.errors import BudgetExceeded, InvalidConfiguration, ModelNotFound
+from moltbot_server.config_sources import Problem, place_of
+from moltbot_server.errors import BudgetExceeded, InvalidConfiguration
 from moltbot_server.models.caching.metadata import MetadataCache
 from moltbot_server.models.catalog import Catalog, CatalogEntry
 from moltbot_server.models.engine import Engine
+from moltbot_server.models.plan_check import LOCAL, model_names, provider_problems, route_problems
 from moltbot_server.models.providers import Cooldowns, KeyRing, Pools, ProviderEngine, resolve
 from moltbot_server.models.routing import Breakers, RouteEngine
 
@@ -27,18 +29,19 @@ _OTHER = re.compile(r"[^A-Za-z0-9._~:/-]+")
 
 _PRESETS_ARE_IN = "USD"
 
-LOCAL = frozenset({"local", "builtin", "built-in"})
-"""What a route may call the engine's own default model."""
-
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Plan:
-    """What a configuration asks for. `default`, the route of turns that name no model, counts if it has a primary."""
+    """What a configuration asks for. `default`, the route of turns that name no model, counts if it has a primary.
+
+    `places` has where keys stand, such as `providers.office`, for messages.
+    """
 
     providers: tuple[Provider, ...]
     default: ModelRoute
     routes: tuple[ModelRoute, ...]
     currency: str = _PRESETS_ARE_IN
+    places: Mapping[str, str] = field(default_factory=dict, compare=False)
 
     @property
     def all_routes(self) -> tuple[ModelRoute, ...]:
@@ -89,24 +92,22 @@ class Lineup:
         """Return what a plan comes to; nothing changes.
 
         Raises:
-            InvalidConfiguration: a route names a model that nobody serves, or two models want one name.
+            InvalidConfiguration: a provider is not known, a route names a model that nobody serves, or two models want
+                one name.
         """
         local = {entry.engine.id for entry in self._catalog.entries} - set(self._lines.engines)
+        _refuse(plan, provider_problems(plan.providers))
+        _refuse(plan, route_problems(plan.all_routes, plan.providers, local))
         problems: list[str] = []
         served: dict[str, str] = {}
         remote: dict[str, tuple[Provider, ProviderModel]] = {}
-        for where, name in _named(plan):
+        for name in model_names(plan.all_routes):
             if name in served:
                 continue
             if name in LOCAL or name in local:
                 served[name] = self._local if name in LOCAL else name
                 continue
-            try:
-                provider, model = resolve(name, plan.providers)
-            except ModelNotFound as problem:
-                here = ", ".join(sorted(local)) or "none is loaded"
-                problems.append(f"{where}: {problem.message} Local models: {here}.")
-                continue
+            provider, model = resolve(name, plan.providers)
             # `provider/model` is a model that the provider lists under a name of its own.
             listed = next((each for each in provider.models if f"{provider.name}/{each.name}" == name), None)
             model = listed or model
@@ -208,9 +209,10 @@ class Lineup:
         """Return what a model costs; None when nothing is known of it or it is local."""
         return self._lines.prices.get(model)
 
-    def has(self, model: str) -> bool:
-        """Tell whether a model is there by this name."""
-        return model in self._catalog
+    @property
+    def models(self) -> Collection[str]:
+        """The ids of the models that answer, of the engine and of providers, without the routes to them."""
+        return {entry.engine.id for entry in self._catalog.entries if not entry.engine.is_route}
 
     def owns(self, model: str) -> bool:
         """Tell whether a model is there by the configuration, and so cannot be unloaded."""
@@ -242,12 +244,10 @@ async def _leave(entry: CatalogEntry) -> None:
         _log.info("a model of the configuration was let go", extra={"model": entry.engine.id})
 
 
-def _named(plan: Plan) -> Iterator[tuple[str, str]]:
-    """Yield each name that a route has for a model, with the place where it is written."""
-    for route in plan.all_routes:
-        where = f"routes.{route.name}" if route.name else "models"
-        yield f"{where}.primary", route.primary
-        yield from ((f"{where}.fallback", name) for name in route.fallback)
+def _refuse(plan: Plan, problems: Iterable[tuple[str, str]]) -> None:
+    told = [str(Problem(where=place_of(plan.places, key), text=text)) for key, text in problems]
+    if told:
+        raise InvalidConfiguration("\n".join(told))
 
 
 def _slug(name: str) -> str:

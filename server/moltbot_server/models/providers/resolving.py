@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from moltbot_server.config_models import Provider, ProviderModel
+from moltbot_server.config_spelling import nearest
 from moltbot_server.errors import ModelNotFound
 from moltbot_server.models.providers.presets import named, preset_of, presets, renamed
 
@@ -34,9 +35,20 @@ def resolve(name: str, providers: Sequence[Provider]) -> tuple[Provider, Provide
     for known, preset in presets().items():
         if preset.serves(name) and not any(each.name == known for each in providers):
             return Provider(name=known, preset=known), ProviderModel(name=name)
+    meant = _meant(name, providers)
+    hint = f"did you mean {meant[:128]!r}? Otherwise " if meant else ""
     raise ModelNotFound(
-        f"No provider is known to serve {name[:128]!r}; write `provider/model`, or list it among its models."
+        f"No provider is known to serve {name[:128]!r}; {hint}write `provider/model`, or list it among its models."
     )
+
+
+def _meant(name: str, providers: Sequence[Provider]) -> str:
+    """Return the name that was probably meant: that of a model that is listed, or one with a provider that is known."""
+    first, slash, rest = name.partition("/")
+    if slash and rest:
+        near = nearest(first, [*(provider.name for provider in providers), *presets()])
+        return f"{near}/{rest}" if near else ""
+    return nearest(name, [model.name for provider in providers for model in provider.models])
 
 
 def _listed(provider: Provider, name: str) -> ProviderModel | None:
