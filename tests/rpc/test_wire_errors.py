@@ -10,6 +10,7 @@ from pathlib import Path
 import grpc
 import pytest
 from google.rpc import error_details_pb2
+from moltbot.errors import from_status
 from moltbot.v1 import message_pb2
 from moltbot_server.errors import InvalidField, MoltBotError, every_error
 from moltbot_server.models.engine import NOBODY, Asker, Capabilities, Finished, Generation, Listener
@@ -73,6 +74,7 @@ async def test_each_error_is_told_with_its_status_its_reason_and_when_to_come_ba
         error.reason,
         "true" if error.retryable else "false",
     )
+    assert from_status(told, "").retryable is error.retryable
     assert (told.details() or "").removeprefix("turn.parts: ") == "told to the caller"
     retry = error_details_pb2.RetryInfo()
     assert any(detail.Unpack(retry) for detail in details_of(told))

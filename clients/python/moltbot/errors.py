@@ -16,7 +16,7 @@ _TRANSPORT = frozenset(
 )
 # What gRPC says when no connection came about at all: nobody listens there, or nothing leads there.
 _NOBODY = "Failed to connect to remote host"
-# Reasons whose wait is worth its while although the core cannot say how long it takes.
+# Reasons whose wait is worth its while, for answers that do not say so themselves.
 _RETRYABLE = frozenset(
     error_pb2.ErrorReason.Name(reason).removeprefix("ERROR_REASON_")
     for reason in (
@@ -28,7 +28,7 @@ _RETRYABLE = frozenset(
         error_pb2.ERROR_REASON_MODEL_UNAVAILABLE,
         error_pb2.ERROR_REASON_STORAGE_UNAVAILABLE,
         error_pb2.ERROR_REASON_TURN_INTERRUPTED,
-        error_pb2.ERROR_REASON_BUDGET_EXCEEDED,
+        error_pb2.ERROR_REASON_SLOW_CONSUMER,
     )
 )
 
@@ -38,7 +38,8 @@ class MoltBotClientError(Exception):
 
     `code` is the gRPC status; `reason` a name of the contract's `ErrorReason` without its prefix, empty when the
     connection failed and not the core; `message` says what to do. `retryable` is true when the same call, with the
-    same request id, may succeed later; `retry_after` is in seconds, when known. `fields` maps the path of a wrong
+    same request id, may succeed while somebody waits; `retry_after` is in seconds, when known, and may also say when
+    something ends that is not worth waiting for, such as the period of a budget. `fields` maps the path of a wrong
     field to what is wrong with it.
     """
 
@@ -75,7 +76,7 @@ def from_status(error: grpc.aio.AioRpcError, address: str) -> MoltBotClientError
 
     It says all that the status did, so that it need not be chained to the error of gRPC.
     """
-    reason, retry_after, fields, is_final = "", None, {}, False
+    reason, told, retry_after, fields, is_final = "", "", None, {}, False
     for key, value in error.trailing_metadata() or ():
         if key == _PUSHBACK_KEY:
             text = value if isinstance(value, str) else value.decode("ascii", "replace")
@@ -85,13 +86,15 @@ def from_status(error: grpc.aio.AioRpcError, address: str) -> MoltBotClientError
             continue
         for detail in status_pb2.Status.FromString(value).details:
             if detail.Is(error_details_pb2.ErrorInfo.DESCRIPTOR):
-                reason = error_details_pb2.ErrorInfo.FromString(detail.value).reason
+                info = error_details_pb2.ErrorInfo.FromString(detail.value)
+                reason, told = info.reason, info.metadata.get("retryable", "")
             elif detail.Is(error_details_pb2.RetryInfo.DESCRIPTOR):
                 retry_after = error_details_pb2.RetryInfo.FromString(detail.value).retry_delay.ToNanoseconds() / 1e9
             elif detail.Is(error_details_pb2.BadRequest.DESCRIPTOR):
                 violations = error_details_pb2.BadRequest.FromString(detail.value).field_violations
                 fields = {violation.field: violation.description for violation in violations}
-    retryable = reason in _RETRYABLE or retry_after is not None or error.code() is grpc.StatusCode.UNAVAILABLE
+    likely = reason in _RETRYABLE or retry_after is not None or error.code() is grpc.StatusCode.UNAVAILABLE
+    retryable = told == "true" if told else likely
     message = error.details() or "the core gave no reason"
     nobody = error.code() is grpc.StatusCode.UNAVAILABLE and not reason and _NOBODY in message
     if nobody:
