@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import os
 import re
+import stat
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -74,10 +76,14 @@ def read_text(path: Path) -> str | None:
     """Return a configuration file's text, or None when there is no such file.
 
     Raises:
-        ConfigError: the file cannot be read, is over 1 MiB, or is not UTF-8.
+        ConfigError: the file cannot be read, is none that keeps its text, is over 1 MiB, or is not UTF-8.
     """
     try:
-        with path.open("rb") as file:
+        # Without waiting: who would write into a pipe may never come.
+        with open(path, "rb", opener=lambda name, flags: os.open(name, flags | os.O_NONBLOCK)) as file:
+            if not _keeps_text(os.fstat(file.fileno())):
+                text = "this is no regular file, such as a pipe or a device; a configuration is read again and again"
+                raise ConfigError(Problem(where=str(path), text=text))
             content = file.read(_LARGEST_FILE + 1)
         if len(content) > _LARGEST_FILE:
             raise ConfigError(Problem(where=str(path), text="the file is over 1 MiB; this cannot be a configuration"))
@@ -89,6 +95,11 @@ def read_text(path: Path) -> str | None:
         raise ConfigError(Problem(where=f"{path}:{line}", text="the file is not UTF-8 text")) from None
     except OSError as error:
         raise ConfigError(Problem(where=str(path), text=f"cannot be read: {error.strerror}")) from None
+
+
+def _keeps_text(found: os.stat_result) -> bool:
+    """Tell whether a file can be read again with the same result; `/dev/null`, where nothing is wanted, can."""
+    return stat.S_ISREG(found.st_mode) or found.st_rdev == os.stat(os.devnull).st_rdev
 
 
 def read_yaml(path: Path, problems: list[Problem]) -> Mapping[str, Given]:

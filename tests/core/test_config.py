@@ -1,5 +1,7 @@
 """The configuration: what it accepts word for word, which source wins, what it says of mistakes, what it refuses."""
 
+import os
+import re
 from pathlib import Path
 
 import pytest
@@ -262,6 +264,20 @@ def test_a_file_that_is_not_text_or_far_too_long_is_refused(workspace: Path, els
         file.write_bytes(content)
         with pytest.raises(ConfigError, match=told):
             load_settings(workspace, {}, current=elsewhere)
+
+
+@pytest.mark.parametrize("name", ["moltbot.yaml", ".env"])
+def test_a_file_that_is_no_regular_one_is_refused_at_once(workspace: Path, elsewhere: Path, name: str) -> None:
+    os.mkfifo(workspace / name)
+    with pytest.raises(ConfigError, match=rf"{re.escape(name)}: this is no regular file, such as a pipe"):
+        load_settings(workspace, {}, current=elsewhere)
+    (workspace / name).unlink()
+    (workspace / name).symlink_to("/dev/zero")
+    with pytest.raises(ConfigError, match="this is no regular file"):
+        load_settings(workspace, {}, current=elsewhere)
+    (workspace / name).unlink()
+    (workspace / name).symlink_to(os.devnull)
+    assert load_settings(workspace, {}, current=elsewhere) == Settings(workspace=workspace)
 
 
 @pytest.mark.parametrize("bind", ["127.0.0.1", "0.0.0.0", "192.0.2.7"])
