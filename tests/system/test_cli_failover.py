@@ -96,6 +96,21 @@ class TestFailoverTest:
         assert [candidate.name for candidate in drill.candidates] == ["sample-first", "sample-second"]
         assert "No route is configured" in drill.notes[0]
 
+    async def test_a_workspace_that_is_named_and_not_there_is_told(self, home: Home) -> None:
+        by_option = await home.run("failover", "test", "--workspace", str(home.folder / "nowhere"))
+        home.variables["MOLTBOT_WORKSPACE"] = str(home.folder / "nothing")
+        by_variable = await home.run("failover", "test")
+
+        assert (by_option.status, by_option.out) == (78, "")
+        assert f"there is no workspace in {home.folder}/nowhere: make one with `" in by_option.err
+        assert (by_variable.status, f"no workspace in {home.folder}/nothing" in by_variable.err) == (78, True)
+
+    async def test_a_provider_that_nobody_knows_is_told_and_not_tried(self, home: Home) -> None:
+        configure(home, "providers:\n  opnai: {models: [m]}\nmodels: {primary: m}\n")
+        ended = await home.run("failover", "test")
+        assert ended.status == 78
+        assert "moltbot.yaml:2: providers.opnai: no provider of this name is known; did you mean `openai`?" in ended.err
+
     async def test_a_route_that_is_not_there_is_told_with_those_that_are(self, home: Home) -> None:
         nothing = await home.run("failover", "test", "--route", "careful")
         configure(home, "routes: {a: {primary: gpt-4o}, b: {primary: gpt-4o}}\n")

@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import json
 import logging
+import os
 import time
 from collections.abc import Awaitable, Callable, Sequence
 from functools import partial
@@ -18,7 +19,9 @@ from moltbot_server.cli.failover_scenes import CASES, Row, play
 from moltbot_server.cli.failover_waits import WAITS
 from moltbot_server.cli.model_place import Models, told
 from moltbot_server.cli.progress import Progress
-from moltbot_server.cli.terminal import Exit, harmless
+from moltbot_server.cli.route_check import check_routes
+from moltbot_server.cli.terminal import Exit, Failure, harmless
+from moltbot_server.config import ConfigError
 
 _ORDER = ("S19", "S20", "S21", "S22", "S23", "S24", "S25")
 
@@ -27,6 +30,12 @@ _ORDER = ("S19", "S20", "S21", "S22", "S23", "S24", "S25")
 def failover_test(given: argparse.Namespace) -> int:
     """Play the drill; return the exit status."""
     models = Models.of(given)
+    if not models.workspace.folder.is_dir() and (given.workspace or os.environ.get("MOLTBOT_WORKSPACE")):
+        models.workspace.read_key()  # it says how a workspace is made; only who names none may try before there is one
+    try:
+        check_routes(models.settings)
+    except ConfigError as problem:
+        raise Failure(str(problem), Exit.CONFIG) from None
     local = {model.name for model in models.all} | {models.at_start}
     drill = plan(models.settings, given.route, local - {""})
     # What the core of the drill has to say of faults is no news to anybody.
