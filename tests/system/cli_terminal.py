@@ -10,6 +10,7 @@ import termios
 from asyncio.subprocess import Process
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
+from pathlib import Path
 
 from cli_process import COMMAND, Home
 
@@ -52,22 +53,27 @@ class Terminal:
 
 
 @asynccontextmanager
-async def terminal(home: Home, *arguments: str, command: str = "chat") -> AsyncIterator[Terminal]:
-    """Run `moltbot chat`, or another command, at a terminal of 100 columns."""
+async def terminal(
+    home: Home, *arguments: str, command: str = "chat", file: Path | None = None
+) -> AsyncIterator[Terminal]:
+    """Run `moltbot chat`, or another command, at a terminal of 100 columns; its standard output may go to a `file`."""
     ours, theirs = pty.openpty()
     fcntl.ioctl(theirs, termios.TIOCSWINSZ, struct.pack("HHHH", 40, 100, 0, 0))
     home.variables["TERM"] = "xterm"
+    out = None if file is None else file.open("wb")
 
     process = await asyncio.create_subprocess_exec(
         *(sys.executable, "-c", _TAKE, *COMMAND, command, *arguments),
         cwd=home.folder,
         env=home.environ,
         stdin=theirs,
-        stdout=theirs,
+        stdout=theirs if out is None else out,
         stderr=theirs,
         start_new_session=True,
     )
     os.close(theirs)
+    if out is not None:
+        out.close()
     screen = Terminal(process, ours)
     try:
         yield screen

@@ -254,3 +254,19 @@ async def test_an_answer_cannot_command_the_terminal_but_reaches_a_file_as_it_is
             await screen.process.wait()
         assert RED not in screen.shown
     assert (await home.run("chat", f"{RED}red")).out == f"You said: {RED}red\n"
+
+
+async def test_a_conversation_whose_output_goes_to_a_file_leaves_the_answers_alone_there(
+    home: Home, tmp_path: Path
+) -> None:
+    file = tmp_path / "answers"
+    async with terminal(home, file=file) as screen:
+        place = await screen.until("Ctrl-D leaves")
+        place = await screen.until("You", after=place)
+        screen.type("Hello\r")
+        place = await screen.until("Hello", after=place)
+        place = await screen.until("You", after=place)
+        screen.type("\x04")
+        async with asyncio.timeout(10):
+            assert await screen.process.wait() == 0
+    assert file.read_text() == "You said: Hello\n\n"

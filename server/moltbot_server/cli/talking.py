@@ -14,6 +14,7 @@ from prompt_toolkit import PromptSession
 from prompt_toolkit.completion import WordCompleter
 from prompt_toolkit.formatted_text import HTML
 from prompt_toolkit.history import FileHistory, History, InMemoryHistory
+from prompt_toolkit.output import create_output
 
 from moltbot_server.cli.asking import CHANNEL, Place, cancelling, interrupts, remark
 from moltbot_server.cli.showing import Shown, attended
@@ -186,7 +187,11 @@ def _show(shown: Shown, event: chat_pb2.Event) -> None:
 
 
 async def talk(place: Place, workspace: Workspace, *, session: str, model: str) -> int:
-    """Hold a conversation at the terminal; return the exit status."""
+    """Hold a conversation at the terminal; return the exit status.
+
+    Where the standard output goes elsewhere, that gets the answers, and the standard error what is for the person.
+    """
+    screen = sys.stdout if sys.stdout.isatty() else sys.stderr
     conversation = Talk(place, session=session, model=f"models/{model}" if model and "/" not in model else model)
     async with conversation.bot as bot:
         names = [item.name.removeprefix("models/") async for item in bot.models()]
@@ -195,8 +200,10 @@ async def talk(place: Place, workspace: Workspace, *, session: str, model: str) 
             history=_history(workspace),
             completer=WordCompleter(sorted(conversation.commands), sentence=True),
             complete_while_typing=False,
+            output=create_output(stdout=screen),
         )
-        print(f"MoltBot, model {names[0] if names else 'unknown'}. /help tells what else there is; Ctrl-D leaves.\n")
+        model = names[0] if names else "unknown"
+        print(f"MoltBot, model {model}. /help tells what else there is; Ctrl-D leaves.\n", file=screen, flush=True)
         await conversation.run(prompt.prompt_async)
     return int(Exit.OK)
 
