@@ -27,6 +27,24 @@ def test_an_answer_that_was_cut_is_told_where_it_will_be() -> None:
     assert "session" not in PLACE.failure(refused, "sessions/s/turns/1").message
 
 
+@pytest.mark.parametrize(
+    ("seconds", "told"), [(0.0004, "a moment"), (0.9, "a moment"), (1.0, "1 s"), (90.0, "1 min 30 s")]
+)
+def test_a_wait_is_never_told_to_be_none(seconds: float, told: str) -> None:
+    full = MoltBotClientError(grpc.StatusCode.RESOURCE_EXHAUSTED, "full", reason="QUEUE_FULL", retry_after=seconds)
+    assert PLACE.failure(full, "").message == f"full. Try again in {told}. (QUEUE_FULL)"
+
+
+@pytest.mark.parametrize(
+    ("field", "told"),
+    [("turn.parts", "it is blank"), ("turn.parts[0].text", "it is blank"), ("turn.model", "turn.model: it is blank")],
+)
+def test_who_types_a_message_is_not_told_its_field(field: str, told: str) -> None:
+    fields = {field: "it is blank"}
+    blank = MoltBotClientError(grpc.StatusCode.INVALID_ARGUMENT, f"{field}: it is blank", reason="WRONG", fields=fields)
+    assert PLACE.failure(blank, "").message == f"{told} (WRONG)"
+
+
 @pytest.mark.parametrize(("cancelled", "said"), [(False, "somebody else cancelled the answer"), (True, "")])
 def test_who_did_not_cancel_an_answer_is_told_that_somebody_did(cancelled: bool, said: str) -> None:
     completed = chat_pb2.Completed(text="half", finish_reason=message_pb2.FINISH_REASON_CANCELLED)

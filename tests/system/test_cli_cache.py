@@ -42,6 +42,7 @@ async def test_a_question_asked_again_is_served_and_counted_until_the_cache_is_c
         cleared = await home.run("cache", "clear", "answers")
         again = await home.run("cache", "clear", "answers", "--json")
         wrong = await home.run("cache", "clear", "nonsense")
+        nearly = await home.run("cache", "clear", "answer")
 
     assert told[0]["text"] == told[1]["text"] != ""
     answers = listed["answers"]
@@ -51,8 +52,9 @@ async def test_a_question_asked_again_is_served_and_counted_until_the_cache_is_c
     assert [line.split()[0] for line in table[1:]] == ["answers", "sessions", "metadata"]
     assert (cleared.status, cleared.out) == (0, "1 entry was forgotten.\n")
     assert again.json == {"cleared": 0}
-    assert wrong.status == 1
-    assert "`caches/answers`" in wrong.err
+    there = "there are answers, sessions, metadata; without a name all are cleared"
+    assert (wrong.status, wrong.err) == (2, f"moltbot: there is no cache 'nonsense'; {there}\n")
+    assert (nearly.status, nearly.err) == (2, "moltbot: there is no cache 'answer'; did you mean answers?\n")
 
 
 async def test_nothing_is_kept_where_the_environment_says_off(home: Home) -> None:

@@ -90,7 +90,8 @@ class TestKeeping:
         other = await added(home)
         wrong = await home.run("key", "remove", "ffffffff")
         assert (wrong.status, wrong.out) == (1, "")
-        assert f"no key of this id: it has {other['id']} (openai); `moltbot key list`" in wrong.err
+        assert f"no key of this id: it has {other['id']} (openai); `" in wrong.err
+        assert " key list` has all." in wrong.err
 
     async def test_the_master_key_is_replaced_and_the_keys_stay(self, home: Home) -> None:
         kept = await added(home)
@@ -219,7 +220,7 @@ class TestARunningCore:
                 "The running core uses it now. A restart is needed for what else was changed: port.",
             )
             assert "The running core uses it now." in (await home.run("key", "rotate-master")).out
-            assert "The running core uses it now." in (await home.run("key", "remove", kept["id"])).out
+            assert "The running core does without it now." in (await home.run("key", "remove", kept["id"])).out
         assert routes.told == 3
 
     async def test_one_that_refuses_goes_on_as_before_and_the_key_is_kept(self, home: Home) -> None:
@@ -261,6 +262,7 @@ class TestTrying:
         assert (second["key"], second["works"]) == (bad["id"], False)
         assert "refuses the key (401)" in second["problem"]
         assert f"mock  key {good['id']}  works (small answered in " in shown.out
+        assert f"mock  key {bad['id']}  refuses the key (401)" in shown.out
         assert (ended.err, shown.err) == ("", "")
         assert SECRET not in ended.out + shown.out
         assert OTHER not in ended.out + shown.out
@@ -282,6 +284,14 @@ class TestTrying:
         [tried] = ended.json["tried"]
         assert (ended.status, tried["key"], tried["works"]) == (1, "", False)  # this one wants some key
 
+    async def test_a_company_is_named_once_and_its_key_is_added_as_one_types_it_here(self, home: Home) -> None:
+        ended = await home.run("key", "--workspace", str(home.folder / "other"), "test", "openai")
+        assert ended.status == 78
+        await home.run("init", "--workspace", str(home.folder / "other"))
+        ended = await home.run("key", "--workspace", str(home.folder / "other"), "test", "openai")
+        assert ended.out.startswith("openai  no key  needs a key; add one to the workspace of this MoltBot with `")
+        assert " key --workspace ~/other add openai`." in ended.out
+
     async def test_without_any_key_the_next_step_is_told(self, home: Home) -> None:
         await home.run("init")
         ended = await home.run("key", "test")
@@ -290,5 +300,5 @@ class TestTrying:
     async def test_a_provider_of_which_no_model_is_known_asks_for_one(self, home: Home) -> None:
         await added(home, "openrouter")
         ended = await home.run("key", "test", "openrouter")
-        told = "openrouter  Which model of openrouter is to be asked? Name one with --model, or in a route.\n"
+        told = "openrouter  Which of its models is to be asked? Name one with --model, or in a route.\n"
         assert (ended.status, ended.out) == (1, told)

@@ -144,6 +144,18 @@ async def test_a_budget_for_a_model_that_is_not_there_is_told_at_the_start_and_w
     assert as_json["notices"] == [f"{told.format('scriptd')}; did you mean `scripted`?"]
 
 
+async def test_a_budget_of_one_token_is_told_as_one(home: Home) -> None:
+    assert (await home.run("init")).status == 0
+    (home.workspace / "moltbot.yaml").write_text("budgets: [{scope: workspace, period: day, max_tokens: 1}]\n")
+    async with home.started():
+        assert (await home.run("chat", "Hello")).status == 0
+        refused = await home.run("chat", "--json", "Hello")
+
+    error = refused.json["error"]
+    assert "this workspace has used up its daily budget of 1 token; " in error["message"]
+    assert (error["reason"], error["retryable"], error["retry_after"] >= 1) == ("BUDGET_EXCEEDED", False, True)
+
+
 async def test_without_budgets_it_says_where_they_are_explained(home: Home) -> None:
     async with home.started():
         told = await home.run("usage", "--budgets")

@@ -65,8 +65,10 @@ class Place:
 
 def failure(error: MoltBotClientError) -> Failure:
     """Return a client's error as the end of a command."""
-    stop = "" if error.message.endswith((".", "?", "!")) else "."
-    wait = f"{stop} Try again in {lasting(error.retry_after)}." if error.retry_after else ""
+    message, wait = _without_fields(error), ""
+    if error.retry_after:
+        stop = "" if message.endswith((".", "?", "!")) else "."
+        wait = f"{stop} Try again in {lasting(error.retry_after) if error.retry_after >= 1 else 'a moment'}."
     statuses = {
         "UNAVAILABLE": Exit.UNAVAILABLE,
         "UNAUTHENTICATED": Exit.NOT_ALLOWED,
@@ -77,9 +79,13 @@ def failure(error: MoltBotClientError) -> Failure:
             "MoltBot does not know the key in MOLTBOT_KEY: unset that, or set it to the line in the workspace's `key`"
         )
         return Failure(f"{text} file. ({error.reason})", Exit.NOT_ALLOWED)
-    return Failure(
-        f"{error.message}{wait} ({error.reason or error.code.name})", statuses.get(error.code.name, Exit.FAILED)
-    )
+    return Failure(f"{message}{wait} ({error.reason or error.code.name})", statuses.get(error.code.name, Exit.FAILED))
+
+
+def _without_fields(error: MoltBotClientError) -> str:
+    """Return what is wrong without the name of the field of a message: whoever types one knows of no fields."""
+    problem = next((problem for field, problem in error.fields.items() if field.startswith("turn.parts")), "")
+    return problem or error.message
 
 
 @asynccontextmanager

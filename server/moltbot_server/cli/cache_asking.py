@@ -9,6 +9,7 @@ from collections.abc import Awaitable, Callable, Mapping, Sequence
 from typing import Any, TypeVar
 
 import grpc
+from moltbot import MoltBotClientError
 from moltbot.channel import open_channel
 from moltbot.errors import from_status
 from moltbot.v1 import cache_pb2, cache_pb2_grpc
@@ -16,7 +17,8 @@ from moltbot.v1 import cache_pb2, cache_pb2_grpc
 from moltbot_server.cli.asking import Place
 from moltbot_server.cli.model_place import Models, told
 from moltbot_server.cli.tables import table
-from moltbot_server.cli.terminal import Exit
+from moltbot_server.cli.terminal import Exit, Failure, harmless
+from moltbot_server.config_spelling import nearest
 from moltbot_server.models.sizes import readable
 
 _Answer = TypeVar("_Answer")
@@ -26,12 +28,7 @@ _PATIENCE = 60.0
 @told
 def list_caches(given: argparse.Namespace) -> int:
     """Print the caches; return the exit status."""
-
-    async def ask(service: Any, metadata: Any) -> Sequence[cache_pb2.Cache]:
-        answer = await service.ListCaches(cache_pb2.ListCachesRequest(), metadata=metadata, timeout=_PATIENCE)
-        return list(answer.caches)
-
-    caches = [_entry(cache) for cache in asyncio.run(_asked(_core(given), ask))]
+    caches = _caches(_core(given))
     print(json.dumps({"caches": caches}) if given.json else _table(caches))
     return int(Exit.OK)
 
@@ -39,17 +36,38 @@ def list_caches(given: argparse.Namespace) -> int:
 @told
 def clear_caches(given: argparse.Namespace) -> int:
     """Clear a cache or all of them; return the exit status."""
-    request = cache_pb2.ClearCacheRequest(name=f"caches/{(given.name or '-').removeprefix('caches/')}")
+    name = str(given.name or "-").removeprefix("caches/")
+    request = cache_pb2.ClearCacheRequest(name=f"caches/{name}")
 
     async def ask(service: Any, metadata: Any) -> int:
         return int((await service.ClearCache(request, metadata=metadata, timeout=_PATIENCE)).cleared)
 
-    cleared = asyncio.run(_asked(_core(given), ask))
+    core = _core(given)
+    try:
+        cleared = asyncio.run(_asked(core, ask))
+    except MoltBotClientError as error:
+        if "name" not in error.fields:
+            raise
+        raise _no_cache(name, [cache["name"] for cache in _caches(core)]) from None
     if given.json:
         print(json.dumps({"cleared": cleared}))
     else:
         print(f"{cleared} {'entry was' if cleared == 1 else 'entries were'} forgotten.")
     return int(Exit.OK)
+
+
+def _caches(core: Place) -> Sequence[Mapping[str, Any]]:
+    async def ask(service: Any, metadata: Any) -> Sequence[cache_pb2.Cache]:
+        answer = await service.ListCaches(cache_pb2.ListCachesRequest(), metadata=metadata, timeout=_PATIENCE)
+        return list(answer.caches)
+
+    return [_entry(cache) for cache in asyncio.run(_asked(core, ask))]
+
+
+def _no_cache(name: str, known: Sequence[str]) -> Failure:
+    near = nearest(name, known)
+    hint = f"did you mean {near}?" if near else f"there are {', '.join(known)}; without a name all are cleared"
+    return Failure(f"there is no cache {harmless(name[:64])!r}; {hint}", Exit.USAGE)
 
 
 def _core(given: argparse.Namespace) -> Place:

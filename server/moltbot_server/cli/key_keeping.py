@@ -17,7 +17,7 @@ from moltbot_server.auth.provider_keys import HeldKey, HeldKeys, Known, Provider
 from moltbot_server.auth.vault import StoredKey, UnknownKey, Vault, VaultError, check_text
 from moltbot_server.cli.model_place import told
 from moltbot_server.cli.reloading import Reloaded, reload_routes
-from moltbot_server.cli.terminal import Exit, Failure, command, harmless
+from moltbot_server.cli.terminal import Exit, Failure, as_typed, command, harmless
 from moltbot_server.config import ConfigError, Settings, load_settings
 from moltbot_server.config_spelling import nearest
 from moltbot_server.models.providers import ProviderKey, presets
@@ -106,7 +106,7 @@ def in_words(body: Callable[[argparse.Namespace], int]) -> Callable[[argparse.Na
         try:
             return body(given)
         except UnknownKey as problem:
-            raise Failure(str(problem)) from None
+            raise Failure(as_typed(str(problem), find_workspace(os.environ, given.workspace))) from None
         except WorkspaceError as problem:
             raise Failure(str(problem), Exit.CONFIG) from None
 
@@ -191,7 +191,7 @@ def remove_key(given: argparse.Namespace) -> int:
             f"{harmless(given.id)} comes from the environment or from `.env`: take {harmless(name)} out there."
         )
     gone = keys.vault.remove(given.id)
-    outcome = reload_routes(keys.workspace)
+    outcome = reload_routes(keys.workspace, "The running core does without it now.")
     if given.json:
         print(json.dumps({**_as_json(_held(gone)), "core": outcome.state, "message": outcome.text}, ensure_ascii=False))
     else:

@@ -13,12 +13,13 @@ from dataclasses import dataclass
 
 from moltbot_server.auth.provider_keys import HeldKeys
 from moltbot_server.cli.key_keeping import Keys, in_words
-from moltbot_server.cli.terminal import Exit, Failure, command, harmless
+from moltbot_server.cli.terminal import Exit, Failure, as_typed, command, harmless
 from moltbot_server.config import Provider, ProviderModel, Settings
 from moltbot_server.errors import ModelNotFound, MoltBotError
 from moltbot_server.models.engine import stream
 from moltbot_server.models.providers import ProviderEngine, ProviderKey, presets, resolve
 from moltbot_server.turns import GenerationOptions, Message, Role, TextPart
+from moltbot_server.workspace import Workspace
 
 _PATIENCE = 60.0
 _QUESTION = (Message(role=Role.USER, parts=(TextPart(text="Say: yes"),)),)
@@ -60,7 +61,7 @@ def test_keys(given: argparse.Namespace) -> int:
     # What the engine has to log of a refused key is told in the line of that key.
     logging.getLogger().addHandler(logging.NullHandler())
     tried = asyncio.run(_try_all(keys.settings, held, names, given.model))
-    _tell(given, tried)
+    _tell(given, tried, keys.workspace)
     return int(Exit.FAILED if any(one.problem for one in tried) else Exit.OK)
 
 
@@ -117,10 +118,10 @@ def _target(settings: Settings, name: str, asked: str) -> tuple[Provider, Provid
     if exact:
         cheapest = min(exact, key=lambda model: exact[model].price or (float("inf"),))
         return resolve(f"{name}/{cheapest}", settings.providers)
-    raise ModelNotFound(f"Which model of {name} is to be asked? Name one with --model, or in a route.")
+    raise ModelNotFound("Which of its models is to be asked? Name one with --model, or in a route.")
 
 
-def _tell(given: argparse.Namespace, tried: Sequence[_Tried]) -> None:
+def _tell(given: argparse.Namespace, tried: Sequence[_Tried], workspace: Workspace) -> None:
     if given.json:
         rows = [
             {
@@ -137,5 +138,14 @@ def _tell(given: argparse.Namespace, tried: Sequence[_Tried]) -> None:
         return
     for one in tried:
         key = f"key {one.key}  " if one.key else "no key  " if one.model else ""
-        outcome = one.problem or f"works ({one.model} answered in {one.seconds:.2f} s)"
-        print(f"{one.provider}  {key}{outcome}")
+        problem = as_typed(_unnamed(one), workspace)
+        print(f"{one.provider}  {key}{problem or f'works ({one.model} answered in {one.seconds:.2f} s)'}")
+
+
+def _unnamed(one: _Tried) -> str:
+    """Return the problem without the provider's name in front: the line begins with that."""
+    preset = presets().get(one.provider)
+    for title in (one.provider, preset.title if preset else one.provider):
+        if one.problem.startswith(f"{title} "):
+            return one.problem.removeprefix(f"{title} ")
+    return one.problem

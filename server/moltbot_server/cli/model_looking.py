@@ -13,7 +13,7 @@ from moltbot.v1 import model_pb2
 
 from moltbot_server.cli.asking import Place
 from moltbot_server.cli.model_place import Models, told
-from moltbot_server.cli.terminal import Exit, command, harmless, shown
+from moltbot_server.cli.terminal import Exit, as_typed, command, harmless, shown
 from moltbot_server.errors import ModelUnavailable
 from moltbot_server.models.encoder_folder import EncoderFolder
 from moltbot_server.models.library import KnownModel, Origin
@@ -204,13 +204,14 @@ def _in_words(entry: Mapping[str, Any], models: Models) -> str:
         ("Ends with", "  ".join(entry.get("ends", ()))),
         ("Can", ", ".join(entry.get("capabilities") or (loaded or {}).get("capabilities", ())).replace("_", " ")),
         ("Files", ", ".join(entry.get("files", ()))),
-        ("Runs", _runs(loaded) if loaded else "no"),
+        ("Runs", as_typed(_runs(loaded), models.workspace) if loaded else "no"),
         ("At start", "answers" if entry["at_start"] else ""),
         ("Problem", entry["problem"]),
     ]
     lines += [f"  {name:10} {text}" for name, text in pairs if text]
     embeds = "embeddings" in entry.get("capabilities", ())
-    if not embeds and not entry["problem"] and not entry["at_start"] and not (loaded and loaded["default"]):
+    known = entry["origin"] != "core"  # what the configuration or a program brought is not switched to by hand
+    if known and not embeds and not entry["problem"] and not entry["at_start"] and not (loaded and loaded["default"]):
         switch = command(f"model switch {entry['name']}", models.workspace)
         lines.append(f"Let it answer: {switch}")
     return harmless("\n".join(lines))

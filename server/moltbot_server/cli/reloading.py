@@ -28,18 +28,21 @@ class Reloaded:
     text: str
 
 
-def reload_routes(workspace: Workspace) -> Reloaded:
-    """Let the core of a workspace read its configuration and its keys again, if one runs. Never fails."""
+def reload_routes(workspace: Workspace, done: str = "The running core uses it now.") -> Reloaded:
+    """Let the core of a workspace read its configuration and its keys again, if one runs. Never fails.
+
+    `done` is what to say when it has.
+    """
     if not os.environ.get("MOLTBOT_ADDRESS") and not is_held(workspace):
         return Reloaded(state="not_running", text="It holds from the next start on: MoltBot is not running here.")
     try:
         key = os.environ.get("MOLTBOT_KEY", "").strip() or workspace.read_key()
-        return asyncio.run(_reload(Place(address=find_core(workspace, ""), key=key)))
+        return asyncio.run(_reload(Place(address=find_core(workspace, ""), key=key), done))
     except (Failure, WorkspaceError) as problem:
         return Reloaded(state="next_start", text=f"It holds from the next start on: {problem}")
 
 
-async def _reload(place: Place) -> Reloaded:
+async def _reload(place: Place, done: str) -> Reloaded:
     channel = open_channel(place.address, None)
     try:
         answer = await route_pb2_grpc.RouteServiceStub(channel).ReloadRoutes(
@@ -56,4 +59,4 @@ async def _reload(place: Place) -> Reloaded:
         await channel.close()
     rest = ", ".join(answer.needs_restart)
     also = f" A restart is needed for what else was changed: {rest}." if rest else ""
-    return Reloaded(state="reloaded", text=f"The running core uses it now.{also}")
+    return Reloaded(state="reloaded", text=f"{done}{also}")

@@ -88,7 +88,7 @@ class Limit:
             return ""
         budget = self.budget
         if budget.max_tokens and spent.tokens >= budget.max_tokens:
-            return self._in_words(f"{budget.max_tokens:,} tokens")
+            return self._in_words(f"{budget.max_tokens:,} token{'s' if budget.max_tokens > 1 else ''}")
         if budget.max_cost and spent.cost >= self._max_cost:
             return self._in_words(f"{Decimal(repr(budget.max_cost)).normalize():,f} {currency}")
         return ""
