@@ -120,6 +120,14 @@ def test_a_name_that_nobody_has_is_refused_before_anything_starts(
         check_routes(load_settings(tmp_path, {}, current=tmp_path))
 
 
+def test_what_an_engine_that_runs_may_have_by_now_is_left_to_the_cores(tmp_path: Path) -> None:
+    (tmp_path / "moltbot.yaml").write_text("models: {primary: loaded-by-a-program}\n")
+    check_routes(load_settings(tmp_path, {}, current=tmp_path), engine_runs=True)
+    (tmp_path / "moltbot.yaml").write_text("providers: {opnai: {}}\nmodels: {primary: loaded-by-a-program}\n")
+    with pytest.raises(ConfigError, match=r"providers\.opnai"):
+        check_routes(load_settings(tmp_path, {}, current=tmp_path), engine_runs=True)
+
+
 @pytest.mark.parametrize(
     "text",
     [

@@ -9,26 +9,30 @@ from moltbot_server.config_sources import place_of
 from moltbot_server.workspace import Workspace
 
 
-def check_routes(settings: Settings) -> None:
+def check_routes(settings: Settings, *, engine_runs: bool = False) -> None:
     """Refuse providers that nobody knows and routes to models that nobody has.
+
+    An engine that runs may have models that are written down nowhere: then cores say who serves the routes.
 
     Raises:
         ConfigError: with each of them at its place.
     """
     if not (settings.providers or settings.models.primary or settings.routes):
         return  # nothing to load for it here
-    problems = [Problem(where=place_of(settings.origins, key), text=text) for key, text in _wrong(settings)]
+    problems = [
+        Problem(where=place_of(settings.origins, key), text=text) for key, text in _wrong(settings, engine_runs)
+    ]
     if problems:
         raise ConfigError(*problems)
 
 
-def _wrong(settings: Settings) -> Iterator[tuple[str, str]]:
+def _wrong(settings: Settings, engine_runs: bool) -> Iterator[tuple[str, str]]:
     # Late: it costs the supervisor 7 MB, which the model of this machine alone should not.
     from moltbot_server.models.plan_check import provider_problems, route_problems
 
     found = [*provider_problems(settings.providers)]
     routes = ((settings.models,) if settings.models.primary else ()) + settings.routes
-    if not found and any(route_problems(routes, settings.providers, ())):
+    if not found and not engine_runs and any(route_problems(routes, settings.providers, ())):
         local = _local(settings)
         found += route_problems(routes, settings.providers, local) if local is not None else ()
     yield from found

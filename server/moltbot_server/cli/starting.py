@@ -221,7 +221,7 @@ class _Site:
         was = self._settings
         try:
             found = load_settings(self._workspace.folder, os.environ, self._flags, check=model_problems)
-            check_routes(found)
+            check_routes(found, engine_runs=True)
         except ConfigError as error:
             log.error("the configuration is wrong, so nothing is started again", extra={"problems": str(error)})
             return False
