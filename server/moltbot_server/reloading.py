@@ -6,7 +6,7 @@ import asyncio
 import logging
 from collections.abc import Callable, Sequence
 
-from moltbot_server.auth.provider_keys import HeldKeys, Known, ProviderKeys, variables_of
+from moltbot_server.auth.provider_keys import HeldKeys, ProviderKeys, variables_of
 from moltbot_server.config import ConfigError, Settings
 from moltbot_server.config_keys import KEYS
 from moltbot_server.config_sources import Problem, place_of, read_text
@@ -133,9 +133,8 @@ class Reloading:
             )
 
     def _read_keys(self, settings: Settings) -> HeldKeys[ProviderKey]:
-        known = {name: Known(preset.key_env, preset.base_url) for name, preset in presets().items()}
         try:
-            return self._keys.read(variables_of(settings.providers, known))
+            return self._keys.read(variables_of(settings.providers, presets()))
         except (ConfigError, WorkspaceError) as problem:
             raise InvalidConfiguration(str(problem)) from None
 

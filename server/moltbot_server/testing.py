@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
+import random
+import socket
 from collections.abc import AsyncGenerator
 from contextlib import asynccontextmanager
 from pathlib import Path
@@ -16,7 +19,7 @@ from moltbot_server.models.engine import Engine
 from moltbot_server.models.engines.scripted import Rule, Script, ScriptedEngine
 from moltbot_server.workspace import Workspace
 
-__all__ = ["Rule", "RunningServer", "Script", "ScriptedEngine", "running_server"]
+__all__ = ["Rule", "RunningServer", "Script", "ScriptedEngine", "free_port", "running_server"]
 
 
 class RunningServer:
@@ -39,6 +42,14 @@ class RunningServer:
     def channel(self) -> aio.Channel:
         """Return a new channel to the core; the caller closes it."""
         return aio.insecure_channel(self.address, options=[("grpc.use_local_subchannel_pool", 1)])
+
+
+def free_port() -> int:
+    """Return a port on which nobody listens, of those that the system gives to nobody: it is wanted again later."""
+    while True:
+        port = random.SystemRandom().randrange(10_000, 32_000)
+        with contextlib.suppress(OSError), socket.create_server(("127.0.0.1", port)):
+            return port
 
 
 @asynccontextmanager

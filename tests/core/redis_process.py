@@ -5,7 +5,6 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import os
-import random
 import shutil
 import signal
 import socket
@@ -15,6 +14,7 @@ from asyncio.subprocess import DEVNULL, Process
 from pathlib import Path
 
 import pytest
+from moltbot_server.testing import free_port
 
 _TOOLS = Path(__file__).parents[2] / ".tools" / "bin"
 _WITHIN = 10.0
@@ -26,14 +26,6 @@ def redis_server() -> str:
     if found is None:
         pytest.skip("redis-server is not installed: type  scripts/tools redis")
     return found
-
-
-def free_port() -> int:
-    """Return a port on which nobody listens, of those that the system gives to nobody: it is wanted again later."""
-    while True:
-        port = random.SystemRandom().randrange(10_000, 32_000)
-        with contextlib.suppress(OSError), socket.create_server(("127.0.0.1", port)):
-            return port
 
 
 class KeepingRedis:

@@ -5,17 +5,20 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
-from moltbot_server.auth.provider_keys import Known, ProviderKeys, variables_of
+from moltbot_server.auth.provider_keys import ProviderKeys, variables_of
 from moltbot_server.auth.vault import Vault, VaultError
 from moltbot_server.config import Provider
 from moltbot_server.models.providers.keys import KeyRing, ProviderKey
+from moltbot_server.models.providers.presets import Preset
 from moltbot_server.workspace import Workspace
 
 STORED, SECOND, TOLD = (f"sk-{name}-0123456789abcdef" for name in ("stored", "second", "told"))
 PRESETS = {
-    "openai": Known(("OPENAI_API_KEY",), "https://api.openai.com/v1"),
-    "zhipu": Known(("ZHIPUAI_API_KEY", "ZAI_API_KEY"), "https://open.bigmodel.cn/api/paas/v4"),
-    "azure": Known(("AZURE_OPENAI_API_KEY",)),
+    "openai": Preset(title="OpenAI", key_env=("OPENAI_API_KEY",), base_url="https://api.openai.com/v1"),
+    "zhipu": Preset(
+        title="Zhipu", key_env=("ZHIPUAI_API_KEY", "ZAI_API_KEY"), base_url="https://open.bigmodel.cn/api/paas/v4"
+    ),
+    "azure": Preset(title="Azure OpenAI", key_env=("AZURE_OPENAI_API_KEY",)),
 }
 
 

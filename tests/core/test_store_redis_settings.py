@@ -9,8 +9,9 @@ import pytest
 from kept_turns import keep, new
 from moltbot_server.errors import MoltBotError, StorageUnavailable
 from moltbot_server.store.redis import RedisStore
+from moltbot_server.testing import free_port
 from redis.asyncio import Redis
-from redis_process import RedisProcess, free_port
+from redis_process import RedisProcess
 
 
 @pytest.mark.parametrize(

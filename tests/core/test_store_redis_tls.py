@@ -15,7 +15,8 @@ from cryptography.x509.oid import NameOID
 from kept_turns import keep, new, texts
 from moltbot_server.errors import StorageUnavailable
 from moltbot_server.store.redis import RedisStore
-from redis_process import RedisProcess, free_port
+from moltbot_server.testing import free_port
+from redis_process import RedisProcess
 
 
 @pytest.fixture

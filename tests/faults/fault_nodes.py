@@ -8,7 +8,6 @@ import json
 import os
 import random
 import signal
-import socket
 import sys
 import time
 from asyncio.subprocess import DEVNULL, PIPE, Process
@@ -19,6 +18,7 @@ from typing import Any
 
 import psutil
 from fault_history import Entry, Fault
+from moltbot_server.testing import free_port
 from moltbot_server.workspace import Workspace
 
 START = 60.0
@@ -37,14 +37,6 @@ TAILS = {
     "long": " one two three four five six seven eight nine",
 }
 """What the scripted model says behind a question of each kind."""
-
-
-def free_port() -> int:
-    """Return a port on which nobody listens, of those that the system gives to nobody: it is wanted again later."""
-    while True:
-        port = random.SystemRandom().randrange(10_000, 32_000)
-        with contextlib.suppress(OSError), socket.create_server(("127.0.0.1", port)):
-            return port
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

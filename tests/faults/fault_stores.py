@@ -13,11 +13,11 @@ from pathlib import Path
 from typing import Protocol
 
 from fault_keeping import journal_entries
-from fault_nodes import free_port
 from moltbot_server.store import Store
 from moltbot_server.store.protocol import KEEP_REQUESTS
 from moltbot_server.store.sqlite import SqliteStore
 from moltbot_server.store.sqlite_rows import IS_DELETED
+from moltbot_server.testing import free_port
 
 _ALWAYS_THERE = re.compile(
     r"moltbot:(schema|data|workspaces|nodes|left|node|connection|salt|owner)|\{moltbot:\w+\}:(accepted|days|used|added|nodes)"

@@ -14,9 +14,8 @@ from moltbot_server.app import Core
 from moltbot_server.config import Settings
 from moltbot_server.models.catalog import Catalog
 from moltbot_server.models.engine import Engine
-from moltbot_server.testing import ScriptedEngine
+from moltbot_server.testing import ScriptedEngine, free_port
 from moltbot_server.workspace import Workspace
-from redis_process import free_port
 from rpc_calls import Api
 
 

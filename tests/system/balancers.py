@@ -21,7 +21,8 @@ from cryptography.hazmat.primitives.asymmetric import ec
 from cryptography.x509.oid import NameOID
 from fault_http import Adapter
 from fault_nodes import Node, Setup
-from redis_process import RedisProcess, free_port
+from moltbot_server.testing import free_port
+from redis_process import RedisProcess
 
 ROOT = Path(__file__).parents[2]
 WORDS = [f"word{number}" for number in range(40)]

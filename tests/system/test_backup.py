@@ -11,7 +11,8 @@ from pathlib import Path
 
 import pytest
 from cli_process import Home
-from redis_process import KeepingRedis, free_port
+from moltbot_server.testing import free_port
+from redis_process import KeepingRedis
 
 ROOT = Path(__file__).parents[2]
 SECTION = re.compile(r"^## Back up and restore$(.*?)^## ", re.MULTILINE | re.DOTALL)

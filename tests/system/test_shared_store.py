@@ -14,8 +14,9 @@ from typing import NamedTuple
 
 import pytest
 from moltbot import MoltBot
+from moltbot_server.testing import free_port
 from moltbot_server.workspace import Workspace
-from redis_process import RedisProcess, free_port
+from redis_process import RedisProcess
 
 TURNS = 12
 SLOW = "#150 pace=0.05"

@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Generic, NamedTuple, Protocol, TypeVar
+from typing import Generic, Protocol, TypeVar
 
 from moltbot_server.auth.vault import Vault, VaultError, check_text, tail
 from moltbot_server.auth.vault_master import KEY, KEY_FILE, NEW_KEY
@@ -116,11 +116,16 @@ class ProviderKeys(Generic[K]):
         return by_provider
 
 
-class Known(NamedTuple):
-    """The variables in which a provider's own tools look for its key, and its address; empty: each has its own."""
+class Known(Protocol):
+    """What is known of a provider; its preset is one, of which this floor does not know."""
 
-    variables: Sequence[str]
-    address: str = ""
+    @property
+    def key_env(self) -> Sequence[str]:
+        """The variables in which its own tools look for its key."""
+
+    @property
+    def base_url(self) -> str:
+        """Its address; empty where everybody has one of their own."""
 
 
 def variables_of(providers: Iterable[Provider], presets: Mapping[str, Known]) -> Mapping[str, Sequence[str]]:
@@ -129,20 +134,18 @@ def variables_of(providers: Iterable[Provider], presets: Mapping[str, Known]) ->
     A provider that is at another address than a preset is not given that preset's key, whatever its own name is: it
     would be told to whoever is there. Otherwise its own name with `_API_KEY` is one of the names.
     """
-    found: dict[str, Sequence[str]] = {name: known.variables for name, known in presets.items()}
-    owners = {variable: known.address for known in presets.values() for variable in known.variables}
+    found: dict[str, Sequence[str]] = {name: known.key_env for name, known in presets.items()}
+    owners = {variable: known.base_url for known in presets.values() for variable in known.key_env}
     for provider in providers:
         own = re.sub(r"[^A-Z0-9]", "_", provider.name.upper()) + "_API_KEY"
         preset = provider.preset or provider.name
-        known = presets.get(preset, _UNKNOWN)
-        is_there = not provider.base_url or _same(provider.base_url, known.address)
-        theirs = known.variables if is_there or (provider.name == preset and not known.address) else ()
+        known = presets.get(preset)
+        variables, address = (known.key_env, known.base_url) if known else ((), "")
+        is_there = not provider.base_url or _same(provider.base_url, address)
+        theirs = variables if is_there or (provider.name == preset and not address) else ()
         is_told = bool(provider.base_url and owners.get(own)) and not _same(provider.base_url, owners[own])
         found[provider.name] = tuple(dict.fromkeys((*theirs, *(() if is_told else (own,)))))
     return found
-
-
-_UNKNOWN = Known(())
 
 
 def _same(one: str, other: str) -> bool:

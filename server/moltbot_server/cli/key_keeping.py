@@ -13,7 +13,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cached_property, wraps
 
-from moltbot_server.auth.provider_keys import HeldKey, HeldKeys, Known, ProviderKeys, variables_of
+from moltbot_server.auth.provider_keys import HeldKey, HeldKeys, ProviderKeys, variables_of
 from moltbot_server.auth.vault import StoredKey, UnknownKey, Vault, VaultError, check_text
 from moltbot_server.cli.model_place import told
 from moltbot_server.cli.reloading import Reloaded, reload_routes
@@ -69,8 +69,7 @@ class Keys:
         Raises:
             VaultError: the vault cannot be opened.
         """
-        known = {name: Known(preset.key_env, preset.base_url) for name, preset in presets().items()}
-        return self.ring.read(variables_of(self.settings.providers, known))
+        return self.ring.read(variables_of(self.settings.providers, presets()))
 
     def check_provider(self, name: str) -> None:
         """Refuse a name that is neither a preset nor configured.
