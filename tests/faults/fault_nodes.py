@@ -23,6 +23,7 @@ from moltbot_server.workspace import Workspace
 
 START = 60.0
 """Seconds within which a core serves, on a machine with much else to do."""
+_LAST = 10  # lines of a log
 SCRIPT = """
 rules:
   - {match: '^q\\d+\\.\\d+ quick', template: 'said {text}'}
@@ -37,6 +38,10 @@ TAILS = {
     "long": " one two three four five six seven eight nine",
 }
 """What the scripted model says behind a question of each kind."""
+
+
+class NotServing(TimeoutError):
+    """A node does not serve in time; the text has the last lines of its log."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -124,8 +129,16 @@ class Node:
             self.serving.set()
 
     async def ready(self) -> None:
-        """Wait until it serves."""
-        await asyncio.wait_for(self.serving.wait(), START)
+        """Wait until it serves.
+
+        Raises:
+            NotServing: it takes too long.
+        """
+        try:
+            await asyncio.wait_for(self.serving.wait(), START)
+        except TimeoutError:
+            last = "".join(f"\n  {line}" for line in self.log.read_text(errors="replace").splitlines()[-_LAST:])
+            raise NotServing(f"{self.name} does not serve within {START:g} s; the end of its log:{last}") from None
 
     async def ends_counted(self) -> int:
         """Return how many turns it has counted that ended."""

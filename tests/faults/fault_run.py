@@ -1,7 +1,8 @@
 """Ends cores at random moments under load, and checks what everybody was told against what was kept.
 
 `python tests/faults/fault_run.py --kills 100` kills a core a hundred times while people talk; it ends with one line:
-`kills=… turns=… lost=… duplicated=… mixed=… out_of_order=…` and 1 when anything was broken.
+`kills=… turns=… lost=… duplicated=… mixed=… out_of_order=…` and 1 when anything was broken. With 2 it could not be
+carried out: a core did not come to serve.
 """
 
 from __future__ import annotations
@@ -24,12 +25,13 @@ from fault_checker import DUPLICATED, LATE, LOST, MIXED, OUT_OF_ORDER, Violation
 from fault_http import Adapter, HttpFollower, HttpLines
 from fault_keeping import kept_in
 from fault_load import Load, pauses
-from fault_nodes import TAILS, Node, Setup, Supervised, Workers
+from fault_nodes import TAILS, Node, NotServing, Setup, Supervised, Workers
 from fault_report import Host, machine
 from fault_stores import KINDS
 
 LONGEST_PAUSE = 6.0
 """Seconds from the end of a core to the next word of a stream that it cut."""
+NOT_CARRIED_OUT = 2
 _ENDS = frozenset({"kill", "leave"})
 
 
@@ -299,8 +301,10 @@ async def _rigs(orders: Orders, folder: Path, seed: int, rigs: int) -> Findings:
         for number, kills in enumerate(share)
     ]
     findings = Findings()
-    for number, process in enumerate(processes):
-        await process.wait()
+    codes = [await process.wait() for process in processes]
+    if any(codes):
+        raise NotServing(f"rigs ended with {', '.join(map(str, codes))}; those that could not go on have said why")
+    for number in range(rigs):
         raw = json.loads((folder / f"raw-{number}.json").read_text())
         part = Findings(**{**raw, "violations": [Violation(**found) for found in raw["violations"]]})
         findings.add(part)
@@ -313,7 +317,7 @@ def _tell(line: str) -> None:
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run as a program; return 1 when anything was broken."""
+    """Run as a program; return 1 when anything was broken, 2 when a core did not come to serve."""
     parser = argparse.ArgumentParser(description="End cores under load and check what everybody was told.")
     parser.add_argument("--kills", type=int, default=100)
     how = "SIGKILL or SIGTERM of a core, or of an adapter where there are some; or SIGKILL of Redis"
@@ -350,12 +354,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
     orders = Orders(**{name: getattr(flags, name) for name in chosen})
     with tempfile.TemporaryDirectory(prefix="moltbot-faults-") as temporary:
         folder = flags.folder or Path(temporary)
-        if flags.rigs > 1:
-            findings = asyncio.run(_rigs(orders, folder, flags.seed, flags.rigs))
-        else:
-            findings = asyncio.run(
-                run(orders, folder, flags.seed, lambda line: print(line, file=sys.stderr, flush=True))
-            )
+        rigs = _rigs(orders, folder, flags.seed, flags.rigs) if flags.rigs > 1 else None
+        try:
+            findings = asyncio.run(rigs or run(orders, folder, flags.seed, _tell))
+        except NotServing as problem:
+            _tell(f"fault_run: {problem}")
+            return NOT_CARRIED_OUT
     if flags.raw:
         flags.raw.write_text(json.dumps(asdict(findings)))
         return 0

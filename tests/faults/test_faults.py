@@ -8,6 +8,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import fault_nodes
 import fault_run
 import pytest
 from fault_stores import redis_program
@@ -17,8 +18,8 @@ KILLS = int(os.environ.get("KILLS", "100"))
 
 def ended(tmp_path: Path, *arguments: str) -> str:
     """Carry orders out and return the lines at the end, which have to say that nothing is broken."""
-    # Tests of many kinds may run beside these, so what is measured of time says little.
-    command = [sys.executable, fault_run.__file__, "--folder", str(tmp_path), "--longest", "30", *arguments]
+    # Tests of many kinds may run beside these: with twice as many programs as processors, 3 s were the longest.
+    command = [sys.executable, fault_run.__file__, "--folder", str(tmp_path), "--longest", "10", *arguments]
     done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=1200)
     told = "\n".join(done.stdout.splitlines()[-20:])
     assert done.returncode == 0, f"{told}\n{done.stderr[-3000:]}"
@@ -95,6 +96,17 @@ def test_workers_that_leave_one_after_the_other_are_missed_by_nobody(tmp_path: P
 
     assert numbers(told)["lost"] == 0
     assert " failed=0 " in told
+
+
+@pytest.mark.parametrize("flags", [("--workers", "2"), ("--rigs", "1")])
+def test_cores_that_do_not_come_to_serve_are_told_in_a_line(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], flags: tuple[str, ...]
+) -> None:
+    monkeypatch.setattr(fault_nodes, "START", 0.01)
+    assert fault_run.main(["--kills", "1", "--folder", str(tmp_path), *flags]) == fault_run.NOT_CARRIED_OUT
+    told = capsys.readouterr()
+    assert (told.out, "fault_run: n0 does not serve within 0.01 s" in told.err) == ("", True)
+    assert "Traceback" not in told.err
 
 
 @pytest.mark.parametrize("model", ["builtin", "scripted"])
