@@ -153,6 +153,7 @@ class TestRoutes:
             told = [(await home.run("chat", "--json", "Hello")).json["text"] for _ in range(6)]
             (route,) = (await home.run("route", "list", "--json")).json["routes"]
             table = (await home.run("route", "list")).out.splitlines()
+            shown = (await home.run("model", "show", "well-model")).out
             configure(home, f"providers:\n{providers}models: {{primary: nobody-knows-this}}\nport: 1234\n")
             refused = await home.run("route", "reload")
             configure(home, f"providers:\n{providers}models: {{primary: well-model}}\nsystem_prompt: Be brief.\n")
@@ -170,6 +171,8 @@ class TestRoutes:
         assert (well["state"], well["error_rate"], well["rest_ms"], well["reason"]) == ("closed", 0.0, 0.0, "")
         assert well["first_token_ms"] > 0
         assert well["attempts"] == 6
+        assert "Runs       ready" in shown
+        assert "Let it answer" not in shown  # a switch takes models of the workspace alone
         assert table[0].split()[:3] == ["ROUTE", "MODEL", "STATE"]
         assert table[1].startswith("default *  sick-model")
         assert [" ".join(line.split()[-7:]) for line in before[1:]] == ["not asked yet - 0 - -"] * 2
