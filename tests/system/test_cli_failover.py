@@ -100,10 +100,12 @@ class TestFailoverTest:
         by_option = await home.run("failover", "test", "--workspace", str(home.folder / "nowhere"))
         home.variables["MOLTBOT_WORKSPACE"] = str(home.folder / "nothing")
         by_variable = await home.run("failover", "test")
+        as_json = await home.run("failover", "test", "--json")
 
         assert (by_option.status, by_option.out) == (78, "")
         assert f"there is no workspace in {home.folder}/nowhere: make one with `" in by_option.err
         assert (by_variable.status, f"no workspace in {home.folder}/nothing" in by_variable.err) == (78, True)
+        assert (as_json.status, as_json.json["error"]["status"]) == (78, 78)
 
     async def test_a_provider_that_nobody_knows_is_told_and_not_tried(self, home: Home) -> None:
         configure(home, "providers:\n  opnai: {models: [m]}\nmodels: {primary: m}\n")

@@ -20,7 +20,7 @@ from moltbot_server.cli.failover_waits import WAITS
 from moltbot_server.cli.model_place import Models, told
 from moltbot_server.cli.progress import Progress
 from moltbot_server.cli.route_check import check_routes
-from moltbot_server.cli.terminal import Exit, Failure, harmless
+from moltbot_server.cli.terminal import Exit, Failure, command, harmless
 from moltbot_server.config import ConfigError
 
 _ORDER = ("S19", "S20", "S21", "S22", "S23", "S24", "S25")
@@ -30,8 +30,12 @@ _ORDER = ("S19", "S20", "S21", "S22", "S23", "S24", "S25")
 def failover_test(given: argparse.Namespace) -> int:
     """Play the drill; return the exit status."""
     models = Models.of(given)
-    if not models.workspace.folder.is_dir() and (given.workspace or os.environ.get("MOLTBOT_WORKSPACE")):
-        models.workspace.read_key()  # it says how a workspace is made; only who names none may try before there is one
+    place = models.workspace
+    # Who names none may try before there is one.
+    if not place.folder.is_dir() and (given.workspace or os.environ.get("MOLTBOT_WORKSPACE")):
+        init = command("init", place)
+        text = f"there is no workspace in {place.folder}: make one with `{init}`, or name one with --workspace."
+        raise Failure(text, Exit.CONFIG)
     try:
         check_routes(models.settings)
     except ConfigError as problem:
