@@ -11,6 +11,7 @@ from moltbot_server.errors import (
     ContentTooLarge,
     ModelCredential,
     ModelUnavailable,
+    MoltBotError,
     QueueFull,
     TurnInterrupted,
 )
@@ -301,6 +302,26 @@ def test_a_model_that_was_asked_twice_is_named_once_with_what_it_said_last() -> 
         ]
     )
     assert error.message == "None of the route's 2 models (1 asked) could answer: a: Slower; b: Gone"
+
+
+@pytest.mark.parametrize(
+    ("errors", "expected"),
+    [
+        ((BudgetExceeded("Used up.", retry_after=60.0), BudgetExceeded("Used up too.")), BudgetExceeded),
+        ((BudgetExceeded("Used up.", retry_after=60.0), QueueFull("Busy.", retry_after=2.0)), QueueFull),
+        ((BudgetExceeded("Used up."), ModelUnavailable("Gone.")), ModelUnavailable),
+    ],
+)
+def test_a_used_up_budget_is_told_as_such_where_that_is_all(
+    errors: tuple[MoltBotError, ...], expected: type[MoltBotError]
+) -> None:
+    error = final_error([Refusal(name, each, asked=False) for name, each in zip("ab", errors, strict=True)])
+    assert type(error) is expected
+
+
+def test_the_only_model_of_a_route_is_told_as_such() -> None:
+    error = final_error([Refusal("a", RuntimeError(), asked=True)])
+    assert error.message.startswith("Not even the route's only model could answer: a: ")
 
 
 def test_when_all_fail_the_error_names_them_and_the_shortest_wait() -> None:

@@ -185,3 +185,18 @@ async def test_bytes_that_are_no_command_end_the_stream_with_a_clear_status(api:
     error = await refused(call)
 
     assert (error.code(), reason_of(error)) == (grpc.StatusCode.INVALID_ARGUMENT, "INVALID_FIELD")
+
+
+async def test_a_core_that_leaves_ends_streams_with_the_reason(api: Api, core: RunningServer) -> None:
+    idle, busy = Talk(api), Talk(api)
+    for talk in (idle, busy):
+        await talk.start("first", turn("#1"))
+        while not (await talk.next()).event.HasField("completed"):
+            pass
+    await busy.start("second", turn("#20 pace=0.02"))
+    while not (await busy.next()).event.HasField("text_delta"):
+        pass
+    leaving = asyncio.create_task(core.core.stop(10.0))
+    errors = [await refused(talk.call) for talk in (busy, idle)]
+    await leaving
+    assert [(error.code(), reason_of(error)) for error in errors] == [(grpc.StatusCode.UNAVAILABLE, "NOT_SERVING")] * 2

@@ -9,7 +9,7 @@ from pathlib import Path
 import grpc
 import pytest
 from grpc import aio
-from moltbot.v1 import inference_pb2, message_pb2, model_pb2, session_pb2
+from moltbot.v1 import inference_pb2, inference_pb2_grpc, message_pb2, model_pb2, session_pb2
 from moltbot_server import app
 from moltbot_server.app import Core
 from moltbot_server.config import ConfigError
@@ -193,6 +193,25 @@ async def test_a_conversation_that_does_not_fit_is_cut_for_those_alone_who_want_
     assert fields_of(error) == ["prompt.messages"]
     *_, last = [piece async for piece in generate(api, *long, trim=True)]
     assert last.finished.trimmed_messages > 0
+
+
+async def test_a_core_aborts_what_it_began_for_any_workspace(tmp_path: Path, role: EngineRole) -> None:
+    metadata = (("authorization", f"Bearer {Workspace(folder=tmp_path).read_key()}"),)
+    async with aio.insecure_channel(role.server.address) as channel:
+        stub = inference_pb2_grpc.InferenceServiceStub(channel)
+        message = message_pb2.Message(role=message_pb2.ROLE_USER, parts=[message_pb2.Part(text="#90 pace=0.05")])
+        request = inference_pb2.GenerateRequest(
+            prompt=inference_pb2.Prompt(messages=[message]),
+            request_id="mine",
+            asker=inference_pb2.Asker(workspace="somebody"),
+        )
+        call = stub.Generate(request, metadata=metadata)
+        pieces = aiter(call)
+        await anext(pieces)
+        answer = await stub.Abort(inference_pb2.AbortRequest(request_id="mine"), metadata=metadata)
+        *_, last = [piece async for piece in pieces]
+    assert answer.aborted
+    assert last.finished.finish_reason == message_pb2.FINISH_REASON_CANCELLED
 
 
 async def test_who_attaches_with_more_time_keeps_a_turn_going_over_there(api: Api) -> None:

@@ -8,7 +8,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from moltbot_server.cli.pulse import OVERDUE, PATIENCE, Pulse
+from moltbot_server.cli.pulse import LONG_PATIENCE, OVERDUE, PATIENCE, Pulse
 from moltbot_server.ops import OpsServer
 
 
@@ -50,6 +50,14 @@ def test_who_owes_an_answer_at_look_after_look_is_named_once(
         named.append(pulse.look({"core": silent}))
         settle(selector)
     assert named == [*[[]] * PATIENCE, ["core"], []]
+
+
+def test_who_may_be_long_about_it_is_named_later(selector: selectors.BaseSelector, pulse: Pulse, silent: str) -> None:
+    named: list[list[str]] = []
+    for _ in range(LONG_PATIENCE + 2):
+        named.append([*pulse.look({"engine": silent}, {"engine": LONG_PATIENCE})])
+        settle(selector)
+    assert named == [*[[]] * LONG_PATIENCE, ["engine"], []]
 
 
 def test_who_should_have_left_is_named_sooner_and_the_others_are_not(

@@ -10,6 +10,7 @@ import sys
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 
+from moltbot_server.cli.pulse import PATIENCE
 from moltbot_server.config_keys import SECRET_NAMES, is_provider_key
 
 FIRST_PAUSE = 1.0
@@ -25,7 +26,8 @@ class Plan:
     `pause` is how long to wait, in seconds, before one that died is started again; it doubles each time. `environ` are
     variables that it is given unless our own environment has them. `secrets` tells whether it is given those of our
     environment that hold keys of providers, or open them: what faces the network has no business with them. `tells`:
-    MoltBot is not ready before this process has said so, in a line on its standard output.
+    MoltBot is not ready before this process has said so, in a line on its standard output. `patience`: how many looks
+    it may owe an answer to whoever asks how it does, see `pulse`.
     """
 
     name: str
@@ -37,6 +39,7 @@ class Plan:
     environ: Mapping[str, str] = field(default_factory=dict)
     secrets: bool = False
     tells: bool = False
+    patience: int = PATIENCE
 
 
 @dataclass(slots=True, kw_only=True)

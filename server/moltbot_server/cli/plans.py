@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from moltbot_server.cli.children import Plan
+from moltbot_server.cli.pulse import LONG_PATIENCE
 from moltbot_server.config import Settings
 from moltbot_server.workspace import Workspace
 
@@ -84,6 +85,7 @@ def _engine(server: list[str], address: str, metrics: int, environ: dict[str, st
         stage=ENGINE_STAGE,
         pause=_FIRST_PAUSE,
         longest_pause=_LONGEST_PAUSE,  # turns wait for it ten seconds
+        patience=LONG_PATIENCE,
         environ=environ,
     )
 

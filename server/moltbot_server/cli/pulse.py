@@ -10,10 +10,15 @@ from collections.abc import Iterable, Mapping, Sequence
 EVERY = 2.0
 """Seconds between two looks."""
 PATIENCE = 5
-"""Looks at which a process may owe an answer. Looks and no seconds: when all of us stood still, nobody is to blame."""
+LONG_PATIENCE = 30
+"""Looks at which a process may owe an answer, and those at which an engine may, whose native code may keep it from one.
+
+Looks and no seconds: when all of us stood still, nobody is to blame.
+"""
 OVERDUE = 2
 """Looks at which a process may owe an answer when it should have left by now."""
 
+_NO_MORE: Mapping[str, int] = {}
 _MOST = 65536
 _QUESTION = b"GET /health HTTP/1.0\r\n\r\n"
 
@@ -27,11 +32,12 @@ class Pulse:
         self._asked: dict[str, socket.socket] = {}
         self._looks: dict[str, int] = {}
 
-    def look(self, addresses: Mapping[str, str]) -> Sequence[str]:
+    def look(self, addresses: Mapping[str, str], patience: Mapping[str, int] = _NO_MORE) -> Sequence[str]:
         """Return the names of those that owe an answer for too long, and ask all that owe none.
 
-        `addresses` are those of their ports for operators, such as `127.0.0.1:9464`, or `unix:PATH`. One that is named
-        is forgotten, so that whoever comes in its place is asked as if it were the first.
+        `addresses` are those of their ports for operators, such as `127.0.0.1:9464`, or `unix:PATH`; `patience` are the
+        looks of those that may owe an answer for more than `PATIENCE`. One that is named is forgotten, so that whoever
+        comes in its place is asked as if it were the first.
         """
         for name in self._asked.keys() - addresses.keys():
             self._forget(name)
@@ -40,7 +46,7 @@ class Pulse:
                 self._looks[name] += 1
             else:
                 self._ask(name, address)
-        return self.silent(addresses, PATIENCE)
+        return [name for name in addresses if self.silent((name,), patience.get(name, PATIENCE))]
 
     def silent(self, names: Iterable[str], looks: int) -> Sequence[str]:
         """Return which of those named have owed an answer for so many looks. They are forgotten, as at `look`."""

@@ -283,22 +283,18 @@ class Supervisor:
                 self._start_all_again()
 
     def _look(self, now: float) -> None:
-        """Kill what stands still: others have the turns of a core, and the callers of an adapter, when it is gone.
-
-        An engine is looked at when all of it stops, and no sooner: its native code may keep it from answering for long.
-        """
+        """Kill what stands still: others have the turns of a core, and the callers of an adapter, when it is gone."""
         if now < self._look_at:
             return
         self._look_at = now + pulse.EVERY
-        running = {
-            child.plan.name: child
-            for child in self._children
-            if child.process and (child.plan.tells or self._stage is not None)
-        }
+        running = {child.plan.name: child for child in self._children if child.process}
         places = {name: said.get("metrics") or said.get("pulse") for name, said in self._said.items()}
         told = {name: str(place) for name, place in places.items() if place}
-        for name in self._pulse.look({name: address for name, address in told.items() if name in running}):
-            fields = {"child": name, "child_pid": running[name].pid, "seconds": pulse.EVERY * pulse.PATIENCE}
+        asked = {name: address for name, address in told.items() if name in running}
+        stops = self._stage is not None
+        patience = {name: pulse.PATIENCE if stops else running[name].plan.patience for name in asked}
+        for name in self._pulse.look(asked, patience):
+            fields = {"child": name, "child_pid": running[name].pid, "seconds": pulse.EVERY * patience[name]}
             log.warning("a process does not answer and is killed", extra=fields)
             running[name].send(signal.SIGKILL)
 

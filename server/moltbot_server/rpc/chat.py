@@ -48,6 +48,8 @@ class ChatService(chat_pb2_grpc.ChatServiceServicer):
         self._peers = peers
         self._reader = reader
         self._readers = SlowReaders()
+        self._hearing: set[asyncio.Task[None]] = set()
+        self._leaving = False
 
     def _start(self, spec: chat_pb2.TurnInput, call: Call) -> Coroutine[Any, Any, LiveTurn | StoredTurn]:
         turn = self._reader.turn(spec)
@@ -95,11 +97,22 @@ class ChatService(chat_pb2_grpc.ChatServiceServicer):
             conversation = _Conversation(self, call, reader)
             try:
                 async with asyncio.TaskGroup() as group:
-                    async for request in requests:
-                        await conversation.take(request, group)
+                    hearing = group.create_task(conversation.hear(requests, group))
+                    self._hearing.add(hearing)
+                    hearing.add_done_callback(self._hearing.discard)
+                    if self._leaving:
+                        hearing.cancel()
             except ExceptionGroup as failed:
                 # What breaks the stream itself, such as a request that is no message; commands fail in-band.
                 raise failed.exceptions[0] from None
+            if hearing.cancelled():
+                raise NotServing("the core is leaving; converse with another one", retry_after=1.0)
+
+    def leave(self) -> None:
+        """Hear no more commands: conversations end when what they have begun has."""
+        self._leaving = True
+        for hearing in self._hearing:
+            hearing.cancel()
 
     async def _write_events(
         self,
@@ -166,6 +179,11 @@ class _Conversation:
         self._free = asyncio.Semaphore(_COMMANDS_AT_ONCE)
         self._cancels = asyncio.Semaphore(_COMMANDS_AT_ONCE)
         self._commands = 0
+
+    async def hear(self, requests: AsyncIterator[chat_pb2.ConverseRequest], group: asyncio.TaskGroup) -> None:
+        """Begin the commands as they come."""
+        async for request in requests:
+            await self.take(request, group)
 
     async def take(self, request: chat_pb2.ConverseRequest, group: asyncio.TaskGroup) -> None:
         """Begin a command. It waits for its turn by itself: waiting here would keep the cancels behind it unread."""

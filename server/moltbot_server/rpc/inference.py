@@ -156,11 +156,17 @@ class InferenceService(inference_pb2_grpc.InferenceServiceServicer):
         """End a generation by its request_id."""
         if not request.request_id:
             raise InvalidField("request_id", "name the generation")
-        generation = self._under_way.get((call.principal.workspace, request.request_id))
+        generation = self._named(call.principal.workspace, request.request_id)
         if generation is None:
             return inference_pb2.AbortResponse(aborted=False)
         generation.abort()
         return inference_pb2.AbortResponse(aborted=True)
+
+    def _named(self, workspace: str, request_id: str) -> Generation | None:
+        """Return the generation of a name; a core's may be of any workspace, and it says of which only as it begins."""
+        if not self._trusted:
+            return self._under_way.get((workspace, request_id))
+        return next((found for (_, name), found in self._under_way.items() if name == request_id), None)
 
     async def Embed(self, request: inference_pb2.EmbedRequest, call: Call) -> inference_pb2.EmbedResponse:  # type: ignore[override]
         """Turn texts into vectors."""

@@ -131,6 +131,7 @@ class GrpcServer:
         self._private = aio.server(options=options) if sharing.private is not None else None
         self._closing: asyncio.Task[None] | None = None
         self._inference: InferenceService | None = None
+        self._chat: ChatService | None = None
         self._health = health.aio.HealthServicer()
         self.methods: Sequence[str] = ()
         self.port = 0
@@ -167,7 +168,7 @@ class GrpcServer:
         reader = convert.Reader(max_inline_bytes=max_inline_bytes)
         chat, session = ChatService(pipeline, journal, reader, peers), SessionService(store, sessions, peers)
         model, inference = ModelService(catalog, manager, siblings), InferenceService(catalog, reader, metrics)
-        self._inference = inference
+        self._inference, self._chat = inference, chat
         usage, route = UsageService(store, ledger), RouteService(reloading, catalog, siblings)
         cache = CacheService(caches, siblings)
         delivery = DeliveryService(deliveries)
@@ -253,6 +254,8 @@ class GrpcServer:
 
     async def stop(self, grace: float) -> None:
         """End the calls under way within `grace` seconds and close the port."""
+        if self._chat is not None:
+            self._chat.leave()
         if self._closing is None:
             await self._server.stop(grace)
         else:

@@ -36,8 +36,12 @@ def final_error(refusals: Sequence[Refusal]) -> MoltBotError:
     waits = [wait for refusal in hopeful if (wait := getattr(refusal.error, "retry_after", None)) is not None]
     last = {refusal.model: refusal for refusal in refusals}  # one that was asked twice is named once
     told = f"{_count(refusals)} could answer: {'; '.join(map(_line, last.values()))}"
-    full = hopeful and all(isinstance(refusal.error, QueueFull | BudgetExceeded) for refusal in hopeful)
-    return (QueueFull if full else ModelUnavailable)(told, retry_after=min(waits, default=None))
+    kind: type[MoltBotError] = ModelUnavailable
+    if hopeful and all(isinstance(refusal.error, BudgetExceeded) for refusal in hopeful):
+        kind = BudgetExceeded
+    elif hopeful and all(isinstance(refusal.error, QueueFull | BudgetExceeded) for refusal in hopeful):
+        kind = QueueFull
+    return kind(told, retry_after=min(waits, default=None))
 
 
 def message_of(error: Exception) -> str:
@@ -56,7 +60,7 @@ def _mendable(refusals: Sequence[Refusal]) -> MoltBotError:
 def _count(refusals: Sequence[Refusal]) -> str:
     models = len({refusal.model for refusal in refusals})
     asked = len({refusal.model for refusal in refusals if refusal.asked})
-    return f"None of the route's {models} models ({asked} asked)"
+    return f"None of the route's {models} models ({asked} asked)" if models != 1 else "Not even the route's only model"
 
 
 def _line(refusal: Refusal) -> str:
