@@ -112,7 +112,7 @@ class NumberedGeneration(_message.Message):
     REQUEST_FIELD_NUMBER: _builtins.int
     TIMEOUT_FIELD_NUMBER: _builtins.int
     number: _builtins.int
-    """Tells it from the others of its stream: a number that none of them had."""
+    """Tells it from the others of its stream: a number above those of all before it."""
     @_builtins.property
     def request(self) -> Global___GenerateRequest:
         """What to generate, as for `Generate`."""
