@@ -14,7 +14,8 @@ import pytest
 from moltbot_server.models import measuring
 from moltbot_server.models.cpus import usable_cores, usable_cpus
 from moltbot_server.models.folder import read_folder
-from moltbot_server.models.measuring import Outcome, Trial, better_first, described, layouts, measure
+from moltbot_server.models.measuring import better_first, described, layouts, measure
+from moltbot_server.models.measuring_plan import Outcome, Trial
 from moltbot_server.models.tuning import ENVIRONMENT, Tuning, default_tuning
 from tiny_model import make_tiny_model
 

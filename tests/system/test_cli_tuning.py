@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 from moltbot_server.cli import first_tuning
 from moltbot_server.demo_model import ARTIFACT
-from moltbot_server.models.measuring import Outcome, Plan, Trial
+from moltbot_server.models.measuring_plan import Outcome, Plan, Trial
 from moltbot_server.models.tuning import Tuning, keep_tuning, measured_here, tuning_for
 from moltbot_server.workspace import Workspace
 

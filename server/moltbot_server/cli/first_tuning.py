@@ -18,7 +18,7 @@ from moltbot_server.config import INLINE, ConfigError, Settings, load_settings
 from moltbot_server.errors import MoltBotError
 from moltbot_server.models.folder import SCRIPTED, ModelFolder, configured_folder, is_encoder
 from moltbot_server.models.library import default_folder
-from moltbot_server.models.measuring import STREAMS, Plan
+from moltbot_server.models.measuring_plan import STREAMS, Plan
 from moltbot_server.models.tuning import keep_tuning, measured_here
 from moltbot_server.workspace import Workspace, WorkspaceError, find_workspace
 

@@ -19,7 +19,7 @@ from moltbot_server.cli.terminal import Exit, Failure, command, shown
 from moltbot_server.models.cpus import cpu_quota, processor_name, usable_cores, usable_cpus
 from moltbot_server.models.encoder_folder import EncoderFolder
 from moltbot_server.models.folder import ModelFolder
-from moltbot_server.models.measuring import STREAMS, Outcome, Plan
+from moltbot_server.models.measuring_plan import STREAMS, Outcome, Plan
 from moltbot_server.models.tuning import ENVIRONMENT, Measured, Tuning, keep_tuning
 from moltbot_server.workspace import Workspace
 

@@ -25,12 +25,11 @@ from moltbot_server.models.cpus import usable_cores, usable_cpus
 from moltbot_server.models.engines.local import LocalEngine
 from moltbot_server.models.folder import ModelFolder, read_folder
 from moltbot_server.models.measuring_load import Beside, Questions, run_streams
+from moltbot_server.models.measuring_plan import STREAMS, Outcome, Plan, Trial
 from moltbot_server.models.memory import available_memory, check_room
 from moltbot_server.models.replica.nursery import Nursery
 from moltbot_server.models.tuning import Tuning, default_tuning
-from moltbot_server.turns import Value
 
-STREAMS = 16
 _PROMPT, _NEW, _FEW = 128, 64, 8
 _LONGEST_FEW = 0.5  # seconds for a prompt and `_FEW` tokens; slower models are asked for less
 _SHORTEST_SLICE, _LONGEST_SLICE = 0.5, 10.0
@@ -43,42 +42,6 @@ _BETTER, _CLEARLY = 1.03, 1.1
 """How much better than the default another tuning must be, measured thoroughly and quickly: less may be chance."""
 
 Progress = Callable[[float, str], None]
-
-
-class Plan(Value, frozen=True, kw_only=True):
-    """What to measure: a model's folder, its family where the folder does not say, quickly or thoroughly."""
-
-    folder: str
-    type: str = ""
-    quick: bool = False
-
-
-class Trial(Value, frozen=True, kw_only=True):
-    """What one tuning did: with `STREAMS` at a time and, of a thorough measurement, with one alone."""
-
-    tuning: Tuning
-    tokens_per_second: float
-    first_token_ms: float
-    lone_tokens_per_second: float = 0.0
-    lone_first_token_ms: float = 0.0
-
-    @property
-    def score(self) -> float:
-        """How good it is: one answer alone, which is most of the day of most installations, counts for a third."""
-        return float((self.tokens_per_second**2 * (self.lone_tokens_per_second or 1.0)) ** (1 / 3))
-
-
-class Outcome(Value, frozen=True, kw_only=True):
-    """The best tuning, all trials in the order of how good they were, and why something was not tried.
-
-    The first trial is the best one's, next to which the others of its kind were tried.
-    """
-
-    best: Tuning
-    trials: tuple[Trial, ...]
-    notes: tuple[str, ...] = ()
-    prompt_tokens: int = 0
-    new_tokens: int = 0
 
 
 def layouts(cores: int, default: Tuning) -> list[Tuning]:
