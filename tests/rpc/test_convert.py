@@ -253,3 +253,11 @@ def test_how_an_answer_is_to_be_written_is_the_same_at_an_engine_that_is_asked_o
         tool_choice=turns.ToolChoice(mode=turns.ToolMode.REQUIRED, tool="weather"),
     )
     assert read_options(remote_convert.options(options), "options") == options
+
+
+@pytest.mark.parametrize("schema", ["[" * 5000, '{"a":' * 5000 + "1" + "}" * 5000, "{", "3"])
+def test_a_schema_that_is_no_object_or_nested_too_deeply_is_refused(schema: str) -> None:
+    spec = message_pb2.GenerationOptions(tools=[message_pb2.Tool(name="weather", parameters_json=schema)])
+    with pytest.raises(InvalidField) as caught:
+        convert.Reader(max_inline_bytes=1 << 20).options(spec, "options")
+    assert caught.value.field == "options.tools[0].parameters_json"

@@ -34,6 +34,7 @@ from rpc_calls import (
     refused,
     settings,
     turn,
+    until,
     until_it_streams,
 )
 
@@ -168,6 +169,22 @@ async def test_a_history_that_is_too_long_is_cut_where_it_can_be_counted(api: Ap
     assert timings.trimmed_messages > 0
     assert timings.trimmed_messages + timings.history_messages == 8
     assert len(engine.read[-1]) == timings.history_messages + 1
+
+
+async def test_a_model_that_fails_over_there_is_told_to_fail_here_until_it_is_well(
+    api: Api, core: RunningServer, engine: AskedEngine, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(remote_engine, "_LOOK_AGAIN", 0.05)
+    entry = core.core.catalog.entry("")
+    assert (await api.run(turn("hello"))).completed.text == "You said: hello"
+    engine.healthy = False
+    assert reason_of(await refused(api.run(turn("hello")))) == "MODEL_UNAVAILABLE"
+    await until(lambda: entry.state == "failed")
+    assert core.core.health()["status"] == "model failed"
+    assert "cannot answer" in str((await refused(api.run(turn("hello")))).details())
+    engine.healthy = True
+    await until(lambda: entry.state == "ready")
+    assert (await api.run(turn("hello"))).completed.text == "You said: hello"
 
 
 def generate(api: Api, *texts: str, trim: bool, timeout: float | None = None) -> aio.UnaryStreamCall:

@@ -144,6 +144,8 @@ class ModelManager:
                 engine = await self._loader.load(spec, progress)
             except ModelUnavailable as problem:
                 raise ModelNotLoadable(problem.message) from None
+            except OSError as problem:  # a folder may change while it is read
+                raise ModelNotLoadable(f"{spec.path} cannot be read: {problem.strerror or problem}.") from None
             entry = self._catalog.add(engine)
         except BaseException as problem:
             del self._specs[spec.name]

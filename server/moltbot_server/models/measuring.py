@@ -121,16 +121,14 @@ class _Bench:
         return float(counted["whole_ms"]["p50"]) / 1000
 
     async def quickly(self, default: Tuning) -> list[Trial]:
-        """Try the default and its neighbours in turns."""
+        """Try the default and its neighbours in turns, and one at a time: there is a MoltBot beside it."""
         cores = usable_cores()
         near = [replicas for replicas in (default.replicas - 1, default.replicas + 1) if 1 <= replicas <= cores]
         tried = [default, *(msgspec.structs.replace(default, replicas=replicas) for replicas in near)]
         self._planned = len(tried) * _QUICK_ROUNDS
-        async with contextlib.AsyncExitStack() as stack:
-            engines = [await stack.enter_async_context(self._loaded(tuning)) for tuning in tried]
-            for _ in range(_QUICK_ROUNDS):
-                for tuning, engine in zip(tried, engines, strict=True):
-                    await self._count(tuning, engine, _QUICK_SLICE, lone=False)
+        for tuning in tried * _QUICK_ROUNDS:
+            async with self._loaded(tuning) as engine:
+                await self._count(tuning, engine, _QUICK_SLICE, lone=False)
         return better_first(self._trials(tried), _CLEARLY)
 
     async def thoroughly(self, default: Tuning) -> list[Trial]:

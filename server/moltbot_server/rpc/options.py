@@ -95,7 +95,7 @@ def _tool_choice(spec: message_pb2.GenerationOptions, field: str) -> ToolChoice:
 def _is_object(text: str) -> bool:
     try:
         return isinstance(msgspec.json.decode(text), dict)
-    except msgspec.DecodeError:
+    except (msgspec.DecodeError, RecursionError):
         return False
 
 

@@ -14,6 +14,7 @@ import math
 import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from weakref import WeakSet
 
 import grpc
 from grpc import aio
@@ -45,6 +46,7 @@ _LONGEST_EMBEDDING = 60.0
 _CALM = 1.0  # seconds without a refusal after which a flood is over
 _MANY = 1024
 _SOON = 3.0  # seconds that an engine on this machine takes at most to start
+_LOOK_AGAIN = 5.0  # seconds
 _LONGEST_TOKEN = 12  # characters; a guess on the safe side, the engine counts exactly
 _SERVICE_CONFIG = json.dumps({"loadBalancingConfig": [{"round_robin": {}}], "healthCheckConfig": {"serviceName": ""}})
 _OPTIONS = (
@@ -83,6 +85,30 @@ class EngineLink:
         self._watch: asyncio.Task[None] | None = None
         self._lost_at = 0.0
         self._engines: dict[str, RemoteEngine] = {}
+        self._known: WeakSet[RemoteEngine] = WeakSet()
+        self._looking: asyncio.Task[None] | None = None
+
+    def knows(self, engine: RemoteEngine) -> None:
+        """Take note of a model over there, of which it is told how it is."""
+        self._known.add(engine)
+
+    def look(self) -> None:
+        """See how the models over there are, and again until all are well."""
+        if self._looking is None or self._looking.done():
+            self._looking = asyncio.create_task(self._look())
+
+    async def _look(self) -> None:
+        while True:
+            try:
+                found = {model.name: model for model in await self.models()}
+            except MoltBotError as problem:
+                log.debug("the engine does not tell how its models are", extra={"problem": problem.message})
+            else:
+                for engine in self._known:
+                    engine.is_as(found.get(f"models/{engine.id}"))
+            if not any(engine.trouble for engine in self._known):
+                return
+            await asyncio.sleep(_LOOK_AGAIN)
 
     @property
     def lost_for(self) -> float:
@@ -136,8 +162,9 @@ class EngineLink:
 
     async def close(self) -> None:
         """Leave; what still waits for an answer is cancelled."""
-        if self._watch is not None:
-            await tasks.end(self._watch)
+        for task in (self._watch, self._looking):
+            if task is not None:
+                await tasks.end(task)
         if self.stream is not None:
             await self.stream.close()
         await self._channel.close()
@@ -262,6 +289,9 @@ class RemoteEngine:
         self._gap = 0.0  # seconds between two answers that end while others wait
         self._last_end = 0.0
         self._refused: dict[str, float] = {}
+        self.trouble = ""
+        """Why its engine says that it answers nobody."""
+        link.knows(self)
 
     @property
     def greedy(self) -> bool:
@@ -270,8 +300,29 @@ class RemoteEngine:
 
     @property
     def healthy(self) -> bool:
-        """Whether its engine answers, or has been away for a short while only."""
-        return self._link.lost_for < PATIENCE
+        """Whether its engine answers, or has been away for a short while only, and says nothing against it."""
+        return self._link.lost_for < PATIENCE and not self.trouble
+
+    def is_as(self, told: model_pb2.Model | None) -> None:
+        """Take note of how its engine says that it is; one that is not there is loaded again when it is asked."""
+        failed = told is not None and told.state == model_pb2.MODEL_STATE_FAILED
+        trouble = (told.state_message or "it failed") if told is not None and failed else ""
+        if trouble != self.trouble:
+            log.log(
+                logging.WARNING if trouble else logging.INFO,
+                "a model cannot answer any more" if trouble else "a model answers again",
+                extra={"model": self.id, "problem": trouble} if trouble else {"model": self.id},
+            )
+        self.trouble = trouble
+
+    def failed(self) -> None:
+        """Take note that it could not answer, and see whether that is so from now on."""
+        self._link.look()
+
+    def _unwell(self) -> ModelUnavailable:
+        if self.trouble:
+            return ModelUnavailable(f"The model {self.id} cannot answer: {self.trouble}")
+        return ModelUnavailable(f"The engine of {self.id} has been away for {self._link.lost_for:.0f} s.")
 
     async def start(self) -> None:
         """Do nothing: the engine loaded the model and proved it before it told of it."""
@@ -323,7 +374,7 @@ class RemoteEngine:
         all of it stored; so a workspace that was refused lately gets in only as much as keeps the engine busy.
         """
         if not self.healthy:
-            raise ModelUnavailable(f"The engine of {self.id} has been away for {self._link.lost_for:.0f} s.")
+            raise self._unwell()
         ahead = self.under_way - self.parallel
         if ahead < 0 or not self.parallel:
             return
@@ -347,7 +398,7 @@ class RemoteEngine:
     ) -> Generation:
         """Begin the answer to a conversation over there; see `Engine.begin`."""
         if not self.healthy:
-            raise ModelUnavailable(f"The engine of {self.id} has been away for {self._link.lost_for:.0f} s.")
+            raise self._unwell()
         request = inference_pb2.GenerateRequest(
             model=f"models/{self.id}",
             prompt=inference_pb2.Prompt(messages=map(remote_convert.message, messages), trim=not asker.whole),

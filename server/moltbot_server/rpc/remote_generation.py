@@ -64,6 +64,9 @@ class Asked(Protocol):
     def was_refused(self, workspace: str) -> None:
         """Take note that too much of a workspace's waits."""
 
+    def failed(self) -> None:
+        """Take note that the model could not answer, for a reason of its own."""
+
     def left(self) -> None:
         """Take note that an answer is over."""
 
@@ -142,6 +145,11 @@ class RemoteGeneration:
             return
         if isinstance(error, QueueFull):
             self._engine.was_refused(self._request.asker.workspace)
+        self._end_badly(error)
+
+    def _end_badly(self, error: Exception) -> None:
+        if isinstance(error, ModelUnavailable):
+            self._engine.failed()
         self._leave()
         self._listener.ended(error)
 
@@ -172,9 +180,10 @@ class RemoteGeneration:
 
     async def _run(self) -> None:
         try:
-            end: Finished | Exception = await self._answer()
+            end = await self._answer()
         except (MoltBotError, aio.UsageError) as problem:
-            end = problem
+            self._end_badly(problem)
+            return
         self._leave()
         self._listener.ended(end)
 
