@@ -110,6 +110,15 @@ async def test_a_process_that_is_killed_while_nobody_asks_is_not_missed(endless:
         assert pid not in pids(nursery)
 
 
+async def test_many_that_were_killed_while_nobody_asked_cost_no_answer(endless: Path, nursery: Nursery) -> None:
+    async with running(endless, nursery, 5) as local:
+        expected = [await ask(local, text) for text in TEXTS]
+        for pid in pids(nursery):
+            os.kill(pid, signal.SIGKILL)
+        assert [(await ask(local, text))[0] for text in TEXTS] == [text for text, _ in expected]
+        assert local.healthy
+
+
 async def test_an_answer_that_kills_each_process_fails_and_its_mates_do_not(
     endless: Path, nursery: Nursery, monkeypatch: pytest.MonkeyPatch
 ) -> None:

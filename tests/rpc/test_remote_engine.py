@@ -197,10 +197,14 @@ def generate(api: Api, *texts: str, trim: bool, timeout: float | None = None) ->
     return api.inference.Generate(request, metadata=api.metadata, timeout=timeout)
 
 
-async def test_a_generation_may_have_much_time(api: Api) -> None:
-    for timeout in (11.0, 3600.0, 1e8):
+async def test_a_generation_may_have_much_time(api: Api, engine: AskedEngine) -> None:
+    loop = asyncio.get_running_loop()
+    for timeout in (5.0, 11.0, 3600.0, 1e8):
         *_, last = [piece async for piece in generate(api, "#3", trim=False, timeout=timeout)]
         assert last.finished.finish_reason == message_pb2.FINISH_REASON_STOP
+        deadline = engine.askers[-1].deadline
+        assert deadline is not None
+        assert deadline - loop.time() == pytest.approx(timeout, abs=3, rel=0.1), "its engine knows how long it is of use"
 
 
 async def test_a_conversation_that_does_not_fit_is_cut_for_those_alone_who_want_that(api: Api) -> None:

@@ -90,6 +90,18 @@ class ProcessReplica:
                 f"{self._folder.path} cannot be loaded: {found}; expected a whole CTranslate2 decoder model."
             )
 
+    def lives(self) -> bool:
+        """Tell whether the process is there: the other end of its socket is open, and it has nothing to say unasked."""
+        assert self._link is not None
+        try:
+            self._link.recv(1, socket.MSG_PEEK | socket.MSG_DONTWAIT)
+        except BlockingIOError:
+            return True
+        except OSError:
+            pass  # it has died
+        self._bury()
+        return False
+
     def write(self, batch: Batch, writing: BatchWriting) -> None:
         """Write a batch to its end.
 

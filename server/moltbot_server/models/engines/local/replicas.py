@@ -41,6 +41,9 @@ class Replica(Protocol):
             ModelUnavailable: the text says why not.
         """
 
+    def lives(self) -> bool:
+        """Tell whether it has not died since it last wrote; `start` makes one anew that has."""
+
     def write(self, batch: Batch, writing: BatchWriting) -> None:
         """Write a batch to its end; what of it does not end is left open.
 
@@ -119,6 +122,13 @@ class Replicas:
         batch: Batch | None = None
         try:
             while (batch := self._waiting.take()) is not None:
+                if not replica.lives():
+                    # No fault of those that wait now: only what a process dies with may be what ends it.
+                    extra = {"model": self._name}
+                    _log.error("a process of the model has died while it had nothing to do", extra=extra)
+                    if not self._revive(replica):
+                        self._let_go(batch)
+                        break
                 if not self._write(replica, batch) and not self._revive(replica):
                     break
         except BaseException:
@@ -160,6 +170,12 @@ class Replicas:
             extra = {"model": self._name, "how": lost, "rows": len(batch.rows), "again": len(batch.paused)}
             _log.error("a process of the model has died, and another one takes its place", extra=extra)
         return not lost
+
+    def _let_go(self, batch: Batch) -> None:
+        """Tell the rows of a batch that nobody will write it."""
+        for row in batch.rows:
+            self._reader.note(row, GONE)
+        self._reader.hand_over()
 
     def _revive(self, replica: Replica) -> bool:
         """Start a replica that has died again; False when the model is closed, or it could not be for too long."""

@@ -50,6 +50,10 @@ class ThreadReplica:
     def start(self) -> None:
         """Do nothing: the model is loaded."""
 
+    def lives(self) -> bool:
+        """Say yes: it dies with this process."""
+        return True
+
     def close(self) -> None:
         """Do nothing: a batch ends when its rows are cancelled, and the model is freed with its last replica."""
 
