@@ -204,7 +204,7 @@ async def test_a_generation_may_have_much_time(api: Api, engine: AskedEngine) ->
         assert last.finished.finish_reason == message_pb2.FINISH_REASON_STOP
         deadline = engine.askers[-1].deadline
         assert deadline is not None
-        assert deadline - loop.time() == pytest.approx(timeout, abs=3, rel=0.1), "its engine knows how long it is of use"
+        assert deadline - loop.time() == pytest.approx(timeout, abs=3, rel=0.1), "its engine knows how long"
 
 
 async def test_a_conversation_that_does_not_fit_is_cut_for_those_alone_who_want_that(api: Api) -> None:

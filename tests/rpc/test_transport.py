@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import asyncio
+import socket
 from pathlib import Path
 
 import pytest
 from grpc import aio
 from grpc._cython import cygrpc
+from moltbot_server.errors import AddressTaken
 from moltbot_server.rpc import remote_engine, server
+from moltbot_server.rpc.server import GrpcServer
 from moltbot_server.testing import RunningServer
 from rpc_calls import Api, reason_of, turn
 
@@ -42,3 +45,13 @@ async def test_a_turn_that_is_silent_for_long_keeps_the_connection_of_a_client_t
     await api.channel.close()
 
     assert answer.completed.text == "one"
+
+
+async def test_a_port_that_is_taken_is_told_as_such_and_an_address_of_others_is_not(tmp_path: Path) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+        taken = GrpcServer(host="127.0.0.1", port=listener.getsockname()[1], max_message_bytes=1 << 20)
+        with pytest.raises(AddressTaken, match="another program listens there"):
+            await taken.start()
+    with pytest.raises(OSError, match=r"cannot be bound$") as caught:
+        await GrpcServer(host="192.0.2.7", port=50051, max_message_bytes=1 << 20).start()
+    assert not isinstance(caught.value, AddressTaken)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import errno
 import logging
 import socket
 from collections.abc import Sequence
@@ -37,6 +38,7 @@ from moltbot.v1 import (
 
 from moltbot_server.auth.keys import Authenticator
 from moltbot_server.config import is_loopback
+from moltbot_server.errors import AddressTaken
 from moltbot_server.journal import Journal
 from moltbot_server.metrics import Metrics
 from moltbot_server.models.catalog import Catalog
@@ -271,7 +273,21 @@ def _add_port(server: aio.Server, wanted: str, tls: tuple[bytes, bytes] | None) 
         chain, key = tls
         return server.add_secure_port(wanted, grpc.ssl_server_credentials([(key, chain)]))
     except RuntimeError as error:
-        raise OSError(f"{wanted} cannot be bound; another program may listen there") from error
+        if _is_taken(wanted):
+            raise AddressTaken(f"{wanted} cannot be bound: another program listens there") from error
+        raise OSError(f"{wanted} cannot be bound") from error
+
+
+def _is_taken(wanted: str) -> bool:
+    """Tell whether an address is another program's, of which gRPC says no more than that it cannot be had."""
+    host, _, port = wanted.rpartition(":")
+    host = host.strip("[]")
+    try:
+        family = socket.AF_INET6 if ":" in host else socket.AF_INET
+        socket.create_server((host, int(port)), family=family).close()
+    except (OSError, ValueError) as problem:
+        return isinstance(problem, OSError) and problem.errno == errno.EADDRINUSE
+    return False
 
 
 def _clear(path: Path) -> None:
@@ -288,7 +304,7 @@ def _clear(path: Path) -> None:
         except ConnectionRefusedError:
             path.unlink(missing_ok=True)
             return
-    raise OSError(f"{path} cannot be bound; another process listens there")
+    raise AddressTaken(f"{path} cannot be bound: another process listens there")
 
 
 def _options(max_message_bytes: int) -> list[tuple[str, int]]:
