@@ -173,6 +173,25 @@ async def test_broken_http_gets_an_answer_below_500_and_harms_nobody(adapter, ht
         assert answer.status == 200
 
 
+@pytest.mark.parametrize("line", [f"POST {URL}", "GET /health", "GET /", "HEAD /health", "GET /nothing", "PUT /health"])
+async def test_what_nobody_can_expect_is_a_417(adapter, http, caplog, line):
+    method, path = line.split()
+    async with http.request(method, path, headers={"Expect": "foo"}) as answer:
+        assert (answer.status, answer.headers["Connection"]) == (417, "close")
+        if method != "HEAD":
+            assert (await _refused(answer, 417))["code"] == "expectation_failed"
+    assert [record for record in caplog.records if record.exc_info] == []
+    async with http.get("/metrics") as answer:
+        assert 'status="417"' in await answer.text()
+
+
+async def test_who_waits_to_send_a_body_is_told_to_go_on(http):
+    async with http.post(URL, json={"messages": [HELLO]}, headers=JSON, expect100=True) as answer:
+        assert answer.status == 200
+    async with http.get("/nothing", headers=JSON, expect100=True) as answer:
+        await _refused(answer, 404)
+
+
 async def test_wrong_methods_and_routes_are_told(http):
     async with http.get(URL, headers=JSON) as answer:
         await _refused(answer, 405)

@@ -9,7 +9,7 @@ from aiohttp import web
 
 from moltbot_adapters.core_client import CoreClient
 from moltbot_adapters.http.core_watch import CoreWatch
-from moltbot_adapters.http.guard import Guard
+from moltbot_adapters.http.guard import GUARD, Guard
 from moltbot_adapters.http.leaving import Leaving
 from moltbot_adapters.http.metrics import Metrics
 from moltbot_adapters.http.openai_api import OpenAiApi
@@ -39,6 +39,7 @@ def build_app(settings: Settings) -> web.Application:
     release = version("moltbot")
 
     app = web.Application(middlewares=[guard.check])
+    app[GUARD] = guard
     app.on_response_prepare.append(guard.prepare)
     _route(
         app,

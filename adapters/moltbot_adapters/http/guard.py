@@ -4,6 +4,7 @@ import asyncio
 import logging
 import re
 from collections.abc import Awaitable, Callable
+from functools import partial
 
 from aiohttp import web
 from grpc import StatusCode
@@ -77,11 +78,24 @@ class Guard:
 
     @web.middleware
     async def check(self, request: web.Request, handler: Handler) -> web.StreamResponse:
+        return await self._watch(request, partial(self._answer, request, handler))
+
+    async def refuse(self, request: web.Request, error: HttpError) -> web.StreamResponse:
+        """Answers a request that aiohttp refuses before it asks its middlewares."""
+
+        async def refused(context: RequestContext) -> web.StreamResponse:
+            return context.fail(error).response()
+
+        return await self._watch(request, refused)
+
+    async def _watch(
+        self, request: web.Request, answer: Callable[[RequestContext], Awaitable[web.StreamResponse]]
+    ) -> web.StreamResponse:
         context = request[CONTEXT] = RequestContext()
         status = 499  # the code that proxies log when the client left first
         try:
             with self._leaving.handling() as context.handling:
-                response = await self._answer(request, handler, context)
+                response = await answer(context)
             status = response.status
             return response
         finally:
@@ -159,6 +173,9 @@ class Guard:
                 503, "workspace_key_refused", "The core does not accept the workspace key.", type="server_error"
             )
         return from_core(error)
+
+
+GUARD = web.AppKey("guard", Guard)
 
 
 def _level(method: str, status: int) -> int:

@@ -1,17 +1,20 @@
 """aiohttp's server, with broken HTTP answered in our own form and logged in one line."""
 
 import logging
+from collections.abc import Awaitable, Callable
 from typing import Any
 
 from aiohttp import web
 
 from moltbot_adapters.http.context import RequestContext
 from moltbot_adapters.http.errors import HttpError
-from moltbot_adapters.http.guard import decorate
+from moltbot_adapters.http.guard import GUARD, Guard, decorate
 from moltbot_adapters.http.settings import Settings
 from moltbot_adapters.logs import fields
 
 log = logging.getLogger("moltbot.http")
+
+_Handle = Callable[[Any], Awaitable[web.StreamResponse]]
 
 
 class _Protocol(web.RequestHandler):
@@ -45,6 +48,21 @@ class _Server(web.Server):
         return _Protocol(self, loop=self._loop, **self._kwargs)
 
 
+def _expecting(handle: _Handle, guard: Guard) -> _Handle:
+    """Has the guard answer a request that expects what nobody knows; aiohttp judges that before its middlewares."""
+
+    async def judged(request: Any) -> web.StreamResponse:
+        try:
+            return await handle(request)
+        except web.HTTPExpectationFailed:
+            # Nobody can tell whether the body comes now, or another request in its place.
+            headers = {"Connection": "close"}
+            problem = "Nothing but 'Expect: 100-continue' is supported; leave it out."
+            return await guard.refuse(request, HttpError(417, "expectation_failed", problem, headers=headers))
+
+    return judged
+
+
 class Runner(web.AppRunner):
     """Serves the application: a gone client cancels its handler, a leaving process lets handlers end."""
 
@@ -66,7 +84,7 @@ class Runner(web.AppRunner):
         made = await super()._make_server()
         kwargs: dict[str, Any] = made._kwargs
         return _Server(
-            made.request_handler,
+            _expecting(made.request_handler, self.app[GUARD]),
             request_factory=made.request_factory,
             handler_cancellation=made.handler_cancellation,
             **kwargs,
