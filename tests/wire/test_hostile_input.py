@@ -70,6 +70,7 @@ WRONG_OPTIONS = [
     _and(stop=5), _and(stop=[5]), _and(stop="\ud800"), _and(stream=True, stream_options=[]),
     _and(stream=True, stream_options={"include_usage": 1}), _and(user=5), _and(user="x" * 1000), _and(n=True),
     _and(n="1"), _and(response_format="json"), _and(tools={}), _and(modalities=["text", "audio"]),
+    _and(repetition_penalty="1"), _and(repetition_penalty=-1), _and(repetition_penalty=11), _and(**{"\ud800" * 99: 1}),
 ]  # fmt: skip
 
 
@@ -81,6 +82,16 @@ async def test_a_field_that_is_wrong_is_a_400_that_names_it(http, core, fields):
         assert error["type"] == "invalid_request_error"
         assert error["param"]
     assert core.calls == []
+
+
+async def test_a_field_within_another_is_named_by_its_path(http):
+    fields = _and(stream=True, stream_options={"include_usage": "yes"})
+    async with http.post(URL, json=fields, headers=JSON) as answer:
+        error = await _refused(answer, 400)
+    assert (error["param"], error["message"]) == (
+        "stream_options.include_usage",
+        "'stream_options.include_usage' must be a boolean.",
+    )
 
 
 @pytest.mark.parametrize(
@@ -95,6 +106,11 @@ async def test_a_header_that_is_wrong_is_a_400(http, name, values):
     for value in values:
         async with http.post(URL, json={"messages": [HELLO]}, headers={**JSON, name: value}) as answer:
             assert (await _refused(answer, 400))["param"] == name
+
+
+async def test_a_time_of_nothing_is_told_to_be_above_it(http):
+    async with http.post(URL, json={"messages": [HELLO]}, headers={**JSON, "X-Request-Timeout": "0"}) as answer:
+        assert "a number of seconds above 0" in (await _refused(answer, 400))["message"]
 
 
 async def test_other_kinds_of_bodies_are_a_415(http):
@@ -204,16 +220,14 @@ async def test_wrong_methods_and_routes_are_told(http):
 async def test_noise_is_never_a_500(http, browser):
     """Bodies mutated at random; seeded, so that a failure can be seen again."""
     dice = random.Random(7)
-    good = {
+    asked = {
         "model": "moltbot",
         "messages": [{"role": "system", "content": "a"}, {"role": "user", "content": [{"type": "text", "text": "b"}]}],
         "temperature": 0.5,
         "stop": ["x"],
         "stream_options": {"include_usage": True},
-        "session": "",
-        "text": "hello",
-        "request_id": "r",
     }
+    turn = {"model": "moltbot", "session": "", "text": "hello", "request_id": "r"}
     values = [None, True, 0, -1, 2**70, 1e308, "", "\ud800", "x" * 3000, [], {}, [[]], {"type": {}}, "\x00"]
 
     def mutate(value):
@@ -223,12 +237,12 @@ async def test_noise_is_never_a_500(http, browser):
             return {key: mutate(inner) for key, inner in value.items() if dice.random() > 0.05}
         return [mutate(inner) for inner in value] if isinstance(value, list) else value
 
-    for _ in range(400):
-        body = json.dumps(mutate(good)).encode()
-        if dice.random() < 0.3:
-            place = dice.randrange(len(body))
-            body = body[:place] + bytes([dice.randrange(256)]) + body[place + 1 :]
-        for session, path in ((http, URL), (browser, "/api/turns")):
+    for session, path, good in (http, URL, asked), (browser, "/api/turns", turn):
+        for _ in range(400):
+            body = json.dumps(mutate(good)).encode()
+            if dice.random() < 0.3:
+                place = dice.randrange(len(body))
+                body = body[:place] + bytes([dice.randrange(256)]) + body[place + 1 :]
             async with session.post(path, data=body, headers=JSON) as answer:
                 assert answer.status < 500, (path, body)
                 await answer.read()

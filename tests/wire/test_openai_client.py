@@ -97,7 +97,7 @@ async def test_messages_become_a_closed_transcript(client, core):
         seed=42,
         user="u-1",
         frequency_penalty=0,
-        extra_body={"something_new": {"deep": [1]}},
+        extra_body={"top_k": 40, "repetition_penalty": 1.25},
     )
     turn = core.turns[0].input
     part = message_pb2.Part
@@ -108,7 +108,13 @@ async def test_messages_become_a_closed_transcript(client, core):
     ]
     assert list(turn.parts) == [part(text="three"), part(text="four")]
     assert turn.options == message_pb2.GenerationOptions(
-        temperature=0.5, top_p=0.9, max_output_tokens=50, stop=["END", "STOP"], seed=42
+        temperature=0.5,
+        top_p=0.9,
+        top_k=40,
+        repetition_penalty=1.25,
+        max_output_tokens=50,
+        stop=["END", "STOP"],
+        seed=42,
     )
     assert (turn.system_prompt, turn.model, turn.session) == ("Be brief.\n\nBe kind.", "models/demo", "")
     assert (turn.user, turn.channel, turn.cancel_on_disconnect) == ("u-1", "api", False)
@@ -190,6 +196,9 @@ async def test_tool_calls_of_the_past_are_kept(client, core):
         ({"presence_penalty": 0.5}, "presence_penalty"),
         ({"frequency_penalty": -1}, "frequency_penalty"),
         ({"logit_bias": {"5": 1}}, "logit_bias"),
+        ({"extra_body": {"min_p": 0.1}}, "min_p"),
+        ({"extra_body": {"something_new": {"deep": [1]}}}, "something_new"),
+        ({"moderation": {"model": "omni-moderation-latest"}}, "moderation"),
     ],
 )
 async def test_what_cannot_be_honoured_is_refused_by_name(client, core, asked, param):
@@ -201,6 +210,26 @@ async def test_what_cannot_be_honoured_is_refused_by_name(client, core, asked, p
         "invalid_request_error",
     )
     assert core.calls == []
+
+
+async def test_what_changes_nothing_is_taken(client, core):
+    await client.chat.completions.create(
+        model="moltbot",
+        messages=[{"role": "user", "content": "hello", "name": "ada"}],
+        metadata={"team": "a"},
+        store=True,
+        service_tier="auto",
+        safety_identifier="s",
+        prediction={"type": "content", "content": "Hello"},
+        prompt_cache_key="k",
+        prompt_cache_retention="24h",
+        n=1,
+        logprobs=False,
+        presence_penalty=0,
+        response_format={"type": "text"},
+        extra_body={"min_p": 0, "something_new": None, "prompt_cache_options": {"ttl": "30m"}},
+    )
+    assert core.turns[0].input.options == message_pb2.GenerationOptions()
 
 
 async def test_an_unknown_key_is_an_authentication_error(adapter, core):

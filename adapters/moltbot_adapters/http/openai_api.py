@@ -219,7 +219,7 @@ def _with_usage(options: Any) -> bool:
         return False
     if not isinstance(options, dict):
         raise wrong_type("stream_options", "an object")
-    return flag(options, "include_usage")
+    return flag(options, "include_usage", within="stream_options")
 
 
 def _one_call(body: dict[str, Any], options: message_pb2.GenerationOptions, session: str) -> bool:
@@ -252,9 +252,8 @@ def _limit_s(request: web.Request, settings: Settings) -> float:
     if text is None:
         return settings.turn_limit_s
     if not re.fullmatch(r"[0-9]{1,6}(\.[0-9]{1,6})?", text) or float(text) <= 0:
-        raise HttpError(
-            400, "invalid_value", "The header X-Request-Timeout must be a number of seconds.", param="X-Request-Timeout"
-        )
+        problem = "The header X-Request-Timeout must be a number of seconds above 0."
+        raise HttpError(400, "invalid_value", problem, param="X-Request-Timeout")
     return min(float(text), settings.turn_limit_s)
 
 

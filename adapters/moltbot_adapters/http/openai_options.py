@@ -26,6 +26,8 @@ def options_of(body: dict[str, Any]) -> message_pb2.GenerationOptions:
         options.top_p = top_p
     if (top_k := _integer(body, "top_k", 0, _INT32)) is not None:
         options.top_k = top_k
+    if (penalty := _number(body, "repetition_penalty", 0, 10)) is not None:
+        options.repetition_penalty = penalty
     if (seed := _integer(body, "seed", -_INT64 - 1, _INT64)) is not None:
         options.seed = seed
     options.stop.extend(_stop(body.get("stop")))
@@ -33,28 +35,43 @@ def options_of(body: dict[str, Any]) -> message_pb2.GenerationOptions:
     return options
 
 
-def flag(body: dict[str, Any], name: str, *, default: bool = False) -> bool:
-    """Returns a boolean of the body, `default` when it is absent. Raises `HttpError` 400."""
+def flag(body: dict[str, Any], name: str, *, default: bool = False, within: str = "") -> bool:
+    """Returns a boolean of the body, or of the object `within` it; `default` when absent. Raises `HttpError` 400."""
     value = body.get(name)
     if value is None:
         return default
     if not isinstance(value, bool):
-        raise wrong_type(name, "a boolean")
+        raise wrong_type(f"{within}.{name}" if within else name, "a boolean")
     return value
 
 
 def refuse_unsupported(body: dict[str, Any]) -> None:
-    """Raises `HttpError` 400 `unsupported_value` for what would change the answer and cannot be honoured."""
-    for name, neutral in _NEUTRAL.items():
-        value = body.get(name)
-        if value is None or _same(value, neutral):
+    """Raises `HttpError` 400 `unsupported_value` for what would change the answer, or may, and cannot be honoured."""
+    for name, value in body.items():
+        if value is None or name in _TAKEN or name in _HARMLESS or _same(value, _NEUTRAL.get(name, ())):
             continue
+        name = name[:_LONGEST_NAME]
         raise HttpError(400, "unsupported_value", f"'{name}' is not supported; leave it out.", param=name)
     kind = body.get("response_format")
     if kind is not None and not (isinstance(kind, dict) and kind.get("type") == "text"):
         raise HttpError(400, "unsupported_value", "'response_format' must be of type 'text'.", param="response_format")
 
 
+_LONGEST_NAME = 64
+_TAKEN = frozenset(
+    (
+        *("model", "messages", "user", "stream", "stream_options", "tools", "tool_choice", "parallel_tool_calls"),
+        *("max_completion_tokens", "max_tokens", "temperature", "top_p", "top_k", "repetition_penalty", "seed", "stop"),
+        "response_format",
+    )
+)
+# What is for the books, the speed or the price of another provider; the answer is the same without it.
+_HARMLESS = frozenset(
+    (
+        *("metadata", "store", "service_tier", "safety_identifier", "prediction"),
+        *("prompt_cache_key", "prompt_cache_options", "prompt_cache_retention"),
+    )
+)
 # What may be sent because it asks for nothing: the neutral values of options that are not supported.
 _NEUTRAL: dict[str, tuple[Any, ...]] = {
     "n": (1,),
@@ -65,6 +82,7 @@ _NEUTRAL: dict[str, tuple[Any, ...]] = {
     "function_call": ("none", "auto"),
     "frequency_penalty": (0,),
     "presence_penalty": (0,),
+    "min_p": (0,),
     "modalities": (["text"],),
     "audio": (),
     "web_search_options": (),
