@@ -57,6 +57,7 @@ async def test_an_empty_or_a_cut_answer_says_so_in_one_line_with_a_next_step(bro
                 box = await told.bounding_box()
                 assert box is not None
                 assert box["height"] < 34, "one line"
+                assert "18" not in await visit.page.locator(".meta").inner_text(), "a time of no word"
 
 
 async def test_an_empty_answer_of_a_past_chat_says_so_too(browser: Browser) -> None:

@@ -311,6 +311,41 @@ async def test_known_languages_are_coloured_and_the_copy_button_gives_the_source
             assert await visit.page.evaluate("navigator.clipboard.readText()") == text
 
 
+RTL = "مرحبا\n\n- أول\n- two\n\n1. واحد\n\n- [ ] مهمة\n\n> اقتباس\n\n- one\n- שתיים\n\n> quote\n\n- أول\n\n  ```\n  code\n  ```\n"
+
+SIDES = """() => [...document.querySelectorAll(".prose :is(ul, ol, blockquote)")].map((node) => {
+  const inner = node.querySelector("p").getBoundingClientRect();
+  const words = [...node.querySelectorAll("p")].map((p) => {
+    const range = document.createRange();
+    range.selectNodeContents(p);
+    const box = range.getBoundingClientRect();
+    return box.left - inner.left < inner.right - box.right ? "left" : "right";
+  });
+  const outer = node.getBoundingClientRect();
+  return [inner.left - outer.left > outer.right - inner.right ? "left" : "right", ...words].join(" ");
+})"""
+
+
+async def test_marks_of_lists_and_quotes_stand_where_their_words_begin(browser: Browser) -> None:
+    async with ScriptedSite(lambda _: [Say(text=RTL)]) as site:
+        for width in (1280, 390, 320):
+            async with visiting(browser, site.origin, "/#/new", viewport={"width": width, "height": 800}) as visit:
+                await ask(visit, "hi")
+                await answered(visit)
+                assert await visit.page.evaluate(SIDES) == [
+                    "right right right",
+                    "right right",
+                    "right right",
+                    "right right",
+                    "left left left",
+                    "left left",
+                    "right right",
+                ]
+                assert (
+                    await visit.page.evaluate("getComputedStyle(document.querySelector('pre code')).direction") == "ltr"
+                )
+
+
 async def test_an_answer_of_fifty_kilobytes_streams_without_freezing_the_page(browser: Browser) -> None:
     code = "```python\n" + "\n".join(f"value_{n} = compute('{n}', {n})  # line {n}" for n in range(500)) + "\n```\n\n"
     prose = "".join(f"- point {n} with **bold**, `code` and [a link](https://ok.example/{n})\n" for n in range(300))

@@ -62,7 +62,7 @@ class Shell {
     this.thread = new Thread({ onSuggestion: (text) => this.chat.send(text) });
     this.composer = new Composer({ onSend: (text) => this.chat.send(text), onStop: () => this.chat.stop() });
     this.sidebar = new Sidebar({
-      onNew: () => this.newChat(), onClose: () => this.toggleSidebar(false), onDeleted: (sid) => this.#deleted(sid), controls: this.#controls(),
+      onNew: () => this.newChat(), onClose: () => this.toggleSidebar(false), onDeleted: (sid) => sid === this.chat.session && this.chat.startNew(), controls: this.#controls(),
     });
     this.thread.modelName = () => modelName(person.default_model);
     this.chat = new Chat({
@@ -139,7 +139,7 @@ class Shell {
   async start() {
     root.replaceChildren(this.node);
     this.#arrange(!PHONE.matches && !store.sidebarHidden);
-    this.composer.settle();
+    this.composer.fill(store.draft);
     this.#warn(lacking(this.person));
     this.thread.note("chat.loading");
     const listed = this.#listChanged();
@@ -167,9 +167,12 @@ class Shell {
 
   toggleSidebar(open) {
     if (!PHONE.matches) store.sidebarHidden = !open;
+    const from = document.activeElement;
+    const lost = from === document.body || this.sidebar.node.contains(from);
     this.#arrange(open);
     if (open) this.sidebar.node.querySelector("button").focus();
-    else if (document.activeElement === document.body) this.opener.focus();
+    else if (lost) (this.from?.isConnected ? this.from : this.opener).focus();
+    this.from = open && !lost ? from : null;
   }
 
   #arrange(open) {
@@ -196,10 +199,6 @@ class Shell {
   async #listChanged() {
     await this.sidebar.refresh();
     this.#named();
-  }
-
-  #deleted(sid) {
-    if (sid === this.chat.session) this.chat.startNew();
   }
 
   #key(event) {

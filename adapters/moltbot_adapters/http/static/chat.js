@@ -69,7 +69,7 @@ export class Chat {
   }
 
   async stop() {
-    if (!this.follower || !this.composer.busy) return;
+    if (!this.follower) return;
     this.composer.stopping();
     await this.follower.stop();
   }

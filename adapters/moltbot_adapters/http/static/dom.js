@@ -5,7 +5,7 @@ export function h(tag, props = {}, ...children) {
   const node = document.createElement(tag);
   if (tag === "button") node.type = tag; // not "submit"
   for (const [name, value] of Object.entries(props)) {
-    if (value === undefined || value === null || value === false) continue;
+    if (value == null || value === false) continue;
     if (name === "class") node.className = value;
     else if (name === "text") node.textContent = value;
     else if (name === "on") for (const [event, handler] of Object.entries(value)) node.addEventListener(event, handler);
@@ -52,14 +52,14 @@ function svg(tag, attributes) {
 
 /** Makes one line icon of ours, hidden from screen readers (the control that holds it has the label). */
 export function icon(name) {
-  const root = svg("svg", { viewBox: "0 0 24 24", class: `icon icon-${name}`, "aria-hidden": "true", focusable: "false" });
+  const root = svg("svg", { viewBox: "0 0 24 24", class: `icon icon-${name}`, "aria-hidden": "true" });
   root.append(svg("path", { d: SHAPES[name] }));
   return root;
 }
 
 /** Makes MoltBot's mark: a speech bubble that has just stepped out of its old shell. */
 export function mark() {
-  const root = svg("svg", { viewBox: "0 0 32 32", class: "mark", "aria-hidden": "true", focusable: "false" });
+  const root = svg("svg", { viewBox: "0 0 32 32", class: "mark", "aria-hidden": "true" });
   root.append(
     svg("path", { class: "mark-shell", d: "M10 3h11a8 8 0 0 1 8 8v7" }),
     svg("path", {

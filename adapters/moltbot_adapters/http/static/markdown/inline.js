@@ -124,9 +124,8 @@ function delimiter(text, i) {
   const free = (char) => /\s/.test(char) || PUNCTUATION.test(char) || WIDE.test(char);
   const left = !/\s/.test(after) && (!PUNCTUATION.test(after) || free(before));
   const right = !/\s/.test(before) && (!PUNCTUATION.test(before) || free(after));
-  const inWord = mark === "_";
-  const open = left && (!inWord || !right || free(before));
-  const close = right && (!inWord || !left || free(after));
+  const open = left && (mark !== "_" || !right || free(before));
+  const close = right && (mark !== "_" || !left || free(after));
   const usable = mark !== "~" || end - i === 2;
   return { piece: { mark, length: end - i, open: open && usable, close: close && usable }, next: end };
 }
@@ -219,8 +218,7 @@ function resolve(pieces, live) {
   }
   while (frames.length > 1) {
     const frame = frames.pop();
-    const strong = live && frame.mark === "*" && frame.length === 2 && frame.nodes.length > 0;
-    if (strong) frames.at(-1).nodes.push(wrap("strong", frame.nodes));
+    if (live && frame.mark === "*" && frame.length === 2 && frame.nodes.length) frames.at(-1).nodes.push(wrap("strong", frame.nodes));
     else give(frames.at(-1), [frame.mark.repeat(frame.length)], frame.nodes);
   }
   const result = document.createDocumentFragment();

@@ -199,7 +199,7 @@ export class AnswerView {
     const facts = [];
     if (model) facts.push(["meta.model", () => ({ model })]);
     if (cached) facts.push(["meta.cached", () => ({})]);
-    if (timings?.first_token_ms != null && reason) facts.push(["meta.first", () => ({ time: duration(timings.first_token_ms) })]);
+    if (timings?.first_token_ms != null && reason && this.text) facts.push(["meta.first", () => ({ time: duration(timings.first_token_ms) })]);
     if (timings?.total_ms != null) facts.push(["meta.total", () => ({ time: duration(timings.total_ms) })]);
     if (usage?.output_tokens) facts.push(["meta.tokens", () => ({ input: usage.input_tokens, output: usage.output_tokens })]);
     if (timings?.trimmed_messages) facts.push(["meta.trimmed", () => ({ n: timings.trimmed_messages })]);

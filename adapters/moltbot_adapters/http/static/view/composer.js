@@ -15,12 +15,11 @@ export class Composer {
     say(say(this.box, "composer.placeholder", { attr: "placeholder" }), "composer.label", { attr: "aria-label" });
     this.sendButton = label(h("button", { type: "submit", class: "round send" }, icon("send")), "send");
     this.stopButton = label(h("button", { class: "round stop", hidden: true, on: { click: () => this.onStop() } }, icon("stop")), "stop");
-    this.hint = h("p", { class: "hint" });
     const mod = /Mac|iPhone|iPad/.test(navigator.platform) ? "⌘" : "Ctrl+";
-    this.hint.append(say(h("span", { class: "hint-keys" }), "composer.hint", { vars: { mod } }), say(h("span", { class: "hint-note" }), "composer.note"));
+    const hint = h("p", { class: "hint" }, say(h("span", { class: "hint-keys" }), "composer.hint", { vars: { mod } }), say(h("span"), "composer.note"));
     const form = h("form", { class: "composer" }, this.box, this.sendButton, this.stopButton);
     this.held = h("p", { class: "held", attrs: { role: "status" } }); // in the page from the start: later ones are not read out
-    this.node = h("div", { class: "composer-dock" }, this.held, form, this.hint);
+    this.node = h("div", { class: "composer-dock" }, this.held, form, hint);
     form.addEventListener("submit", (event) => {
       event.preventDefault();
       this.#send();
@@ -47,10 +46,6 @@ export class Composer {
     if (hadFocus) this.focus();
   }
 
-  get busy() {
-    return this.running;
-  }
-
   stopping() {
     this.stopButton.disabled = true;
     label(this.stopButton, "stopping");
@@ -69,6 +64,7 @@ export class Composer {
     this.focus();
   }
 
+  /** Writes into the box, which measures itself. */
   fill(text) {
     this.box.value = text;
     this.#changed();
@@ -109,10 +105,5 @@ export class Composer {
     const height = Math.min(TALLEST, this.box.scrollHeight);
     if (height) this.box.style.height = `${height}px`;
     this.box.classList.toggle("tall", this.box.scrollHeight > TALLEST);
-  }
-
-  /** The box measures itself once it is in the page. */
-  settle() {
-    this.#changed();
   }
 }

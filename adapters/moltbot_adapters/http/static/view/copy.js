@@ -7,7 +7,7 @@ const SHOWN_MS = 1_600;
 
 /** A copy button; `labelKey` says what it copies, `read()` gives the text at the moment of the click. */
 export function copyButton(labelKey, read) {
-  const words = say(h("span", { class: "button-words" }), "copy");
+  const words = say(h("span"), "copy");
   const button = label(h("button", { class: "quiet copy" }, icon("copy"), words), labelKey);
   let timer = 0;
   const show = (name, key) => {

@@ -9,7 +9,7 @@ export class EndFollower {
     this.stuck = true;
     this.top = 0;
     scroller.addEventListener("scroll", () => this.#scrolled(), { passive: true });
-    scroller.addEventListener("wheel", (event) => { if (event.deltaY < 0 && this.#canScroll()) this.#let(); }, { passive: true });
+    scroller.addEventListener("wheel", (event) => { if (event.deltaY < 0 && scroller.scrollHeight > scroller.clientHeight + 1) this.#let(); }, { passive: true });
     button.addEventListener("click", () => this.jump(true));
     const watcher = new ResizeObserver(() => this.follow());
     watcher.observe(content);
@@ -22,16 +22,12 @@ export class EndFollower {
     this.#show();
   }
 
-  /** Goes to the end and stays there. */
+  /** Goes to the end and stays there; a welcome is read from its top. */
   jump(gently = false) {
-    this.stuck = true;
+    this.stuck = !this.scroller.querySelector(".welcome");
     const calm = matchMedia("(prefers-reduced-motion: reduce)").matches;
-    this.scroller.scrollTo({ top: this.scroller.scrollHeight, behavior: gently && !calm ? "smooth" : "instant" });
+    this.scroller.scrollTo({ top: this.stuck ? this.scroller.scrollHeight : 0, behavior: gently && !calm ? "smooth" : "instant" });
     this.#show();
-  }
-
-  #canScroll() {
-    return this.scroller.scrollHeight > this.scroller.clientHeight + 1;
   }
 
   #distance() {

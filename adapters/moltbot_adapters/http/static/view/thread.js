@@ -24,8 +24,7 @@ export class Thread {
   welcome() {
     const cards = SUGGESTIONS.map(([shape, key]) => {
       const words = h("span", { class: "card-words" }, say(h("strong"), `${key}.title`), say(h("span"), `${key}.text`));
-      const card = h("button", { class: "card", on: { click: () => this.onSuggestion(t(`${key}.text`)) } }, icon(shape), words);
-      return card;
+      return h("button", { class: "card", on: { click: () => this.onSuggestion(t(`${key}.text`)) } }, icon(shape), words);
     });
     const sub = say(h("p", { class: "welcome-sub" }), "greeting.sub", { vars: { model: this.modelName } });
     this.#put(h("section", { class: "welcome" }, mark(), say(h("h2"), "greeting"), sub, h("div", { class: "cards" }, ...cards)));
