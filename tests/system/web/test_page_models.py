@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import pytest
 from browser import PHONE, answered, ask, shown, visiting
-from playwright.async_api import Browser
+from playwright.async_api import Browser, expect
 from scripted_site import Emit, Hold, Say, ScriptedSite, Step, error
 
 pytestmark = pytest.mark.asyncio(loop_scope="module")
@@ -176,15 +176,40 @@ async def test_what_stops_a_provider_is_told_in_words(browser: Browser, reason: 
         assert words in await visit.page.locator(".problem").inner_text()
 
 
-async def test_a_budget_that_is_used_up_is_told_at_once_and_not_asked_again(browser: Browser) -> None:
+@pytest.mark.parametrize(
+    ("status", "code", "words"),
+    [(429, "insufficient_quota", "The budget is used up"), (503, "model_credential", "accepts no key of this server")],
+)
+async def test_what_only_somebody_can_mend_is_told_at_once_and_not_asked_again(
+    browser: Browser, status: int, code: str, words: str
+) -> None:
     async with (
         ScriptedSite(lambda _: [Say(text="Too late")]) as site,
         visiting(browser, site.origin, "/#/new") as visit,
     ):
-        site.refusals = [error(429, "The budget of today is used up.", "insufficient_quota", {"Retry-After": "7"})]
+        site.refusals = [error(status, "Refused.", code, {"Retry-After": "7"})]
         await ask(visit, "hi")
-        await visit.page.get_by_text("The budget is used up").wait_for()
+        await visit.page.get_by_text(words).wait_for()
         assert site.refusals == []
+        await visit.page.reload()
+        await expect(visit.page.locator("#message")).to_have_value("hi")
+        await expect(visit.page.locator(".welcome")).to_be_visible()
+        assert [body["text"] for body in site.started()] == ["hi"]
+
+
+async def test_a_refusal_is_not_called_a_lost_connection(browser: Browser) -> None:
+    said = """() => {
+      window.said = [];
+      new MutationObserver(() => window.said.push(document.querySelector(".thread").innerText))
+        .observe(document.body, { childList: true, subtree: true, characterData: true });
+    }"""
+    async with ScriptedSite(lambda _: []) as site, visiting(browser, site.origin, "/#/new") as visit:
+        site.refusals = [error(429, "Too many turns.", "rate_limit_exceeded") for _ in range(3)]
+        await visit.page.evaluate(said)
+        await ask(visit, "hi")
+        await visit.page.get_by_text("MoltBot is busy right now").wait_for()
+        assert site.refusals == []
+        assert "Connection lost" not in "".join(await visit.page.evaluate("window.said"))
 
 
 async def test_that_the_store_is_away_is_said_while_it_is_tried_again(browser: Browser) -> None:

@@ -2,6 +2,7 @@
 
 export const STORE_AWAY = "storage_unavailable";
 const AWAY = new Set(["core_unavailable", "not_serving", "shutting_down", STORE_AWAY]);
+const IN_VAIN = new Set(["insufficient_quota", "model_credential"]); // until somebody does something
 const PAUSES_MS = [250, 500, 1_000, 2_000, 4_000]; // what is started again is back within them
 
 /** A refusal by the server, in the four-key form of its errors. */
@@ -15,7 +16,7 @@ export class ApiError extends Error {
 
   /** Whether the same call may work in a moment without anyone doing anything. */
   get passing() {
-    return (this.status === 429 && this.code !== "insufficient_quota") || this.status >= 500;
+    return (this.status === 429 || this.status >= 500) && !IN_VAIN.has(this.code);
   }
 
   /** Whether nobody refused anything: the server behind this one, or behind a proxy, is being started again. */

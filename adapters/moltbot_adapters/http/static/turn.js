@@ -39,19 +39,20 @@ export class TurnFollower {
     for (let attempt = 0; ;) {
       const before = this.last;
       let code = "";
+      let refused = false;
       try {
         const end = await this.#follow();
         if (end) return end;
       } catch (error) {
         if (this.detached) return this.stopping ? "stopped" : "detached";
-        if (error instanceof ApiError && !error.passing) throw error;
-        if (error instanceof ApiError && !error.away && attempt >= 2) throw error;
+        refused = error instanceof ApiError && !error.away;
+        if (refused && (!error.passing || attempt >= 2)) throw error;
         code = error.code ?? "";
       }
       if (this.detached) return this.stopping ? "stopped" : "detached";
       attempt = this.last > before ? 1 : attempt + 1;
       if (attempt > ATTEMPTS && code !== STORE_AWAY) throw new ConnectionLost();
-      this.#link(false, code);
+      if (!refused) this.#link(false, code); // who refuses was reached
       await this.#pause(Math.min(LONGEST_PAUSE_MS, 125 * 2 ** attempt) * (0.75 + Math.random() / 2));
       if (this.detached) return this.stopping ? "stopped" : "detached";
     }
