@@ -85,3 +85,10 @@ def test_a_role_does_what_its_rules_say(authenticator: Authenticator) -> None:
 def test_the_text_of_a_key_is_kept_nowhere(authenticator: Authenticator) -> None:
     assert KEY not in repr(vars(authenticator))
     assert KEY.encode() not in b"".join(authenticator._principals)
+
+
+@pytest.mark.parametrize("header", ["Basic bW9sdGJvdA==", "Bearer", "mb_0123"])
+def test_another_way_to_sign_in_is_told_the_one_that_is_taken(header: str) -> None:
+    authenticator = Authenticator({})
+    with pytest.raises(Unauthenticated, match="Bearer <key>"):
+        authenticator.admit(RUN, header)

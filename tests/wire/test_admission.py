@@ -129,6 +129,15 @@ async def test_of_many_who_follow_a_link_at_once_one_gets_in(adapter, settings):
         assert sorted(await asyncio.gather(*map(follow, links))) == ["/"] + ["/?error=link"] * 19
 
 
+async def test_a_browser_that_only_guesses_uses_no_link_up(adapter, http):
+    link = adapter.link("guessed")
+    for header in ({"Sec-Purpose": "prefetch;prerender"}, {"Purpose": "prefetch"}):
+        async with http.get(link, headers=header, allow_redirects=False) as answer:
+            assert (answer.status, answer.cookies) == (503, {})
+    async with http.get(link, allow_redirects=False) as answer:
+        assert (answer.status, answer.headers["Location"]) == (303, "/")
+
+
 async def test_links_that_are_old_unknown_or_odd_are_refused(adapter, http):
     codes = [adapter.link("old", lives_s=-1).rpartition("=")[2], "unknown", "", "../cookie.key", "%00", "x" * 5000]
     (adapter.settings.state / "links" / hashlib.sha256(b"broken").hexdigest()).write_text("soon")

@@ -86,6 +86,8 @@ class Pages:
 
     async def login_link(self, request: web.Request) -> web.Response:
         """`GET /login?code=CODE`: uses up a one-time link and signs the browser in."""
+        if "prefetch" in request.headers.get("Sec-Purpose", request.headers.get("Purpose", "")):
+            return web.Response(status=503)  # a browser that only guesses: the link is for the person's own click
         if not self._signin.redeem(request.query.get("code", "")):
             return web.Response(status=303, headers={"Location": "/?error=link"})
         response = web.Response(status=303, headers={"Location": "/"})

@@ -44,11 +44,11 @@ class Authenticator:
         return principal
 
     def _principal(self, authorization: str | None) -> Principal:
-        if not authorization:
+        if not authorization or authorization[: len(_SCHEME)].lower() != _SCHEME:
             raise Unauthenticated(
                 "no credential: send the metadata `authorization: Bearer <key>`; `moltbot init` makes the key"
             )
-        if len(authorization) <= _LONGEST and authorization[: len(_SCHEME)].lower() == _SCHEME:
+        if len(authorization) <= _LONGEST:
             # A look-up by digest tells nothing through its timing: nobody can choose digests that are nearly right.
             principal = self._principals.get(_digest(authorization[len(_SCHEME) :].strip()))
             if principal is not None:

@@ -142,8 +142,9 @@ async def test_a_long_chat_opens_at_its_end_and_shows_the_beginning_on_request(b
             assert await visit.page.locator(".question .bubble").first.inner_text() == "question 0"
 
 
-async def test_a_chat_that_is_gone_says_so(browser: Browser) -> None:
-    async with ScriptedSite(lambda _: []) as site, visiting(browser, site.origin, "/#/c/none") as visit:
+@pytest.mark.parametrize("address", ["/#/c/none", "/#/c/%E0%A4%A"])
+async def test_a_chat_that_is_gone_says_so(browser: Browser, address: str) -> None:
+    async with ScriptedSite(lambda _: []) as site, visiting(browser, site.origin, address) as visit:
         await visit.page.get_by_text("This chat does not exist any more.").wait_for()
 
 

@@ -152,7 +152,7 @@ class Shell {
   /** Opens what the address names; a page without an address opens the chat that was open last. */
   route(first = false) {
     const named = /^#\/c\/(.+)$/.exec(location.hash);
-    let sid = named ? decodeURIComponent(named[1]) : "";
+    let sid = named?.[1] ?? "";
     if (first && !location.hash && (this.person.store_away || this.sidebar.find(store.lastSession))) sid = store.lastSession;
     if (!first && sid === this.chat.session) return;
     if (PHONE.matches) this.toggleSidebar(false);
