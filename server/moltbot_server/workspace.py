@@ -14,6 +14,7 @@ import hmac
 import os
 import re
 import secrets
+import shlex
 import stat
 import tempfile
 import zlib
@@ -51,6 +52,11 @@ _TEMPLATE = """\
 #   primary: gpt-4o
 #   fallback: [team-large, local]
 #   threshold: {latency: 3s, error_rate: 5%}
+"""
+
+_AS_FOUND = """\
+# This folder was here, and others could open it, before MoltBot made it a workspace: its mode is left as it was found.
+# Take this file away, and the next start makes the folder private.
 """
 
 _LONGEST_SOCKET = 100  # bytes: what every system takes for the path of a Unix socket
@@ -189,18 +195,18 @@ class Workspace:
     def create(self) -> tuple[str, ...]:
         """Make what is missing and make private what is not; return a sentence for each thing done.
 
-        Safe to repeat and to run in several processes at once: one key wins.
+        Safe to repeat and to run in several processes at once: one key wins. A folder that was there before it was a
+        workspace keeps its mode.
 
         Raises:
-            WorkspaceError: the folder is somebody else's, or cannot be made or made private.
+            WorkspaceError: the folder is somebody else's, others may write into it, or it cannot be made or made
+                private.
         """
         done: list[str] = []
         try:
-            for folder in (self.folder, self.http_state, self.links, self.run):
-                if not folder.is_dir():
-                    folder.mkdir(mode=0o700, parents=True, exist_ok=True)
-                    if folder == self.folder:
-                        done.append(f"made the folder {folder}")
+            done += self._settle()
+            for folder in (self.http_state, self.links, self.run):
+                folder.mkdir(mode=0o700, parents=True, exist_ok=True)
                 done += self._make_private(folder, 0o700)
             if _write_new(self.key_file, make_key().text + "\n"):
                 done.append(self._told_key())
@@ -215,6 +221,58 @@ class Workspace:
             ) from None
         self.read_key()
         return tuple(done)
+
+    def _settle(self) -> Iterator[str]:
+        """Make the folder, make that of a workspace private, and take any other as it is if it is fit for one."""
+        if not self.folder.is_dir():
+            self.folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+            yield f"made the folder {self.folder}"
+        elif not self._is_ours():
+            self._check_found(self.http_state, self.run)
+            if stat.S_IMODE(self.folder.stat().st_mode) & 0o077:
+                _write_new(self._as_found, _AS_FOUND)
+            return
+        elif self._as_found.exists():
+            self._check_found()
+            return
+        yield from self._make_private(self.folder, 0o700)
+
+    @property
+    def _as_found(self) -> Path:
+        """Tells that the mode of the folder was not chosen here."""
+        return self.folder / ".as-found"
+
+    def _is_ours(self) -> bool:
+        """Tell whether the folder holds a key or conversations of ours; one such as /tmp is everybody's in any case."""
+        mode = stat.S_IMODE(self.folder.stat().st_mode)
+        if mode & stat.S_ISVTX and mode & 0o022:
+            return False
+        if self.database.exists() or not self.key_file.is_file():
+            return self.database.exists()
+        with self.key_file.open("rb") as file:
+            return parse_key(file.read(256).decode("ascii", "replace").strip()) is not None
+
+    def _check_found(self, *inside: Path) -> None:
+        """Refuse a folder that was there before where others could put something into a workspace, or lose something.
+
+        `inside` are folders that would become the workspace's: others may use those that are there.
+        """
+        found = self.folder.stat()
+        if found.st_uid != os.geteuid():
+            raise WorkspaceError(_others(self.folder))
+        if found.st_mode & 0o022:
+            chmod = shlex.join(["chmod", "go-w", str(self.folder)])
+            own = "" if found.st_mode & stat.S_ISVTX else f", or take their right away with `{chmod}`"
+            raise WorkspaceError(
+                f"others may write into {self.folder}, which is no place for a workspace: name a folder in it, which "
+                f"is made for you alone, with --workspace {self.folder / 'moltbot'}{own}."
+            )
+        for folder in inside:
+            if folder.is_dir() and stat.S_IMODE(folder.stat().st_mode) & 0o077:
+                raise WorkspaceError(
+                    f"{self.folder} is in use for something else: it has a folder {folder.name}, which a workspace "
+                    f"keeps private. Name another one with --workspace, such as {self.folder / 'moltbot'}."
+                )
 
     def _told_key(self) -> str:
         """Return what is said of a key that was just made: callers may have had another one."""
@@ -232,7 +290,7 @@ class Workspace:
             raise WorkspaceError(f"{path} is a link; a workspace holds its own files. Remove the link and try again.")
         found = path.stat()
         if found.st_uid != os.geteuid():
-            raise WorkspaceError(f"{path} belongs to another user; choose a folder of your own with --workspace DIR.")
+            raise WorkspaceError(_others(path))
         if not stat.S_IMODE(found.st_mode) & 0o077:
             return
         path.chmod(mode)
@@ -297,6 +355,10 @@ def find_workspace(environ: Mapping[str, str], given: Path | None = None) -> Wor
         here = Path.cwd() / ".moltbot"
         given = here if here.is_dir() else Path.home() / ".moltbot"
     return Workspace(folder=given.expanduser().absolute())
+
+
+def _others(path: Path) -> str:
+    return f"{path} belongs to another user; choose a folder of your own with --workspace DIR."
 
 
 def _link_end(link: Path) -> float:

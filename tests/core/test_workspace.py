@@ -75,6 +75,60 @@ def test_a_folder_that_others_can_open_is_made_private(workspace: Workspace) -> 
     assert mode(workspace.folder) == mode(workspace.links) == 0o700
 
 
+def test_a_folder_that_was_there_before_keeps_its_mode_also_when_it_is_a_workspace(tmp_path: Path) -> None:
+    found = Workspace(folder=tmp_path / "project")
+    found.folder.mkdir(mode=0o755)
+    for _ in range(2):
+        assert "private:" not in " ".join(found.create())
+        assert mode(found.folder) == 0o755
+    assert not [path for path in found.folder.rglob("*") if mode(path) & 0o077]
+    (found.folder / ".as-found").unlink()
+    assert "private:" in " ".join(found.create())
+    assert mode(found.folder) == 0o700
+
+
+def test_a_restored_workspace_is_made_private_whatever_its_files_were(workspace: Workspace) -> None:
+    workspace.database.touch()
+    for path in (workspace.folder, workspace.http_state, workspace.links, workspace.run):
+        path.chmod(0o755)
+    workspace.key_file.chmod(0o644)
+    workspace.create()
+    assert mode(workspace.folder) == mode(workspace.run) == 0o700
+    workspace.key_file.unlink()
+    workspace.folder.chmod(0o755)
+    workspace.create()
+    assert mode(workspace.folder) == 0o700
+
+
+@pytest.mark.parametrize("rights", [0o1777, 0o777, 0o775])
+def test_a_folder_that_others_may_write_into_is_refused_as_it_is(tmp_path: Path, rights: int) -> None:
+    found = Workspace(folder=tmp_path / "our things")
+    found.folder.mkdir()
+    found.folder.chmod(rights)
+    with pytest.raises(WorkspaceError, match=r"others may write into .*our things, .* --workspace .*/moltbot") as told:
+        found.create()
+    assert ("chmod go-w '" in str(told.value)) == (rights != 0o1777)
+    assert stat.S_IMODE(found.folder.stat().st_mode) == rights
+    assert list(found.folder.iterdir()) == []
+    Workspace(folder=found.folder / "moltbot").create()
+
+
+def test_a_folder_for_everybody_is_left_alone_also_when_there_is_a_key_in_it(workspace: Workspace) -> None:
+    workspace.folder.chmod(0o1777)
+    with pytest.raises(WorkspaceError, match="others may write into"):
+        workspace.create()
+    assert mode(workspace.folder) == 0o1777
+
+
+def test_a_folder_with_a_folder_of_somebody_elses_use_is_refused_as_it_is(tmp_path: Path) -> None:
+    (tmp_path / "var" / "run").mkdir(parents=True)
+    (tmp_path / "var" / "run").chmod(0o755)
+    with pytest.raises(WorkspaceError, match="it has a folder run, which a workspace keeps private"):
+        Workspace(folder=tmp_path / "var").create()
+    assert mode(tmp_path / "var" / "run") == 0o755
+    assert [path.name for path in (tmp_path / "var").iterdir()] == ["run"]
+
+
 def test_a_key_that_is_missing_is_told_apart_from_a_workspace_that_is(workspace: Workspace, tmp_path: Path) -> None:
     workspace.key_file.unlink()
     with pytest.raises(WorkspaceError, match=r"the workspace .* is there and its key is missing") as missing:

@@ -87,6 +87,26 @@ async def test_init_takes_a_folder_and_repeats_it_in_the_next_command(home: Home
     assert "start --workspace ~/bot" in ended.out
 
 
+@pytest.mark.parametrize("words", [("init",), ("start",), ("model", "list"), ("failover", "test")])
+async def test_an_empty_workspace_names_no_folder(home: Home, words: tuple[str, ...]) -> None:
+    ended = await home.run(*words, "--workspace", "")
+    assert (ended.status, ended.out) == (2, "")
+    assert "argument -w/--workspace: it is empty, which names no folder" in ended.err
+    assert list(home.folder.iterdir()) == []
+
+
+async def test_init_leaves_a_folder_for_everybody_as_it_is_and_says_what_to_do(home: Home) -> None:
+    everybodys = home.folder / "tmp"
+    everybodys.mkdir()
+    everybodys.chmod(0o1777)
+    for name in ("init", "start"):
+        ended = await home.run(name, "--workspace", "tmp")
+        assert (ended.status, ended.out) == (78, "")
+        assert f"others may write into {everybodys}" in ended.err
+    assert stat.S_IMODE(everybodys.stat().st_mode) == 0o1777
+    assert (await home.run("init", "--workspace", "tmp/moltbot")).status == 0
+
+
 async def test_help_lists_the_commands_and_teaches_each_by_example(home: Home) -> None:
     overview = (await home.run()).out
     assert overview == (await home.run("--help")).out

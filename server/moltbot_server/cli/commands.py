@@ -17,7 +17,6 @@ import sys
 import time
 from collections.abc import Callable, Collection, Mapping, Sequence
 from importlib import metadata
-from pathlib import Path
 
 from moltbot_server.cli.cache import add_cache
 from moltbot_server.cli.deadletters import add_deadletters
@@ -30,6 +29,7 @@ from moltbot_server.cli.running import Running, is_held, joined, reachable
 from moltbot_server.cli.session import add_session
 from moltbot_server.cli.store import add_store
 from moltbot_server.cli.terminal import Exit, Failure, command, shown
+from moltbot_server.cli.under import folder
 from moltbot_server.cli.usage import add_usage
 from moltbot_server.config import ConfigError, load_settings
 from moltbot_server.workspace import Workspace, WorkspaceError, find_workspace
@@ -130,7 +130,7 @@ def _parser() -> tuple[argparse.ArgumentParser, Mapping[str, argparse.ArgumentPa
         added.set_defaults(run=run)
         if name not in ("version", "mock-provider"):  # they need no workspace
             text = "the workspace folder (default: MOLTBOT_WORKSPACE, else ./.moltbot if it exists, else ~/.moltbot)"
-            added.add_argument("-w", "--workspace", type=Path, metavar="DIR", help=text)
+            added.add_argument("-w", "--workspace", type=folder, metavar="DIR", help=text)
         return added
 
     add("init", _init, "Make a workspace: a private folder with a key and a commented configuration.\nSafe to repeat.",

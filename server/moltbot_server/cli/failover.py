@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import argparse
 from collections.abc import Callable
-from pathlib import Path
+
+from moltbot_server.cli.under import folder
 
 _OVERVIEW = "Prove that answers come when models fail."
 _EXAMPLES = """\
@@ -47,7 +48,7 @@ def add_failover(add: _Add) -> None:
     test.set_defaults(run=_test)
     # The same as ahead of the command's name; not given, it leaves alone what was given there.
     test.add_argument(
-        "-w", "--workspace", type=Path, metavar="DIR", default=argparse.SUPPRESS, help="the workspace folder"
+        "-w", "--workspace", type=folder, metavar="DIR", default=argparse.SUPPRESS, help="the workspace folder"
     )
     test.add_argument(
         "--route", metavar="NAME", default="", help="a route under `routes:` (default: the one of `models:`)"

@@ -33,7 +33,7 @@ def add_under(
     added.set_defaults(run=run)
     # The same as ahead of the command's name; not given, it leaves alone what was given there.
     added.add_argument(
-        "-w", "--workspace", type=Path, metavar="DIR", default=argparse.SUPPRESS, help="the workspace folder"
+        "-w", "--workspace", type=folder, metavar="DIR", default=argparse.SUPPRESS, help="the workspace folder"
     )
     added.add_argument("--json", action="store_true", help="print one JSON object, for scripts")
     return added
@@ -44,6 +44,13 @@ def count(text: str) -> int:
     if not text.isdecimal() or not 0 < int(text) <= _MOST:
         raise argparse.ArgumentTypeError(f"{text!r} is no number from 1 to {_MOST}")
     return int(text)
+
+
+def folder(text: str) -> Path:
+    """Read where a folder is: an empty text, as of a variable that is not set, would mean the current one."""
+    if not text:
+        raise argparse.ArgumentTypeError("it is empty, which names no folder; leave it out for the usual one")
+    return Path(text)
 
 
 def named(text: str) -> str:
