@@ -224,6 +224,8 @@ class Workspace:
 
     def _settle(self) -> Iterator[str]:
         """Make the folder, make that of a workspace private, and take any other as it is if it is fit for one."""
+        if any("\ud800" <= letter <= "\udfff" for letter in str(self.folder)):
+            raise WorkspaceError(f"the path {self.folder} is no text; choose another folder with --workspace DIR.")
         if not self.folder.is_dir():
             self.folder.mkdir(mode=0o700, parents=True, exist_ok=True)
             yield f"made the folder {self.folder}"

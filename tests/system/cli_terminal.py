@@ -44,8 +44,8 @@ class Terminal:
         return found + len(text)
 
     def type(self, text: str) -> None:
-        """Type a text."""
-        os.write(self._descriptor, text.encode())
+        """Type a text; `\\udcff` in it is a byte that is none."""
+        os.write(self._descriptor, os.fsencode(text))
 
     def close(self) -> None:
         """Look no longer."""

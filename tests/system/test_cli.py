@@ -4,6 +4,7 @@ import asyncio
 import json
 import os
 import shlex
+import signal
 import socket
 import stat
 import subprocess
@@ -105,6 +106,50 @@ async def test_init_leaves_a_folder_for_everybody_as_it_is_and_says_what_to_do(h
         assert f"others may write into {everybodys}" in ended.err
     assert stat.S_IMODE(everybodys.stat().st_mode) == 0o1777
     assert (await home.run("init", "--workspace", "tmp/moltbot")).status == 0
+
+
+@pytest.mark.parametrize("words", [("init",), ("start",), ("status",), ("model", "list"), ("model", "tune")])
+async def test_a_path_that_is_too_long_is_told_in_one_line(home: Home, words: tuple[str, ...]) -> None:
+    ended = await home.run(*words, "--workspace", "x" * 300)
+    assert (ended.status, ended.out) == (78, "")
+    assert "File name too long" in ended.err
+    assert ended.err.startswith("moltbot: ")
+    assert ended.err.count("\n") == 1
+
+
+async def test_an_argument_that_is_no_text_is_a_wrong_use(home: Home) -> None:
+    ended = await home.run("init", "--workspace", "bot\udcff")
+    assert (ended.status, ended.out, ended.err) == (2, "", "moltbot: the argument 'bot\\xff' is no text in UTF-8\n")
+    home.variables["MOLTBOT_WORKSPACE"] = "bot\udcff"
+    ended = await home.run("init")
+    assert (ended.status, ended.out) == (78, "")
+    assert "is no text; choose another folder" in ended.err
+    assert list(home.folder.iterdir()) == []
+
+
+async def test_a_locale_of_ascii_alone_holds_up_no_command(home: Home) -> None:
+    home.variables |= {"LC_ALL": "C", "PYTHONUTF8": "0"}
+    ended = await home.run("init", "-w", "工作")
+    assert (ended.status, ended.err) == (0, "")
+    assert f"Made a key in {home.folder}/工作/key" in ended.out
+    home.variables["PYTHONIOENCODING"] = "ascii"
+    ended = await home.run("init", "-w", "工作")
+    assert (ended.status, ended.err) == (0, "")
+    assert r"The workspace ~/\u5de5\u4f5c is complete already" in ended.out
+
+
+async def test_ctrl_c_before_a_command_has_begun_ends_it_without_a_word(home: Home) -> None:
+    home.variables["PYTHONPROFILEIMPORTTIME"] = "1"  # tells of each import
+    process = await home.spawn("start", *ANY_PORTS)
+    assert process.stderr is not None
+    async with asyncio.timeout(20):
+        while b"moltbot_server.cli.cache\n" not in await process.stderr.readline():
+            assert process.returncode is None
+        process.send_signal(signal.SIGINT)
+        out, err = await process.communicate()
+    assert b"Traceback" not in err
+    assert process.returncode in (-signal.SIGINT, 130)
+    assert out == b""
 
 
 async def test_help_lists_the_commands_and_teaches_each_by_example(home: Home) -> None:

@@ -110,6 +110,41 @@ async def test_a_key_that_the_core_does_not_know_is_not_allowed(home: Home) -> N
     assert "MoltBot does not know the key in MOLTBOT_KEY: unset that" in ended.err
 
 
+@pytest.mark.parametrize("text", ["ключ", "\udcff", "mb_live_\x07"])
+async def test_what_cannot_be_a_key_is_told_before_anything_is_asked(home: Home, text: str) -> None:
+    home.variables["MOLTBOT_KEY"] = text
+    for words in (("chat", "Hi"), ("model", "list"), ("session", "list")):
+        ended = await home.run(*words)
+        assert (ended.status, ended.out) == (77, "")
+        assert ended.err.startswith("moltbot: what MOLTBOT_KEY holds is no key: unset that")
+    assert (await home.run("chat", "--json", "Hi")).json["error"]["code"] == "UNAUTHENTICATED"
+
+
+@pytest.mark.parametrize("words", [("bad\udcff",), ("--session", "s\udcff", "Hi"), ("--model", "m\udcff", "Hi")])
+async def test_bytes_that_are_no_text_are_a_wrong_use(home: Home, words: tuple[str, ...]) -> None:
+    ended = await home.run("chat", *words)
+    assert (ended.status, ended.out) == (2, "")
+    assert r"\xff' is no text in UTF-8" in ended.err
+
+
+async def test_an_answer_is_told_whatever_the_locale_knows(home: Home) -> None:
+    home.variables |= {"LC_ALL": "C", "PYTHONUTF8": "0"}
+    assert (await home.run("chat", "你好")).out == "You said: 你好\n"
+    home.variables["PYTHONIOENCODING"] = "ascii"
+    assert (await home.run("chat", "你好")).out == "You said: \\u4f60\\u597d\n"
+    ended = await home.run("chat", "--json", "é👍")
+    assert (ended.out.isascii(), ended.json["text"]) == (True, "You said: é👍")
+
+
+async def test_a_line_that_is_no_text_does_not_end_a_conversation(home: Home) -> None:
+    async with terminal(home) as screen:
+        place = await screen.until("Ctrl-D leaves")
+        screen.type("\udcff\udcfe hi\r")
+        place = await screen.until("You said: \ufffd\ufffd hi", after=place)
+        screen.type("Still there?\r")
+        await screen.until("You said: Still there?", after=place)
+
+
 async def test_an_address_may_be_given_or_come_from_the_environment(home: Home) -> None:
     address = Started(home, None).told()["grpc"]  # type: ignore[arg-type]  # only what it tells is read
     assert (await home.run("chat", "--address", address, "Hi")).out == "You said: Hi\n"

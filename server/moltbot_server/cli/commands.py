@@ -28,7 +28,7 @@ from moltbot_server.cli.route import add_route
 from moltbot_server.cli.running import Running, is_held, joined, reachable
 from moltbot_server.cli.session import add_session
 from moltbot_server.cli.store import add_store
-from moltbot_server.cli.terminal import Exit, Failure, command, shown
+from moltbot_server.cli.terminal import Exit, Failure, check_readable, command, shown
 from moltbot_server.cli.under import folder
 from moltbot_server.cli.usage import add_usage
 from moltbot_server.config import ConfigError, load_settings
@@ -49,6 +49,8 @@ def run(arguments: Sequence[str] | None = None) -> None:
         words[0] = "version"
     given = argparse.Namespace()
     try:
+        for word in words:
+            check_readable(word, "the argument")
         parser, names = _parser()
         if words and not words[0].startswith("-") and words[0] not in names:
             parser.error(_mistyped(words[0], names))
@@ -72,6 +74,8 @@ def run(arguments: Sequence[str] | None = None) -> None:
         _give_output_up()
         sys.exit(Exit.FAILED)
     except OSError as error:
+        if error.errno in (errno.ENAMETOOLONG, errno.EACCES, errno.ELOOP) and error.filename:
+            _leave(f"cannot use {error.filename}: {error.strerror}", Exit.CONFIG)
         if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EIO, errno.EROFS):
             raise
         _give_output_up()
@@ -274,7 +278,12 @@ def _chat(given: argparse.Namespace) -> int:
 
 def _as_json(message: str, status: Exit) -> dict[str, object]:
     """Return a failure before any call in the shape of one that the core told."""
-    codes = {Exit.UNAVAILABLE: "UNAVAILABLE", Exit.USAGE: "INVALID_ARGUMENT", Exit.CONFIG: "FAILED_PRECONDITION"}
+    codes = {
+        Exit.UNAVAILABLE: "UNAVAILABLE",
+        Exit.USAGE: "INVALID_ARGUMENT",
+        Exit.NOT_ALLOWED: "UNAUTHENTICATED",
+        Exit.CONFIG: "FAILED_PRECONDITION",
+    }
     return {
         "code": codes.get(status, "UNKNOWN"),
         "reason": "",
@@ -292,10 +301,10 @@ def _talk_or_ask(given: argparse.Namespace) -> int:
 
     from moltbot_server.cli.asking import Place, ask
     from moltbot_server.cli.looking import Trust
-    from moltbot_server.cli.reaching import find_core, store_away, words_of
+    from moltbot_server.cli.reaching import find_core, key_for, store_away, words_of
 
     workspace = find_workspace(os.environ, given.workspace)
-    key = os.environ.get("MOLTBOT_KEY", "").strip() or workspace.read_key()
+    key = key_for(workspace)
     trust = Trust.of(given.tls, given.tls_ca)
     address = find_core(workspace, given.address, trust)
     place = Place(

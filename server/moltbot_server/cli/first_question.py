@@ -11,12 +11,14 @@ from pathlib import Path
 from moltbot import MoltBotClientError
 
 from moltbot_server.cli.asking import Place, ask_first, failure
+from moltbot_server.cli.encoding import take_anything
 from moltbot_server.cli.terminal import Failure
 from moltbot_server.workspace import Workspace
 
 
 def main() -> int:
     """Wait for the address, ask, print; return the exit status."""
+    take_anything()
     folder, text = sys.argv[1:]
     line = sys.stdin.readline()
     if not line:

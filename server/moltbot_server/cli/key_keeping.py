@@ -149,6 +149,8 @@ def _typed_or_piped(provider: str) -> str:
                 text = getpass.getpass(f"Key of {provider} (it is not shown): ").strip()
             except (getpass.GetPassWarning, EOFError):
                 raise Failure("the key could not be asked for here; pipe it in instead.", Exit.USAGE) from None
+            except UnicodeDecodeError:
+                raise Failure("what was typed is no text, and so no key.", Exit.USAGE) from None
     try:
         check_text(text)
     except VaultError as problem:

@@ -13,7 +13,7 @@ from pathlib import Path
 from moltbot import MoltBotClientError
 
 from moltbot_server.cli.asking import Place, failure
-from moltbot_server.cli.reaching import find_core, words_of
+from moltbot_server.cli.reaching import find_core, key_for, words_of
 from moltbot_server.cli.running import is_held
 from moltbot_server.cli.terminal import Exit, Failure, command
 from moltbot_server.config import INLINE, Settings, load_settings
@@ -153,7 +153,7 @@ class Models:
         """
         if not os.environ.get("MOLTBOT_ADDRESS") and not is_held(self.workspace):
             return None
-        key = os.environ.get("MOLTBOT_KEY", "").strip() or self.workspace.read_key()
+        key = key_for(self.workspace)
         address = find_core(self.workspace, "")
         return Place(address=address, key=key, words=words_of(self.workspace, address))
 

@@ -18,6 +18,20 @@ _LOOK = 0.05
 _GLANCE = 0.5  # seconds that a core may take to say how it is
 
 
+def key_for(workspace: Workspace) -> str:
+    """Return the key that the environment tells, or else that of the workspace.
+
+    Raises:
+        WorkspaceError: the workspace has none.
+        Failure: what the environment tells cannot be one.
+    """
+    told = os.environ.get("MOLTBOT_KEY", "").strip()
+    if not (told.isascii() and told.isprintable()):
+        text = "what MOLTBOT_KEY holds is no key: unset that, or set it to the line in the workspace's `key` file."
+        raise Failure(text, Exit.NOT_ALLOWED)
+    return told or workspace.read_key()
+
+
 def find_core(workspace: Workspace, given: str, trust: Trust | None = None) -> str:
     """Return the address of a core that answers: as told, as the environment tells, or the one of the workspace.
 

@@ -12,7 +12,7 @@ from moltbot.errors import from_status
 from moltbot.v1 import route_pb2, route_pb2_grpc
 
 from moltbot_server.cli.asking import Place
-from moltbot_server.cli.reaching import find_core
+from moltbot_server.cli.reaching import find_core, key_for
 from moltbot_server.cli.running import is_held
 from moltbot_server.cli.terminal import Failure
 from moltbot_server.workspace import Workspace, WorkspaceError
@@ -36,7 +36,7 @@ def reload_routes(workspace: Workspace, done: str = "The running core uses it no
     if not os.environ.get("MOLTBOT_ADDRESS") and not is_held(workspace):
         return Reloaded(state="not_running", text="It holds from the next start on: MoltBot is not running here.")
     try:
-        key = os.environ.get("MOLTBOT_KEY", "").strip() or workspace.read_key()
+        key = key_for(workspace)
         return asyncio.run(_reload(Place(address=find_core(workspace, ""), key=key), done))
     except (Failure, WorkspaceError) as problem:
         return Reloaded(state="next_start", text=f"It holds from the next start on: {problem}")

@@ -17,6 +17,7 @@ from prompt_toolkit.history import FileHistory, History, InMemoryHistory
 from prompt_toolkit.output import create_output
 
 from moltbot_server.cli.asking import CHANNEL, Place, cancelling, interrupts, remark
+from moltbot_server.cli.encoding import replaced
 from moltbot_server.cli.showing import Shown, attended
 from moltbot_server.cli.terminal import Exit, harmless
 from moltbot_server.workspace import Workspace
@@ -60,7 +61,7 @@ class Talk:
         """Read and answer until the person leaves. `read` raises EOFError for Ctrl-D, KeyboardInterrupt for Ctrl-C."""
         while not self._leaving:
             try:
-                text = (await read()).strip()
+                text = replaced(await read()).strip()
             except KeyboardInterrupt:
                 print("Ctrl-D or /quit leaves.")
                 continue

@@ -11,6 +11,7 @@ from collections.abc import Sequence
 from enum import IntEnum
 from pathlib import Path
 
+from moltbot_server.cli.encoding import readable
 from moltbot_server.workspace import Workspace, find_workspace
 
 # Model output and stored titles are data: escape sequences would let them recolour, retitle or type into a terminal.
@@ -38,6 +39,17 @@ class Failure(Exception):
         super().__init__(message)
         self.message = message
         self.status = status
+
+
+def check_readable(word: str, what: str) -> None:
+    """Refuse bytes that are no text, as those of a file in another encoding.
+
+    Raises:
+        Failure: the word has some; `what` is the word in the message.
+    """
+    if not readable(word):
+        found = os.fsencode(word).decode("ascii", "backslashreplace")
+        raise Failure(f"{what} '{found}' is no text in {sys.getfilesystemencoding().upper()}", Exit.USAGE)
 
 
 def confirm(what: str, nothing: str, given: argparse.Namespace) -> None:
