@@ -2,13 +2,18 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
 import subprocess
 import sys
+from argparse import Namespace
 from pathlib import Path
 
 import pytest
-from moltbot_server.cli import first_tuning
+from cli_process import Home
+from cli_terminal import terminal
+from moltbot_server.cli import first_tuning, tuning
+from moltbot_server.cli.model_measuring import tune_model
 from moltbot_server.demo_model import ARTIFACT
 from moltbot_server.models.measuring_plan import Outcome, Plan, Trial
 from moltbot_server.models.tuning import Tuning, keep_tuning, measured_here, tuning_for
@@ -68,6 +73,30 @@ def test_tune_shows_a_table_and_the_next_step(workspace: Workspace) -> None:
     assert "replicas  threads  batch" in done.stdout
     assert "tuning.json and used from the next start on:" in done.stdout
     assert "start --workspace" in done.stdout
+
+
+async def test_ctrl_c_at_a_terminal_ends_the_measurement_with_one_line(tmp_path: Path) -> None:
+    async with terminal(Home(tmp_path, {}), "tune", command="model") as screen:
+        await screen.until("1 replica")
+        screen.type("\x03")
+        await screen.until("moltbot: stopped; what was kept before holds on.")
+        async with asyncio.timeout(20):
+            assert await screen.process.wait() == 130
+    assert "Traceback" not in screen.shown
+
+
+def test_ctrl_c_is_told_as_json_to_who_asked_for_it(
+    workspace: Workspace, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def interrupt(*_: object, **__: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(tuning, "_measured", interrupt)
+    given = Namespace(workspace=workspace.folder, name="", quick=True, json=True)
+    assert tune_model(given) == 130
+    said, err = capsys.readouterr()
+    error = {"message": "stopped; what was kept before holds on.", "status": 130}
+    assert (json.loads(said), err) == ({"error": error}, "")
 
 
 def test_a_model_that_cannot_be_loaded_keeps_nothing_and_says_why(

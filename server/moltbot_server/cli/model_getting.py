@@ -12,7 +12,7 @@ from pathlib import Path
 
 from moltbot_server.cli.model_place import Models, check_family, told
 from moltbot_server.cli.progress import Progress
-from moltbot_server.cli.terminal import Exit, Failure, command, harmless, shown
+from moltbot_server.cli.terminal import Exit, Failure, command, harmless, interrupted, shown
 from moltbot_server.config_sources import read_env_file
 from moltbot_server.errors import ModelExists, ModelUnavailable
 from moltbot_server.models.hub import DEFAULT_HUB, Hub, HubError, Listing, Source, parse_hub, parse_source
@@ -45,8 +45,8 @@ def pull_model(given: argparse.Namespace) -> int:
     except HubError as problem:
         raise Failure(str(problem)) from None
     except KeyboardInterrupt:
-        print("\nmoltbot: stopped. What came is kept: the same command goes on from there.", file=sys.stderr)
-        return int(Exit.INTERRUPTED)
+        text = "stopped. What came is kept: the same command goes on from there."
+        return interrupted(text, as_json=given.json)
 
 
 async def _pull(
@@ -140,8 +140,7 @@ def convert_model(given: argparse.Namespace) -> int:
         model = KnownModel(name=name, origin=Origin.CONVERTED, source=f"{origin} as {given.quantization}")
         models.library.add(model, folder=fresh)
     except KeyboardInterrupt:
-        print("\nmoltbot: stopped. Nothing of the conversion is left.", file=sys.stderr)
-        return int(Exit.INTERRUPTED)
+        return interrupted("stopped. Nothing of the conversion is left.", as_json=given.json)
     finally:
         shutil.rmtree(fresh, ignore_errors=True)
     _report(given, models, model)

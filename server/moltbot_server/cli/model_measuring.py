@@ -16,7 +16,7 @@ from typing import Any
 
 from moltbot_server.cli.model_place import Models, told
 from moltbot_server.cli.progress import Progress
-from moltbot_server.cli.terminal import Exit, Failure
+from moltbot_server.cli.terminal import Exit, Failure, interrupted
 from moltbot_server.errors import ModelUnavailable
 from moltbot_server.models.building import Resources, build_engine
 from moltbot_server.models.engine import Chunk, Engine, Finished, stream
@@ -61,8 +61,7 @@ def bench_model(given: argparse.Namespace) -> int:
     try:
         found = asyncio.run(_bench(models, model, streams, given))
     except KeyboardInterrupt:
-        print("\nmoltbot: stopped.", file=sys.stderr)
-        return int(Exit.INTERRUPTED)
+        return interrupted("stopped.", as_json=given.json)
     print(json.dumps(found) if given.json else _table(found))
     return int(Exit.OK)
 

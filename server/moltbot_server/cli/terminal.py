@@ -41,6 +41,18 @@ class Failure(Exception):
         self.status = status
 
 
+def interrupted(text: str, *, as_json: bool) -> int:
+    """Say that Ctrl-C has ended a command, and return its exit status.
+
+    Raises:
+        Failure: the command says `as_json` how it ends.
+    """
+    if as_json:
+        raise Failure(text, Exit.INTERRUPTED)
+    print(f"\nmoltbot: {text}", file=sys.stderr)
+    return int(Exit.INTERRUPTED)
+
+
 def check_readable(word: str, what: str) -> None:
     """Refuse bytes that are no text, as those of a file in another encoding.
 

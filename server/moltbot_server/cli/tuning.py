@@ -15,7 +15,7 @@ import psutil
 
 from moltbot_server.cli.progress import Progress
 from moltbot_server.cli.running import Running
-from moltbot_server.cli.terminal import Exit, Failure, command, shown
+from moltbot_server.cli.terminal import Exit, Failure, command, interrupted, shown
 from moltbot_server.models.cpus import cpu_quota, processor_name, usable_cores, usable_cpus
 from moltbot_server.models.encoder_folder import EncoderFolder
 from moltbot_server.models.folder import ModelFolder
@@ -47,8 +47,7 @@ def tune(
     try:
         outcome = _measured(Plan(folder=str(folder.path), type=folder.family, quick=quick), folder.id, quiet=as_json)
     except KeyboardInterrupt:
-        print("\nmoltbot: stopped; what was kept before holds on.", file=sys.stderr)
-        return int(Exit.INTERRUPTED)
+        return interrupted("stopped; what was kept before holds on.", as_json=as_json)
     first = outcome.trials[0]
     try:
         kept = keep_tuning(
@@ -119,6 +118,7 @@ def _lines(plan: Plan) -> Iterator[dict[str, Any]]:
         stdin=subprocess.PIPE,
         stdout=subprocess.PIPE,
         env=ENVIRONMENT | os.environ,
+        process_group=0,  # Ctrl-C is for this process, which ends that one
     )
     assert process.stdin is not None
     assert process.stdout is not None
