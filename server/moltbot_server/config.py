@@ -289,6 +289,7 @@ def load_settings(
     """Return the settings of a workspace.
 
     `overrides` maps keys, such as `grpc_port`, to what command-line flags said; None is a flag that was not given.
+    What is wrong beneath a flag is told as well: other processes read it, and the next start without the flag.
     `current` is the folder whose `.env` is read too; by default the working directory. `check` looks at the values of
     the keys that were given, for what only files can tell; what it finds is told with the rest.
 
@@ -305,7 +306,7 @@ def load_settings(
     problems += (unknown(name, place.where, ENV_NAMES) for name, place in own.items() if not _known(name))
     given |= _named(own.items(), ENV_NAMES) | _named(read_environ(environ), ENV_NAMES)
     flags = dict(read_flags(overrides or {}))
-    beneath = defaults() | read({key: value for key, value in given.items() if key in flags}, KEYS, [])
+    beneath = defaults() | read({key: value for key, value in given.items() if key in flags}, KEYS, problems)
     for key, flag in flags.items():
         if key in KEYS:
             given[key] = flag

@@ -211,6 +211,9 @@ class Workspace:
             if _write_new(self.key_file, make_key().text + "\n"):
                 done.append(self._told_key())
             done += self._make_private(self.key_file, 0o600)
+            if self.config_file.is_dir():
+                text = f"{self.config_file} is a folder; move it away, and `moltbot init` writes the file."
+                raise WorkspaceError(text)
             if _write_new(self.config_file, _TEMPLATE):
                 done.append(f"wrote {self.config_file}, all comments: the defaults hold")
             _write_new(self.folder / ".gitignore", "# A workspace holds a key and conversations.\n*\n")

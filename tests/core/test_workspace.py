@@ -176,6 +176,13 @@ def test_a_place_that_cannot_be_used_is_told_with_a_way_out(tmp_path: Path) -> N
         Workspace(folder=tmp_path / "file" / "bot").create()
 
 
+def test_a_configuration_that_is_a_folder_is_told(workspace: Workspace) -> None:
+    workspace.config_file.unlink()
+    workspace.config_file.mkdir()
+    with pytest.raises(WorkspaceError, match=r"moltbot\.yaml is a folder; move it away"):
+        workspace.create()
+
+
 def test_a_full_disk_is_told_with_the_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def full(*_: object, **__: object) -> None:
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))  # and names no file, as a write does not

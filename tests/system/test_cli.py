@@ -256,6 +256,35 @@ async def test_all_mistakes_of_a_configuration_end_the_start_with_status_78(home
     assert f"{home.workspace}/moltbot.yaml:2: workers: found 'many', expected a whole number" in ended.err
 
 
+@pytest.mark.parametrize(
+    ("text", "flags", "told"),
+    [
+        ("port: nope", ("--port", "0"), "port: found 'nope'"),
+        ("log_level: loud", ("--log-level", "info"), "log_level: found 'loud'"),
+        ("host: 0.0.0.0", ("--host", "127.0.0.1"), "host 0.0.0.0 can be reached from other machines"),
+        ("{workers: 3, store: {type: memory}}", ("--workers", "1"), "store.type is memory"),
+    ],
+)
+async def test_what_is_wrong_beneath_a_flag_is_told_before_anything_starts(
+    home: Home, text: str, flags: tuple[str, ...], told: str
+) -> None:
+    home.workspace.mkdir()
+    home.variables |= {"MOLTBOT_PORT": "0"} if "--port" not in flags else {}
+    (home.workspace / "moltbot.yaml").write_text(text)
+    ended = await home.run("start", "--grpc-port", "0", "--metrics-port", "0", *flags)
+    assert ended.status == 78
+    assert f"{home.workspace}/moltbot.yaml:1: {told}" in ended.err
+    assert "level=" not in ended.err
+    assert "child" not in ended.err
+
+
+async def test_ports_that_only_the_file_gives_twice_are_no_matter_where_flags_give_others(home: Home) -> None:
+    home.workspace.mkdir()
+    (home.workspace / "moltbot.yaml").write_text("port: 50051")
+    async with home.started() as started:
+        assert "child" not in started.said
+
+
 async def test_a_start_beyond_this_machine_without_encryption_is_refused(home: Home) -> None:
     ended = await home.run("start", "--host", "0.0.0.0")
     assert ended.status == 78

@@ -42,7 +42,7 @@ def plans(
     names = [f"http-{number}" if adapters > 1 else "http" for number in range(1, adapters + 1)]
     address = f"unix:{workspace.engine_socket}"
     own = settings.engine == ""
-    engine, server = server, [*server, "--grpc-port", str(settings.grpc_port)]
+    server += ["--grpc-port", str(settings.grpc_port)]
     found = [
         *(
             Plan(
@@ -74,7 +74,7 @@ def plans(
             for name in names
         ),
     ]
-    return [_engine(engine, address, engine_metrics, environ), *found] if own else found
+    return [_engine(server, address, engine_metrics, environ), *found] if own else found
 
 
 def _engine(server: list[str], address: str, metrics: int, environ: dict[str, str]) -> Plan:

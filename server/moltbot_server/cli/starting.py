@@ -42,7 +42,7 @@ def start(workspace: Workspace, flags: Mapping[str, object], *, reload: bool, fi
     began = time.monotonic()
     for done in workspace.create():
         print(done[0].upper() + done[1:] + ".", flush=True)
-    settings = load_settings(workspace.folder, os.environ, flags, check=model_problems)
+    settings = _load(workspace, flags)
     check_routes(settings)
     configure_logging(settings.log_level, as_json=settings.log_json, process="start")
     for notice in (*misspelled(os.environ), *overlooked(workspace.folder, os.environ)):
@@ -78,6 +78,18 @@ def start(workspace: Workspace, flags: Mapping[str, object], *, reload: bool, fi
                 return supervisor.run()
         finally:
             site.close()
+
+
+def _load(workspace: Workspace, flags: Mapping[str, object]) -> Settings:
+    """Return the settings; what the processes would refuse, which are told of some flags alone, is told here.
+
+    Raises:
+        ConfigError: something is wrong with them.
+    """
+    settings = load_settings(workspace.folder, os.environ, flags, check=model_problems)
+    handed_on = ("grpc_port", "metrics_port", "log_level", *(["workers"] if settings.workers > 1 else []))
+    load_settings(workspace.folder, os.environ, {name: flags.get(name) for name in handed_on})
+    return settings
 
 
 def _beside(settings: Settings, flags: Mapping[str, object], extra: Sequence[str], other: Workspace) -> str:
@@ -220,7 +232,7 @@ class _Site:
         """Read the settings again and plan by them, on the ports as they are; False when something is wrong there."""
         was = self._settings
         try:
-            found = load_settings(self._workspace.folder, os.environ, self._flags, check=model_problems)
+            found = _load(self._workspace, self._flags)
             check_routes(found, engine_runs=True)
         except ConfigError as error:
             log.error("the configuration is wrong, so nothing is started again", extra={"problems": str(error)})
