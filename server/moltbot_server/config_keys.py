@@ -37,7 +37,7 @@ KEYS: Mapping[str, Kind] = {
     "http_workers": whole(1, 64),
     "model_type": text(64),
     "model_path": PATH,
-    "context_length": whole(64, 10_000_000, "a number of tokens"),
+    "context_length": whole(16, 1 << 24, "a number of tokens"),
     "threads": whole(1, 1024),
     "engine": text(256),
     "engine_ca": PATH,

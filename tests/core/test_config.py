@@ -17,6 +17,7 @@ from moltbot_server.config import (
     overlooked,
 )
 from moltbot_server.config_keys import ENV_NAMES, KEYS, SECTIONS
+from moltbot_server.models.tokenizer_config import LONGEST_CONTEXT
 
 ENV_FILE = """\
 PORT=8000
@@ -234,6 +235,10 @@ def test_an_unknown_name_is_told_the_one_with_the_prefix_or_the_page_that_has_th
         ("port:\n", "moltbot.yaml:1: port: found nothing, expected a port"),
         ("port: [1]\n", "moltbot.yaml:1: port: found a list, expected a port"),
         ("context_length: 1e3\n", "moltbot.yaml:1: context_length: found '1e3', expected a number of tokens"),
+        (
+            "context_length: 15\n",
+            f"context_length: found '15', expected a number of tokens from 16 to {LONGEST_CONTEXT}",
+        ),
         ("log_json: maybe\n", "moltbot.yaml:1: log_json: found 'maybe', expected true or false"),
         ("models: {threshold: {error_rate: 5}}\n", "models.threshold.error_rate: found '5', expected a percentage"),
         ("autoscaling: {min_replicas: 5, max_replicas: 2}\n", "min_replicas 5 is above max_replicas 2"),

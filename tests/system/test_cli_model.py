@@ -147,6 +147,21 @@ class TestWithoutACore:
         assert (await home.run("model", "list", "--json")).json["at_start"] == BUILT_IN
         assert (await home.run("model", "remove", "twin")).status == 0
 
+    async def test_a_switch_to_what_the_configuration_has_elsewhere_says_where_that_is_chosen(self, home: Home) -> None:
+        await home.run("init")
+        (home.workspace / "moltbot.yaml").write_text(
+            "providers: {office: {base_url: 'http://127.0.0.1:9/v1', models: [team-large]}}\n"
+            "routes: {careful: {primary: team-large}}\n"
+        )
+        for name in ("team-large", "office/other"):
+            refused = await home.run("model", "switch", name)
+            assert (refused.status, refused.out) == (1, "")
+            assert f"write `models: {{primary: {name}}}` into ~/.moltbot/moltbot.yaml" in refused.err
+            assert refused.err.endswith(" route reload\n")
+        refused = await home.run("model", "switch", "careful")
+        assert "careful is a route, which answers who names it" in refused.err
+        assert "There is no model 'nobody'" in (await home.run("model", "switch", "nobody")).err
+
     async def test_a_choice_that_an_engine_elsewhere_would_never_read_is_refused(self, home: Home) -> None:
         twin(home.folder / "twin")
         await home.run("model", "add", "twin")

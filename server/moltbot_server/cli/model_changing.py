@@ -6,10 +6,12 @@ import argparse
 import asyncio
 import json
 import sys
+from collections.abc import Mapping
 from contextlib import aclosing
 from pathlib import Path
 
 from moltbot import MoltBot, MoltBotClientError
+from moltbot.v1 import model_pb2
 
 from moltbot_server.cli.asking import Place
 from moltbot_server.cli.model_looking import loaded_models
@@ -102,10 +104,11 @@ def switch_model(given: argparse.Namespace) -> int:
         models.library.choose("")
         _say(given, {"at_start": models.at_start}, f"From the next start on {models.at_start} answers.")
         return int(Exit.OK)
+    names = loaded_models(place)
+    _check_place(models, given.name, names)
     model = models.find(given.name)
     if is_encoder(models.library.path(model)):
         raise Failure(f"{model.name} turns texts into vectors and writes no answers; switch to a model that does.")
-    names = loaded_models(place)
     if model.name not in names:
         _check_folder(models, model)
     previous = ""
@@ -115,6 +118,22 @@ def switch_model(given: argparse.Namespace) -> int:
         _keep(models, model)
     _tell(given, models, model, running=place is not None, previous=previous)
     return int(Exit.OK)
+
+
+def _check_place(models: Models, name: str, loaded: Mapping[str, model_pb2.Model]) -> None:
+    """Refuse a model or a route of the configuration, which answer whoever names them, with what to do instead."""
+    if name in {model.name for model in models.all} or models.library.knows(name):
+        return
+    settings, file = models.settings, shown(models.workspace.config_file)
+    told = command("route reload", models.workspace)
+    kind = loaded[name].type if name in loaded else ""
+    if kind == "route" or name in {route.name for route in settings.routes}:
+        way = f"To let it answer when none is named, write its models under `models:` in {file}"
+        raise Failure(f"{name} is a route, which answers who names it. {way}, and then: {told}")
+    remote = {model.name for provider in settings.providers for model in provider.models}
+    if name in remote or {kind, name.partition("/")[0]} & {provider.name for provider in settings.providers}:
+        way = f"To let it answer when none is named, write `models: {{primary: {name}}}` into {file}"
+        raise Failure(f"{name} is not on this machine, and answers who names it. {way}, and then: {told}")
 
 
 def _check_folder(models: Models, model: KnownModel) -> None:
