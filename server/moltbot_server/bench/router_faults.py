@@ -139,9 +139,12 @@ def _well(rig: Rig) -> None:
 
 
 def _paced(mock: Mock, **script: Any) -> None:
-    """Let a mock write as a model does, so that turns come and the machine has time for them; its count begins anew."""
-    mock.follow(pace=_PACE, **script)
+    """Let a mock write as a model does, so that turns come and the machine has time for them; its count begins anew.
+
+    It begins before: what fails first may be all that there is of it, as a model is put to rest for it.
+    """
     mock.forget()
+    mock.follow(pace=_PACE, **script)
 
 
 def reloads(rig: Rig, count: int, tell: Tell) -> Report:
