@@ -166,6 +166,10 @@ class Journal:
             self._keeping = True
             asyncio.get_running_loop().call_soon(self._keep)
 
+    def hurry(self, live: LiveTurn) -> None:
+        """Have a turn accepted now that has something to show: nobody sees it before."""
+        self._store.hurry(live.key)
+
     def _keep(self) -> None:
         """Write down what was noted, in one go; what a turn of it notes meanwhile is written when this is."""
         self._keeping = False

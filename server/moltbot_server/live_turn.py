@@ -36,6 +36,9 @@ class Keeper(Protocol):
     def note(self, live: LiveTurn) -> None:
         """Have what a turn has recorded kept."""
 
+    def hurry(self, live: LiveTurn) -> None:
+        """Have a turn accepted now that has something to show: nobody sees it before."""
+
 
 class LiveTurn:
     """A turn under way. Belongs to the event loop's thread."""
@@ -163,6 +166,8 @@ class LiveTurn:
         """Return all events with `kind` as the last one, not yet recorded: it is stored before it is seen."""
         if self._held:
             self._flush()
+        if not self._stored and self._journal is not None:
+            self._journal.hurry(self)
         self.closing = True
         return (*self.events, self._event(kind))
 
@@ -295,6 +300,8 @@ class LiveTurn:
             # Where a turn stands is told anew by whoever takes it over: nothing of it need be kept first.
             self.show(len(events))
         else:
+            if not self._stored:
+                self._journal.hurry(self)
             self._journal.note(self)
 
     def _event(self, kind: Kind) -> Event:

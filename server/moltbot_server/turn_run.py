@@ -202,7 +202,7 @@ class TurnRun:
             self._session.exists, self._session.version = True, OURS
             live.stored()
             self._interrupt()
-            if again or guessed:
+            if (again or guessed) and live.visible < len(live.events):
                 # What it has recorded came to the store before its row did, and was left out; of a guess it waits here.
                 self._pipeline.journal.note(live)
             if (again or guessed) and self._row is not None:

@@ -24,6 +24,7 @@ from moltbot_server.turns import (
     FinishReason,
     Notice,
     Principal,
+    Queued,
     Reset,
     SessionKey,
     TextDelta,
@@ -401,6 +402,10 @@ class SlowStore:
 
     def __init__(self) -> None:
         self.asked: list[tuple[list[int], Pending[Collection[TurnKey]]]] = []
+        self.hurried: list[int] = []
+
+    def hurry(self, key: TurnKey) -> None:
+        self.hurried.append(key.ordinal)
 
     def append(self, entries: Sequence[JournalEntry]) -> Pending[Collection[TurnKey]]:
         answer: Pending[Collection[TurnKey]] = Pending()
@@ -440,6 +445,26 @@ async def test_nothing_of_a_turn_that_is_a_guess_is_written_before_it_is_accepte
     journal.note(live)
     await asyncio.sleep(0)
     assert [ordinals for ordinals, _ in store.asked] == [[1]]
+
+
+@pytest.mark.parametrize("is_guess", [False, True])
+async def test_a_turn_that_has_something_to_show_is_accepted_now(is_guess: bool) -> None:
+    store: Any = SlowStore()
+    live, stored = (
+        begun(ordinal=number, journal=Journal(store), is_guess=is_guess, stored=number == 2) for number in (1, 2)
+    )
+    for turn in (live, stored):
+        turn.record(Queued(position=1))
+    assert not store.hurried, "where it stands is seen at once"
+
+    for turn in (live, stored):
+        turn.say("a")
+    assert store.hurried == [1]
+    live.stored()
+    live.say("b")
+    live.close(END)
+    begun(ordinal=3, journal=Journal(store), stored=False).close(END)
+    assert store.hurried == [1, 3]
 
 
 class Refusing(MemoryStore):

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Collection, Sequence
 from pathlib import Path
 
 import pytest
@@ -11,7 +11,9 @@ from grpc import StatusCode
 from moltbot.v1 import session_pb2
 from moltbot_server.errors import StorageUnavailable
 from moltbot_server.store import Pending
+from moltbot_server.store.protocol import JournalEntry
 from moltbot_server.testing import RunningServer, running_server
+from moltbot_server.turns import TurnKey
 from rpc_calls import Api, WatchedEngine, drained, kinds, refused, text_of, turn
 
 
@@ -33,6 +35,25 @@ async def test_a_new_session_is_answered_without_a_look(
     assert kinds(events)[-1] == "completed"
     assert await api.said("sessions/fresh") == ["hello", text_of(events)]
     assert engine.read == [["hello"]]
+
+
+async def test_what_was_seen_before_a_turn_was_accepted_is_not_written_down_for_it(
+    api: Api, core: RunningServer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    written: list[str] = []
+    append = core.core.store.append
+
+    def noted(entries: Sequence[JournalEntry]) -> Pending[Collection[TurnKey]]:
+        written.extend("".join(type(event.kind).__name__[0] for event in entry.events) for entry in entries)
+        return append(entries)
+
+    monkeypatch.setattr(core.core.store, "append", noted)
+
+    events = await api.events(turn("#3 wait=0.2 pace=0.05", session="sessions/fresh"))
+
+    assert kinds(events)[0] == "accepted"
+    assert written, "its text is"
+    assert all("T" in kinds for kinds in written)
 
 
 async def test_who_was_taken_for_new_goes_on_with_what_was_said(

@@ -29,7 +29,13 @@ def take_ports(ports: Sequence[Wanted], again: Callable[[Mapping[str, object]], 
     Raises:
         Failure: something else has a port, or a host is none of this machine's.
     """
-    found = {wanted.key: _take(wanted) for wanted in ports}
+    found: dict[str, int] = {}
+    named = {wanted.port for wanted in ports} - {0}
+    for wanted in ports:
+        port = _take(wanted)
+        while not wanted.port and port in {*named, *found.values()}:
+            port = _take(wanted)  # nobody listens yet, so the system may give one port twice
+        found[wanted.key] = port
     taken = [wanted for wanted in ports if not found[wanted.key]]
     if taken:
         told = [f"port {wanted.port} ({wanted.what}) is in use by {_holder(wanted.port)}" for wanted in taken]

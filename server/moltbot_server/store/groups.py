@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import math
 import sqlite3
 import threading
 from abc import ABC, abstractmethod
@@ -16,6 +17,7 @@ from moltbot_server.store.pending import Pending
 J = TypeVar("J", bound=Pending[Any])
 
 _LARGEST_GROUP = 512
+_NEVER = math.inf
 _FEW = 2
 """Rows of one turn: a group of so few is followed by the next at once."""
 
@@ -32,8 +34,11 @@ class GroupThread(ABC, Generic[J]):
         self._distance = distance
         self._groups: SimpleQueue[list[J] | None] = SimpleQueue()
         self._waiting: list[J] = []
-        self._at_work = self._handing_over = self._many = False
+        self._at_work = self._many = False
         self._handed_over = 0.0
+        self._until = _NEVER
+        self._handing_over: asyncio.Handle | None = None
+        self._hands_over_at = _NEVER
         self._idle: asyncio.Event | None = None
         self._thread = threading.Thread(target=self._run, name=name, daemon=True)
         self._loop = asyncio.get_running_loop()
@@ -44,14 +49,24 @@ class GroupThread(ABC, Generic[J]):
     def carry_out(self, connection: sqlite3.Connection, group: list[J]) -> Sequence[tuple[J, Any]]:
         """Return each job of a group with its outcome; runs on the thread and never raises."""
 
-    def put(self, job: J) -> J:
-        """Queue a job; when the thread is closed, it is answered that the store is."""
+    def put(self, job: J, *, patience: float = 0.0) -> J:
+        """Queue a job; when the thread is closed, it is answered that the store is.
+
+        It may wait for so many seconds until something comes that it can go with.
+        """
         if self._closed:
             job.settle(StorageUnavailable("the store is closed"))
         else:
             self._waiting.append(job)
+            self._until = min(self._until, self._loop.time() + patience)
             self._hand_over_soon()
         return job
+
+    def hurry(self) -> None:
+        """Let nothing that is queued wait for company any longer."""
+        if self._waiting:
+            self._until = 0.0
+            self._hand_over_soon()
 
     async def close(self) -> None:
         """Carry out what waits, then end the thread."""
@@ -68,19 +83,26 @@ class GroupThread(ABC, Generic[J]):
 
         While many come, groups keep a distance: each one makes the thread and the loop wait for each other.
         """
-        if self._waiting and not self._at_work and not self._handing_over:
-            self._handing_over = True
-            if self._many and self._distance:
-                self._loop.call_at(self._handed_over + self._distance, self._hand_over)
-            else:
-                self._loop.call_soon(self._hand_over)
+        if not self._waiting or self._at_work:
+            return
+        at = max(self._until, self._handed_over + self._distance if self._many else 0.0)
+        if self._handing_over is not None:
+            if at >= self._hands_over_at:
+                return
+            self._handing_over.cancel()
+        self._hands_over_at = at
+        if at > self._loop.time():
+            self._handing_over = self._loop.call_at(at, self._hand_over)
+        else:
+            self._handing_over = self._loop.call_soon(self._hand_over)
 
     def _hand_over(self) -> None:
-        self._handing_over, self._at_work = False, True
+        self._handing_over, self._at_work = None, True
         self._handed_over = self._loop.time()
         self._many = len(self._waiting) > _FEW
         self._groups.put(self._waiting[:_LARGEST_GROUP])
         del self._waiting[:_LARGEST_GROUP]
+        self._until = 0.0 if self._waiting else _NEVER
 
     def _answer(self, outcomes: Sequence[tuple[J, Any]]) -> None:
         """Answer a group's jobs and hand the next group over; runs on the loop's thread."""

@@ -115,6 +115,9 @@ class MemoryStore:
             return turn.version not in (0, GUESSED)
         return turn.version == GUESSED or turn.key.ordinal in session.turns
 
+    def hurry(self, key: TurnKey) -> None:
+        """Do nothing: nothing waits."""
+
     def append(self, entries: Sequence[JournalEntry]) -> Pending[Collection[TurnKey]]:
         """Keep what happened in turns that run, and answer which of them do not, or not here any more."""
         left_out = []

@@ -244,6 +244,9 @@ class Store(Protocol):
         Whoever calls this knows that the earlier turn does not run any more here; one that another core runs stays.
         """
 
+    def hurry(self, key: TurnKey) -> None:
+        """Let a turn that is being accepted wait no longer for others to be stored with: it has something to show."""
+
     def append(self, entries: Sequence[JournalEntry]) -> Pending[Collection[TurnKey]]:
         """Keep what happened in turns that run; what is answered survives the death of the core.
 

@@ -247,6 +247,9 @@ class RedisStore:
         command = self.run(script, workspace, *accept_arguments(self.node, turn))
         return self._writing.put(Call(*self._introduce(workspace), command, read=read, undo=(withdrawal,)))
 
+    def hurry(self, key: TurnKey) -> None:
+        """Do nothing: nothing waits."""
+
     def append(self, entries: Sequence[JournalEntry]) -> Pending[Collection[TurnKey]]:
         """Keep what happened in turns that run, and answer which of them do not, or not here any more."""
         by_workspace: dict[str, list[JournalEntry]] = {}

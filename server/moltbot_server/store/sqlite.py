@@ -31,6 +31,7 @@ from moltbot_server.store import (
     UsageQuery,
     UsageRow,
 )
+from moltbot_server.store.patience import Patience
 from moltbot_server.store.protocol import KEEP_REQUESTS, Away, JournalEntry, Orphan
 from moltbot_server.store.reader import GroupReader
 from moltbot_server.store.sqlite_at_once import Row, set_up
@@ -48,7 +49,7 @@ from moltbot_server.store.sqlite_turns import TAKEN_OVER, TurnWriter
 from moltbot_server.store.sqlite_usage import add_usage, forget_usage, read_usage
 from moltbot_server.store.sqlite_use import LastUse
 from moltbot_server.store.writer import GroupWriter, storage_error, unusable
-from moltbot_server.turns import Message, Session, SessionKey, TurnKey
+from moltbot_server.turns import Message, Session, SessionKey, TextDelta, TurnKey
 
 _LOAD = """
 SELECT base_ordinal, (SELECT max(ordinal) FROM turns WHERE workspace = ?1 AND session = ?2), version
@@ -75,6 +76,7 @@ class SqliteStore:
         self._places = Places(self.nodes.node, shared=self.shared)
         self._pen: Pen | None = None
         self._files = JournalFiles(folder_of(path), self.nodes.node)
+        self._patience = Patience()
         self._used = LastUse()
         self._looked = False
         self._closed = False
@@ -130,16 +132,24 @@ class SqliteStore:
     def accept(self, turn: NewTurn) -> Pending[Taken]:
         """Store a turn; answer None, or the earlier turn of the same request_id, or who has the session."""
         self._files.begin(turn.key)
-        return self._writer.submit_row(turn)
+        return self._writer.submit_row(turn, patience=self._patience.begin(turn.key, len(self._files)))
 
     def reaccept(self, turn: NewTurn) -> Pending[Taken]:
         """Store a turn in the place of a failed one with its request_id; one that another node runs stays."""
         self._files.begin(turn.key)
         return self._writer.submit(lambda connection: self._turns.rewrite(connection, turn), row=turn)
 
+    def hurry(self, key: TurnKey) -> None:
+        """Let a turn that is being accepted wait no longer for others to be stored with: it has something to show."""
+        self._patience.told(key)
+        self._writer.hurry()
+
     def append(self, entries: Sequence[JournalEntry]) -> Pending[Collection[TurnKey]]:
         """Keep what happened in turns that run, and answer which of them do not, or not here any more."""
         told = tuple(entry for entry in entries if entry.events)
+        for entry in told:
+            if any(isinstance(event.kind, TextDelta) for event in entry.events):
+                self._patience.told(entry.key)
         if told and not self._files.append(told):
             return self._writer.submit_row(told)
         kept: Pending[Collection[TurnKey]] = Pending()
@@ -378,6 +388,8 @@ class SqliteStore:
 
     def _answered(self, row: Row, outcome: Any) -> None:
         """Let go what a turn recorded that was not stored, or whose end is; runs on the loop's thread."""
+        if isinstance(row, EndedTurn) or (isinstance(row, NewTurn) and outcome is not None):
+            self._patience.end(row.key)
         if outcome is TAKEN_OVER:
             self._files.look()
         elif isinstance(row, EndedTurn) and outcome is None:

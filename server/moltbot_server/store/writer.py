@@ -143,9 +143,9 @@ class GroupWriter(GroupThread[_Job]):
         """Queue a write, of a `row` if it is of one; it is answered with what it returned once that is on the disk."""
         return self.put(_Job(write, row))
 
-    def submit_row(self, row: Any) -> Pending[Any]:
-        """Queue a row to be written with others."""
-        return self.put(_Job(None, row))
+    def submit_row(self, row: Any, *, patience: float = 0.0) -> Pending[Any]:
+        """Queue a row to be written with others, for which it may wait so many seconds."""
+        return self.put(_Job(None, row), patience=patience)
 
     def carry_out(self, connection: sqlite3.Connection, group: list[_Job]) -> list[tuple[_Job, Any]]:
         """Write a group in one transaction."""

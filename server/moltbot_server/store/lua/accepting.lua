@@ -41,34 +41,38 @@ local function judge()
     return nil
 end
 
-local function open_session()
+-- Notes the turn in its session, which is made where there is none and the turn may open one.
+local function enter(place)
     local key = session_key(session)
-    if ARGV[10] ~= '1' then return end
-    local title = call('HGET', key, 'title')
-    if title == '' then
-        call('HSET', key, 'title', ARGV[11])
-    elseif not title then
+    local found = call('HMGET', key, 'title', 'version')
+    if not found[1] then
+        if ARGV[10] ~= '1' then return end
         call('HSET', key, 'title', ARGV[11], 'user', ARGV[12], 'channel', ARGV[13], 'create', ARGV[6],
-            'update', ARGV[6], 'base', '0', 'ephemeral', ARGV[14], 'messages', '0', 'version', fresh_version())
+            'update', ARGV[6], 'base', '0', 'ephemeral', ARGV[14], 'messages', '1', 'node', node,
+            'version', version_of(place))
+        return list(session, ARGV[12], ARGV[14], ARGV[6])
     end
+    local title = found[1]
+    if title == '' and ARGV[10] == '1' then title = ARGV[11] end
+    if not found[2] then call('HSET', key, 'version', version_of(place)) end
+    call('HINCRBY', key, 'version', 1)
+    touch(session, ARGV[6], 1, 'title', title, 'node', node)
 end
 
 local function insert()
     if call('EXISTS', turn_key(name)) == 1 then return 0 end
-    call('HSET', turn_key(name), 'r', request, 'd', ARGV[5], 's', 'running', 'c', ARGV[6], 'e', '0', 'm', '',
-        'f', '', 'q', ARGV[7], 'p', '1', 'n', node)
-    if ARGV[8] ~= '' then call('HSET', turn_key(name), 'x', ARGV[8], 'l', ARGV[9]) end
+    local fields = { 'r', request, 'd', ARGV[5], 's', 'running', 'c', ARGV[6], 'e', '0', 'm', '', 'f', '', 'q', ARGV[7],
+        'p', '1', 'n', node }
+    if ARGV[8] ~= '' then
+        for _, value in ipairs({ 'x', ARGV[8], 'l', ARGV[9] }) do fields[#fields + 1] = value end
+    end
+    local place = call('INCR', base .. 'accepted')
+    call('HSET', turn_key(name), unpack(fields))
     call('ZADD', order_key(session), ARGV[3], name)
     call('HSET', base .. 'requests', request, name)
-    call('ZADD', running_key(node), call('INCR', base .. 'accepted'), name)
+    call('ZADD', running_key(node), place, name)
     call('SADD', base .. 'nodes', node)
     call('SADD', active_key(session), name)
-    open_session()
-    if call('EXISTS', session_key(session)) == 1 then
-        call('HSET', session_key(session), 'node', node)
-        change_version(session)
-    end
-    count_messages(session, 1)
-    touch(session, ARGV[6])
+    enter(place)
     return 1
 end

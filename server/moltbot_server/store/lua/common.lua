@@ -29,12 +29,12 @@ end
 
 -- Others have to load the session again; nobody has it. A version is never used again: it begins with a number that
 -- grows with each turn of the workspace, and has room for all that may happen to the session.
-local function fresh_version() return call('INCR', base .. 'accepted') .. '000000000' end
+local function version_of(place) return place .. '000000000' end
 local function change_version(session)
     if call('HEXISTS', session_key(session), 'version') == 1 then
         call('HINCRBY', session_key(session), 'version', 1)
     else
-        call('HSET', session_key(session), 'version', fresh_version())
+        call('HSET', session_key(session), 'version', version_of(call('INCR', base .. 'accepted')))
     end
 end
 local function let_go(session)
@@ -44,16 +44,21 @@ local function let_go(session)
 end
 
 -- Indexes of sessions sort by time, the latest first, and then by name: scores are times below zero.
-local function touch(session, now)
-    local found = call('HMGET', session_key(session), 'user', 'ephemeral')
-    if not found[2] then return end
-    call('HSET', session_key(session), 'update', now)
-    if found[2] == '1' then
+local function list(session, user, ephemeral, now)
+    if ephemeral == '1' then
         call('ZADD', base .. 'ephemeral', '-' .. now, session)
         return
     end
     call('ZADD', base .. 'listed', '-' .. now, session)
-    if found[1] ~= '' then call('ZADD', base .. 'u:' .. found[1], '-' .. now, session) end
+    if user and user ~= '' then call('ZADD', base .. 'u:' .. user, '-' .. now, session) end
+end
+
+-- A session, if there is one, was used, has so many messages more, and further fields.
+local function touch(session, now, change, ...)
+    local found = call('HMGET', session_key(session), 'user', 'ephemeral', 'messages')
+    if not found[2] then return end
+    call('HSET', session_key(session), 'update', now, 'messages', (found[3] or 0) + change, ...)
+    list(session, found[1], found[2], now)
 end
 
 local function count_messages(session, change)

@@ -7,5 +7,5 @@ if kept then
 end
 call('HSET', key, 'title', ARGV[2], 'user', ARGV[3], 'channel', ARGV[4], 'create', ARGV[5], 'update', ARGV[6],
     'base', ARGV[7], 'ephemeral', ARGV[8], 'messages', '0')
-touch(ARGV[1], ARGV[6])
+list(ARGV[1], ARGV[3], ARGV[8], ARGV[6])
 return 1
