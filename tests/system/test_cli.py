@@ -9,13 +9,14 @@ import socket
 import stat
 import subprocess
 import sys
+from asyncio.subprocess import PIPE
 from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
 from importlib import metadata
 from pathlib import Path
 from threading import Thread
 
 import pytest
-from cli_process import ANY_PORTS, COMMAND, Home
+from cli_process import ANY_PORTS, COMMAND, Ended, Home
 from moltbot_server.auth.vault import Vault
 from moltbot_server.workspace import Workspace
 
@@ -136,6 +137,35 @@ async def test_a_locale_of_ascii_alone_holds_up_no_command(home: Home) -> None:
     ended = await home.run("init", "-w", "工作")
     assert (ended.status, ended.err) == (0, "")
     assert r"The workspace ~/\u5de5\u4f5c is complete already" in ended.out
+
+
+@pytest.mark.parametrize("closing", ["<&-", ">&-", "2>&-", "<&- >&- 2>&-"])
+async def test_a_closed_input_or_output_holds_up_no_command(home: Home, closing: str) -> None:
+    assert (await home.run("init")).status == 0
+    ended = await shell(home, f'exec "$@" {closing}', "chat", "hi")
+    assert ended.status == 69, "nothing runs"
+    assert "Traceback" not in ended.err
+    assert ("MoltBot is not running" in ended.err) is ("2>&-" not in closing)
+    assert (await shell(home, f'exec "$@" {closing}', "init")).status == 0
+
+
+async def test_a_current_folder_that_is_gone_is_told(home: Home) -> None:
+    for words in (("status",), ("init",), ("chat", "hi")):
+        ended = await shell(home, 'mkdir gone && cd gone && rmdir ../gone && exec "$@"', *words)
+        assert (ended.status, ended.out) == (78, "")
+        assert ended.err == "moltbot: the current folder is not there any more: go to another one with `cd`\n"
+
+
+async def shell(home: Home, script: str, *words: str) -> Ended:
+    """Run a command by a shell, which finds it in its arguments."""
+    command = ["sh", "-c", script, "sh", *COMMAND, *words]
+    process = await asyncio.create_subprocess_exec(
+        *command, cwd=home.folder, env=home.environ, stdin=PIPE, stdout=PIPE, stderr=PIPE
+    )
+    async with asyncio.timeout(30):
+        out, err = await process.communicate()
+    assert process.returncode is not None
+    return Ended(status=process.returncode, out=out.decode(), err=err.decode())
 
 
 async def test_ctrl_c_before_a_command_has_begun_ends_it_without_a_word(home: Home) -> None:

@@ -10,9 +10,10 @@ def main() -> None:
     if waiting:
         signal.signal(signal.SIGINT, signal.SIG_DFL)
     # Late: the children of `moltbot start` import this package too and need nothing of it.
-    from moltbot_server.cli.encoding import leave_ascii, take_anything
+    from moltbot_server.cli.encoding import leave_ascii, open_all, take_anything
 
     leave_ascii()
+    open_all()
     take_anything()
     from moltbot_server.cli.commands import run
 

@@ -28,7 +28,7 @@ from moltbot_server.cli.route import add_route
 from moltbot_server.cli.running import Running, is_held, joined, reachable
 from moltbot_server.cli.session import add_session
 from moltbot_server.cli.store import add_store
-from moltbot_server.cli.terminal import Exit, Failure, check_readable, command, shown
+from moltbot_server.cli.terminal import Exit, Failure, check_readable, command, folder_is_there, shown
 from moltbot_server.cli.under import folder
 from moltbot_server.cli.usage import add_usage
 from moltbot_server.config import ConfigError, load_settings
@@ -68,6 +68,10 @@ def run(arguments: Sequence[str] | None = None) -> None:
         count = f"{len(error.problems)} things are" if len(error.problems) > 1 else "one thing is"
         problems = "\n".join(f"  {problem}" for problem in error.problems)
         _leave(f"{count} wrong with the configuration (docs/configuration.md has all keys):\n{problems}", Exit.CONFIG)
+    except FileNotFoundError:
+        if folder_is_there():
+            raise
+        _leave("the current folder is not there any more: go to another one with `cd`", Exit.CONFIG)
     except KeyboardInterrupt:
         sys.exit(Exit.INTERRUPTED)
     except BrokenPipeError:  # whoever read our output has enough

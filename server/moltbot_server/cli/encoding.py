@@ -21,6 +21,20 @@ def leave_ascii() -> None:
         os.execve(sys.executable, sys.orig_argv, {**os.environ, "PYTHONUTF8": "1"})
 
 
+def open_all() -> None:
+    """Let an output that was closed take anything, and an input that was have nothing: `moltbot chat hi >&-`.
+
+    What is opened next would have its number otherwise, and get what is meant for it.
+    """
+    while (descriptor := os.open(os.devnull, os.O_RDWR)) <= 2:
+        os.set_inheritable(descriptor, True)
+    os.close(descriptor)
+    for descriptor, (name, mode) in enumerate((("stdin", "r"), ("stdout", "w"), ("stderr", "w"))):
+        if getattr(sys, name) is None:
+            stream = open(descriptor, mode, encoding="utf-8", closefd=False)  # noqa: SIM115 - for as long as we run
+            setattr(sys, name, stream)
+
+
 def take_anything() -> None:
     r"""Let both outputs write what their encoding lacks as `\u4f60`, which is the same text where it is JSON.
 

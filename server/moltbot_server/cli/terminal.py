@@ -53,6 +53,15 @@ def interrupted(text: str, *, as_json: bool) -> int:
     return int(Exit.INTERRUPTED)
 
 
+def folder_is_there() -> bool:
+    """Return whether the current folder still exists."""
+    try:
+        os.getcwd()
+    except FileNotFoundError:
+        return False
+    return True
+
+
 def check_readable(word: str, what: str) -> None:
     """Refuse bytes that are no text, as those of a file in another encoding.
 
