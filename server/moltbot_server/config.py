@@ -242,11 +242,8 @@ class Settings:
             text = f"autoscaling: min_replicas {scaling.min_replicas} is above max_replicas {scaling.max_replicas}"
             yield self._problem("autoscaling.min_replicas", text)
         yield from self._wrong_routes()
-        ports = [("port", self.port), ("grpc_port", self.grpc_port), ("metrics_port", self.metrics_port)]
-        for index, (key, port) in enumerate(ports):
-            for other, taken in ports[:index]:
-                if port and port == taken:
-                    yield self._problem(key, f"{key} and {other} are both {port}; give each its own")
+        if self.grpc_port and self.grpc_port == self.metrics_port:
+            yield self._problem("metrics_port", same_port("metrics_port", "grpc_port", self.metrics_port))
 
     def _wrong_routes(self) -> Iterator[Problem]:
         place = "models.primary" if self.models.primary or not self.models.fallback else "models.fallback"
@@ -276,6 +273,11 @@ def is_loopback(host: str) -> bool:
 
 # Yields a key among those given and what is wrong with it.
 Check = Callable[[Mapping[str, Any]], Iterable[tuple[str, str]]]
+
+
+def same_port(key: str, other: str, port: int) -> str:
+    """Return what is said of two keys that give one port."""
+    return f"{key} and {other} are both {port}; give each its own"
 
 
 def load_settings(
@@ -406,5 +408,5 @@ def _place(problem: Problem) -> tuple[str, int]:
 
 
 def defaults() -> dict[str, object]:
-    """Return the default of every plain key, for documents and tests."""
+    """Return the default of every plain key."""
     return {item.name: item.default for item in fields(Settings) if item.name in KEYS and item.default is not MISSING}

@@ -7,7 +7,7 @@ from collections.abc import Mapping
 
 import pytest
 from moltbot_server.cli import ports
-from moltbot_server.cli.ports import Wanted, take_ports
+from moltbot_server.cli.ports import Wanted, port_problems, take_ports
 from moltbot_server.cli.terminal import Failure
 
 
@@ -35,3 +35,17 @@ def test_a_port_that_somebody_has_is_told_with_another_one() -> None:
         port = listener.getsockname()[1]
         with pytest.raises(Failure, match=f"port {port} .*in use by .*Choose another one: with"):
             take_ports([wanted("grpc_port", port)], again)
+
+
+@pytest.mark.parametrize(
+    ("values", "told"),
+    [
+        ({}, []),
+        ({"port": 0, "grpc_port": 0, "metrics_port": 0}, []),
+        ({"port": 3000, "grpc_port": 8000}, []),
+        ({"grpc_port": 8000}, [("grpc_port", "grpc_port and port are both 8000; give each its own")]),
+        ({"port": 9464}, [("port", "port and metrics_port are both 9464; give each its own")]),
+    ],
+)
+def test_the_http_adapter_has_a_port_of_its_own(values: Mapping[str, int], told: list[tuple[str, str]]) -> None:
+    assert list(port_problems(values)) == told

@@ -246,7 +246,7 @@ def test_an_unknown_name_is_told_the_one_with_the_prefix_or_the_page_that_has_th
         ("trusted_proxies: 0.0.0.0/0\n", "expected a list, each item an address or network"),
         ("model_type: llama2\n", "no model_path says where that model is"),
         ("tls_cert: missing.pem\n", "tls_cert is set and tls_key is not; set both"),
-        ("grpc_port: 8000\n", "moltbot.yaml:1: grpc_port and port are both 8000"),
+        ("grpc_port: 8000\nmetrics_port: 8000\n", "moltbot.yaml:2: metrics_port and grpc_port are both 8000"),
         (
             "workers: 2\nstore: {type: memory}\n",
             "moltbot.yaml:2: store.type is memory, which is that of one core alone",

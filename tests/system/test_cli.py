@@ -18,6 +18,8 @@ from threading import Thread
 import pytest
 from cli_process import ANY_PORTS, COMMAND, Ended, Home
 from moltbot_server.auth.vault import Vault
+from moltbot_server.config import defaults
+from moltbot_server.testing import free_port
 from moltbot_server.workspace import Workspace
 
 
@@ -306,6 +308,23 @@ async def test_what_is_wrong_beneath_a_flag_is_told_before_anything_starts(
     assert f"{home.workspace}/moltbot.yaml:1: {told}" in ended.err
     assert "level=" not in ended.err
     assert "child" not in ended.err
+
+
+async def test_the_port_of_the_page_may_be_given_to_cores_and_not_to_both(home: Home) -> None:
+    home.workspace.mkdir()
+    ended = await home.run("start", "--port", "0", "--grpc-port", "1234", "--metrics-port", "1234")
+    assert ended.status == 78
+    assert "--metrics-port: metrics_port and grpc_port are both 1234; give each its own" in ended.err
+    default = str(defaults()["port"])
+    ended = await home.run("start", "--grpc-port", default)
+    assert ended.status == 78
+    assert f"--grpc-port: grpc_port and port are both {default}; give each its own" in ended.err
+
+    port = str(free_port())
+    (home.workspace / "moltbot.yaml").write_text(f"port: {port}")
+    async with home.started("--grpc-port", port) as started:
+        assert f":{port}" in started.said
+        assert "child" not in started.said
 
 
 async def test_ports_that_only_the_file_gives_twice_are_no_matter_where_flags_give_others(home: Home) -> None:

@@ -7,8 +7,10 @@ import socket
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from typing import Any
 
 from moltbot_server.cli.terminal import Exit, Failure
+from moltbot_server.config import defaults, same_port
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -19,6 +21,15 @@ class Wanted:
     host: str
     port: int
     what: str
+
+
+def port_problems(values: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
+    """Yield what is wrong with the port of the HTTP adapter, which cores know nothing of: a key, and what to change."""
+    ports: Mapping[str, Any] = {**defaults(), **values}
+    for other in ("grpc_port", "metrics_port"):
+        if ports["port"] and ports["port"] == ports[other]:
+            wrong, right = (other, "port") if other in values else ("port", other)
+            yield wrong, same_port(wrong, right, ports["port"])
 
 
 def take_ports(ports: Sequence[Wanted], again: Callable[[Mapping[str, object]], str]) -> dict[str, int]:

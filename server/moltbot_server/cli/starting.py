@@ -11,7 +11,7 @@ import socket
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from functools import partial
@@ -21,7 +21,7 @@ from typing import Any
 from moltbot_server.cli.children import Child, Plan
 from moltbot_server.cli.model_check import model_problems
 from moltbot_server.cli.plans import ADAPTERS, plans
-from moltbot_server.cli.ports import Wanted, kept_port, near_port, spare_ports, take_ports
+from moltbot_server.cli.ports import Wanted, kept_port, near_port, port_problems, spare_ports, take_ports
 from moltbot_server.cli.route_check import check_routes
 from moltbot_server.cli.running import Running, joined, only_one, reachable
 from moltbot_server.cli.supervisor import Supervisor, log
@@ -86,10 +86,15 @@ def _load(workspace: Workspace, flags: Mapping[str, object]) -> Settings:
     Raises:
         ConfigError: something is wrong with them.
     """
-    settings = load_settings(workspace.folder, os.environ, flags, check=model_problems)
+    settings = load_settings(workspace.folder, os.environ, flags, check=_problems)
     handed_on = ("grpc_port", "metrics_port", "log_level", *(["workers"] if settings.workers > 1 else []))
     load_settings(workspace.folder, os.environ, {name: flags.get(name) for name in handed_on})
     return settings
+
+
+def _problems(values: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
+    yield from model_problems(values)
+    yield from port_problems(values)
 
 
 def _beside(settings: Settings, flags: Mapping[str, object], extra: Sequence[str], other: Workspace) -> str:
