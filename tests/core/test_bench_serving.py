@@ -203,8 +203,17 @@ class TestLoad:
         assert {call.status for call in haul.ended} == {"OK"}
 
     async def test_a_closed_loop_keeps_its_streams_under_way_in_sessions_of_so_many_turns(self) -> None:
-        core = Core([routed(), delta("hello you"), completed(history=99)])
-        async with asking(core) as load:
+        first = asyncio.Barrier(4)
+
+        async def together() -> Events:
+            yield routed()
+            if core.asked <= 4:
+                await first.wait()
+            yield delta("hello you")
+            yield completed(history=99)
+
+        core = Core(together)
+        async with asking(core) as load, asyncio.timeout(20):
             haul = await load.run(Job(streams=4, seconds=0.5, turns=3), asyncio.Event())
         assert core.most == 4
         assert max(haul.sessions.values()) == 3
