@@ -19,6 +19,7 @@ from moltbot_server.config import INLINE, Settings
 from moltbot_server.errors import ModelUnavailable, MoltBotError, NotServing, Unauthenticated
 from moltbot_server.journal import Journal
 from moltbot_server.metrics import Metrics
+from moltbot_server.models.boards import Boards
 from moltbot_server.models.caching.building import Caches
 from moltbot_server.models.catalog import Catalog
 from moltbot_server.models.context import ContextWindow
@@ -95,6 +96,7 @@ class Core:
             self.keys,
             exhausted=lambda model: self.ledger.exhausted(WORKSPACE, model),
             metadata=self.caches.metadata,
+            boards=Boards.at(Workspace(folder=settings.workspace).board_file) if worker else None,
         )
         self.models = ModelManager(self.catalog, loader, on_switch=self._switched, stays=self.lineup.owns)
         self.reloading = Reloading(

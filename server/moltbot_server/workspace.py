@@ -162,6 +162,15 @@ class Workspace:
         """Where one of several cores listens for the others and for adapters, in the same place; they count from 1."""
         return self._socket(f"core-{worker}.sock")
 
+    def board_file(self, name: str) -> Path:
+        """Where the cores of a machine tell each other what they know of something, while any of them runs."""
+        return self.run / f"{name}.board"
+
+    def forget_boards(self) -> None:
+        """Take away what cores have told each other that run no longer."""
+        for file in self.run.glob("*.board"):
+            file.unlink(missing_ok=True)
+
     def adapter_socket(self, name: str) -> Path:
         """Where one of the processes that serve HTTP, called by its name, says that it does not stand still."""
         return self._socket(f"{name}.sock")

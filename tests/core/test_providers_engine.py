@@ -19,7 +19,7 @@ from moltbot_server.errors import (
     UnsupportedOption,
 )
 from moltbot_server.models.engine import Finished, Generation
-from moltbot_server.models.providers import ProviderEngine, ProviderKey, resolve
+from moltbot_server.models.providers import Cooldowns, ProviderEngine, resolve
 from moltbot_server.testing_provider import MockProvider, Script
 from moltbot_server.turns import (
     FinishReason,
@@ -138,11 +138,13 @@ async def test_each_fault_is_told_by_what_it_means(
     mock: MockProvider, dialect: str, fault: dict[str, Any], error: type[Exception], text: str
 ) -> None:
     follow(mock, fault, pace="1ms")
-    async with started(provider(mock.address, dialect, idle_timeout=0.2)) as engine:
+    later = [0.0]
+    rests = Cooldowns(lambda: later[0])
+    async with started(provider(mock.address, dialect, idle_timeout=0.2), cooldowns=rests) as engine:
         with pytest.raises(error, match=text):
             await answered(engine)
         follow(mock)
-        engine.cooldowns.worked(engine.place(ProviderKey(id="key-0", text="")))
+        later[0] += 3600
         heard, _ = await answered(engine)  # nothing of the fault is left behind
         assert heard.text == GREETING
         assert engine.numbers["answers"] == 0

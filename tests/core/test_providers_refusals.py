@@ -217,6 +217,17 @@ def test_calls_that_were_under_way_when_a_rest_began_neither_shorten_nor_lengthe
     assert rests.failed(PLACE, Cause.LIMIT) == 2
 
 
+def test_an_answer_that_was_under_way_when_a_rest_began_does_not_end_it() -> None:
+    clock = Clock()
+    rests = Cooldowns(clock)
+    rests.failed(PLACE, Cause.LIMIT, 20)
+    rests.worked(PLACE)
+    assert rests.rest(PLACE) == 20
+    clock.now += 20
+    rests.worked(PLACE)
+    assert rests.is_quiet
+
+
 def test_what_the_provider_asks_for_is_kept_to_and_the_longest_holds() -> None:
     clock = Clock()
     rests = Cooldowns(clock)

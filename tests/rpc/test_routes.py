@@ -292,6 +292,18 @@ async def test_a_new_configuration_is_put_to_use_whole_or_not_at_all(tmp_path: P
     assert list(reloaded.needs_restart) == ["system_prompt"]
 
 
+async def test_a_refused_key_is_tried_again_when_the_configuration_is_read_again(tmp_path: Path) -> None:
+    picky = {**WELL, "keys": ["right-key-1234567890"]}
+    async with rig(tmp_path, picky, WELL) as core:
+        assert (await core.answer()).model == "models/second-model"
+        core.mocks[0].follow(Script.read(WELL))  # its account is in order again
+        assert (await core.answer()).model == "models/second-model"
+        await core.reload()
+        for _ in range(2):
+            answered = await core.answer()
+        assert answered.model == "models/first-model"
+
+
 async def test_a_key_that_is_added_is_used_at_once_by_a_model_that_rested_for_the_want_of_it(tmp_path: Path) -> None:
     picky = {**WELL, "keys": ["right-key-1234567890"]}
     async with rig(tmp_path, picky, WELL) as core:

@@ -17,6 +17,7 @@ from moltbot_server.config_models import ModelRoute, Provider, ProviderModel
 from moltbot_server.store import NewTurn
 from moltbot_server.store.sqlite import SqliteStore
 from moltbot_server.testing import running_server
+from moltbot_server.testing_provider import MockProvider, Script
 from moltbot_server.turn_checks import digest_of
 from moltbot_server.turns import SessionKey, TextPart, TurnInput, TurnKey
 from moltbot_server.workspace import Workspace
@@ -177,17 +178,53 @@ async def test_a_model_of_a_route_is_as_all_workers_have_seen_it(tmp_path: Path)
     asked = route_pb2.ListRoutesRequest()
     async with workers(tmp_path / "w", 2, providers=(PROVIDER,), models=route) as rig:
         stub = route_pb2_grpc.RouteServiceStub(rig.at(2).channel)
-        for number in (1, 1, 1, 1, 1, 2):
+        for number in (2, 1, 1, 1, 1, 1):
             await rig.at(number).run(turn("Hi"))
         far, scripted = (await stub.ListRoutes(asked, metadata=rig.metadata)).routes[0].models
         assert (far.state, far.attempts, far.recent_attempts, far.error_rate) == (route_pb2.BREAKER_STATE_OPEN, 6, 6, 1)
-        assert far.reason.endswith("(for 1 of 2 workers)")
         assert (scripted.state, scripted.attempts, scripted.reason) == (route_pb2.BREAKER_STATE_CLOSED, 6, "")
         assert scripted.HasField("first_token")
 
-        await rig.stop(1)
-        far, _ = (await stub.ListRoutes(asked, metadata=rig.metadata)).routes[0].models
-        assert (far.state, far.attempts) == (route_pb2.BREAKER_STATE_CLOSED, 1)
+        await rig.at(2).run(turn("Hi"))
+        far, scripted = (await stub.ListRoutes(asked, metadata=rig.metadata)).routes[0].models
+        assert (far.attempts, scripted.attempts) == (6, 7), "what rests for one worker rests for all"
+        assert "cannot be reached" in far.reason
+
+
+async def test_a_provider_that_asks_one_worker_to_wait_is_left_alone_by_all_and_by_those_that_come_later(
+    tmp_path: Path,
+) -> None:
+    script = {"text": "Hello.", "faults": [{"kind": "rate_limit", "retry_after": 60, "until": "1 calls"}]}
+    async with MockProvider(Script.read(script)).running() as mock:
+        where = Provider(
+            name="mock", dialect="openai", base_url=f"{mock.address}/v1", models=(ProviderModel(name="mock-model"),)
+        )
+        async with workers(tmp_path / "w", 0, workers=2, providers=(where,)) as rig:
+            named, key = {"model": "models/mock-model"}, {"MOCK_API_KEY": "a-good-key"}
+            for number in (1, 2):
+                await rig.start(number, environ=key)
+            for number in (1, 2):
+                assert reason_of(await refused(rig.at(number).run(turn("Hi", **named)))) == "QUEUE_FULL"
+            await rig.stop(1)
+            await rig.start(1, environ=key)
+            problem = await refused(rig.at(1).run(turn("Hi", **named)))
+            assert reason_of(problem) == "QUEUE_FULL"
+            assert mock.calls.shown()["total"] == 1
+
+
+async def test_workers_that_cannot_tell_each_other_what_rests_answer_all_the_same(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    route = ModelRoute(primary="far-model", fallback=("scripted",))
+    Workspace(folder=tmp_path / "w").create()
+    Workspace(folder=tmp_path / "w").board_file("rests").mkdir()
+    async with workers(tmp_path / "w", 2, providers=(PROVIDER,), models=route) as rig:
+        assert "cannot tell each other which models rest" in caplog.text
+        for number in (1, 1, 1, 1, 1, 2):
+            await rig.at(number).run(turn("Hi"))
+        stub = route_pb2_grpc.RouteServiceStub(rig.at(2).channel)
+        listed = await stub.ListRoutes(route_pb2.ListRoutesRequest(), metadata=rig.metadata)
+        assert listed.routes[0].models[0].reason.endswith("(for 1 of 2 workers)")
 
 
 async def test_a_worker_that_does_not_answer_keeps_nobody_from_the_list(tmp_path: Path) -> None:

@@ -60,6 +60,7 @@ def start(workspace: Workspace, flags: Mapping[str, object], *, reload: bool, fi
         settings = _with_ports(settings, lambda others: _typed(workspace, {**flags, **others}, extra))
         ports = _more_ports(settings)
         site = _Site(workspace=workspace, settings=settings, ports=ports, flags=flags, began=began, notices=odd)
+        workspace.forget_boards()
         site.ask_early(first_question)
         supervisor = Supervisor(
             site.children,
@@ -386,6 +387,7 @@ class _Site:
             self._workspace.core_socket(number).unlink(missing_ok=True)
         for name in self._adapters():
             self._workspace.adapter_socket(name).unlink(missing_ok=True)
+        self._workspace.forget_boards()
         if self._asking is not None:
             if self._asking.stdin:
                 self._asking.stdin.close()

@@ -16,6 +16,7 @@ from dataclasses import dataclass, field, replace
 from moltbot_server.config_models import DEFAULT_ROUTE, ModelRoute, Price, Provider, ProviderModel
 from moltbot_server.config_sources import Problem, place_of
 from moltbot_server.errors import BudgetExceeded, InvalidConfiguration
+from moltbot_server.models.boards import Boards
 from moltbot_server.models.caching.metadata import MetadataCache
 from moltbot_server.models.catalog import Catalog, CatalogEntry
 from moltbot_server.models.engine import Engine
@@ -72,10 +73,12 @@ class Lineup:
         *,
         exhausted: Callable[[str], str] = lambda model: "",
         metadata: MetadataCache | None = None,
+        boards: Boards | None = None,
     ) -> None:
         """`exhausted` tells why a model must not be asked now for what it has cost; empty when it may.
 
-        `metadata` keeps what providers say of their models; without it they are not asked.
+        `metadata` keeps what providers say of their models; without it they are not asked. On the `boards` stands which
+        models rest, for all workers of a machine.
         """
         self._metadata = metadata
         self._catalog = catalog
@@ -83,8 +86,8 @@ class Lineup:
         self._exhausted = exhausted
         self._local = ""
         self._lines = _Lines(Plan(providers=(), default=ModelRoute(), routes=()), {}, {}, {})
-        self._breakers = Breakers()
-        self._cooldowns = Cooldowns()
+        self._breakers = Breakers(board=boards and boards.breakers)
+        self._cooldowns = Cooldowns(board=boards and boards.rests)
         self._pools = Pools()
         self._leaving: set[asyncio.Task[None]] = set()
 
@@ -188,10 +191,11 @@ class Lineup:
             self._catalog.prefer(self._local)
 
     def keys_changed(self, providers: Collection[str]) -> None:
-        """Forget how the models of providers did with the keys that they had before."""
+        """Forget how the models of providers did with the keys that they had before, and which keys were refused."""
         for engine in self._lines.engines.values():
-            if isinstance(engine, ProviderEngine) and engine.type in providers:
+            if isinstance(engine, ProviderEngine) and (engine.type in providers or engine.locked_out):
                 self._breakers.forget(engine.id)
+        self._cooldowns.forget_refusals()
 
     async def close(self) -> None:
         """Close what is leaving; what is in the catalog is closed with that."""

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from moltbot_server.models.routing.breaker import Breakers, BreakerState
+from moltbot_server.models.routing.breaker import BreakerState
+from moltbot_server.models.routing.breakers import Breakers
 from moltbot_server.models.routing.candidates import Find, ModelOfRoute
 from moltbot_server.models.routing.clock import Clock
 from moltbot_server.models.routing.engine import RouteEngine

@@ -14,10 +14,12 @@ from __future__ import annotations
 import logging
 import random
 from collections import deque
-from collections.abc import Callable, Collection
+from collections.abc import Callable
 from enum import StrEnum
 from statistics import median
 from typing import NamedTuple
+
+import msgspec
 
 _log = logging.getLogger(__name__)
 
@@ -55,17 +57,37 @@ class Trial(NamedTuple):
     probe: bool
 
 
+class Resting(msgspec.Struct, array_like=True, frozen=True):
+    """What other workers are told of a model of a route that rests; see the attributes of `Breaker`."""
+
+    route: str
+    model: str
+    until: float
+    level: int
+    dead: bool
+    probing: bool
+    reason: str
+
+
 class Breaker:
     """The memory of one model in one route."""
 
     def __init__(
-        self, limits: Limits, draw: Callable[[], float] = random.random, *, route: str = "", model: str = ""
+        self,
+        limits: Limits,
+        draw: Callable[[], float] = random.random,
+        *,
+        route: str = "",
+        model: str = "",
+        changed: Callable[[Breaker], None] = lambda _: None,
     ) -> None:
         """`draw` returns numbers from 0 to 1, so that pauses of several cores do not end together. The names are for
-        the log.
+        the log, and for those to whom `changed` tells what becomes of the model's rest.
         """
         self.limits = limits
+        self.route, self.model = route, model
         self._names = {"route": route, "model": model}
+        self._changed = changed
         self.reason = ""
         self.attempts = 0
         self._draw = draw
@@ -135,7 +157,9 @@ class Breaker:
         """Take note that the model is asked."""
         self.attempts += 1
         probe = self._open and now >= self._until and not self._probing
-        self._probing = self._probing or probe
+        if probe:
+            self._probing = True
+            self._changed(self)
         return Trial(now, self._epoch, probe)
 
     def spoke(self, trial: Trial, now: float, *, in_time: bool) -> None:
@@ -165,13 +189,15 @@ class Breaker:
             self._errors_in_row = 0 if slow else self._errors_in_row + 1
         if trial.probe or (not self._open and self._is_too_much(now)):
             self._put_to_rest(trial.start if trial.probe and not spoke else now, why)
-        elif self._open:
-            self._dead = self._is_dead()
+        elif self._open and self._dead is not self._is_dead():
+            self._dead = not self._dead
+            self._changed(self)
 
     def unknown(self, trial: Trial) -> None:
         """Take note that an attempt ended without telling anything of the model's health."""
         if trial.probe and trial.epoch == self._epoch:
             self._probing = False
+            self._changed(self)
 
     def put_to_rest(self, now: float, why: str, *, dead: bool = False, long: bool = False) -> None:
         """Put the model to rest for a reason that its route knows; `long` for as long as the cooldown."""
@@ -181,6 +207,30 @@ class Breaker:
             self._until = max(self._until, now + self._pause(self.limits.cooldown))
             self.reason = why
         self._dead = self._dead or dead
+        self._changed(self)
+
+    # --- shared with other workers ---------------------------------------------------------------------------------
+
+    @property
+    def resting(self) -> Resting | None:
+        """What others should know of it; None when it does not rest."""
+        if not self._open:
+            return None
+        return Resting(self.route, self.model, self._until, self._level, self._dead, self._probing, self.reason)
+
+    def hear(self, found: Resting | None, now: float) -> None:
+        """Take over what another worker has found of the model; None that it does not rest, or not any more."""
+        if found is None:
+            if self._open:
+                self._back(now)
+            return
+        if not self._open:
+            self._open = True
+            self._epoch += 1
+        self._until, self._level, self._dead = found.until, found.level, found.dead
+        self._probing, self.reason = found.probing, found.reason
+        if found.dead:
+            self._errors_in_row = max(self._errors_in_row, IN_A_ROW)  # one more makes it no livelier
 
     # --- inside ----------------------------------------------------------------------------------------------------
 
@@ -205,6 +255,7 @@ class Breaker:
         self._dead = self._is_dead()
         self._epoch += 1
         self.reason = why
+        self._changed(self)
 
     def _pause(self, seconds: float) -> float:
         # Never the whole of it: the turn that tries the model has to come, and the model has to speak.
@@ -213,11 +264,16 @@ class Breaker:
     def _close(self, now: float) -> None:
         # The same epoch goes on: a probe that spoke and breaks later is still the one that much hangs on.
         _log.info("a model is back", extra=self._names)
+        self._back(now)
+        self._lately.add(now, attempts=1, failures=0)
+        self._changed(self)
+
+    def _back(self, now: float) -> None:
         self._open = self._dead = self._probing = False
         self._closed_at = now
         self.reason = ""
+        self._silent_in_row = self._errors_in_row = 0
         self._lately = _Window(self.limits.window)
-        self._lately.add(now, attempts=1, failures=0)
 
 
 class _Window:
@@ -252,34 +308,3 @@ class _Window:
             _, attempts, failures = self._buckets.popleft()
             self._attempts -= attempts
             self._failures -= failures
-
-
-class Breakers:
-    """The breakers of all routes. They outlive the routes, so that a new configuration forgets nothing."""
-
-    def __init__(self, draw: Callable[[], float] = random.random) -> None:
-        self._draw = draw
-        self._breakers: dict[tuple[str, str], Breaker] = {}
-
-    def of(self, route: str, model: str, limits: Limits) -> Breaker:
-        """Return the breaker of a model in a route; it goes by these limits from now on."""
-        breaker = self._breakers.get((route, model))
-        if breaker is None:
-            breaker = self._breakers[route, model] = Breaker(limits, self._draw, route=route, model=model)
-        breaker.follow(limits)
-        return breaker
-
-    def has(self, route: str, model: str) -> bool:
-        """Tell whether anything is remembered of a model in a route."""
-        return (route, model) in self._breakers
-
-    def forget(self, model: str) -> None:
-        """Forget what is known of a model, such as when its key or its address was changed."""
-        for key in [key for key in self._breakers if key[1] == model]:
-            # Turns under way hold the old one and tell it what nobody asks any more.
-            del self._breakers[key]
-
-    def retain(self, routes: Collection[str]) -> None:
-        """Forget the routes that are no more."""
-        for key in [key for key in self._breakers if key[0] not in routes]:
-            del self._breakers[key]

@@ -13,7 +13,8 @@ from moltbot_server.config_models import ModelRoute
 from moltbot_server.errors import ModelUnavailable, MoltBotError, QueueFull
 from moltbot_server.models.catalog import CatalogEntry, ModelState
 from moltbot_server.models.engine import NOBODY, Asker
-from moltbot_server.models.routing.breaker import Breaker, Breakers, BreakerState, Limits
+from moltbot_server.models.routing.breaker import Breaker, BreakerState, Limits
+from moltbot_server.models.routing.breakers import Breakers
 
 Find = Callable[[str], CatalogEntry]
 """Finds a model by the name that a route has for it; raises a MoltBotError that says why there is none to ask."""

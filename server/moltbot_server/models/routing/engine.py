@@ -22,7 +22,7 @@ from moltbot_server.models.engine import (
     Listener,
     no_embeddings,
 )
-from moltbot_server.models.routing.breaker import Breakers
+from moltbot_server.models.routing.breakers import Breakers
 from moltbot_server.models.routing.budget import RetryBudget
 from moltbot_server.models.routing.candidates import Candidate, Find, ModelOfRoute, Obstacle, Order
 from moltbot_server.models.routing.clock import Clock
