@@ -19,7 +19,7 @@ import psutil
 import pytest
 from moltbot_server.errors import ModelUnavailable
 from moltbot_server.models.engine import Chunk, Finished, stream
-from moltbot_server.models.engines.local import LocalEngine, engine, replicas
+from moltbot_server.models.engines.local import LocalEngine, engine, processes, replicas
 from moltbot_server.models.engines.local.rows import Row
 from moltbot_server.models.folder import read_folder
 from moltbot_server.models.replica.nursery import Nursery
@@ -108,6 +108,35 @@ async def test_a_process_that_is_killed_while_nobody_asks_is_not_missed(endless:
         os.kill(pid, signal.SIGKILL)
         assert (await ask(local, "hello"))[0] == expected[0]
         assert pid not in pids(nursery)
+
+
+async def test_a_process_that_stands_still_is_ended_and_its_answers_go_on_in_another_one(
+    endless: Path, nursery: Nursery, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr(processes, "LOOK", 0.05)
+    async with running(endless, nursery, 1) as local:
+        expected = [(await ask(local, text))[0] for text in TEXTS[:2]]
+        (pid,) = pids(nursery)
+        tasks = [asyncio.create_task(ask(local, text)) for text in TEXTS[:2]]
+        await until(lambda: any(row.first > 0 for row in local._rows))
+        os.kill(pid, signal.SIGSTOP)
+        async with asyncio.timeout(20):
+            assert [(await task)[0] for task in tasks] == expected
+            os.kill(pids(nursery)[0], signal.SIGSTOP)  # while nobody asks
+            assert (await ask(local, TEXTS[0]))[0] == expected[0]
+        assert pid not in pids(nursery)
+        assert local.numbers["revivals"] == 2
+    assert [record.__dict__["how"] for record in caplog.records if "has died" in record.message] == ["stood still"] * 2
+
+
+async def test_a_process_that_computes_in_silence_is_waited_for(
+    endless: Path, nursery: Nursery, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(processes, "LOOK", 0.002)
+    async with running(endless, nursery, 1) as local:
+        pid = pids(nursery)
+        await ask(local, "hello")
+        assert pids(nursery) == pid
 
 
 async def test_many_that_were_killed_while_nobody_asked_cost_no_answer(endless: Path, nursery: Nursery) -> None:

@@ -21,6 +21,7 @@ from typing import Any
 from moltbot_server.errors import ModelUnavailable
 from moltbot_server.models.engines.local.batch_writing import GATHER, BatchWriting
 from moltbot_server.models.engines.local.batches import Batch
+from moltbot_server.models.engines.local.standstill import LOOK, Standstill
 from moltbot_server.models.folder import ModelFolder
 from moltbot_server.models.replica import wire
 from moltbot_server.models.replica.nursery import Nursery
@@ -28,10 +29,11 @@ from moltbot_server.models.tuning import Tuning
 
 _NUMBERS = 1 << 32
 _READ = 1 << 16
+_LONGEST_SEND = 10.0  # seconds; it is sent to when it waits for that, so that only one that stands still takes so long
 
 
 class ReplicaLost(Exception):
-    """The process of a replica is gone; the text says how it ended."""
+    """The process of a replica is gone, or stood still and was ended; the text says how."""
 
 
 class ProcessReplica:
@@ -93,8 +95,9 @@ class ProcessReplica:
     def lives(self) -> bool:
         """Tell whether the process is there: the other end of its socket is open, and it has nothing to say unasked."""
         assert self._link is not None
+        self._link.setblocking(False)
         try:
-            self._link.recv(1, socket.MSG_PEEK | socket.MSG_DONTWAIT)
+            self._link.recv(1, socket.MSG_PEEK)
         except BlockingIOError:
             return True
         except OSError:
@@ -140,6 +143,7 @@ class ProcessReplica:
     def _send(self, message: tuple[Any, ...]) -> None:
         content = marshal.dumps(message)
         assert self._link is not None
+        self._link.settimeout(_LONGEST_SEND)
         try:
             self._link.sendall(wire.SIZE.pack(len(content)) + content)
         except OSError:
@@ -149,6 +153,8 @@ class ProcessReplica:
         """Yield what the process tells: what it is, when that was, and its content."""
         link, data, size = self._link, b"", wire.FRAME.size
         assert link is not None
+        link.settimeout(LOOK)
+        standstill = Standstill(self._pid)
         while True:
             at = 0
             while len(data) - at >= size:
@@ -158,12 +164,19 @@ class ProcessReplica:
                     break
                 yield what, when, data[at + size : end]
                 at = end
-            more = b""
-            with contextlib.suppress(OSError):
+            data, more = data[at:], b""
+            try:
                 more = link.recv(_READ)
+            except TimeoutError:
+                if not standstill.look():
+                    continue
+                self._bury()
+                raise ReplicaLost("stood still") from None
+            except OSError:
+                pass
             if not more:
                 raise ReplicaLost(self._bury())
-            data = data[at:] + more
+            data += more
 
     def _bury(self) -> str:
         """Take leave of a process whose socket has closed; return how it ended."""
