@@ -1,7 +1,7 @@
 """Whether a process that has a batch to write stands still: it says nothing, uses no processor and waits for no disk.
 
-One that computes may be silent for minutes, as with a long prompt on a large model. One that was stopped, or waits for a
-lock that nobody will free, would keep those who asked it waiting for ever.
+One that computes may be silent for minutes, as with a long prompt on a large model. One that was stopped, or waits for
+a lock that nobody will free, would keep those who asked it waiting for ever.
 """
 
 from __future__ import annotations
