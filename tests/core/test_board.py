@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import multiprocessing
 from pathlib import Path
 
@@ -60,6 +61,14 @@ def test_what_one_writes_is_news_for_the_others_once(path: Path) -> None:
     write(other)
     assert one.read() == []
     assert path.stat().st_mode & 0o777 == 0o600
+
+
+async def test_what_others_have_written_is_taken_over_by_the_owning_thread_alone(path: Path) -> None:
+    one, other = (Cooldowns(lambda: 1000.0, Board(path, Rest)) for _ in range(2))
+    one.failed(PLACE, Cause.LIMIT, 20)
+    assert await asyncio.to_thread(len, other) == 0, "as metrics are asked for"
+    assert len(other) == 1
+    assert await asyncio.to_thread(len, other) == 1
 
 
 def test_of_many_who_write_each_finds_what_the_one_before_has_written(path: Path) -> None:

@@ -20,6 +20,7 @@ import weakref
 import zlib
 from collections.abc import Iterator, Sequence
 from pathlib import Path
+from threading import get_ident
 from typing import Any, Generic, TypeVar
 
 import msgspec
@@ -39,7 +40,7 @@ F = TypeVar("F")
 
 
 class Board(Generic[F]):
-    """Facts of one kind, all of which are written at once. It belongs to one thread; others may read as well."""
+    """Facts of one kind, all of which are written at once. It belongs to the thread that opens it."""
 
     def __init__(self, path: Path, kind: type[F]) -> None:
         """Open the file, or make it, for as long as the board is there.
@@ -49,6 +50,7 @@ class Board(Generic[F]):
         """
         self._fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
         weakref.finalize(self, os.close, self._fd)
+        self._owner = get_ident()
         if os.fstat(self._fd).st_size < SIZE:
             os.ftruncate(self._fd, SIZE)
         self._map = mmap.mmap(self._fd, SIZE)
@@ -59,8 +61,11 @@ class Board(Generic[F]):
 
     @property
     def has_news(self) -> bool:
-        """Whether something was written since it was last read, or written, here."""
-        return bool(_VERSION.unpack_from(self._map)[0] != self._seen)
+        """Whether something was written since it was last read, or written, here; for other threads there never is.
+
+        Metrics are asked for by a thread of their own, which must not change what the event loop is about to write.
+        """
+        return bool(_VERSION.unpack_from(self._map)[0] != self._seen) and get_ident() == self._owner
 
     def read(self) -> Sequence[F] | None:
         """Return all facts; None where what is there is of no use, such as what a worker wrote that was killed."""
