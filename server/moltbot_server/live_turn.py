@@ -48,6 +48,7 @@ class LiveTurn:
         "_expires_at",
         "_followers",
         "_held",
+        "_hurried",
         "_interval",
         "_journal",
         "_spoke",
@@ -126,7 +127,7 @@ class LiveTurn:
         self._journal = journal
         self._ticker = Ticker() if journal is None else journal.ticker  # an empty journal is false
         self._held: list[str] = []
-        self._spoke = False
+        self._spoke = self._hurried = False
         self._timer: asyncio.TimerHandle | None = None
         self._expires_at: float | None = None
 
@@ -166,8 +167,8 @@ class LiveTurn:
         """Return all events with `kind` as the last one, not yet recorded: it is stored before it is seen."""
         if self._held:
             self._flush()
-        if not self._stored and self._journal is not None:
-            self._journal.hurry(self)
+        if self._journal is not None and not (self._stored or self._hurried):
+            self._hurry(self._journal)
         self.closing = True
         return (*self.events, self._event(kind))
 
@@ -300,9 +301,13 @@ class LiveTurn:
             # Where a turn stands is told anew by whoever takes it over: nothing of it need be kept first.
             self.show(len(events))
         else:
-            if not self._stored:
-                self._journal.hurry(self)
+            if not (self._stored or self._hurried):
+                self._hurry(self._journal)
             self._journal.note(self)
+
+    def _hurry(self, journal: Keeper) -> None:
+        self._hurried = True
+        journal.hurry(self)
 
     def _event(self, kind: Kind) -> Event:
         # After a take-over, beyond all that could have been seen before.
