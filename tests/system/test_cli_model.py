@@ -162,6 +162,36 @@ class TestWithoutACore:
         assert "careful is a route, which answers who names it" in refused.err
         assert "There is no model 'nobody'" in (await home.run("model", "switch", "nobody")).err
 
+    async def test_what_the_configuration_has_elsewhere_is_told_with_its_place_and_what_to_do_instead(
+        self, home: Home
+    ) -> None:
+        await home.run("init")
+        (home.workspace / "moltbot.yaml").write_text(
+            "providers: {office: {base_url: 'http://127.0.0.1:9/v1', models: [team-large]}}\n"
+            "routes: {careful: {primary: team-large}}\n"
+            "models: {primary: moltbot-demo,\n  fallback: [gpt-4o]}\n"
+        )
+        large = "team-large is a model of the provider office, set up in ~/.moltbot/moltbot.yaml:1"
+        careful = "careful is a route, set up in ~/.moltbot/moltbot.yaml:2"
+        fallback = "gpt-4o is a model of the provider openai, set up in ~/.moltbot/moltbot.yaml:4"
+        default = "default is a route, set up in ~/.moltbot/moltbot.yaml:3"
+        instead = {
+            "remove": "take it out there, and then: ",
+            "tune": "Name a model that lies on this machine",
+            "bench": "Name a model that lies on this machine",
+            "show": "MoltBot is not running: ",
+            "convert": "there is nothing to convert",
+        }
+        for name, what in (("team-large", large), ("careful", careful), ("gpt-4o", fallback), ("default", default)):
+            for command, way in instead.items():
+                refused = await home.run("model", command, name)
+                assert (refused.status, refused.out) == (1, "")
+                assert refused.err.startswith(f"moltbot: {what}")
+                assert way in refused.err
+        assert default in (await home.run("model", "tune")).err, "what answers at start is the route"
+        for command in ("remove", "tune", "show"):
+            assert "There is no model 'nobody'" in (await home.run("model", command, "nobody")).err
+
     async def test_a_choice_that_an_engine_elsewhere_would_never_read_is_refused(self, home: Home) -> None:
         twin(home.folder / "twin")
         await home.run("model", "add", "twin")

@@ -14,6 +14,7 @@ from moltbot import MoltBot, MoltBotClientError
 from moltbot.v1 import model_pb2
 
 from moltbot_server.cli.asking import Place
+from moltbot_server.cli.model_configured import configured_as
 from moltbot_server.cli.model_looking import loaded_models
 from moltbot_server.cli.model_place import Models, told
 from moltbot_server.cli.progress import Progress
@@ -65,8 +66,9 @@ def _retyped(models: Models, given: argparse.Namespace) -> KnownModel:
 def remove_model(given: argparse.Namespace) -> int:
     """Forget a model, and delete what MoltBot fetched or made of it; return the exit status."""
     models = Models.of(given)
-    model = models.library.find(given.name)
     place = models.core()
+    _check_has_files(models, given.name, place)
+    model = models.library.find(given.name)
     loaded = loaded_models(place).get(model.name)
     if loaded is not None and loaded.is_default:
         other = command("model switch NAME", models.workspace)
@@ -122,18 +124,24 @@ def switch_model(given: argparse.Namespace) -> int:
 
 def _check_place(models: Models, name: str, loaded: Mapping[str, model_pb2.Model]) -> None:
     """Refuse a model or a route of the configuration, which answer whoever names them, with what to do instead."""
-    if name in {model.name for model in models.all} or models.library.knows(name):
+    if (found := configured_as(models, name, loaded)) is None:
         return
-    settings, file = models.settings, shown(models.workspace.config_file)
-    told = command("route reload", models.workspace)
-    kind = loaded[name].type if name in loaded else ""
-    if kind == "route" or name in {route.name for route in settings.routes}:
+    file, reload = shown(models.workspace.config_file), command("route reload", models.workspace)
+    if found.is_route:
         way = f"To let it answer when none is named, write its models under `models:` in {file}"
-        raise Failure(f"{name} is a route, which answers who names it. {way}, and then: {told}")
-    remote = {model.name for provider in settings.providers for model in provider.models}
-    if name in remote or {kind, name.partition("/")[0]} & {provider.name for provider in settings.providers}:
-        way = f"To let it answer when none is named, write `models: {{primary: {name}}}` into {file}"
-        raise Failure(f"{name} is not on this machine, and answers who names it. {way}, and then: {told}")
+        raise Failure(f"{name} is a route, which answers who names it. {way}, and then: {reload}")
+    way = f"To let it answer when none is named, write `models: {{primary: {name}}}` into {file}"
+    raise Failure(f"{name} is not on this machine, and answers who names it. {way}, and then: {reload}")
+
+
+def _check_has_files(models: Models, name: str, place: Place | None) -> None:
+    """Refuse to remove what the configuration has, with where that is."""
+    if models.library.knows(name):
+        return
+    found = configured_as(models, name, loaded_models(place))
+    if found is not None and found.where:
+        reload = command("route reload", models.workspace)
+        raise Failure(f"{found}, and has no files here. To be without it, take it out there, and then: {reload}")
 
 
 def _check_folder(models: Models, model: KnownModel) -> None:

@@ -10,6 +10,7 @@ import shutil
 import sys
 from pathlib import Path
 
+from moltbot_server.cli.model_configured import configured_as
 from moltbot_server.cli.model_place import Models, check_family, told
 from moltbot_server.cli.progress import Progress
 from moltbot_server.cli.terminal import Exit, Failure, command, harmless, interrupted, shown
@@ -154,6 +155,8 @@ def _source(models: Models, text: str) -> tuple[Path, str]:
         return path, path.name
     if models.library.knows(text):
         return models.library.path(models.library.find(text)), text
+    if (found := configured_as(models, text, {})) is not None and found.where:
+        raise Failure(f"{found}, and has no files here: there is nothing to convert.")
     raise Failure(
         f"{text} is neither a folder nor a model that is known; fetch one with "
         f"`{command('model pull NAME', models.workspace)}`."

@@ -12,8 +12,9 @@ from typing import Any
 from moltbot.v1 import model_pb2
 
 from moltbot_server.cli.asking import Place
+from moltbot_server.cli.model_configured import configured_as
 from moltbot_server.cli.model_place import Models, told
-from moltbot_server.cli.terminal import Exit, as_typed, command, harmless, shown
+from moltbot_server.cli.terminal import Exit, Failure, as_typed, command, harmless, shown
 from moltbot_server.errors import ModelUnavailable
 from moltbot_server.models.encoder_folder import EncoderFolder
 from moltbot_server.models.library import KnownModel, Origin
@@ -49,10 +50,12 @@ def list_models(given: argparse.Namespace) -> int:
 def show_model(given: argparse.Namespace) -> int:
     """Print one model; return the exit status, 1 for a model that cannot be used."""
     models = Models.of(given)
-    loaded = loaded_models(models.core())
+    place = models.core()
+    loaded = loaded_models(place)
     if given.name in loaded and given.name not in {model.name for model in models.all}:
         entry = _loaded_only(loaded[given.name])
     else:
+        _check_told(models, given.name, running=place is not None)
         model = models.find(given.name)
         entry = _entry(models, model, loaded.get(model.name)) | _details(models, model)
     entry["at_start"] = models.at_start == entry["name"]
@@ -61,6 +64,15 @@ def show_model(given: argparse.Namespace) -> int:
     else:
         print(_in_words(entry, models))
     return int(Exit.FAILED if entry["problem"] and not entry["loaded"] else Exit.OK)
+
+
+def _check_told(models: Models, name: str, *, running: bool) -> None:
+    """Refuse what the configuration has and no core, with what lets one have it."""
+    found = configured_as(models, name, {})
+    if found is not None and found.where:
+        why = "the core has not read that yet" if running else "MoltBot is not running"
+        way = command("route reload" if running else "start", models.workspace)
+        raise Failure(f"{found}. More is known of it while it can answer, and {why}: {way}")
 
 
 def loaded_models(place: Place | None) -> dict[str, model_pb2.Model]:

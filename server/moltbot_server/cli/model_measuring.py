@@ -14,9 +14,10 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from moltbot_server.cli.model_configured import configured_as
 from moltbot_server.cli.model_place import Models, told
 from moltbot_server.cli.progress import Progress
-from moltbot_server.cli.terminal import Exit, Failure, interrupted
+from moltbot_server.cli.terminal import Exit, Failure, command, interrupted
 from moltbot_server.errors import ModelUnavailable
 from moltbot_server.models.building import Resources, build_engine
 from moltbot_server.models.engine import Chunk, Engine, Finished, stream
@@ -73,7 +74,11 @@ def _model(models: Models, name: str) -> KnownModel:
         return KnownModel(name=name_of(path.name), origin=Origin.ADDED, path=str(path))
     if not name and models.elsewhere:
         raise Failure(f"name the model: which one answers is for the engine at {models.elsewhere} to say.", Exit.USAGE)
-    return models.find(name or models.at_start)
+    name = name or models.at_start
+    if (found := configured_as(models, name, {})) is not None:
+        others = f"those are in `{command('model list', models.workspace)}`"
+        raise Failure(f"{found}, and has no files here. Name a model that lies on this machine; {others}.")
+    return models.find(name)
 
 
 def _streams(text: str) -> list[int]:

@@ -57,6 +57,11 @@ def model_names(routes: Iterable[ModelRoute]) -> Iterator[str]:
     yield from (name for _, _, name in _named(routes))
 
 
+def named_models(routes: Iterable[ModelRoute]) -> Iterator[tuple[str, str]]:
+    """Yield a key such as `models.fallback.0` and the name that it has for a model."""
+    yield from ((key, name) for key, _, name in _named(routes))
+
+
 def _named(routes: Iterable[ModelRoute]) -> Iterator[tuple[str, str, str]]:
     """Yield the key of each place in which a route names a model, how to call the place, and the name."""
     for route in routes:
