@@ -83,6 +83,32 @@ async def test_a_change_of_models_that_cannot_be_made_says_why(
     assert (await api.run(turn("hello"))).completed.text == "You said: hello"
 
 
+@pytest.mark.parametrize(
+    "name", ["Tiny", "office/tiny", "tiny:8b", ".tiny", "-", "t~y", "t" * 64, "builtin", "built-in"]
+)
+async def test_a_name_that_the_command_line_refuses_is_refused_by_the_service(api: Api, name: str) -> None:
+    load = model_pb2.LoadModelRequest(name=f"models/{name}", path=str(ARTIFACT))
+    problem = await refused(_last(api.models.LoadModel(load, metadata=api.metadata)))
+
+    assert (problem.code(), reason_of(problem)) == (grpc.StatusCode.INVALID_ARGUMENT, "INVALID_FIELD")
+    assert (problem.details() or "").startswith("name: ")
+
+
+async def test_the_built_in_model_is_loaded_under_its_own_name_and_a_taken_name_is_told_as_taken(
+    tmp_path: Path,
+) -> None:
+    async with running_server(tmp_path, engine=WatchedEngine(Script(id="office/Large:8b"))) as server:
+        api = Api.of(server)
+        built_in = model_pb2.LoadModelRequest(name="models/moltbot-demo", path=str(ARTIFACT))
+        loaded = await _last(api.models.LoadModel(built_in, metadata=api.metadata))
+        taken = model_pb2.LoadModelRequest(name="models/office/Large:8b", path=str(ARTIFACT))
+        problem = await refused(_last(api.models.LoadModel(taken, metadata=api.metadata)))
+        await api.channel.close()
+
+    assert loaded.model.name == "models/moltbot-demo"
+    assert reason_of(problem) == "MODEL_EXISTS"
+
+
 async def test_a_model_that_has_failed_says_so_and_refuses_turns_until_it_is_back(
     api: Api, engine: WatchedEngine
 ) -> None:

@@ -12,7 +12,7 @@ import os
 import re
 import secrets
 import shutil
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from enum import StrEnum
 from pathlib import Path
 
@@ -288,9 +288,24 @@ def check_name(name: str) -> None:
     Raises:
         InvalidField: it has other characters than a-z 0-9 . _ -, is too long, or means a model of MoltBot's own.
     """
+    _check_name(name, _TAKEN_NAMES)
+
+
+def check_loaded_name(name: str) -> None:
+    """Refuse a name under which no model can be loaded.
+
+    Those of MoltBot's own models can be: they are loaded under them again.
+
+    Raises:
+        InvalidField: it has other characters than a-z 0-9 . _ -, is too long, or is a word for the built-in model.
+    """
+    _check_name(name, BUILTIN_NAMES - {BUILTIN_ID})
+
+
+def _check_name(name: str, taken: Collection[str]) -> None:
     if not _NAME.fullmatch(name):
         raise InvalidField("name", f"found {name[:80]!r}, expected 1 to 63 of a-z 0-9 . _ - that begin with a-z 0-9")
-    if name in _TAKEN_NAMES:
+    if name in taken:
         raise InvalidField("name", f"{name} is MoltBot's own; choose another one")
 
 

@@ -11,6 +11,7 @@ from typing import Protocol
 from moltbot_server.errors import ModelExists, ModelInUse, ModelNotLoadable, ModelUnavailable
 from moltbot_server.models.catalog import Catalog, CatalogEntry
 from moltbot_server.models.engine import Engine
+from moltbot_server.models.library import check_loaded_name
 from moltbot_server.models.limits import can_write
 from moltbot_server.turns import Value
 
@@ -82,6 +83,7 @@ class ModelManager:
         Safe to repeat with the same arguments. A load goes on when its caller leaves.
 
         Raises:
+            InvalidField: no model can have this name.
             ModelExists: another model has this name.
             ModelNotLoadable: its folder is not right, its probe failed, or memory would not suffice; nothing changed.
         """
@@ -92,6 +94,7 @@ class ModelManager:
             if name not in self._loading:
                 return self._catalog.ready(name)
         else:
+            check_loaded_name(name)
             self._specs[name] = spec
             task = self._loading[name] = asyncio.create_task(self._load(spec, progress))
             # Nobody may be left to hear of a failure; it was logged, and it is told to whoever asks again.
