@@ -42,6 +42,7 @@ from moltbot_server.config_sources import (
     read_yaml,
 )
 from moltbot_server.config_spelling import nearest, slips, unknown
+from moltbot_server.config_values import unproving
 
 __all__ = [
     "Autoscaling",
@@ -226,10 +227,9 @@ class Settings:
         if self.advertise and (self.advertise.startswith("unix:") or not _ADDRESS.fullmatch(self.advertise)):
             text = f"advertise: found {self.advertise!r}, expected HOST:PORT or dns:///HOST:PORT"
             yield self._problem("advertise", text)
-        if self.advertise_ca is not None and not self.advertise_ca.is_file():
-            yield self._problem("advertise_ca", f"advertise_ca: there is no file {self.advertise_ca}")
-        if self.engine_ca is not None and not self.engine_ca.is_file():
-            yield self._problem("engine_ca", f"engine_ca: there is no file {self.engine_ca}")
+        for key in ("advertise_ca", "engine_ca"):
+            if (path := getattr(self, key)) is not None and (wrong := unproving(path)):
+                yield self._problem(key, f"{key}: {wrong}")
         if self.max_inline_bytes >= self.max_message_bytes:
             yield self._problem("max_inline_bytes", "max_inline_bytes must be below max_message_bytes")
         if self.store.type == "memory" and self.workers > 1:

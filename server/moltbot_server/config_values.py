@@ -227,3 +227,20 @@ def records(kinds: Mapping[str, Kind]) -> Kind:
 
     shape = "; ".join(f"`{key}`: {kind.expected}" for key, kind in kinds.items())
     return Kind(read=read, expected=f"a list of mappings with exactly {shape}", flat=False)
+
+
+def unproving(path: Path) -> str:
+    """Return why a file proves no certificates of others; empty where it holds certificates in PEM."""
+    if not path.is_file():
+        return f"there is no file {path}"
+    import ssl  # late: few name such a file
+
+    try:
+        text = path.read_text("ascii", "ignore")
+    except OSError as problem:
+        return f"{path} cannot be read ({problem.strerror})"
+    try:
+        ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT).load_verify_locations(cadata=text)
+    except (ssl.SSLError, ValueError):
+        return f"{path} holds no certificates; expected those that have signed the other's, in PEM"
+    return ""

@@ -430,3 +430,20 @@ def test_what_a_check_of_files_finds_is_told_with_the_rest_at_its_place(workspac
         ".env:1: workers: found 'many', expected a whole number from 1 to 64",
         ".env:2: /nope?",
     ]
+
+
+@pytest.mark.parametrize("key", ["engine_ca", "advertise_ca"])
+def test_a_file_that_is_to_prove_certificates_holds_some(workspace: Path, elsewhere: Path, key: str) -> None:
+    file = workspace / "ca.pem"
+    (workspace / "moltbot.yaml").write_text(f"{key}: {file}\n")
+    for content, told in (
+        (None, "there is no file"),
+        ("", "holds no certificates"),
+        ("junk é", "holds no certificates"),
+    ):
+        if content is not None:
+            file.write_text(content, "utf-8")
+        with pytest.raises(ConfigError) as caught:
+            load_settings(workspace, {}, current=elsewhere)
+        assert str(caught.value).startswith(f"{workspace}/moltbot.yaml:1: {key}: ")
+        assert told in str(caught.value)

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import asyncio
+import subprocess
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
+import pytest
 from google.rpc import error_details_pb2, status_pb2
 from grpc import aio
 from moltbot.v1 import (
@@ -25,6 +27,8 @@ from moltbot_server.config import Settings
 from moltbot_server.models.engine import NOBODY, Asker, Finished, Generation, Listener
 from moltbot_server.testing import RunningServer, ScriptedEngine
 from moltbot_server.turns import GenerationOptions, Message
+
+LOOPBACK_NAME = "subjectAltName=IP:127.0.0.1"
 
 
 class Api:
@@ -239,3 +243,16 @@ async def until_it_streams(call: Any, sign: str = "text_delta") -> None:
     """Read a stream up to an event of a kind."""
     while not (await call.read()).event.HasField(sign):
         pass
+
+
+def certificate(folder: Path, name: str, holds: str = LOOPBACK_NAME) -> dict[str, Path]:
+    """Return the settings of a certificate that vouches for itself."""
+    folder.mkdir(exist_ok=True)
+    cert, key = folder / f"{name}.crt", folder / f"{name}.key"
+    command = ["openssl", "req", "-x509", "-newkey", "rsa:2048", "-nodes", "-days", "2", "-subj", f"/CN={name}"]
+    command += ["-addext", holds, "-keyout", str(key), "-out", str(cert)]
+    try:
+        subprocess.run(command, capture_output=True, check=True)
+    except FileNotFoundError:
+        pytest.skip("openssl is not installed, so no certificate can be made")
+    return {"tls_cert": cert, "tls_key": key}

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import logging
 import secrets
-import subprocess
 from collections.abc import AsyncGenerator, Iterator
 from contextlib import AsyncExitStack, asynccontextmanager
 from pathlib import Path
@@ -16,11 +15,10 @@ from grpc import StatusCode, aio
 from moltbot_server.config import Storage
 from moltbot_server.testing import RunningServer, running_server
 from redis_process import KeepingRedis
-from rpc_calls import Api, WatchedEngine, drained, reason_of, turn
+from rpc_calls import LOOPBACK_NAME, Api, WatchedEngine, certificate, drained, reason_of, turn
 
 SESSION = "sessions/s"
 SLOW = "#40 pace=0.03"
-NAME = "subjectAltName=IP:127.0.0.1"
 
 
 @pytest.fixture(scope="module")
@@ -28,19 +26,6 @@ def redis(tmp_path_factory: pytest.TempPathFactory) -> Iterator[KeepingRedis]:
     """A Redis that keeps what it is given; each test has a prefix of its own in it."""
     with KeepingRedis(tmp_path_factory.mktemp("redis")) as redis:
         yield redis
-
-
-def certificate(folder: Path, name: str, holds: str = NAME) -> dict[str, Path]:
-    """Return the settings of a certificate that vouches for itself."""
-    folder.mkdir(exist_ok=True)
-    cert, key = folder / f"{name}.crt", folder / f"{name}.key"
-    command = ["openssl", "req", "-x509", "-newkey", "rsa:2048", "-nodes", "-days", "2", "-subj", f"/CN={name}"]
-    command += ["-addext", holds, "-keyout", str(key), "-out", str(cert)]
-    try:
-        subprocess.run(command, capture_output=True, check=True)
-    except FileNotFoundError:
-        pytest.skip("openssl is not installed, so no certificate can be made")
-    return {"tls_cert": cert, "tls_key": key}
 
 
 def secure(server: RunningServer, cert: Path) -> Api:
@@ -117,7 +102,8 @@ async def test_a_core_whose_certificate_is_not_proved_is_named_in_the_log_once(
 
 
 @pytest.mark.parametrize(
-    ("holds", "with_ca", "word"), [(NAME, False, "advertise_ca"), ("subjectAltName=DNS:core.example", True, "name")]
+    ("holds", "with_ca", "word"),
+    [(LOOPBACK_NAME, False, "advertise_ca"), ("subjectAltName=DNS:core.example", True, "name")],
 )
 async def test_a_core_that_others_would_not_trust_says_so_when_it_starts(
     tmp_path: Path, redis: KeepingRedis, caplog: pytest.LogCaptureFixture, holds: str, with_ca: bool, word: str

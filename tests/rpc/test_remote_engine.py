@@ -24,8 +24,10 @@ from moltbot_server.testing import RunningServer
 from moltbot_server.turns import GenerationOptions, Message
 from moltbot_server.workspace import Workspace
 from rpc_calls import (
+    LOOPBACK_NAME,
     Api,
     WatchedEngine,
+    certificate,
     drained,
     fields_of,
     kinds,
@@ -319,13 +321,47 @@ async def test_what_to_do_about_an_engine_is_told_only_where_it_is_not_the_own_o
     assert ("its log says why" in problem.value.message) is own
 
 
+@pytest.mark.parametrize(
+    ("holds", "signed_by_another", "told"),
+    [
+        (LOOPBACK_NAME, True, ["those in `engine_ca` (self signed", "name a file with the one that signed it"]),
+        ("subjectAltName=DNS:engine.example", False, ["does not hold the name that `engine` has"]),
+    ],
+)
+async def test_an_engine_that_is_not_trusted_is_told_as_that_with_the_key_to_correct(
+    tmp_path: Path,
+    engine: AskedEngine,
+    holds: str,
+    signed_by_another: bool,
+    told: list[str],
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    monkeypatch.setattr(remote_engine, "_SOON", 0.2)
+    own = certificate(tmp_path / "tls", "own", holds)
+    ca = certificate(tmp_path / "tls", "other")["tls_cert"] if signed_by_another else own["tls_cert"]
+    role = EngineRole(settings(tmp_path, **own), key="mb", listen="127.0.0.1:0", catalog=Catalog([engine]))
+    await role.start()
+    link = EngineLink(role.server.address, "mb", ca=ca)
+    with pytest.raises(ModelUnavailable) as problem:
+        await link.open(1.0)
+    await link.close()
+    await role.stop(1.0)
+
+    (line,) = (record for record in caplog.records if record.name == remote_engine.__name__)
+    assert line.getMessage() == "the engine is there and not trusted"
+    for text in told:
+        assert text in getattr(line, "problem", "")
+        assert text in problem.value.message
+
+
 async def test_an_engine_that_answers_in_the_moment_is_not_called_away(
     role: EngineRole, caplog: pytest.LogCaptureFixture
 ) -> None:
     caplog.set_level("INFO")
     link = EngineLink(role.server.address, "mb")
     await link.open(5)
-    link._say_waiting()
+    await link._say_waiting()
     await link.close()
     assert [record for record in caplog.records if record.name == remote_engine.__name__] == []
 

@@ -29,8 +29,10 @@ def plans(
     `core` is the address of the cores, `metrics` the port on which each of them tells how it does, and `engine_metrics`
     that of the engine.
     """
-    # gRPC's native part writes lines of its own, which a reader of JSON cannot take.
-    environ = _FEW_ARENAS | ({"GRPC_VERBOSITY": "NONE"} if settings.log_json else {})
+    # gRPC's native part writes lines of its own, which a reader of JSON cannot take, and several a second while the
+    # engine of another machine is not trusted, of which our log has one.
+    hushed = settings.log_json or settings.engine_ca is not None
+    environ = _FEW_ARENAS | ({"GRPC_VERBOSITY": "NONE"} if hushed else {})
     server = ["--no-notices", "--problems-as-json"]
     server += ["--workspace", str(workspace.folder), "--log-level", settings.log_level]
     many = settings.workers > 1

@@ -30,6 +30,23 @@ def distrust(problem: aio.AioRpcError) -> str:
     return ""
 
 
+def distrust_of_engine(problem: aio.AioRpcError, *, named: bool) -> str:
+    """Return why a call to an engine failed and what to do, if it cannot be trusted; else an empty text.
+
+    `named` tells whether `engine_ca` names the certificates that are to prove it.
+    """
+    told = problem.details() or ""
+    if (found := _UNPROVED.search(told)) is not None:
+        why = f" ({found['why']})" if found["why"] else ""
+        by = "those in `engine_ca`" if named else "the system's"
+        return f"its certificate is not proved by {by}{why}; name a file with the one that signed it in `engine_ca`"
+    if _OTHER_NAME.search(told):
+        return "its certificate does not hold the name that `engine` has; correct that, or make a certificate for it"
+    if _NO_TLS.search(told):
+        return "it does not speak TLS; give it `tls_cert` and `tls_key` in its own workspace"
+    return ""
+
+
 async def prove(bound: str, advertised: str, roots: bytes | None) -> None:
     """Warn where other cores set up like this one would not trust it: its own port is called as they would call it.
 

@@ -35,6 +35,7 @@ from moltbot_server.models.limits import check_options
 from moltbot_server.models.manager import ModelSpec, Progress
 from moltbot_server.rpc import remote_convert
 from moltbot_server.rpc.engine_stream import EngineStream
+from moltbot_server.rpc.peer_trust import distrust_of_engine
 from moltbot_server.rpc.remote_errors import error_of
 from moltbot_server.rpc.remote_generation import PATIENCE, RemoteGeneration
 from moltbot_server.turns import GenerationOptions, Message
@@ -46,6 +47,7 @@ _LONGEST_EMBEDDING = 60.0
 _CALM = 1.0  # seconds without a refusal after which a flood is over
 _MANY = 1024
 _SOON = 3.0  # seconds that an engine on this machine takes at most to start
+_TELLS_WITHIN = 1.0  # seconds; why there is no connection is known here
 _LOOK_AGAIN = 5.0  # seconds
 _LONGEST_TOKEN = 12  # characters; a guess on the safe side, the engine counts exactly
 _SERVICE_CONFIG = json.dumps({"loadBalancingConfig": [{"round_robin": {}}], "healthCheckConfig": {"serviceName": ""}})
@@ -74,6 +76,7 @@ class EngineLink:
         """
         self.address = address
         self._own = own
+        self._has_ca = ca is not None
         self._metadata = (("authorization", f"Bearer {key}"),)
         self._channel = _channel(address, ca)
         self.inference = inference_pb2_grpc.InferenceServiceStub(self._channel)
@@ -126,11 +129,14 @@ class EngineLink:
         Raises:
             ModelUnavailable: nothing that serves models answered within `within` seconds.
         """
-        waiting = asyncio.get_running_loop().call_later(_SOON, self._say_waiting)
         try:
             async with asyncio.timeout(within):
+                if not await self.ready(asyncio.get_running_loop().time() + _SOON):
+                    await self._say_waiting()
                 await self._channel.channel_ready()
         except TimeoutError:
+            if why := await self._distrusted():
+                raise ModelUnavailable(f"The engine at {self.address} is there and not trusted: {why}.") from None
             advice = (
                 "its log says why; where no `moltbot start` runs it, start it with `moltbot engine`."
                 if self._own
@@ -139,19 +145,28 @@ class EngineLink:
             raise ModelUnavailable(
                 f"The engine at {self.address} did not answer within {within:g} s; {advice}"
             ) from None
-        finally:
-            waiting.cancel()
         self._watch = asyncio.create_task(self._keep_watch())
 
-    def _say_waiting(self) -> None:
+    async def _say_waiting(self) -> None:
+        why = await self._distrusted()
         if self._channel.get_state() is grpc.ChannelConnectivity.READY:
             return
         fields = {"address": self.address, "for_seconds": int(_SOON)}
         if self._own:
             log.info("this workspace's engine does not answer yet: it may still be starting", extra=fields)
+        elif why:
+            log.warning("the engine is there and not trusted", extra=fields | {"problem": why})
         else:
             text = "the engine cannot be reached yet: start `moltbot engine` there, or correct `engine` here"
             log.warning(text, extra=fields)
+
+    async def _distrusted(self) -> str:
+        """Return why the engine is not trusted and what to do; empty where it is, or is not there at all."""
+        try:
+            await self._models.ListModels(model_pb2.ListModelsRequest(), metadata=self._metadata, timeout=_TELLS_WITHIN)
+        except aio.AioRpcError as problem:
+            return distrust_of_engine(problem, named=self._has_ca)
+        return ""
 
     def wrong_key(self) -> ModelUnavailable:
         """Return what is told when the engine does not let this core in."""
