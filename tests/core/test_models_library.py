@@ -12,6 +12,7 @@ import pytest
 from moltbot_server.config import load_settings
 from moltbot_server.demo_model import ARTIFACT
 from moltbot_server.errors import InvalidField, ModelExists, ModelInUse, ModelNotFound, ModelUnavailable
+from moltbot_server.models.building import configured_catalog
 from moltbot_server.models.folder import BUILTIN_ID
 from moltbot_server.models.library import (
     BUILT_IN,
@@ -285,3 +286,17 @@ class TestTheChoice:
         library.choose("gone")
         with pytest.raises(ModelUnavailable, match=r"chosen model gone .* found nothing.*moltbot model switch"):
             default_folder(load_settings(workspace.folder, {}))
+
+    async def test_a_chosen_model_whose_weights_are_not_whole_stops_the_start_and_says_what_to_do(
+        self, workspace: Workspace, library: Library, mine: KnownModel
+    ) -> None:
+        library.choose(mine.name)
+        weights = Path(mine.path) / "model.bin"
+        whole = weights.read_bytes()
+        weights.unlink()
+        weights.write_bytes(whole[: len(whole) // 2])
+        catalog = configured_catalog(load_settings(workspace.folder, {}))
+        with pytest.raises(
+            ModelUnavailable, match=r"chosen model mine .* cannot be loaded.*`moltbot model switch NAME`"
+        ):
+            await catalog.start()

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 
 import msgspec
@@ -15,7 +16,7 @@ from moltbot_server.models.engine import Engine
 from moltbot_server.models.engines.local import MAX_WAITING, LocalEngine
 from moltbot_server.models.engines.scripted import Script, ScriptedEngine, load_script
 from moltbot_server.models.folder import SCRIPTED, check_context, configured_folder, is_encoder
-from moltbot_server.models.library import default_model
+from moltbot_server.models.library import chosen_is_broken, default_model
 from moltbot_server.models.manager import ModelSpec, Progress
 from moltbot_server.models.memory import available_memory, check_room, give_back
 from moltbot_server.models.replica.nursery import Nursery
@@ -106,13 +107,13 @@ def configured_catalog(settings: Settings, nursery: Nursery | None = None) -> Ca
             context_length=settings.context_length,
             resources=resources,
         )
-    else:
-        engine = build_engine(
-            model_type=settings.model_type,
-            model_path=str(settings.model_path or ""),
-            context_length=settings.context_length,
-            resources=resources,
-        )
+        return Catalog([engine], advise=partial(chosen_is_broken, chosen.name))
+    engine = build_engine(
+        model_type=settings.model_type,
+        model_path=str(settings.model_path or ""),
+        context_length=settings.context_length,
+        resources=resources,
+    )
     return Catalog([engine])
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import logging
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from enum import StrEnum
 
 from moltbot_server.errors import ModelInUse, ModelNotFound, ModelUnavailable, MoltBotError
@@ -126,12 +126,20 @@ class CatalogEntry:
 class Catalog:
     """The engines of a core by id. The first one is the default, until another is chosen."""
 
-    def __init__(self, engines: Sequence[Engine] = ()) -> None:
+    def __init__(
+        self,
+        engines: Sequence[Engine] = (),
+        *,
+        advise: Callable[[ModelUnavailable], ModelUnavailable] = lambda problem: problem,
+    ) -> None:
         """Take engines that are not started yet; those that answer already are added later.
+
+        `advise` returns what is told, out of what is wrong, when the first one cannot be loaded.
 
         Raises:
             ValueError: two engines have one id.
         """
+        self._advise = advise
         self._entries = {engine.id: CatalogEntry(engine) for engine in engines}
         if len(self._entries) < len(engines):
             raise ValueError("each engine of a catalog needs an id of its own")
@@ -256,7 +264,7 @@ class Catalog:
         for entry, problem in problems.items():
             if entry is entries[0] or not isinstance(problem, MoltBotError):
                 await self.close()
-                raise problem
+                raise self._advise(problem) if isinstance(problem, ModelUnavailable) else problem
             _log.error("a model cannot be loaded", extra={"model": entry.engine.id, "problem": problem.message})
 
     async def close(self) -> None:

@@ -20,7 +20,7 @@ import msgspec
 
 from moltbot_server.config import Settings
 from moltbot_server.demo_model import ARTIFACT
-from moltbot_server.errors import InvalidField, ModelExists, ModelInUse, ModelNotFound, ModelUnavailable
+from moltbot_server.errors import InvalidField, ModelExists, ModelInUse, ModelNotFound, ModelUnavailable, MoltBotError
 from moltbot_server.models.encoder_folder import EncoderFolder, read_encoder_folder
 from moltbot_server.models.folder import (
     BUILTIN_ID,
@@ -342,11 +342,16 @@ def default_model(settings: Settings) -> KnownModel | None:
         model = library.find(name)
         read_folder(library.path(model), model.type)
     except (ModelNotFound, ModelUnavailable) as problem:
-        raise ModelUnavailable(
-            f"The chosen model {name} cannot answer: {problem.message} Choose another one with `moltbot model switch "
-            "NAME`, or go back with `moltbot model switch --configured`."
-        ) from None
+        raise chosen_is_broken(name, problem) from None
     return msgspec.structs.replace(model, path=str(library.path(model)))
+
+
+def chosen_is_broken(name: str, problem: MoltBotError) -> ModelUnavailable:
+    """Return what is told when the model that was chosen cannot answer: why, and how to choose another one."""
+    return ModelUnavailable(
+        f"The chosen model {name} cannot answer: {problem.message} Choose another one with `moltbot model switch "
+        "NAME`, or go back with `moltbot model switch --configured`."
+    )
 
 
 def default_folder(settings: Settings) -> ModelFolder | None:
