@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import errno
 import importlib.util
 import json
 from pathlib import Path
 
 import pytest
 from moltbot_server.errors import ModelExists, ModelUnavailable
-from moltbot_server.models.convert import convert
+from moltbot_server.models.convert import _told, convert
 
 
 def source(path: Path) -> Path:
@@ -53,3 +54,23 @@ def test_an_encoder_with_further_layers_is_refused(tmp_path: Path) -> None:
     (source(tmp_path / "model") / "modules.json").write_text(json.dumps(modules))
     with pytest.raises(ModelUnavailable, match=r"modules\.json has a Dense; expected Transformer, Pooling, Normalize"):
         convert(tmp_path / "model", tmp_path / "out")
+
+
+@pytest.mark.parametrize(
+    ("problem", "told"),
+    [
+        (ValueError("Couldn't make it from one of: \n(1) a file, \n(2) a word.\n"), "one of: (1) a file, (2) a word."),
+        (RuntimeError("Error(s) in loading:\n\tsize mismatch for x\n"), "Error(s) in loading: size mismatch for x"),
+        (ValueError("No conversion is registered for X\nSupported are:\n- Y"), "No conversion is registered for X"),
+        (OSError(errno.ENOSPC, "No space left on device"), "No space left on device"),
+        (OSError(errno.EACCES, "Permission denied", "/x"), "Permission denied (/x)"),
+        (KeyError("a:"), "'a:'"),
+        (ValueError("Missing:"), "Missing"),
+        (AssertionError(), "AssertionError"),
+    ],
+)
+def test_what_a_library_says_of_a_model_is_told_to_its_end(problem: Exception, told: str) -> None:
+    with pytest.raises(ModelUnavailable) as caught, _told(Path("/model")):
+        raise problem
+    assert caught.value.message.startswith("/model cannot be converted: ")
+    assert caught.value.message.endswith(told)

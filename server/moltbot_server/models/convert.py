@@ -134,8 +134,16 @@ def _told(source: Path) -> Iterator[None]:
     try:
         yield
     except Exception as problem:  # three libraries raise what they like about a model that they cannot read
-        text = str(problem).strip().split("\n")[0] or type(problem).__name__
-        raise ModelUnavailable(f"{source} cannot be converted: {text:.500}") from problem
+        raise ModelUnavailable(f"{source} cannot be converted: {_words(problem):.500}") from problem
+
+
+def _words(problem: Exception) -> str:
+    """Return the first line of what a library says, or all of them where the first one only announces the others."""
+    if isinstance(problem, OSError) and problem.strerror:
+        return f"{problem.strerror} ({problem.filename})" if problem.filename else problem.strerror
+    lines = [line.strip() for line in str(problem).splitlines() if line.strip()]
+    told = " ".join(lines) if lines and lines[0].endswith(":") else "".join(lines[:1])
+    return told.rstrip(": ") or type(problem).__name__
 
 
 def _describe(source: Path, target: Path, config: Any, tokenizer: Any, quantization: str) -> dict[str, object]:
