@@ -111,8 +111,9 @@ class TestWithoutACore:
         for folder in ("twin", "bare", str(encoder(home.folder / "embeds"))):
             ended = await home.run("model", "add", folder, "--type", "nonsense")
             assert ended.status == 1
-            assert "'nonsense'" in ended.err
+            assert "--type is 'nonsense'" in ended.err
             assert "llama2, llama3" in ended.err
+            assert "MODEL_TYPE" not in ended.err
         await home.run("model", "add", "twin")
         retyped = await home.run("model", "add", "twin", "--type", "nonsense")
         assert (retyped.status, "llama2, llama3" in retyped.err) == (1, True)

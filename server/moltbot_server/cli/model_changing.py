@@ -16,7 +16,7 @@ from moltbot.v1 import model_pb2
 from moltbot_server.cli.asking import Place
 from moltbot_server.cli.model_configured import configured_as
 from moltbot_server.cli.model_looking import loaded_models
-from moltbot_server.cli.model_place import Models, told
+from moltbot_server.cli.model_place import Models, by_option, told
 from moltbot_server.cli.progress import Progress
 from moltbot_server.cli.terminal import Exit, Failure, command, harmless, shown
 from moltbot_server.errors import ModelExists, ModelUnavailable
@@ -28,6 +28,13 @@ from moltbot_server.models.library import KnownModel, Origin, name_of, open_fold
 @told
 def add_model(given: argparse.Namespace) -> int:
     """Add a folder, or correct the family of a model that is known; return the exit status."""
+    try:
+        return _add(given)
+    except ModelUnavailable as problem:
+        raise Failure(by_option(problem.message)) from None
+
+
+def _add(given: argparse.Namespace) -> int:
     models = Models.of(given, make=True)
     path = Path(given.path).expanduser().absolute()
     if not path.is_dir() and models.library.knows(given.path):

@@ -11,7 +11,7 @@ import sys
 from pathlib import Path
 
 from moltbot_server.cli.model_configured import configured_as
-from moltbot_server.cli.model_place import Models, check_family, told
+from moltbot_server.cli.model_place import Models, by_option, check_family, told
 from moltbot_server.cli.progress import Progress
 from moltbot_server.cli.terminal import Exit, Failure, command, harmless, interrupted, shown
 from moltbot_server.config_sources import read_env_file
@@ -179,6 +179,6 @@ def _report(given: argparse.Namespace, models: Models, model: KnownModel) -> Non
     if not problem:
         print(f"Let it answer: {command(f'model switch {model.name}', models.workspace)}")
     else:
-        print(f"It cannot answer as it is: {problem}")
+        print(f"It cannot answer as it is: {by_option(problem)}")
         if "MODEL_TYPE" in problem:
             print(f"Name its family: {command(f'model add {model.name} --type FAMILY', models.workspace)}")

@@ -172,6 +172,11 @@ def check_family(kind: str) -> None:
         raise Failure(text, Exit.USAGE)
 
 
+def by_option(text: str) -> str:
+    """Return what is wrong with a family, told of the option that was or may be typed and not of the environment."""
+    return text.replace("leave MODEL_TYPE empty", "leave --type out").replace("MODEL_TYPE", "--type")
+
+
 def told(body: _Body) -> _Body:
     """Let a command say in words, or as JSON where that was asked for, what went wrong."""
 
