@@ -161,9 +161,10 @@ def _mapping(node: yaml.Node, path: Path, problems: list[Problem], depth: int) -
 
 
 def read_env_file(path: Path, problems: list[Problem]) -> Mapping[str, Given]:
-    """Return the `NAME=value` lines of an environment file; empty when it is missing. The last line of a name wins.
+    """Return the `NAME=value` lines of an environment file; empty when it is missing. Adds to `problems`.
 
-    Blank lines, `# comments`, `export NAME=value` and values in quotes are understood; nothing is expanded.
+    Blank lines, `# comments`, `export NAME=value` and values in quotes are understood; nothing is expanded. Of a name
+    that is given twice, the last line is returned, for those who pass problems over.
     """
     found: dict[str, Given] = {}
     for number, line in enumerate((read_text(path) or "").splitlines(), 1):
@@ -174,7 +175,11 @@ def read_env_file(path: Path, problems: list[Problem]) -> Mapping[str, Given]:
         if match is None:
             problems.append(Problem(where=where, text="expected NAME=value, a comment or a blank line"))
             continue
-        found[match[1]] = Given(value=_unquoted(match[2]), where=where, folder=path.parent)
+        name = match[1]
+        if name in found:
+            first = found[name].where.rpartition(":")[2]
+            problems.append(Problem(where=where, text=f"`{name}` is given twice, first on line {first}; keep one"))
+        found[name] = Given(value=_unquoted(match[2]), where=where, folder=path.parent)
     return found
 
 

@@ -226,6 +226,15 @@ def test_an_unknown_name_is_told_the_one_with_the_prefix_or_the_page_that_has_th
     ]
 
 
+def test_a_name_that_the_workspaces_environment_file_gives_twice_is_told(workspace: Path, elsewhere: Path) -> None:
+    (workspace / ".env").write_text("PORT=1\n# PORT=2\nOPENAI_API_KEY=\nexport PORT=3\nOPENAI_API_KEY=x\n")
+    (elsewhere / ".env").write_text("OTHERS=1\nOTHERS=2\n")
+    assert problems(workspace, elsewhere, "") == [
+        ".env:4: `PORT` is given twice, first on line 1; keep one",
+        ".env:5: `OPENAI_API_KEY` is given twice, first on line 3; keep one",
+    ]
+
+
 @pytest.mark.parametrize(
     ("yaml", "told"),
     [
