@@ -14,6 +14,10 @@ import pytest_asyncio
 from cli_process import Home, Started
 from cli_terminal import terminal
 from moltbot import MoltBot
+from moltbot_server.cli.asking import Place
+from moltbot_server.cli.running import Running
+from moltbot_server.cli.talking import Talk
+from moltbot_server.workspace import Workspace
 
 RED = "\x1b[31m"
 
@@ -58,6 +62,43 @@ async def test_nothing_to_say_is_a_wrong_use(home: Home) -> None:
     ended = await home.run("chat", text=" \n")
     assert (ended.status, ended.out) == (2, "")
     assert "there is nothing to say" in ended.err
+
+
+TOO_LONG = "that is too long: 5,000,"
+
+
+async def test_a_text_that_the_core_does_not_take_at_once_is_told_with_the_limit(home: Home) -> None:
+    ended = await home.run("chat", text="a" * 5_000_000)
+    assert (ended.status, ended.out) == (1, "")
+    assert ended.err.startswith(f"moltbot: {TOO_LONG}")
+    assert "4,194,304 at once (`max_message_bytes`" in ended.err
+    assert ended.err.count("\n") == 1
+    error = (await home.run("chat", "--json", text="a" * 5_000_000)).json["error"]
+    assert error["message"].startswith(TOO_LONG)
+    assert error["code"] == "RESOURCE_EXHAUSTED"
+
+
+async def test_a_conversation_goes_on_after_a_text_that_is_too_long(
+    home: Home, capsys: pytest.CaptureFixture[str]
+) -> None:
+    workspace = Workspace(folder=home.workspace)
+    running = Running.read(workspace)
+    assert running is not None
+    place = Place(address=running.grpc, key=workspace.read_key())
+    said = iter(["one", "a" * 5_000_000, "two"])
+
+    async def read() -> str:
+        if (text := next(said, None)) is None:
+            raise EOFError
+        return text
+
+    conversation = Talk(place, session="sessions/long", model="")
+    async with conversation.bot as bot:
+        await conversation.run(read)
+        kept = [message.parts[0].text async for message in bot.messages("sessions/long")]
+    shown = capsys.readouterr()
+    assert kept == ["one", "You said: one", "two", "You said: two"]
+    assert shown.err.startswith(f"! {TOO_LONG}")
 
 
 async def test_an_answer_that_is_empty_or_was_cut_is_told_beside_the_answer(home: Home) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import json
 import os
+import re
 import signal
 import sys
 import time
@@ -24,6 +25,7 @@ from moltbot_server.cli.showing import Shown, attended
 from moltbot_server.cli.terminal import Exit, Failure, harmless, lasting
 
 CHANNEL = "cli"
+_TOO_LARGE = re.compile(r"SERVER: Received message larger than max \((\d+) vs\. (\d+)\)")
 _PATIENCE = 10.0  # seconds; a person who waits for longer asks what is wrong
 
 
@@ -85,7 +87,18 @@ def failure(error: MoltBotClientError) -> Failure:
 def _without_fields(error: MoltBotClientError) -> str:
     """Return what is wrong without the name of the field of a message: whoever types one knows of no fields."""
     problem = next((problem for field, problem in error.fields.items() if field.startswith("turn.parts")), "")
-    return problem or error.message
+    return problem or _message(error)
+
+
+def _message(error: MoltBotClientError) -> str:
+    """Return what is wrong, where gRPC itself refused a message for its size in words of ours."""
+    if (found := _TOO_LARGE.search(error.message)) is None:
+        return error.message
+    size, most = (int(number) for number in found.groups())
+    return (
+        f"that is too long: {size:,} bytes would be sent, and the core takes {most:,} at once (`max_message_bytes` of "
+        "its configuration); say it in parts"
+    )
 
 
 @asynccontextmanager
@@ -253,7 +266,7 @@ def _as_json(error: MoltBotClientError) -> dict[str, Any]:
     return {
         "code": error.code.name,
         "reason": error.reason,
-        "message": error.message,
+        "message": _message(error),
         "retryable": error.retryable,
         "retry_after": error.retry_after,
         "fields": error.fields,
