@@ -279,14 +279,18 @@ class Workspace:
             own = "" if found.st_mode & stat.S_ISVTX else f", or take their right away with `{chmod}`"
             raise WorkspaceError(
                 f"others may write into {self.folder}, which is no place for a workspace: name a folder in it, which "
-                f"is made for you alone, with --workspace {self.folder / 'moltbot'}{own}."
+                f"is made for you alone, with {self._one_within()}{own}."
             )
         for folder in inside:
             if folder.is_dir() and stat.S_IMODE(folder.stat().st_mode) & 0o077:
                 raise WorkspaceError(
                     f"{self.folder} is in use for something else: it has a folder {folder.name}, which a workspace "
-                    f"keeps private. Name another one with --workspace, such as {self.folder / 'moltbot'}."
+                    f"keeps private. Name another one, such as {self._one_within()}."
                 )
+
+    def _one_within(self) -> str:
+        """Return the option that names a folder within this one, as it is typed."""
+        return shlex.join(["--workspace", str(self.folder / "moltbot")])
 
     def _told_key(self) -> str:
         """Return what is said of a key that was just made: callers may have had another one."""

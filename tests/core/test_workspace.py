@@ -108,6 +108,7 @@ def test_a_folder_that_others_may_write_into_is_refused_as_it_is(tmp_path: Path,
     with pytest.raises(WorkspaceError, match=r"others may write into .*our things, .* --workspace .*/moltbot") as told:
         found.create()
     assert ("chmod go-w '" in str(told.value)) == (rights != 0o1777)
+    assert f"with --workspace '{found.folder}/moltbot'" in str(told.value), "a shell takes it as one word"
     assert stat.S_IMODE(found.folder.stat().st_mode) == rights
     assert list(found.folder.iterdir()) == []
     Workspace(folder=found.folder / "moltbot").create()
