@@ -7,6 +7,7 @@ import sys
 from pathlib import Path
 
 import pytest
+from moltbot_server.cli.tables import fitted
 from moltbot_server.cli.terminal import command
 from moltbot_server.workspace import Workspace
 
@@ -53,3 +54,17 @@ def test_a_start_where_nothing_can_be_written_is_told_in_one_line(tmp_path: Path
     ended = subprocess.run(words, capture_output=True, text=True, timeout=60, check=False)
     told = f"moltbot: cannot write {workspace.run / 'lock'}: Read-only file system\n"
     assert (ended.returncode, ended.stdout, ended.stderr) == (1, "", told)
+
+
+def test_a_table_that_a_narrow_terminal_cannot_show_is_told_row_by_row_without_breaking_a_number() -> None:
+    why = "it rests for a while after failures"
+    rows = [("MODEL", "TOKENS", "WHY"), ("team-large-2026", "1,234,567", why), ("b", "", "")]
+    lines = [f"{model:17}{tokens:11}{why}".rstrip() for model, tokens, why in rows]
+    assert fitted(lines, rows, columns=30) == (
+        "MODEL   team-large-2026\nTOKENS  1,234,567\nWHY     it rests for a while\n        after failures\n\nMODEL   b"
+    )
+    assert fitted(lines, rows, columns=12).startswith("MODEL   team-large-2026\nTOKENS  1,234,567\nWHY     it\n")
+    whole = "\n".join(lines)
+    assert fitted(lines[:1], rows[:1], columns=31) == lines[0], "it fits"
+    assert fitted(lines, rows, columns=60) == whole, "a terminal of a usual width wraps the last column"
+    assert fitted(lines, rows) == whole, "what is no terminal takes lines of any length"

@@ -17,6 +17,7 @@ from moltbot_server.auth.provider_keys import HeldKey, HeldKeys, ProviderKeys, v
 from moltbot_server.auth.vault import StoredKey, UnknownKey, Vault, VaultError, check_text
 from moltbot_server.cli.model_place import told
 from moltbot_server.cli.reloading import Reloaded, reload_routes
+from moltbot_server.cli.tables import table
 from moltbot_server.cli.terminal import Exit, Failure, as_typed, command, harmless
 from moltbot_server.config import ConfigError, Settings, load_settings
 from moltbot_server.config_spelling import nearest
@@ -176,9 +177,7 @@ def list_keys(given: argparse.Namespace) -> int:
         (key.provider, key.id, f"…{key.tail}" if key.tail else "…", key.source, _day(key.created), harmless(key.label))
         for key in held.all
     ]
-    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-    for row in rows:
-        print("  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip())
+    print(table(rows))
     return int(Exit.OK)
 
 

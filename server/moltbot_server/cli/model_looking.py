@@ -14,6 +14,7 @@ from moltbot.v1 import model_pb2
 from moltbot_server.cli.asking import Place
 from moltbot_server.cli.model_configured import configured_as
 from moltbot_server.cli.model_place import Models, told
+from moltbot_server.cli.tables import table
 from moltbot_server.cli.terminal import Exit, Failure, as_typed, command, harmless, shown
 from moltbot_server.errors import ModelUnavailable
 from moltbot_server.models.encoder_folder import EncoderFolder
@@ -176,10 +177,8 @@ def _table(entries: Sequence[Mapping[str, Any]], at_start: str) -> str:
                 _origin(entry),
             )
         )
-    widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
-    lines = ["  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)) for row in rows]
     problems = [f"{entry['name']}: {entry['problem']}" for entry in entries if entry["problem"]]
-    return harmless("\n".join([*(line.rstrip() for line in lines), *([""] if problems else []), *problems]))
+    return harmless("\n".join([table(rows), *([""] if problems else []), *problems]))
 
 
 def _state(entry: Mapping[str, Any], at_start: str) -> str:

@@ -21,6 +21,7 @@ from moltbot.v1 import usage_pb2, usage_pb2_grpc
 from moltbot_server.cli.asking import Place
 from moltbot_server.cli.model_place import Models, told
 from moltbot_server.cli.store_opening import open_redis
+from moltbot_server.cli.tables import fitted
 from moltbot_server.cli.terminal import Exit, Failure, command, harmless, shown
 from moltbot_server.store import UsagePage, UsageQuery, UsageRow
 from moltbot_server.store.sqlite_usage import read_usage
@@ -257,13 +258,14 @@ def _aligned(rows: Sequence[Sequence[str]], *, left: int) -> str:
     """Return rows as a table whose first `left` columns begin together; the others end together."""
     rows = [[" ".join(harmless(cell).split()) for cell in row] for row in rows]
     widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
-    return "\n".join(
+    lines = [
         "  ".join(
             cell.ljust(width) if column < left else cell.rjust(width)
             for column, (cell, width) in enumerate(zip(row, widths, strict=True))
         ).rstrip()
         for row in rows
-    )
+    ]
+    return fitted(lines, rows)
 
 
 def _of(asked: _Asked) -> str:
