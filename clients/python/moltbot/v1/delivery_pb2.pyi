@@ -299,7 +299,7 @@ class ListDeadLettersRequest(_message.Message):
     channel: _builtins.str
     """Only those of this channel. Empty: all."""
     page_size: _builtins.int
-    """Most dead letters to answer: 1 to 1000. 0: 100."""
+    """Most dead letters to answer: 1 to 1000, and more count as 1000. 0: 100."""
     page_token: _builtins.str
     """`next_page_token` of the page before. Empty: the first page."""
     def __init__(
