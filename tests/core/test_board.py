@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import asyncio
+import errno
 import multiprocessing
+import os
 from pathlib import Path
 
 import msgspec
@@ -52,7 +54,7 @@ def test_what_one_writes_is_news_for_the_others_once(path: Path) -> None:
     one, other = Board(path, Fact), Board(path, Fact)
     assert not one.has_news
     assert not other.has_news
-    assert other.read() == ()
+    assert other.read() is None
     write(one, Fact("a", 1))
     assert other.has_news
     assert not one.has_news
@@ -103,6 +105,55 @@ def test_what_a_killed_worker_has_half_written_is_taken_for_nothing_until_somebo
     write(one, Fact("b", 2))
     assert newcomer.has_news
     assert newcomer.read() == [Fact("b", 2)]
+
+
+def test_a_file_that_somebody_cuts_ends_nobody_and_takes_nothing_back(path: Path) -> None:
+    one, other = (Cooldowns(lambda: 1000.0, Board(path, Rest)) for _ in range(2))
+    one.failed(PLACE, Cause.LIMIT, 20)
+    assert other.rest(PLACE) == 20
+    for size in (10, 0):
+        os.truncate(path, size)
+        assert one.rest(PLACE) == other.rest(PLACE) == 20
+    one.failed(PLACE._replace(key="other"), Cause.LIMIT, 20)
+    assert len(other) == 2, "who writes next mends it"
+
+
+def test_a_file_that_somebody_fills_with_nonsense_is_mended_by_whoever_writes_next(path: Path) -> None:
+    one, other = (Cooldowns(lambda: 1000.0, Board(path, Rest)) for _ in range(2))
+    for nonsense in (b"\xff" * 5000, os.urandom(3000), bytes(100), b"\xff" * 2_000_000):
+        path.write_bytes(nonsense)
+        assert other.rest(PLACE) == 0
+        one.failed(PLACE, Cause.LIMIT, 20)
+        assert other.rest(PLACE) == 20
+        other.forget_refusals()
+        one._rests.clear()
+        other._rests.clear()
+
+
+def test_a_disk_without_room_leaves_each_what_it_knows(
+    path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    def full(descriptor: int, content: bytes, at: int) -> int:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    one, other = (Cooldowns(lambda: 1000.0, Board(path, Rest)) for _ in range(2))
+    monkeypatch.setattr(os, "pwrite", full)
+    one.failed(PLACE, Cause.LIMIT, 20)
+    assert (one.rest(PLACE), other.rest(PLACE)) == (20, 0)
+    assert "cannot tell each other" in caplog.text
+
+
+@pytest.mark.parametrize("kind", ["folder", "pipe", "link"])
+def test_what_is_no_file_is_not_opened(path: Path, kind: str) -> None:
+    if kind == "folder":
+        path.mkdir()
+    elif kind == "pipe":
+        os.mkfifo(path)
+    else:
+        path.symlink_to(path.parent / "elsewhere")
+    with pytest.raises(OSError):  # noqa: PT011  (each has an errno of its own)
+        Board(path, Fact)
+    assert not (path.parent / "elsewhere").exists()
 
 
 def test_what_cannot_be_understood_is_of_no_use(path: Path) -> None:
