@@ -40,9 +40,9 @@ REACHED = {
     "refusals_zh": 0.90,
     "second_turns": 0.95,
     "long_history": 0.80,
-    "noisy": 0.87,
-    "system_prompt": 0.93,
-    "after_unrelated": 0.86,
+    "noisy": 0.90,
+    "system_prompt": 0.94,
+    "after_unrelated": 0.90,
     "nonsense": 0.94,
 }
 
