@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 from pathlib import Path
 
 import pytest
@@ -49,6 +50,18 @@ async def test_models_are_found_by_id_and_the_first_is_the_default(tiny: Path) -
     await catalog.close()
     with pytest.raises(ModelUnavailable, match="stopped working"):
         catalog.get()
+
+
+async def test_all_who_wait_for_the_last_turn_of_a_model_hear_of_its_end() -> None:
+    catalog = Catalog([ScriptedEngine()])
+    await catalog.start()
+    entry = catalog.entry("")
+    entry.hold()
+    waiting = [asyncio.create_task(entry.drain()) for _ in range(3)]
+    await asyncio.sleep(0)
+    assert not any(task.done() for task in waiting)
+    entry.release()
+    await asyncio.wait_for(asyncio.gather(*waiting), 5)
 
 
 async def test_a_model_that_fails_to_load_is_kept_as_failed(tmp_path: Path) -> None:

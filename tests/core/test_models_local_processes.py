@@ -22,6 +22,7 @@ from moltbot_server.models.engine import Chunk, Finished, stream
 from moltbot_server.models.engines.local import LocalEngine, engine, processes, replicas
 from moltbot_server.models.engines.local.rows import Row
 from moltbot_server.models.folder import read_folder
+from moltbot_server.models.replica import nursery as nurseries
 from moltbot_server.models.replica.nursery import Nursery
 from moltbot_server.models.tuning import Tuning
 from moltbot_server.turns import GenerationOptions, Message, Role, TextPart
@@ -127,6 +128,22 @@ async def test_a_process_that_stands_still_is_ended_and_its_answers_go_on_in_ano
         assert pid not in pids(nursery)
         assert local.numbers["revivals"] == 2
     assert [record.__dict__["how"] for record in caplog.records if "has died" in record.message] == ["stood still"] * 2
+
+
+async def test_one_that_forks_and_stands_still_is_ended_with_those_whom_it_forked(
+    endless: Path, nursery: Nursery, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(processes, "LOOK", 0.02)
+    monkeypatch.setattr(nurseries, "_ANSWERS", 0.2)
+    monkeypatch.setattr(nurseries, "_LEAVES", 0.2)
+    async with running(endless, nursery, 1) as local:
+        expected = (await ask(local, "hello"))[0]
+        stopped = [nursery.pid or 0, *pids(nursery)]
+        for pid in stopped:
+            os.kill(pid, signal.SIGSTOP)
+        async with asyncio.timeout(20):
+            assert (await ask(local, "hello"))[0] == expected
+            await until(lambda: not any(psutil.pid_exists(pid) for pid in stopped))
 
 
 async def test_a_process_that_computes_in_silence_is_waited_for(

@@ -276,3 +276,12 @@ def test_the_workspace_is_the_one_given_then_named_then_here_then_at_home(
     assert find_workspace({}).folder == here / ".moltbot"
     assert find_workspace({"MOLTBOT_WORKSPACE": "~/named"}).folder == home / "named"
     assert find_workspace({"MOLTBOT_WORKSPACE": "~/named"}, Path("given")).folder == here / "given"
+
+
+def test_what_cores_told_each_other_is_taken_away_and_nothing_else(workspace: Workspace) -> None:
+    workspace.create()
+    workspace.forget_boards()
+    workspace.board_file("rests").write_bytes(b"facts")
+    workspace.board_file("somebodys").mkdir()
+    workspace.forget_boards()
+    assert [path.name for path in workspace.run.iterdir()] == ["somebodys.board"]

@@ -84,7 +84,7 @@ async def test_a_change_of_models_that_cannot_be_made_says_why(
 
 
 @pytest.mark.parametrize(
-    "name", ["Tiny", "office/tiny", "tiny:8b", ".tiny", "-", "t~y", "t" * 64, "builtin", "built-in"]
+    "name", ["Tiny", "office/tiny", "tiny:8b", ".tiny", "-", "t~y", "t" * 64, "builtin", "built-in", "local", "default"]
 )
 async def test_a_name_that_the_command_line_refuses_is_refused_by_the_service(api: Api, name: str) -> None:
     load = model_pb2.LoadModelRequest(name=f"models/{name}", path=str(ARTIFACT))

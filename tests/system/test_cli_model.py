@@ -190,6 +190,11 @@ class TestWithoutACore:
                 assert refused.err.startswith(f"moltbot: {what}")
                 assert way in refused.err
         assert default in (await home.run("model", "tune")).err, "what answers at start is the route"
+        twin(home.folder / "twin")
+        for name, what in (("team-large", large), ("careful", careful), ("gpt-4o", fallback)):
+            refused = await home.run("model", "add", "twin", "--name", name)
+            assert (refused.status, refused.out) == (1, "")
+            assert f"{what}; choose another name with --name." in refused.err
         for command in ("remove", "tune", "show"):
             assert "There is no model 'nobody'" in (await home.run("model", command, "nobody")).err
 

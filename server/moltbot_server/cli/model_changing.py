@@ -14,7 +14,7 @@ from moltbot import MoltBot, MoltBotClientError
 from moltbot.v1 import model_pb2
 
 from moltbot_server.cli.asking import Place
-from moltbot_server.cli.model_configured import configured_as
+from moltbot_server.cli.model_configured import check_free, configured_as
 from moltbot_server.cli.model_looking import loaded_models
 from moltbot_server.cli.model_place import Models, by_option, told
 from moltbot_server.cli.progress import Progress
@@ -42,6 +42,7 @@ def _add(given: argparse.Namespace) -> int:
     else:
         opened = open_folder(path, given.type)  # what cannot be read is not taken in
         name = given.name or name_of(opened.id)
+        check_free(models, name)
         model = KnownModel(name=name, origin=Origin.ADDED, path=str(path), type=given.type)
         known = models.library.knows(name)
         if known and models.library.path(models.library.find(name)) != path:

@@ -12,7 +12,7 @@ from moltbot_server.cli.model_place import Models
 from moltbot_server.cli.terminal import shown
 from moltbot_server.config_models import DEFAULT_ROUTE
 from moltbot_server.config_sources import place_of
-from moltbot_server.errors import InvalidConfiguration, ModelNotFound
+from moltbot_server.errors import InvalidConfiguration, ModelExists, ModelNotFound
 
 
 @dataclass(frozen=True, slots=True)
@@ -62,6 +62,16 @@ def configured_as(models: Models, name: str, loaded: Mapping[str, model_pb2.Mode
         return found
     owner = {kind, name.partition("/")[0]} & {provider.name for provider in settings.providers}
     return Configured(name, owner.pop(), "") if owner else None
+
+
+def check_free(models: Models, name: str) -> None:
+    """Refuse a name for a new folder that the configuration has for something else.
+
+    Raises:
+        ModelExists: it has; the text says for what, and where.
+    """
+    if (found := configured_as(models, name, {})) is not None:
+        raise ModelExists(f"{found}; choose another name with --name.")
 
 
 def _routed(models: Models, name: str) -> Configured | None:

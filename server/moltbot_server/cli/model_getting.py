@@ -10,7 +10,7 @@ import shutil
 import sys
 from pathlib import Path
 
-from moltbot_server.cli.model_configured import configured_as
+from moltbot_server.cli.model_configured import check_free, configured_as
 from moltbot_server.cli.model_place import Models, by_option, check_family, told
 from moltbot_server.cli.progress import Progress
 from moltbot_server.cli.terminal import Exit, Failure, command, harmless, interrupted, shown
@@ -37,6 +37,7 @@ def pull_model(given: argparse.Namespace) -> int:
         own = parse_hub(source.hub).origin() == parse_hub(address).origin()
         name = given.name or name_of(source.repository.rpartition("/")[2])
         check_name(name)
+        check_free(models, name)
         here = _here(models, name, source)
         # One that was asked for without a revision is the one that is here, online or not.
         if here is not None and source.revision == "main":
@@ -129,6 +130,7 @@ def convert_model(given: argparse.Namespace) -> int:
     source, origin = _source(models, given.source)
     name = given.name or name_of(f"{origin.rpartition('/')[2]}-{given.quantization.replace('_', '-')}")
     check_name(name)
+    check_free(models, name)
     if models.library.knows(name):
         raise ModelExists(f"There is a model {name} already; choose another name with --name.")
     models.library.check_free(name)

@@ -119,7 +119,7 @@ class CatalogEntry:
         """Take no more turns, and return when the last one was let go."""
         self._state, self._message = ModelState.DRAINING, "The model ends its last turns."
         if self._turns:
-            self._idle = asyncio.Event()
+            self._idle = self._idle or asyncio.Event()  # several may wait for it
             await self._idle.wait()
 
 

@@ -19,6 +19,7 @@ from pathlib import Path
 import msgspec
 
 from moltbot_server.config import Settings
+from moltbot_server.config_models import DEFAULT_ROUTE
 from moltbot_server.demo_model import ARTIFACT
 from moltbot_server.errors import InvalidField, ModelExists, ModelInUse, ModelNotFound, ModelUnavailable, MoltBotError
 from moltbot_server.models.encoder_folder import EncoderFolder, read_encoder_folder
@@ -35,7 +36,8 @@ from moltbot_server.turns import Value
 from moltbot_server.workspace import Workspace
 
 _NAME = re.compile(r"[a-z0-9][a-z0-9._-]{0,62}")
-_TAKEN_NAMES = BUILTIN_NAMES | {SCRIPTED}
+_WORDS = frozenset({"local", DEFAULT_ROUTE})  # which routes and requests have for something else
+_TAKEN_NAMES = BUILTIN_NAMES | _WORDS | {SCRIPTED}
 _LARGEST_FILE = 1 << 20
 _MOST_MODELS = 1000
 
@@ -299,7 +301,7 @@ def check_loaded_name(name: str) -> None:
     Raises:
         InvalidField: it has other characters than a-z 0-9 . _ -, is too long, or is a word for the built-in model.
     """
-    _check_name(name, BUILTIN_NAMES - {BUILTIN_ID})
+    _check_name(name, (BUILTIN_NAMES | _WORDS) - {BUILTIN_ID})
 
 
 def _check_name(name: str, taken: Collection[str]) -> None:

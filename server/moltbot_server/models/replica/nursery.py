@@ -5,14 +5,17 @@ from __future__ import annotations
 import contextlib
 import errno
 import os
+import signal
 import socket
 import subprocess
 import sys
 import threading
+from pathlib import Path
 
 from moltbot_server.models.replica import wire
 
 _LEAVES = 5.0  # seconds
+_ANSWERS = 10.0  # seconds; it forks in some milliseconds, and one that stands still is as one that is gone
 
 
 class Nursery:
@@ -67,10 +70,13 @@ class Nursery:
     def end(self, pid: int) -> int | None:
         """Kill a replica, unless it is dead, and return its wait status; None where the system took care of it."""
         with self._lock:
-            if pid not in self._born:
-                return None
-            self._born.discard(pid)
-            return self._ask(wire.END, pid, ())
+            status = None
+            if pid in self._born:
+                self._born.discard(pid)
+                status = self._ask(wire.END, pid, ())
+            if status is None:
+                _end_orphan(pid)
+            return status
 
     def close(self) -> None:
         """End the process. Replicas that were not ended live as long as the other ends of their sockets."""
@@ -108,7 +114,8 @@ class Nursery:
     def _ask(self, what: int, pid: int, descriptors: tuple[int, ...]) -> int | None:
         """Ask the process something; None where it is gone."""
         control, told = self._start(), b""
-        with contextlib.suppress(ConnectionError):
+        control.settimeout(_ANSWERS)
+        with contextlib.suppress(ConnectionError, TimeoutError):
             socket.send_fds(control, [wire.ASK.pack(what, pid)], descriptors)
             told = control.recv(wire.ANSWER.size, socket.MSG_WAITALL)
         if len(told) < wire.ANSWER.size:
@@ -119,3 +126,11 @@ class Nursery:
             number = wire.REFUSED - answer or errno.EIO
             raise OSError(number, os.strerror(number))
         return int(answer)
+
+
+def _end_orphan(pid: int) -> None:
+    """Kill a replica whose nursery is gone: it goes with its socket, unless it stands still."""
+    with contextlib.suppress(OSError):
+        # Its number may be another process's by now.
+        if Path(f"/proc/{pid}/comm").read_text() == "moltbot-replica\n":
+            os.kill(pid, signal.SIGKILL)

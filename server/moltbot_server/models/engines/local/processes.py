@@ -95,8 +95,8 @@ class ProcessReplica:
     def lives(self) -> bool:
         """Tell whether the process is there: the other end of its socket is open, and it has nothing to say unasked."""
         assert self._link is not None
-        self._link.setblocking(False)
         try:
+            self._link.setblocking(False)
             self._link.recv(1, socket.MSG_PEEK)
         except BlockingIOError:
             return True
@@ -143,8 +143,8 @@ class ProcessReplica:
     def _send(self, message: tuple[Any, ...]) -> None:
         content = marshal.dumps(message)
         assert self._link is not None
-        self._link.settimeout(_LONGEST_SEND)
         try:
+            self._link.settimeout(_LONGEST_SEND)
             self._link.sendall(wire.SIZE.pack(len(content)) + content)
         except OSError:
             raise ReplicaLost(self._bury()) from None
@@ -153,7 +153,10 @@ class ProcessReplica:
         """Yield what the process tells: what it is, when that was, and its content."""
         link, data, size = self._link, b"", wire.FRAME.size
         assert link is not None
-        link.settimeout(LOOK)
+        try:
+            link.settimeout(LOOK)
+        except OSError:  # it was closed
+            raise ReplicaLost(self._bury()) from None
         standstill = Standstill(self._pid)
         while True:
             at = 0
