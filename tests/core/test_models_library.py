@@ -98,7 +98,8 @@ def test_a_name_is_given_once(library: Library, mine: KnownModel) -> None:
 
 
 @pytest.mark.parametrize(
-    "name", ["", "-a", ".a", "A", "a/b", "a b", "..", "a" * 64, "模型", "builtin", "scripted", "local", "default", BUILTIN_ID]
+    "name",
+    ["", "-a", ".a", "A", "a/b", "a b", "..", "a" * 64, "模型", "builtin", "scripted", "local", "default", BUILTIN_ID],
 )
 def test_names_that_could_be_mistaken_or_leave_the_folder_are_refused(library: Library, name: str) -> None:
     with pytest.raises(InvalidField):
