@@ -156,6 +156,23 @@ def test_what_is_no_file_is_not_opened(path: Path, kind: str) -> None:
     assert not (path.parent / "elsewhere").exists()
 
 
+def test_who_reads_while_another_one_writes_hears_of_it_afterwards(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    one, other = Board(path, Fact), Board(path, Fact)
+    write(one, Fact("a", 1))
+    write(one, Fact("a", 1))
+    assert other.read() == [Fact("a", 1)]
+    put, found = os.pwrite, []
+
+    def slowly(descriptor: int, content: bytes, at: int) -> int:
+        done = put(descriptor, content, at)
+        found.append((other.has_news, other.read()))
+        return done
+
+    monkeypatch.setattr(os, "pwrite", slowly)
+    write(one, Fact("b", 2))
+    assert found == [(False, None), (True, [Fact("b", 2)])]
+
+
 def test_what_cannot_be_understood_is_of_no_use(path: Path) -> None:
     class Other(msgspec.Struct, array_like=True):
         name: int

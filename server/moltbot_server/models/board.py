@@ -104,8 +104,9 @@ class Board(Generic[F]):
             return
         version = os.urandom(_VERSION)
         try:
-            # Whoever reads in the midst of it finds a checksum that is wrong, and reads again.
-            os.pwrite(self._fd, _HEAD.pack(version, len(content), zlib.crc32(content)) + content, 0)
+            # Whoever reads between the two finds a checksum that is wrong, and a new version afterwards.
+            os.pwrite(self._fd, content, _HEAD.size)
+            os.pwrite(self._fd, _HEAD.pack(version, len(content), zlib.crc32(content)), 0)
         except OSError as problem:
             log.warning("the workers cannot tell each other which models rest", extra={"problem": problem.strerror})
         self._seen = self._version()
