@@ -19,15 +19,12 @@ _NO_TLS = re.compile(r"WRONG_VERSION_NUMBER")
 
 def distrust(problem: aio.AioRpcError) -> str:
     """Return why a call failed, if it is that the other end could not be trusted; else an empty text."""
-    told = problem.details() or ""
-    if (found := _UNPROVED.search(told)) is not None:
-        why = f" ({found['why']})" if found["why"] else ""
-        return f"its certificate is not proved by those of advertise_ca, or without it by those that gRPC brings{why}"
-    if _OTHER_NAME.search(told):
-        return "its certificate does not hold the name that it advertises"
-    if _NO_TLS.search(told):
-        return "it does not speak TLS, and this core does (tls_cert)"
-    return ""
+    return _words(
+        problem,
+        unproved="by those of advertise_ca, or without it by those that gRPC brings{why}",
+        other_name="that it advertises",
+        no_tls=", and this core does (tls_cert)",
+    )
 
 
 def distrust_of_engine(problem: aio.AioRpcError, *, named: bool) -> str:
@@ -35,16 +32,24 @@ def distrust_of_engine(problem: aio.AioRpcError, *, named: bool) -> str:
 
     `named` tells whether `engine_ca` names the certificates that are to prove it.
     """
+    by = "those in `engine_ca`" if named else "the system's"
+    return _words(
+        problem,
+        unproved=f"by {by}{{why}}; name a file with the one that signed it in `engine_ca`",
+        other_name="that `engine` has; correct that, or make a certificate for it",
+        no_tls="; give it `tls_cert` and `tls_key` in its own workspace",
+    )
+
+
+def _words(problem: aio.AioRpcError, *, unproved: str, other_name: str, no_tls: str) -> str:
+    """Return why the other end is not trusted, with how each of three reasons goes on; empty for any other."""
     told = problem.details() or ""
     if (found := _UNPROVED.search(told)) is not None:
         why = f" ({found['why']})" if found["why"] else ""
-        by = "those in `engine_ca`" if named else "the system's"
-        return f"its certificate is not proved by {by}{why}; name a file with the one that signed it in `engine_ca`"
+        return f"its certificate is not proved {unproved.format(why=why)}"
     if _OTHER_NAME.search(told):
-        return "its certificate does not hold the name that `engine` has; correct that, or make a certificate for it"
-    if _NO_TLS.search(told):
-        return "it does not speak TLS; give it `tls_cert` and `tls_key` in its own workspace"
-    return ""
+        return f"its certificate does not hold the name {other_name}"
+    return f"it does not speak TLS{no_tls}" if _NO_TLS.search(told) else ""
 
 
 async def prove(bound: str, advertised: str, roots: bytes | None) -> None:
